@@ -1,0 +1,31 @@
+# make demo   train on the built-in textures and show what SimCLR learnt
+# make test   the fast tests; make soak: the long ones; make lint: ruff; make bench: the loss against its peers
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test soak bench lint clean
+
+demo: .venv/installed
+	$(BIN)/accelerate launch train.py
+
+test: .venv/installed
+	$(BIN)/pytest
+
+soak: .venv/installed
+	$(BIN)/pytest -m soak
+
+bench: .venv/installed
+	$(BIN)/python -m pip install --quiet --requirement requirements-bench.lock
+	$(BIN)/python bench/loss_kernel.py
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/installed: requirements.lock
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	touch $@
+
+clean:
+	rm -rf .venv data/textures
