@@ -1,0 +1,90 @@
+"""Several real gloo processes against one: loss, DDP-averaged gradients of a layer and of the temperature, refusals."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+from loss import nt_xent
+
+SAMPLES_PER_RANK, WIDTH, D = 5, 9, 7
+
+
+class Projector(torch.nn.Module):
+    """A layer and a temperature to learn: what DDP averages."""
+
+    def __init__(self):
+        super().__init__()
+        weight = torch.randn(D, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        self.weight = torch.nn.Parameter(weight)
+        self.temperature = torch.nn.Parameter(torch.tensor(0.2, dtype=torch.float64))
+
+    def forward(self, views):
+        return views @ self.weight.T, self.temperature
+
+
+def batch_views(world_size):
+    """(2, N, WIDTH): both views of the global batch."""
+    generator = torch.Generator().manual_seed(1)
+    first = torch.randn(world_size * SAMPLES_PER_RANK, WIDTH, dtype=torch.float64, generator=generator)
+    return torch.stack([first, first + 0.3 * torch.randn(first.shape, dtype=torch.float64, generator=generator)])
+
+
+def loss_and_gradients(module, views, group=None, impl="auto"):
+    module.zero_grad()
+    loss = nt_xent(*module(views.flatten(0, 1)), group=group, impl=impl)
+    loss.backward()
+    return [loss.detach()] + [p.grad.clone() for p in module.parameters()]
+
+
+def in_rank(rank, world_size, folder, body):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    torch.save(body(rank, world_size), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def run_ranks(world_size, folder, body):
+    mp.spawn(in_rank, (world_size, folder, body), nprocs=world_size)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
+
+
+def compare_with_one_process(rank, world_size):
+    own = batch_views(world_size)[:, rank * SAMPLES_PER_RANK : (rank + 1) * SAMPLES_PER_RANK]
+    module = DistributedDataParallel(Projector())
+    results = {}
+    for impl in ("blockwise", "reference"):
+        loss, *gradients = loss_and_gradients(module, own, impl=impl)
+        dist.all_reduce(loss)
+        results[impl] = [loss / world_size, *gradients]
+
+    # A group of one inside the job is one process's loss.
+    alone = [dist.new_group([r]) for r in range(world_size)][rank]
+    results["alone"] = loss_and_gradients(Projector(), own, group=alone)
+
+    results["refusals"] = []
+    for shape in [(4 if rank else 6, D), (4, D + rank), (5 if rank else 4, D)]:
+        with pytest.raises(ValueError) as refusal:
+            nt_xent(torch.randn(shape), 0.1)
+        results["refusals"].append(str(refusal.value))
+    with pytest.raises(ValueError) as refusal:
+        nt_xent(torch.randn(5, D), 0.1)
+    results["odd"] = str(refusal.value)
+    return results
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_equal_one_process(world_size, tmp_path):
+    views = batch_views(world_size)
+    expected = loss_and_gradients(Projector(), views, impl="reference")
+    for rank, results in enumerate(run_ranks(world_size, tmp_path, compare_with_one_process)):
+        for impl in ("blockwise", "reference"):
+            for actual, true in zip(results[impl], expected, strict=True):
+                torch.testing.assert_close(actual, true, rtol=1e-12, atol=1e-12)
+        own = views[:, rank * SAMPLES_PER_RANK : (rank + 1) * SAMPLES_PER_RANK]
+        for actual, true in zip(results["alone"], loss_and_gradients(Projector(), own), strict=True):
+            torch.testing.assert_close(actual, true, rtol=1e-12, atol=1e-12)
+        assert all("z must have the same shape on every rank" in message for message in results["refusals"])
+        assert ("[[4, 7], " if rank else "[[6, 7], ") in results["refusals"][0]
+        assert "z must hold two views" in results["odd"]
