@@ -1,0 +1,1 @@
+"""Optimisers, schedules and measurement for the training loop."""

@@ -1,0 +1,100 @@
+"""Optimisers: LARS in the form SimCLR was trained with, beside torch's SGD and AdamW."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+
+class LARS(Optimizer):
+    """Layer-wise adaptive rate scaling (You et al. 2017, arXiv 1708.03888) as in SimCLR's official code.
+
+    For a weight w with gradient g:
+
+        g  <- g + weight_decay * w
+        r  =  trust_coefficient * |w| / |g|        (1 where a norm is 0, or for parameters that don't adapt)
+        m  <- momentum * m + lr * r * g            the learning rate lies inside the momentum buffer
+        w  <- w - m
+
+    A change of learning rate therefore reaches past gradients only as they were scaled then; and the trust ratio comes
+    from the gradient *after* decay, also where the decay is 0.
+
+    Args:
+        params: parameters or groups; a group's `adapt` (default True) says whether r is used.
+        lr: global learning rate.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 0.001,
+    ):
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust_coefficient": trust_coefficient,
+            "adapt": True,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update; no value is brought to the host."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            weights = [w for w in group["params"] if w.grad is not None]
+            if not weights:
+                continue
+            for w in weights:
+                if not self.state[w]:
+                    self.state[w]["momentum_buffer"] = torch.zeros_like(w)
+            buffers = [self.state[w]["momentum_buffer"] for w in weights]
+            # the multi-tensor kernels take all layers at once: hundreds of launches become a handful
+            gradients = torch._foreach_add([w.grad for w in weights], weights, alpha=group["weight_decay"])
+            if group["adapt"]:
+                ratios = self._trust_ratios(weights, gradients, group["trust_coefficient"])
+                torch._foreach_mul_(gradients, ratios)
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, gradients, alpha=group["lr"])
+            torch._foreach_sub_(weights, buffers)
+        return loss
+
+    @staticmethod
+    def _trust_ratios(
+        weights: list[torch.Tensor], gradients: list[torch.Tensor], coefficient: float
+    ) -> list[torch.Tensor]:
+        weight_norms = torch.stack(torch._foreach_norm(weights))
+        gradient_norms = torch.stack(torch._foreach_norm(gradients))
+        ratios = coefficient * weight_norms / gradient_norms
+        ratios = torch.where((weight_norms > 0) & (gradient_norms > 0), ratios, torch.ones_like(ratios))
+        return list(ratios.unbind())
+
+
+def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict]:
+    """Weights that decay and adapt, apart from biases and normalisation parameters, which do neither.
+
+    The second kind are recognised by having at most one dimension, as they do in every timm encoder.
+    """
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, "adapt": False},
+    ]
+
+
+def create_optimizer(name: str, groups: list[dict], lr: float, momentum: float) -> Optimizer:
+    """`lars`, `sgd` (classic momentum) or `adamw` (betas 0.9, 0.95 as usual for large-batch self-supervision)."""
+    if name == "lars":
+        return LARS(groups, lr, momentum)
+    groups = [{key: value for key, value in group.items() if key != "adapt"} for group in groups]
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr, momentum)
+    return torch.optim.AdamW(groups, lr, betas=(momentum, 0.95))

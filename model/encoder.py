@@ -1,0 +1,136 @@
+"""Encoders: timm's by name, plus the ResNets of SimCLR for small images and other widths.
+
+A plain encoder is exactly `timm.create_model(name, num_classes=0)`. SimCLR's changes for small images (first
+convolution 3x3 with stride 1, no max-pool: Chen et al. 2020, arXiv 2002.05709, appendix B.9) and its width multiplier
+are timm models of their own, registered here as `simclr_resnet18` and so on: after `import model`,
+`timm.create_model("simclr_resnet18", num_classes=0, small_stem=True, width=2.0)` makes one.
+"""
+
+import json
+from pathlib import Path
+
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from timm.models import register_model
+from torch import nn
+
+from errors import UserError
+
+SMALL_IMAGE = 64
+"""Images of at most this side, in pixels, get the small stem."""
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+
+
+def _simclr_resnet(base: str, small_stem: bool, width: float, **kwargs) -> nn.Module:
+    channels = [round(planes * width) for planes in (64, 128, 256, 512)]
+    # timm fixes a plain stem at 64 channels but lets a deep one follow stem_width: build deep, then put the plain
+    # convolution in its place, so that the first block sees the right number of channels
+    encoder = timm.create_model(base, channels=channels, stem_type="deep", stem_width=channels[0] // 2, **kwargs)
+    side, stride = (3, 1) if small_stem else (7, 2)
+    inputs = kwargs.get("in_chans", 3)
+    encoder.conv1 = nn.Conv2d(inputs, encoder.bn1.num_features, side, stride, padding=side // 2, bias=False)
+    nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm's own convolutions
+    if small_stem:
+        encoder.maxpool = nn.Identity()
+    return encoder
+
+
+def _register(base: str) -> None:
+    def entrypoint(pretrained: bool = False, small_stem: bool = False, width: float = 1.0, **kwargs) -> nn.Module:
+        if pretrained:
+            raise ValueError("there are no pretrained weights for SimCLR's small-image and wide ResNets")
+        kwargs = {name: value for name, value in kwargs.items() if not name.startswith("pretrained_")}
+        kwargs.pop("cache_dir", None)
+        return _simclr_resnet(base, small_stem, width, **kwargs)
+
+    entrypoint.__name__ = f"simclr_{base}"
+    entrypoint.__module__ = __name__
+    register_model(entrypoint)
+
+
+for _base in RESNETS:
+    _register(_base)
+
+
+def encoder_spec(name: str, image_size: int, stem: str = "auto", width: float = 1.0) -> tuple[str, dict]:
+    """What to hand to `timm.create_model` for an encoder on views of `image_size` pixels.
+
+    Args:
+        name: any timm model. image_size: side of a view in pixels.
+        stem: of a ResNet: "small", "standard", or "auto" for the small one on images of 64 px or less.
+        width: multiplies every channel count of a ResNet.
+
+    Returns:
+        (timm name, keyword arguments).
+
+    Raises:
+        UserError: timm has no such model, or the width is not for it.
+    """
+    if not timm.is_model(name):
+        close = timm.list_models(f"*{name.split('_')[0][:6]}*")[:4]
+        hint = f" (near it: {', '.join(close)})" if close else ""
+        raise UserError(f"timm has no encoder {name!r}{hint}: choose one of `timm.list_models()`.")
+    kwargs: dict = {"num_classes": 0}
+    if name in RESNETS:
+        if stem == "small" or (stem == "auto" and image_size <= SMALL_IMAGE):
+            kwargs["small_stem"] = True
+        if width != 1:
+            kwargs["width"] = width
+        return (f"simclr_{name}" if len(kwargs) > 1 else name), kwargs
+    if width != 1 or stem == "small":
+        raise UserError(
+            f"{name} has neither a width multiplier nor SimCLR's small stem, which are for {', '.join(RESNETS)}: "
+            "give --encoder.width 1 --encoder.stem auto (a preset may set others)."
+        )
+    config = timm.get_pretrained_cfg(name)
+    if config is not None and config.fixed_input_size:  # a ViT, whose position embeddings are for one image size
+        kwargs["img_size"] = image_size
+    return name, kwargs
+
+
+def create_encoder(spec: tuple[str, dict]) -> nn.Module:
+    """The encoder of a spec: (N, 3, H, W) -> pooled representation h (N, features)."""
+    name, kwargs = spec
+    try:
+        return timm.create_model(name, **kwargs)
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        raise UserError(f"timm can't build {name} with {kwargs} ({error}): choose another encoder or size.") from error
+
+
+def representation_width(encoder: nn.Module, image_size: int) -> int:
+    """Width of h for views of `image_size` pixels, found by encoding two black ones.
+
+    timm's `num_features` is not it for every model: some widen once more after pooling.
+
+    Raises:
+        UserError: the encoder can't take views of this size.
+    """
+    encoder.eval()
+    try:
+        with torch.no_grad():
+            h = encoder(torch.zeros(2, 3, image_size, image_size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"The encoder can't take views of {image_size} px ({reason}): change --views.size.") from error
+    encoder.train()
+    return h.shape[1]
+
+
+def save_encoder(encoder: nn.Module, spec: tuple[str, dict], path: Path) -> None:
+    """Weights in safetensors, with the spec in the file's metadata; `timm.create_model(name, **kwargs)` loads them."""
+    name, kwargs = spec
+    metadata = {"timm_name": name, "timm_kwargs": json.dumps(kwargs)}
+    partial = path.with_suffix(".partial")
+    save_file({key: value.contiguous() for key, value in encoder.state_dict().items()}, partial, metadata)
+    partial.replace(path)
+
+
+def load_encoder(path: Path) -> nn.Module:
+    """The encoder that `save_encoder` wrote, on the CPU and in evaluation mode."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    encoder = create_encoder((metadata["timm_name"], json.loads(metadata["timm_kwargs"])))
+    encoder.load_state_dict(load_file(path), strict=True)
+    return encoder.eval()

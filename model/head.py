@@ -1,0 +1,30 @@
+"""Projection heads: from the representation h to the space in which views are compared."""
+
+from itertools import pairwise
+
+from torch import nn
+
+
+def projection_head(version: str, features: int, hidden: int, out: int) -> nn.Sequential:
+    """The head g of SimCLR.
+
+    Args:
+        version: "v1", two layers: g(h) = W2 relu(W1 h) (arXiv 2002.05709, section 2.1), with batch norm after each
+            layer as in the official code. "v2", three layers (arXiv 2006.10029, section 2).
+        features, hidden, out: widths of h, of the layers between and of z.
+
+    Returns:
+        (N, features) -> (N, out). Layers are named `fc1`, `bn1`, ... so that fine-tuning can begin at any of them.
+    """
+    widths = [features, hidden, out] if version == "v1" else [features, hidden, hidden, out]
+    head = nn.Sequential()
+    for number, (fan_in, fan_out) in enumerate(pairwise(widths), start=1):
+        last = number == len(widths) - 1
+        head.add_module(f"fc{number}", nn.Linear(fan_in, fan_out, bias=False))  # batch norm would cancel a bias
+        head.add_module(f"bn{number}", nn.BatchNorm1d(fan_out))
+        if last:
+            nn.init.zeros_(head[-1].bias)
+            head[-1].bias.requires_grad_(False)  # the official code normalises z's last layer without a learnt shift
+        else:
+            head.add_module(f"relu{number}", nn.ReLU(inplace=True))
+    return head

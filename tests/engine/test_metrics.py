@@ -1,0 +1,61 @@
+import json
+import time
+
+import pytest
+import torch
+
+from engine.metrics import MetricsFile, RunningMeans, StepClock
+
+
+def test_the_clock_tells_waiting_from_working():
+    clock = StepClock()
+    waited = worked = 0.0
+
+    def slow():
+        nonlocal waited
+        for batch in range(3):
+            start = time.perf_counter()
+            time.sleep(0.03)
+            waited += time.perf_counter() - start
+            yield batch
+
+    begun = time.perf_counter()
+    seen = []
+    for batch in clock.watch(slow()):
+        start = time.perf_counter()
+        time.sleep(0.01)
+        worked += time.perf_counter() - start
+        seen.append(batch)
+    row = clock.window(batch_size=8)
+    elapsed = time.perf_counter() - begun
+    assert seen == [0, 1, 2]
+    assert waited / 3 <= row["data_wait_ms"] / 1000 <= (elapsed - worked) / 3
+    assert (waited + worked) / 3 <= row["step_ms"] / 1000 <= elapsed / 3
+    images_per_s, share = clock.summary(batch_size=8)
+    assert images_per_s == row["images_per_s"]
+    assert share == pytest.approx(row["data_wait_ms"] / row["step_ms"])
+
+
+def test_a_pause_does_not_count():
+    clock = StepClock()
+    time.sleep(0.05)
+    clock.pause()
+    for _ in clock.watch([0]):
+        pass
+    assert clock.window(1)["step_ms"] < 50
+
+
+def test_running_means_start_anew_after_each_take():
+    means = RunningMeans()
+    for value in (1.0, 2.0, 6.0):
+        means.add(torch.tensor(value), torch.tensor(-value, dtype=torch.bfloat16))
+    assert means.take().tolist() == [3.0, -3.0]
+    means.add(torch.tensor(5.0), torch.tensor(0.0))
+    assert means.take().tolist() == [5.0, 0.0]
+
+
+def test_rows_are_on_disk_at_once(tmp_path):
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    metrics.write(step=1, loss=0.5)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 0.5}
+    metrics.close()

@@ -1,0 +1,88 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from engine.optim import LARS, create_optimizer, parameter_groups
+
+
+def lars_in_loops(w, gradients, rates, *, momentum, decay, trust, adapt):
+    """The official form with Python numbers: decay, then the trust ratio, the rate inside the momentum buffer."""
+    m = np.zeros_like(w)
+    for g, lr in zip(gradients, rates, strict=True):
+        g = g + decay * w
+        ratio = 1.0
+        if adapt and np.linalg.norm(w) > 0 and np.linalg.norm(g) > 0:
+            ratio = trust * np.linalg.norm(w) / np.linalg.norm(g)
+        m = momentum * m + lr * ratio * g
+        w = w - m
+    return w
+
+
+@pytest.mark.parametrize("decay", [0.0, 1e-2])
+@pytest.mark.parametrize("adapt", [True, False])
+def test_lars_is_the_official_form(decay, adapt):
+    random = np.random.default_rng(0)
+    w, gradients = random.normal(size=(5, 4)), random.normal(size=(6, 5, 4))
+    rates = [0.0, 0.5, 1.0, 4.8, 2.0, 0.1]  # it changes, so that the place of the rate in the momentum matters
+    parameter = nn.Parameter(torch.tensor(w))
+    optimizer = LARS([{"params": [parameter], "adapt": adapt}], lr=0.0, momentum=0.9, weight_decay=decay)
+    for gradient, lr in zip(gradients, rates, strict=True):
+        optimizer.param_groups[0]["lr"] = lr
+        parameter.grad = torch.tensor(gradient)
+        optimizer.step()
+    expected = lars_in_loops(w, gradients, rates, momentum=0.9, decay=decay, trust=0.001, adapt=adapt)
+    np.testing.assert_allclose(parameter.detach().numpy(), expected, rtol=1e-12)
+
+
+def test_lars_adapts_without_decay():
+    """Scaling a gradient by a thousand changes nothing: the trap is to skip the ratio when the decay is 0."""
+    ends = []
+    for scale in (1.0, 1000.0):
+        parameter = nn.Parameter(torch.arange(1.0, 5.0, dtype=torch.float64).view(2, 2))
+        parameter.grad = scale * torch.ones_like(parameter)
+        LARS([parameter], lr=1.0).step()
+        ends.append(parameter.detach())
+    torch.testing.assert_close(*ends)
+
+
+def test_zero_norms_give_the_ratio_one():
+    zero, still = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.ones(2, 2))
+    zero.grad, still.grad = torch.ones(2, 2), torch.zeros(2, 2)
+    LARS([zero, still], lr=0.1).step()
+    torch.testing.assert_close(zero.detach(), torch.full((2, 2), -0.1))
+    torch.testing.assert_close(still.detach(), torch.ones(2, 2))
+
+
+def test_norms_and_biases_neither_decay_nor_adapt():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
+    net[2].weight.requires_grad_(False)
+    decayed, plain = parameter_groups([net], weight_decay=0.5)
+    assert [tuple(p.shape) for p in decayed["params"]] == [(4, 3, 3, 3)] and decayed["weight_decay"] == 0.5
+    assert all(p.ndim == 1 for p in plain["params"]) and len(plain["params"]) == 4
+    assert plain["weight_decay"] == 0 and plain["adapt"] is False
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+def test_every_optimizer_goes_downhill_and_resumes(name):
+    def run(steps, state=None):
+        torch.manual_seed(0)
+        net = nn.Linear(6, 3)
+        optimizer = create_optimizer(name, parameter_groups([net], 1e-4), lr=0.05, momentum=0.9)
+        if state:
+            net.load_state_dict(state[0])
+            optimizer.load_state_dict(state[1])
+        losses = []
+        for _ in range(steps):
+            loss = (net(torch.ones(4, 6)) - 1).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses, (net.state_dict(), optimizer.state_dict())
+
+    whole, _ = run(6)
+    first, state = run(3)
+    rest, _ = run(3, state)
+    assert whole[-1] < whole[0]
+    assert first + rest == whole

@@ -1,0 +1,27 @@
+import math
+
+import pytest
+
+from engine.schedule import peak_learning_rate, warmup_cosine
+
+
+def test_scaling_rules_give_the_papers_numbers():
+    assert peak_learning_rate(0.3, 4096, "linear") == pytest.approx(4.8)
+    assert peak_learning_rate(0.075, 4096, "sqrt") == pytest.approx(4.8)
+    assert peak_learning_rate(0.075, 256, "sqrt") == pytest.approx(1.2)
+    assert peak_learning_rate(2e-3, 256, "none") == 2e-3
+
+
+def test_warmup_then_cosine():
+    rates = [warmup_cosine(step, warmup_steps=10, total_steps=110, peak=4.8) for step in range(111)]
+    assert rates[0] == 0
+    assert rates[5] == pytest.approx(2.4)
+    assert rates[10] == pytest.approx(4.8) == max(rates)
+    assert rates[60] == pytest.approx(2.4)
+    assert rates[35] == pytest.approx(4.8 * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert rates[110] == pytest.approx(0, abs=1e-12)
+
+
+def test_durations_at_the_edge():
+    assert warmup_cosine(0, 0, 5, 1.0) == 1.0
+    assert warmup_cosine(3, 10, 5, 1.0) == pytest.approx(0.3)  # a run shorter than its warm-up

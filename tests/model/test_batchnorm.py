@@ -1,0 +1,83 @@
+"""Batch norm over gloo ranks against one process on the whole batch."""
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from errors import UserError
+from model.batchnorm import HostSyncBatchNorm, synchronise_batchnorm
+
+
+def network():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.Linear(180, 7))
+    net.append(nn.BatchNorm1d(7))
+    net[-1].bias.requires_grad_(False)
+    return net.double()
+
+
+def step(net, x, share):
+    """Gradients and statistics after one pass; the loss is not symmetric in the rows."""
+    out = net(x)
+    (out.pow(3).sum() / share).backward()
+    return {
+        "out": out.detach(),
+        **{f"grad {name}": p.grad for name, p in net.named_parameters() if p.grad is not None},
+        **{f"buffer {name}": b.clone() for name, b in net.named_buffers()},
+    }
+
+
+def on_rank(rank, world_size, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    net = synchronise_batchnorm(network(), torch.device("cpu"))
+    assert isinstance(net[1], HostSyncBatchNorm) and not net[-1].bias.requires_grad
+    x = torch.load(f"{folder}/x.pt").chunk(world_size)[rank]
+    result = step(net, x, share=1)
+    for name in result:
+        if name.startswith("grad"):
+            dist.all_reduce(result[name])
+    torch.save(result, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_equal_one_process(tmp_path):
+    world_size = 2
+    x = torch.randn(8, 3, 8, 8, dtype=torch.float64) * 3 + 1
+    torch.save(x, tmp_path / "x.pt")
+    mp.spawn(on_rank, (world_size, str(tmp_path)), nprocs=world_size)
+    alone = step(network(), x, share=1)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world_size)]
+    torch.testing.assert_close(torch.cat([rank.pop("out") for rank in ranks]), alone.pop("out"), rtol=1e-12, atol=1e-12)
+    for rank in ranks:
+        assert rank.keys() == alone.keys()
+        for name, value in alone.items():
+            torch.testing.assert_close(rank[name], value, rtol=1e-11, atol=1e-11, msg=name)
+
+
+def test_evaluation_needs_no_other_rank():
+    net = network()
+    net(torch.randn(8, 3, 8, 8, dtype=torch.float64))
+    synchronised = synchronise_batchnorm(network(), torch.device("cpu"))
+    synchronised.load_state_dict(net.state_dict())
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(synchronised.eval()(x), net.eval()(x))
+
+
+def test_a_norm_that_cannot_span_ranks_is_refused():
+    with pytest.raises(UserError, match="use one process"):
+        synchronise_batchnorm(nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "regnety_002"])  # the second has activations inside its norms
+def test_on_a_gpu_the_network_stays_the_same(name):
+    encoder = timm.create_model(name, num_classes=0).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        before = encoder(x)
+        synchronised = synchronise_batchnorm(encoder, torch.device("cuda"))
+        torch.testing.assert_close(synchronised(x), before)
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in synchronised.modules())
