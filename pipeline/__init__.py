@@ -1,0 +1,1 @@
+"""From encoded images in shards to augmented views on the device."""

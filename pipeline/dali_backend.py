@@ -1,0 +1,194 @@
+"""The recipe as one NVIDIA DALI graph, on a GPU or on the CPU.
+
+Every random choice comes in through external sources, so DALI draws nothing. A sample goes through an operation only
+if its parameters ask for it: DALI's conditional execution splits the batch, so that the four jitter operations in each
+sample's own order cost about as much as in one fixed order.
+"""
+
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from errors import UserError
+from pipeline.images import DecodeError, decode
+from pipeline.recipe import BRIGHTNESS, CONTRAST, HUE, SATURATION, Recipe, ViewParameters
+
+try:
+    from nvidia.dali import fn, math, pipeline_def, types
+except ImportError as error:
+    raise UserError("The DALI backend needs NVIDIA DALI (Linux only): pip install nvidia-dali-cuda120") from error
+
+GRAY_WEIGHTS = (0.299, 0.587, 0.114)
+NOTHING = 255  # in a place of the jitter: leave the image as it is
+
+
+class DaliBackend:
+    """Encoded images -> normalised views, decoded and augmented by DALI.
+
+    Args:
+        device: of the views; "cuda" decodes with nvJPEG and augments on that GPU, "cpu" does all on the host.
+        batch_size: most images in one call.
+        views: views per image.
+        workers: host threads of DALI.
+    """
+
+    def __init__(self, recipe: Recipe, device: torch.device, batch_size: int, views: int, workers: int):
+        self._device = torch.device(device)
+        gpu = self._device.type == "cuda"
+        device_id = (torch.cuda.current_device() if self._device.index is None else self._device.index) if gpu else None
+        self._pipeline = view_graph(recipe, gpu, views, batch_size=batch_size, num_threads=workers, device_id=device_id)
+        self._pipeline.build()
+
+    def __call__(self, encoded: list[bytes], parameters: ViewParameters) -> Tensor:
+        """(V*n, 3, S, S) float32, channels-last, on the device; row v*n + i is view v of image i.
+
+        On a GPU the result is ordered on the calling thread's current CUDA stream; the host does not wait for it.
+
+        Raises:
+            DecodeError: an image can't be decoded; `args[1]` is its place in `encoded` where OpenCV refuses it too. The
+                whole batch is lost; the next call works.
+        """
+        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        inputs = {"encoded": [np.frombuffer(file, np.uint8) for file in encoded], **graph_inputs(parameters)}
+        try:
+            outputs = self._pipeline.run(stream, **inputs)
+        except RuntimeError as error:
+            if "decoders.image" not in str(error):
+                raise
+            # DALI does not say which one, so OpenCV is asked.
+            places = (i for i, file in enumerate(encoded) if decode(file) is None)
+            raise DecodeError("DALI can't decode an image of this batch", *islice(places, 1)) from error
+        # The capsules keep DALI's buffers alive, and DALI frees them in the order of `stream`: only `cat` copies.
+        views = torch.cat([torch.from_dlpack(output.as_tensor()) for output in outputs])  # (V*n, S, S, 3)
+        return views.permute(0, 3, 1, 2)  # NHWC in memory is what torch calls channels-last
+
+    def close(self) -> None:
+        """Ends DALI's threads and frees its memory."""
+        self._pipeline = None
+
+
+def graph_inputs(parameters: ViewParameters) -> dict[str, np.ndarray]:
+    """The external sources of the graph but for the images: name -> array whose first dimension is the batch."""
+    inputs = {}
+    for view in range(len(parameters.flip)):
+        crop, order, hue = parameters.crop[view], parameters.order[view], parameters.hue[view]
+        brightness, contrast = parameters.brightness[view], parameters.contrast[view]
+        saturation = parameters.saturation[view]
+        # The three affine operations in the sample's own order; each has a place before the hue shift and one after
+        # it and takes the right one, or neither where its factor is 1.
+        affine = order[order != HUE].reshape(-1, 3)  # (n, 3)
+        factors = np.select(
+            [affine == BRIGHTNESS, affine == CONTRAST], [brightness[:, None], contrast[:, None]], saturation[:, None]
+        )
+        before = np.arange(3) < (order == HUE).argmax(1)[:, None]  # (n, 3)
+        for place in range(3):
+            inputs[f"before{place}_{view}"] = np.where(before & (factors != 1), affine, NOTHING)[:, place]
+            inputs[f"after{place}_{view}"] = np.where(~before & (factors != 1), affine, NOTHING)[:, place]
+        # See _shift_hue: the distance of red, green and blue along the colour wheel, moved into -6..0 sixths of a turn.
+        wheel = (np.array([2, 0, -2]) + 6 * hue[:, None]) % 6 - 6  # (n, 3)
+        inputs |= {
+            f"corner_{view}": crop[:, :2],
+            f"extent_{view}": crop[:, 2:],
+            f"brightness_{view}": brightness,
+            f"contrast_{view}": contrast,
+            f"pull_{view}": ((1 - contrast)[:, None] * GRAY_WEIGHTS).astype(np.float32),  # (n, 3)
+            f"saturation_{view}": saturation,
+            f"shifted_{view}": hue != 0,
+            f"wheel_{view}": wheel.astype(np.float32),
+            f"gray_{view}": parameters.gray[view],
+            f"sigma_{view}": parameters.sigma[view],
+            f"flip_{view}": parameters.flip[view].astype(np.int32),
+        }
+    return {name: np.ascontiguousarray(array) for name, array in inputs.items()}  # DALI knows no strides
+
+
+@pipeline_def(enable_conditionals=True, prefetch_queue_depth=1)  # depth 1: a run returns what was just fed to it
+def view_graph(recipe, gpu, views):
+    """The graph: one output (S, S, 3) float32, normalised, per view."""
+    encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+    image = fn.decoders.image(
+        encoded,
+        device="mixed" if gpu else "cpu",
+        output_type=types.RGB,
+        adjust_orientation=False,
+        jpeg_fancy_upsampling=True,  # nvJPEG then upsamples chroma as libjpeg-turbo does
+    )
+    outputs = []
+    for view in range(views):
+        outputs.append(_view(image, recipe, gpu, view))
+    return tuple(outputs)
+
+
+def _view(image, recipe, gpu, view):
+    brightness = _scalar(f"brightness_{view}", types.FLOAT)
+    saturation = _scalar(f"saturation_{view}", types.FLOAT)
+    sigma = _scalar(f"sigma_{view}", types.FLOAT)
+    # Contrast and hue are arithmetic on the device, unlike the named arguments, which DALI takes from the host.
+    contrast = _scalar(f"contrast_{view}", types.FLOAT)
+    pull = fn.external_source(name=f"pull_{view}", dtype=types.FLOAT, ndim=1)
+    wheel = fn.external_source(name=f"wheel_{view}", dtype=types.FLOAT, ndim=1)
+    if gpu:
+        contrast, pull, wheel = contrast.gpu(), pull.gpu(), wheel.gpu()
+
+    # Not resize's own region of interest: its filter reads pixels from outside the window.
+    corner = fn.external_source(name=f"corner_{view}", dtype=types.INT32, ndim=1)
+    extent = fn.external_source(name=f"extent_{view}", dtype=types.INT32, ndim=1)
+    x = fn.slice(image, start=corner, shape=extent, axes=[0, 1])  # (h, w, 3) uint8
+    size = [recipe.size, recipe.size]
+    x = _clip(fn.resize(x, size=size, interp_type=types.INTERP_CUBIC, antialias=True, dtype=types.FLOAT))  # (S, S, 3)
+    for place in range(3):
+        x = _adjust(x, _scalar(f"before{place}_{view}", types.UINT8), brightness, contrast, pull, saturation)
+    if _scalar(f"shifted_{view}", types.BOOL):
+        x = _shift_hue(x, wheel)
+    for place in range(3):
+        x = _adjust(x, _scalar(f"after{place}_{view}", types.UINT8), brightness, contrast, pull, saturation)
+    if _scalar(f"gray_{view}", types.BOOL):
+        x = fn.color_twist(x, saturation=0.0)
+    if sigma > 0.0:
+        x = fn.gaussian_blur(x, sigma=sigma, window_size=recipe.blur_window)
+    return fn.crop_mirror_normalize(
+        x,
+        mirror=_scalar(f"flip_{view}", types.INT32),  # the flip commutes with all since the crop, and is free here
+        mean=[255 * m for m in recipe.mean],
+        std=[255 * s for s in recipe.std],
+        output_layout="HWC",
+        dtype=types.FLOAT,
+    )
+
+
+def _scalar(name, dtype):
+    return fn.external_source(name=name, dtype=dtype, ndim=0)
+
+
+def _clip(x):
+    return math.clamp(x, 0.0, 255.0)
+
+
+def _adjust(x, operation, brightness, contrast, pull, saturation):
+    if operation == BRIGHTNESS:
+        x = _clip(fn.color_twist(x, brightness=brightness))
+    elif operation == SATURATION:
+        x = _clip(fn.color_twist(x, saturation=saturation))
+    elif operation == CONTRAST:
+        x = _clip(x * contrast + fn.reductions.sum(fn.reductions.mean(x, axes=[0, 1]) * pull))
+    return x
+
+
+def _shift_hue(x, wheel):
+    """Turns the HSV hue: each channel is value - chroma * T(hue + its place on the wheel), T a periodic trapezoid.
+
+    In sixths of a turn T(k) is 0 at k = 0, rises to 1 at k = 1, falls from k = 3 to 0 at k = 4; |d - 2| below is its
+    distance from the middle of the plateau folded into one period, so no modulo is needed.
+    """
+    red, green, blue = x[:, :, 0:1], x[:, :, 1:2], x[:, :, 2:3]
+    value = math.max(math.max(red, green), blue)
+    chroma = value - math.min(math.min(red, green), blue)
+    # The hue plus 1, times the chroma: not negative, so the channel that is not the largest drops out as 0.
+    from_red = (red == value) * (green - blue + chroma)
+    from_green = (green == value) * (blue - red + 3.0 * chroma)
+    from_blue = (blue == value) * (red - green + 5.0 * chroma)
+    hue = math.max(math.max(from_red, from_green), from_blue) / math.max(chroma, 1e-6)  # (S, S, 1) in 0..6
+    distance = math.abs(math.abs(hue + wheel) - 3.0)  # (S, S, 3)
+    return fn.reshape(value - chroma * math.clamp(distance - 1.0, 0.0, 1.0), layout="HWC")

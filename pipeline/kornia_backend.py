@@ -1,0 +1,135 @@
+"""The recipe with Kornia on any torch device; JPEGs are decoded by nvJPEG where the device is a CUDA GPU.
+
+Kornia's random augmentation classes are not used: they draw by themselves and keep one order of the jitter for a whole
+batch. Its functions take one factor per image; each is applied to the rows of the batch that need it next.
+"""
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from kornia.color import rgb_to_grayscale
+from kornia.enhance import (
+    adjust_brightness_accumulative,
+    adjust_hue,
+    adjust_saturation_with_gray_subtraction,
+)
+from kornia.enhance.adjust import adjust_contrast_with_mean_subtraction
+from kornia.filters import filter2d_separable, get_gaussian_kernel1d
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from pipeline.images import DecodeError, decode
+from pipeline.recipe import BRIGHTNESS, CONTRAST, HUE, SATURATION, Recipe, ViewParameters
+
+JPEG_START = b"\xff\xd8\xff"
+
+
+class KorniaBackend:
+    """Encoded images -> normalised views, augmented by Kornia.
+
+    Args:
+        device: of the views; any that torch knows.
+        batch_size: most images in one call; Kornia allocates per call and has no use for it.
+        views: views per image; likewise.
+        workers: threads that decode on the host.
+    """
+
+    def __init__(self, recipe: Recipe, device: torch.device, batch_size: int, views: int, workers: int):
+        self._recipe = recipe
+        self._device = torch.device(device)
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+
+    def __call__(self, encoded: list[bytes], parameters: ViewParameters) -> Tensor:
+        """(V*n, 3, S, S) float32, channels-last, on the device; row v*n + i is view v of image i.
+
+        Raises:
+            DecodeError: an image can't be decoded; `args[1]` is its place in `encoded`.
+        """
+        return augment(self._decode(encoded), parameters, self._recipe)
+
+    def close(self) -> None:
+        """Ends the decoding threads."""
+        self._threads.shutdown()
+
+    def _decode(self, encoded: list[bytes]) -> list[Tensor]:
+        """(3, H, W) uint8 RGB per image, on the device, EXIF orientation not applied."""
+        images = dict.fromkeys(range(len(encoded)))
+        if self._device.type == "cuda":
+            jpegs = [i for i, file in enumerate(encoded) if file.startswith(JPEG_START)]
+            images |= zip(jpegs, decode_on_gpu([encoded[i] for i in jpegs], self._device), strict=True)
+        rest = [i for i, image in images.items() if image is None]
+        for i, pixels in zip(rest, self._threads.map(decode, [encoded[i] for i in rest]), strict=True):
+            if pixels is None:
+                raise DecodeError("the image can't be decoded", i)
+            images[i] = torch.from_numpy(pixels).to(self._device, non_blocking=True).permute(2, 0, 1)
+        return list(images.values())
+
+
+def decode_on_gpu(files: list[bytes], device: torch.device) -> list[Tensor | None]:
+    """(3, H, W) uint8 RGB per JPEG by nvJPEG; all None, for the host to try, if it refuses one (CMYK, damaged)."""
+    if not files:
+        return []
+    # torchvision decodes on a stream of its own into memory of the current one, which may have been freed while
+    # kernels that read the last batch were still queued: they have to be through before it is written again.
+    torch.cuda.current_stream(device).synchronize()
+    try:
+        return decode_jpeg(
+            [torch.frombuffer(bytearray(f), dtype=torch.uint8) for f in files], ImageReadMode.RGB, device
+        )
+    except RuntimeError:
+        return [None] * len(files)
+
+
+def augment(images: list[Tensor], parameters: ViewParameters, recipe: Recipe) -> Tensor:
+    """n images (3, H, W) uint8 on one device -> (V*n, 3, S, S) float32 there, normalised and channels-last.
+
+    Which rows an operation touches is decided on the host, so nothing here waits for a GPU.
+    """
+    at = np.ndindex(parameters.flip.shape)
+    x = torch.stack(
+        [_resized_crop(images[i], parameters.crop[v, i], parameters.flip[v, i], recipe.size) for v, i in at]
+    )
+    order, gray, sigma = (
+        parameters.order.reshape(-1, 4),
+        parameters.gray.ravel(),
+        parameters.sigma.ravel(),
+    )  # (V*n, ...)
+    jitter = {
+        BRIGHTNESS: (adjust_brightness_accumulative, parameters.brightness.ravel(), 1),
+        CONTRAST: (adjust_contrast_with_mean_subtraction, parameters.contrast.ravel(), 1),
+        SATURATION: (adjust_saturation_with_gray_subtraction, parameters.saturation.ravel(), 1),
+        HUE: (adjust_hue, 2 * math.pi * parameters.hue.ravel(), 0),  # Kornia's hue is in radians
+    }
+    for place in range(4):
+        for operation, (adjust, amount, neutral) in jitter.items():
+            rows = np.flatnonzero((order[:, place] == operation) & (amount != neutral))
+            _change_rows(x, rows, adjust, torch.from_numpy(amount[rows]))
+    _change_rows(x, np.flatnonzero(gray), _drop_colour)
+    rows = np.flatnonzero(sigma > 0)
+    # Not gaussian_blur2d, which reads the sign of sigma back from where it is.
+    kernel = get_gaussian_kernel1d(recipe.blur_window, torch.from_numpy(sigma[rows])[:, None])  # (rows, window)
+    _change_rows(x, rows, filter2d_separable, kernel, kernel)
+    mean, std = (torch.tensor(v)[:, None, None].to(x.device, non_blocking=True) for v in (recipe.mean, recipe.std))
+    return x.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
+
+
+def _resized_crop(image: Tensor, crop: np.ndarray, flip: bool, size: int) -> Tensor:
+    """(3, H, W) uint8 -> (3, S, S) float32 in 0..1."""
+    top, left, height, width = crop.tolist()
+    window = image[None, :, top : top + height, left : left + width].float() / 255
+    x = F.interpolate(window, (size, size), mode="bicubic", antialias=True, align_corners=False)[0].clamp_(0, 1)
+    return x.flip(-1) if flip else x
+
+
+def _change_rows(x: Tensor, rows: np.ndarray, change, *arguments) -> None:
+    """x[rows] = change(x[rows], ...), in place; boolean masks would make the host wait for the device."""
+    if len(rows):
+        index = torch.from_numpy(rows).to(x.device, non_blocking=True)
+        x.index_copy_(0, index, change(x.index_select(0, index), *arguments))
+
+
+def _drop_colour(x: Tensor) -> Tensor:
+    return rgb_to_grayscale(x).expand(-1, 3, -1, -1)

@@ -1,0 +1,302 @@
+"""Images of every origin through the converter and back; what can't be read, what is refused, what is killed."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from errors import UserError
+from pipeline import textures
+from pipeline.convert import ensure_textures, write_split
+from pipeline.shards import open_shards, open_splits
+from pipeline.sources import Source, _named, folder_source, imagenet_source
+from tests.pipeline.image_sets import (
+    ROOT,
+    contents,
+    damaged,
+    pictures,
+    run_module,
+    tar_bytes,
+    write_folder,
+    write_imagenet,
+    write_tar,
+)
+
+
+@pytest.fixture
+def few_textures(monkeypatch):
+    monkeypatch.setattr(textures, "SPLITS", {"train": 30, "test": 10})
+
+
+def expected(files: dict[str, bytes]) -> dict[str, tuple[str, bytes]]:
+    return {name.rsplit(".", 1)[0]: (name.split("/")[0], content) for name, content in files.items()}
+
+
+@pytest.mark.parametrize("form", ["folder", "tar"])
+def test_class_folders(tmp_path, form):
+    files = pictures()
+    path = write_folder(tmp_path / "in", files) if form == "folder" else write_tar(tmp_path / "in.tar", files)
+    shards = write_split(folder_source(path), tmp_path / "out", "train", samples_per_shard=5)
+    assert contents(shards) == expected(files)
+    assert shards.manifest["name"] == "in" and shards.manifest["split"] == "train"
+    assert shards.classes == ["class_0", "class_1", "class_2"] and shards.manifest["class_counts"] == [4, 4, 4]
+    assert [shard["samples"] for shard in shards.manifest["shards"]] == [5, 5, 2]
+    assert shards.manifest["left_out"] == []
+
+
+def test_imagenet_tar_is_streamed(tmp_path):
+    files = pictures()
+    source = imagenet_source(write_imagenet(tmp_path / "ILSVRC2012_img_train.tar", files))
+    opened, watching = [], True
+
+    def watch(event: str, arguments: tuple) -> None:  # an audit hook stays for good, so it is switched off
+        if watching and event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+            opened.append(Path(arguments[0]).name)
+
+    sys.addaudithook(watch)
+    shards = write_split(source, tmp_path / "out", "train")
+    watching = False
+    assert contents(shards) == {key.split("/")[1]: value for key, value in expected(files).items()}
+    # no image was unpacked: these are all the files that were ever opened to write
+    assert set(opened) == {"train-000000.tar", "train-000000.index.npy", "dataset.json.partial"}
+
+
+def test_textures(tmp_path, few_textures):
+    ensure_textures(tmp_path)
+    train, test = open_splits(str(tmp_path))
+    assert train.classes == test.classes == textures.CLASSES
+    assert train.manifest["class_counts"] == [3] * 10 and test.manifest["class_counts"] == [1] * 10
+    rendered = contents(train)
+    assert rendered["train-000013"] == (textures.CLASSES[3], textures.render(0, "train", 13))
+    before = (tmp_path / "train" / "dataset.json").stat().st_mtime_ns
+    ensure_textures(tmp_path)
+    assert (tmp_path / "train" / "dataset.json").stat().st_mtime_ns == before
+
+
+def test_textures_of_another_version_are_rendered_anew(tmp_path, few_textures, monkeypatch):
+    ensure_textures(tmp_path)
+    monkeypatch.setattr(textures, "VERSION", textures.VERSION + 1)
+    ensure_textures(tmp_path)
+    for shards in open_splits(str(tmp_path)):
+        assert shards.manifest["name"] == f"textures-{textures.VERSION}"
+
+
+def test_the_same_bytes_twice(tmp_path):
+    path = write_folder(tmp_path / "in", pictures())
+    digests = []
+    for out in "a", "b":
+        write_split(folder_source(path), tmp_path / out, "train", samples_per_shard=5)
+        files = sorted((tmp_path / out / "train").iterdir())
+        digests.append([(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files])
+    assert digests[0] == digests[1] and len(digests[0]) == 3 + 3 + 1
+    other = write_split(folder_source(path), tmp_path / "c", "train", seed=1)
+    assert other.index["key"].tolist() != open_shards(str(tmp_path / "a" / "train")).index["key"].tolist()
+
+
+def test_classes_are_mixed_in_every_shard(tmp_path):
+    files = pictures(classes=2, each=20)
+    shards = write_split(folder_source(write_folder(tmp_path / "in", files)), tmp_path, "train", samples_per_shard=10)
+    for first in range(0, 40, 10):
+        assert len(set(shards.index["label"][first : first + 10].tolist())) == 2
+
+
+def test_unreadable_images_are_left_out_named_and_counted(tmp_path):
+    suffixes = {"animation": "gif", "float": "tif"}
+    bad = {f"class_0/{name}.{suffixes.get(name, 'jpg')}": content for name, content in damaged().items()}
+    files = pictures()
+    source = folder_source(write_folder(tmp_path / "in", files | bad))
+    shards = write_split(source, tmp_path / "out", "train")
+    assert contents(shards) == expected(files)
+    reasons = {entry["name"].split("/")[1]: entry["reason"] for entry in shards.manifest["left_out"]}
+    assert reasons.keys() == damaged().keys()
+    assert "GIF" in reasons["animation"] and "truncated" in reasons["truncated"] and "not an image" in reasons["text"]
+    result = run_module("pipeline.convert", "folder", tmp_path / "in", tmp_path / "again")
+    assert result.returncode == 0 and "12 images of 3 classes in 1 shards, 6 left out." in result.stdout
+    assert all(f"left out class_0/{name}: {reason}" in result.stderr for name, reason in reasons.items())
+
+
+def test_images_in_no_folder_have_no_class(tmp_path):
+    files = {f"{number}.jpg": content for number, content in enumerate(list(pictures().values())[:2])}
+    shards = write_split(folder_source(write_tar(tmp_path / "in.tar", files)), tmp_path / "out", "train")
+    assert contents(shards) == {"0": (None, files["0.jpg"]), "1": (None, files["1.jpg"])}
+    assert shards.index["label"].tolist() == [-1, -1] and shards.classes == []
+
+
+def test_keys_have_no_dot_and_are_unique(tmp_path):
+    content = next(iter(pictures().values()))
+    names = ["a/x.1.jpg", "a/x_1.jpg", "b/a/x_1.jpg", "a/y.jpg", "a/y.JPEG", ".v/..z.jpg"]
+    shards = write_split(folder_source(write_folder(tmp_path / "in", dict.fromkeys(names, content))), tmp_path, "train")
+    keys = [key.decode() for key in shards.index["key"]]
+    assert len(set(keys)) == 6 and all("." not in key.rsplit("/", 1)[-1] for key in keys)
+    twice = write_folder(tmp_path / "twice", dict.fromkeys(["a/x.jpg", "b/a/x.jpg", "b/a/x_jpg.jpg"], content))
+    write_folder(twice, {"c/b/a/x.jpg": content})
+    assert len({key for _, key, _ in folder_source(twice).items}) == 4
+
+
+def test_a_second_split_gets_the_same_class_numbers(tmp_path):
+    files = pictures()
+    write_split(folder_source(write_folder(tmp_path / "in", files)), tmp_path / "out", "train")
+    fewer = {name: content for name, content in files.items() if not name.startswith("class_0")}
+    test = write_split(folder_source(write_folder(tmp_path / "test", fewer)), tmp_path / "out", "test")
+    assert contents(test) == expected(fewer) and set(test.index["label"].tolist()) == {1, 2}
+    foreign = {name.replace("class_1", "owl"): content for name, content in files.items()}
+    with pytest.raises(UserError, match=r"has classes that (.*) has not \(owl\)"):
+        write_split(folder_source(write_folder(tmp_path / "val", foreign)), tmp_path / "out", "val")
+    assert not (tmp_path / "out" / "val").exists()
+    with pytest.raises(UserError, match="train exists already: delete it"):
+        write_split(folder_source(tmp_path / "in"), tmp_path / "out", "train")
+    train, opened = open_splits(str(tmp_path / "out"))
+    assert (len(train), len(opened)) == (12, 8)
+
+
+def test_splits_with_other_classes_are_refused(tmp_path):
+    write_split(folder_source(write_folder(tmp_path / "in", pictures())), tmp_path / "out", "train")
+    write_split(folder_source(write_folder(tmp_path / "two", pictures(classes=2))), tmp_path / "other", "test")
+    os.replace(tmp_path / "other" / "test", tmp_path / "out" / "test")
+    with pytest.raises(UserError, match="has other classes than"):
+        open_splits(str(tmp_path / "out"))
+
+
+SLOW_CONVERSION = """
+import sys, time
+from pathlib import Path
+from pipeline import convert
+from pipeline.sources import folder_source
+
+if sys.argv[3] == "before the rename":
+    def wait(*_):
+        print("now", flush=True)
+        time.sleep(60)
+    convert.os.replace = wait
+    source = folder_source(Path(sys.argv[1]))
+else:
+    source = folder_source(Path(sys.argv[1]))
+    read, done = source.read, []
+    def slowly(*address):
+        done.append(address)
+        if len(done) == 9:
+            print("now", flush=True)
+            time.sleep(60)
+        return read(*address)
+    object.__setattr__(source, "read", slowly)
+convert.write_split(source, Path(sys.argv[2]), "train", samples_per_shard=4)
+"""
+
+
+@pytest.mark.parametrize("moment", ["amid the shards", "before the rename"])
+def test_a_killed_conversion_leaves_nothing_that_is_trusted(tmp_path, moment):
+    write_folder(tmp_path / "in", pictures())
+    arguments = [sys.executable, "-c", SLOW_CONVERSION, tmp_path / "in", tmp_path / "out", moment]
+    with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"now\n"
+        process.kill()
+    assert process.returncode != 0
+    assert any((tmp_path / "out").rglob("*.tar"))  # it had got somewhere
+    for root in tmp_path / "out", tmp_path / "out" / "train":
+        with pytest.raises(UserError, match="No shards at"):
+            open_splits(str(root))
+    # other classes than those of the killed conversion: nothing of it counts
+    other = {name.replace("class", "sort"): content for name, content in pictures().items()}
+    shards = write_split(folder_source(write_folder(tmp_path / "other", other)), tmp_path / "out", "train")
+    assert contents(shards) == expected(other)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["train"]
+
+
+ENSURE = """
+import sys
+import tracemalloc
+from pathlib import Path
+from pipeline import convert, textures
+textures.SPLITS = {"train": 60, "test": 20}
+render = textures.render
+def counted(*address):
+    print(*address, flush=True)
+    return render(*address)
+textures.render = counted
+convert.ensure_textures(Path(sys.argv[1]))
+"""
+
+
+def test_of_concurrent_processes_one_renders_the_textures(tmp_path):
+    arguments = [sys.executable, "-c", ENSURE, tmp_path / "textures"]
+    processes = [subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert sorted(len(output.splitlines()) for output in outputs) == [0, 80]
+    train, test = open_splits(str(tmp_path / "textures"))
+    assert (len(train), len(test)) == (60, 20)
+
+
+def test_an_interrupted_conversion_cleans_up(tmp_path):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_split(Source("x", [("a", "a/0", (0,))], interrupt), tmp_path / "out", "train")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_million_images_fit_into_memory(tmp_path):
+    """The list of items: some 300 bytes per image, with one string per class."""
+    files = ((f"n{number % 10:08d}/n{number % 10:08d}_{number}.JPEG", (number, 1)) for number in range(20_000))
+    tracemalloc.start()
+    items = _named(files)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(items) == 20_000 and peak / len(items) < 450
+    assert len({id(label) for label, _, _ in items}) == 10
+
+
+REFUSED = {
+    "missing": (["folder", "nowhere"], "does not exist"),
+    "empty folder": (["folder", "empty"], "No images in empty"),
+    "tar without images": (["folder", "text.tar"], "No images in text"),
+    "compressed tar": (["folder", "images.tar.gz"], "is not a whole, uncompressed tar"),
+    "truncated tar": (["folder", "cut.tar"], "is not a whole, uncompressed tar"),
+    "nothing readable": (["folder", "damaged"], "No image of damaged could be read"),
+    "imagenet without classes": (["imagenet", "images.tar"], "holds no class tars"),
+    "imagenet as a folder": (["imagenet", "empty"], "There is no file"),
+    "truncated imagenet": (["imagenet", "cut_imagenet.tar"], "is not a whole, uncompressed tar"),
+}
+
+
+@pytest.fixture(scope="module")
+def refused_sources(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("refused")
+    (root / "empty").mkdir()
+    write_tar(root / "text.tar", {"a/readme.txt": b"nothing"})
+    write_tar(root / "images.tar.gz", pictures(), "w:gz")
+    write_tar(root / "images.tar", pictures())
+    (root / "cut.tar").write_bytes(tar_bytes(pictures())[:1500])
+    write_folder(root / "damaged", {"a/text.jpg": damaged()["text"]})
+    whole = write_imagenet(root / "whole.tar", pictures()).read_bytes()
+    (root / "cut_imagenet.tar").write_bytes(whole[:12_000])
+    return root
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused(refused_sources, tmp_path, case):
+    (kind, name), message = REFUSED[case]
+    with pytest.raises(UserError, match=message):
+        source = {"folder": folder_source, "imagenet": imagenet_source}[kind](refused_sources / name)
+        write_split(source, tmp_path / "out", "train")
+    assert not list(tmp_path.rglob("*.tar"))
+
+
+@pytest.mark.parametrize("case", ["missing", "compressed tar", "imagenet without classes", "nothing readable"])
+def test_a_refusal_is_one_sentence_and_exit_code_1(refused_sources, tmp_path, case):
+    (kind, name), message = REFUSED[case]
+    result = run_module("pipeline.convert", kind, refused_sources / name, tmp_path / "out")
+    assert result.returncode == 1 and message in result.stderr
+    assert "Traceback" not in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_a_full_or_closed_disk_is_no_traceback(tmp_path):
+    write_folder(tmp_path / "in", pictures())
+    (tmp_path / "out").write_text("a file where the folder should be")
+    result = run_module("pipeline.convert", "folder", tmp_path / "in", tmp_path / "out")
+    assert result.returncode == 1 and str(tmp_path / "out") in result.stderr and "Traceback" not in result.stderr

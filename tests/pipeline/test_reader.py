@@ -1,0 +1,83 @@
+"""The reader returns the very bytes that were written, from disk and from elsewhere, and names what it can't read."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import fsspec
+import numpy as np
+import pytest
+
+from errors import UserError
+from pipeline.convert import write_split
+from pipeline.reader import Reader
+from pipeline.shards import ShardSet, open_shards
+from pipeline.sources import folder_source
+from tests.pipeline.image_sets import contents, pictures, write_folder
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> ShardSet:
+    root = tmp_path_factory.mktemp("shards")
+    source = folder_source(write_folder(root / "in", pictures(each=10)))
+    return write_split(source, root / "out", "train", samples_per_shard=7)
+
+
+@pytest.fixture
+def copy(shards, tmp_path) -> ShardSet:
+    (tmp_path / "copy").mkdir()
+    fsspec.filesystem("file").put(shards.root + "/*", str(tmp_path / "copy"))
+    return open_shards(str(tmp_path / "copy"))
+
+
+@pytest.fixture
+def remote(shards):
+    fs = fsspec.filesystem("memory")
+    fs.put(shards.root, "/reader/train", recursive=True)
+    yield open_shards("memory://reader/train")
+    fs.rm("/reader", recursive=True)
+
+
+def expected(shards: ShardSet, samples: np.ndarray) -> list[bytes]:
+    encoded = {key: content for key, (_, content) in contents(shards).items()}
+    return [encoded[key.decode()] for key in shards.index["key"][samples]]
+
+
+def test_any_samples_in_any_order(shards, remote):
+    samples = np.random.default_rng(0).permutation(np.concatenate([np.arange(30), [7, 7, 6]]))
+    for each in shards, remote:
+        assert Reader(each)(samples) == expected(shards, samples)
+        assert Reader(each)(samples[:0]) == []
+
+
+def test_from_many_threads(shards):
+    reader, draws = Reader(shards), np.random.default_rng(0).integers(0, 30, (40, 8))
+    with ThreadPoolExecutor(8) as pool:
+        for samples, encoded in zip(draws, pool.map(reader, draws), strict=True):
+            assert encoded == expected(shards, samples)
+
+
+def test_no_file_stays_open(shards):
+    before = set(os.listdir("/dev/fd")) if os.path.exists("/dev/fd") else set()
+    reader = Reader(shards)
+    for _ in range(20):
+        reader(np.arange(30))
+    assert not os.path.exists("/dev/fd") or len(os.listdir("/dev/fd")) <= len(before)
+
+
+def test_a_missing_or_short_shard_is_named(copy, remote):
+    tar = os.path.join(copy.root, "train-000001.tar")
+    os.truncate(tar, int(copy.index[9]["offset"]) + 10)
+    reader = Reader(copy)
+    assert reader(np.array([8])) == expected_bytes(remote, 8)
+    with pytest.raises(UserError, match=r"train-000001\.tar is shorter than its index says"):
+        reader(np.array([0, 9]))
+    os.remove(tar)
+    with pytest.raises(UserError, match=r"can't be read .*train-000001\.tar.*copy it again"):
+        reader(np.array([8]))
+    fsspec.filesystem("memory").rm_file("/reader/train/train-000002.tar")
+    with pytest.raises(UserError, match=r"can't be read .*train-000002\.tar"):
+        Reader(remote)(np.arange(30))
+
+
+def expected_bytes(shards: ShardSet, sample: int) -> list[bytes]:
+    return Reader(shards)(np.array([sample]))
