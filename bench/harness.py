@@ -1,0 +1,109 @@
+"""What every bench shares: timing that survives a noisy machine, and typed rows in a committed CSV."""
+
+import csv
+import datetime
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def environment(device: torch.device) -> dict[str, str | int]:
+    """Columns that say where a figure was measured."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    stripped = {key.strip(): value.strip() for key, value in fields.items()}
+    kind = f"family {stripped.get('cpu family', '?')} model {stripped.get('model', '?')}"
+    return f"{stripped.get('model name', platform.machine())} {kind}"
+
+
+def interleave(functions: dict[str, Callable[[], object]], seconds: float, device: torch.device) -> dict[str, list]:
+    """Seconds of every call, the functions taking turns, so that a slow moment of the machine hits all alike.
+
+    Args:
+        functions: name -> what to time; each is called once beforehand, uncounted.
+        seconds: about how long all of it may take; every function is timed at least three times.
+    """
+
+    def finish() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    for function in functions.values():
+        function()
+    finish()
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    begun = time.perf_counter()
+    while time.perf_counter() - begun < seconds or len(next(iter(times.values()))) < 3:
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            finish()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def peak_resident_mb() -> float:
+    """The most memory this process has held, in MB.
+
+    Not getrusage's ru_maxrss where that can be helped: on Linux it begins at the peak of the process that started this
+    one.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+def percentiles_ms(seconds: list[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile in milliseconds."""
+    cuts = statistics.quantiles(seconds, n=10, method="inclusive")
+    return {
+        "p20_ms": round(1000 * cuts[1], 4),
+        "median_ms": round(1000 * statistics.median(seconds), 4),
+        "p80_ms": round(1000 * cuts[7], 4),
+        "runs": len(seconds),
+    }
+
+
+def write_rows(name: str, rows: list[dict]) -> Path:
+    """Replace bench/results/NAME.csv by `rows`; a column that a row lacks stays empty."""
+    path = RESULTS / f"{name}.csv"
+    RESULTS.mkdir(exist_ok=True)
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def read_rows(name: str) -> list[dict[str, str]]:
+    with (RESULTS / f"{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))

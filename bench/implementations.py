@@ -1,0 +1,62 @@
+"""What bench/loss_kernel.py compares: our NT-Xent, the dense form in plain torch, and the peers that are installed.
+
+Every one is a function of (z, temperature) with z (2N, D), both views of sample i at rows i and N + i, that returns the
+mean loss with a graph behind it.
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
+
+from loss import nt_xent
+
+Implementation = Callable[[Tensor, float], Tensor]
+
+
+def dense(z: Tensor, temperature: float) -> Tensor:
+    """The usual few lines: all similarities, self-pairs at -inf, cross-entropy with the positive's column."""
+    n = len(z) // 2
+    u = normalize(z, dim=1)  # (2N, D)
+    s = (u @ u.T / temperature).fill_diagonal_(-torch.inf)  # (2N, 2N)
+    positive = torch.arange(2 * n, device=z.device).roll(n)
+    return cross_entropy(s, positive)
+
+
+@cache
+def _lightly(temperature: float) -> torch.nn.Module:
+    from lightly.loss import NTXentLoss
+
+    return NTXentLoss(temperature)
+
+
+def lightly(z: Tensor, temperature: float) -> Tensor:
+    return _lightly(temperature)(*z.chunk(2))
+
+
+@cache
+def _metric_learning(temperature: float) -> torch.nn.Module:
+    from pytorch_metric_learning.losses import NTXentLoss, SelfSupervisedLoss
+
+    return SelfSupervisedLoss(NTXentLoss(temperature))
+
+
+def metric_learning(z: Tensor, temperature: float) -> Tensor:
+    return _metric_learning(temperature)(*z.chunk(2))
+
+
+def implementations(device: torch.device) -> dict[str, Implementation]:
+    """Name -> implementation, of those that run on `device` with what is installed."""
+    found: dict[str, Implementation] = {"blockwise": partial(nt_xent, impl="blockwise")}
+    if device.type == "cuda":
+        found = {"triton": partial(nt_xent, impl="triton"), **found}
+    found["dense"] = dense
+    found["dense compiled"] = torch.compile(dense, dynamic=False)
+    if find_spec("lightly"):
+        found["lightly"] = lightly
+    if find_spec("pytorch_metric_learning"):
+        found["pytorch-metric-learning"] = metric_learning
+    return found

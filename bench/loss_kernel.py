@@ -1,0 +1,185 @@
+"""Throughput, memory and error of NT-Xent, forward and backward, beside its floor and its peers.
+
+    python bench/loss_kernel.py                   the sweep; bench/results/loss_kernel.csv and .png
+    python bench/loss_kernel.py --quick           M = 1024 and 2048 only
+    python bench/loss_kernel.py --static          what the Triton kernels compile to, without a GPU
+    make bench                                    installs the peers first
+
+The floor of a shape is what no exact implementation on this device can beat by much: two GEMM units of 2 M M D flop
+(half a unit forward and one and a half backward, S being symmetric) at the rate of a large square matrix product, and
+one exponential per pair and direction at the rate of `exp_`, both measured in the same run between the candidates.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench.harness import environment, interleave, peak_resident_mb, percentiles_ms, write_rows
+from bench.implementations import Implementation, implementations
+from bench.plot import plot_loss_kernel
+from loss import nt_xent
+
+TEMPERATURE = 0.1
+SHAPES = [(M, 128) for M in (1024, 2048, 4096, 8192)] + [(4096, 64), (4096, 256), (4096, 512)]
+LONG = [16384, 32768, 65536]
+"""Rows M that only the implementations of linear memory are measured at."""
+CUBIC_LIMIT = 512
+"""pytorch-metric-learning materialises M x M (M - 2) similarities: 2 GB here."""
+console = Console()
+
+
+def projections(m: int, d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(M, D) like a trained model's: the two views of a sample at cosine 0.93 or so."""
+    random = torch.Generator().manual_seed(0)
+    sample = torch.randn(m // 2, d, generator=random)
+    views = [sample + 0.27 * torch.randn(m // 2, d, generator=random) for _ in range(2)]
+    return torch.cat(views).to(device, dtype)
+
+
+def forward_backward(implementation: Implementation, z: Tensor) -> Tensor:
+    z = z.detach().requires_grad_()
+    implementation(z, TEMPERATURE).backward()
+    return z.grad
+
+
+def square_side(device: torch.device) -> int:
+    """Side of a square matrix product that runs at the device's best rate."""
+    return 2048 if device.type == "cpu" else 8192
+
+
+def floor_functions(dtype: torch.dtype, device: torch.device) -> dict:
+    """Two calls whose times make the floor: a square matrix product, and exponentials in cached blocks."""
+    side = square_side(device)
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    block = torch.randn(512, 1024, device=device)
+    powers = torch.empty_like(block)
+
+    def exponentials() -> None:
+        for _ in range(4):
+            torch.exp(block, out=powers)
+
+    return {"floor: matrix product": lambda: torch.mm(a, b, out=out), "floor: exponentials": exponentials}
+
+
+def floor_ms(times: dict[str, list[float]], m: int, d: int, device: torch.device) -> float:
+    flop_s = 2 * square_side(device) ** 3 / _median(times["floor: matrix product"])
+    exp_s = 4 * 512 * 1024 / _median(times["floor: exponentials"])
+    return 1000 * (2 * 2 * m * m * d / flop_s + m * m / exp_s)
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def error_against_float64(implementation: Implementation, z: Tensor) -> float:
+    """Largest deviation of dL/dz from float64 autograd of the reference, relative to the largest gradient."""
+    truth = forward_backward(lambda x, t: nt_xent(x, t, impl="reference"), z.double())
+    return ((forward_backward(implementation, z).double() - truth).abs().max() / truth.abs().max()).item()
+
+
+def peak_extra_mb(name: str, m: int, d: int, dtype: str, device: torch.device) -> float:
+    """Peak memory of one forward and backward over what stands before it, in MB."""
+    if device.type == "cuda":
+        z = projections(m, d, getattr(torch, dtype), device)
+        forward_backward(implementations(device)[name], z)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        forward_backward(implementations(device)[name], z)
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    # a process of its own: the peak of a process never falls
+    command = [sys.executable, __file__, "--memory-of", name, str(m), str(d), dtype]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def print_memory(name: str, m: int, d: int, dtype: str) -> None:
+    """The child of `peak_extra_mb`: warm up small, so that only the shape itself is left to grow the peak."""
+    device = torch.device("cpu")
+    implementation = implementations(device)[name]
+    forward_backward(implementation, projections(64, d, getattr(torch, dtype), device))
+    z = projections(m, d, getattr(torch, dtype), device)
+    before = peak_resident_mb()
+    forward_backward(implementation, z)
+    print(peak_resident_mb() - before)
+
+
+def measure(m: int, d: int, dtype: str, device: torch.device, seconds: float, memory: bool) -> list[dict]:
+    """One row per implementation that can run this shape."""
+    z = projections(m, d, getattr(torch, dtype), device)
+    chosen = {
+        name: implementation
+        for name, implementation in implementations(device).items()
+        if (m not in LONG or name in ("triton", "blockwise"))
+        and (m <= CUBIC_LIMIT or name != "pytorch-metric-learning")
+    }
+    calls = {name: lambda f=implementation: forward_backward(f, z) for name, implementation in chosen.items()}
+    times = interleave(calls | floor_functions(z.dtype, device), seconds, device)
+    floor = floor_ms(times, m, d, device)
+    rows = []
+    for name, implementation in chosen.items():
+        figures = percentiles_ms(times[name])
+        median_s = figures["median_ms"] / 1000
+        rows.append(
+            environment(device)
+            | {"implementation": name, "M": m, "D": d, "dtype": dtype, "temperature": TEMPERATURE}
+            | figures
+            | {
+                "pairs_per_s": round(m * m / median_s),
+                "tflop_per_s": round(3 * 2 * m * m * d / median_s / 1e12, 4),
+                "floor_ms": round(floor, 6),
+                "ratio_to_floor": round(figures["median_ms"] / floor, 3),
+                "peak_extra_mb": round(peak_extra_mb(name, m, d, dtype, device), 1) if memory else "",
+                "gradient_error": f"{error_against_float64(implementation, z):.2e}" if m <= 4096 else "",
+            }
+        )
+    return rows
+
+
+def show(rows: list[dict]) -> None:
+    columns = ("implementation", "M", "D", "dtype", "median_ms", "ratio_to_floor", "tflop_per_s", "peak_extra_mb")
+    table = Table(*columns, "gradient_error")
+    for row in rows:
+        table.add_row(*(str(row[column]) for column in (*columns, "gradient_error")))
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="M = 1024 and 2048 at D = 128 only, no file written")
+    parser.add_argument("--static", action="store_true", help="report what the Triton kernels compile to")
+    parser.add_argument("--seconds", type=float, default=6.0, help="about how long each shape is timed (default: 6)")
+    parser.add_argument("--memory-of", nargs=4, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory_of:
+        name, m, d, dtype = arguments.memory_of
+        return print_memory(name, int(m), int(d), dtype)
+    if arguments.static:
+        from bench.static_report import report  # it needs Triton, which only Linux has
+
+        return report()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtypes = ("bfloat16", "float32") if device.type == "cuda" else ("float32",)
+    shapes = [(1024, 128), (2048, 128)] if arguments.quick else [(512, 128), *SHAPES, *((m, 128) for m in LONG)]
+    rows = []
+    for dtype in dtypes:
+        for m, d in shapes:
+            console.print(f"M = {m}, D = {d}, {dtype} ...")
+            rows += measure(m, d, dtype, device, arguments.seconds, memory=not arguments.quick)
+    show(rows)
+    if not arguments.quick:
+        console.print(f"written: {write_rows('loss_kernel', rows)} and {plot_loss_kernel()}")
+    if device.type == "cpu":
+        console.print("No GPU here: the Triton kernels were not timed; --static reports what they compile to.")
+
+
+if __name__ == "__main__":
+    main()

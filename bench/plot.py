@@ -1,0 +1,42 @@
+"""Plots from the committed CSVs alone: `python -m bench.plot` draws them anew."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no screen needed
+
+import matplotlib.pyplot as plt
+
+from bench.harness import RESULTS, read_rows
+
+
+def plot_loss_kernel() -> Path:
+    """bench/results/loss_kernel.png: time and memory of NT-Xent over M at D = 128, from loss_kernel.csv."""
+    rows = [row for row in read_rows("loss_kernel") if row["D"] == "128" and row["dtype"] == "float32"]
+    figure, (time, memory) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for name in dict.fromkeys(row["implementation"] for row in rows):
+        mine = [row for row in rows if row["implementation"] == name]
+        width = 2.5 if name in ("triton", "blockwise") else 1.2
+        time.plot(*_points(mine, "median_ms"), "o-", label=name, linewidth=width, markersize=4)
+        memory.plot(*_points(mine, "peak_extra_mb"), "o-", label=name, linewidth=width, markersize=4)
+    time.plot(*_points(rows, "floor_ms"), "k:", label="floor")
+    for axes, title in ((time, "forward and backward, ms"), (memory, "peak extra memory, MB")):
+        axes.set(title=title, xlabel="rows M (two views of M / 2 images)", xscale="log", yscale="log")
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+    time.legend(fontsize=8)
+    figure.suptitle(f"NT-Xent, fp32, D = 128, {rows[0]['device']}, {rows[0]['threads']} threads", fontsize=10)
+    path = RESULTS / "loss_kernel.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def _points(rows: list[dict[str, str]], column: str) -> tuple[list[int], list[float]]:
+    pairs = sorted({int(row["M"]): float(row[column]) for row in rows if float(row[column] or 0) > 0}.items())
+    return [m for m, _ in pairs], [value for _, value in pairs]
+
+
+if __name__ == "__main__":
+    print(plot_loss_kernel())

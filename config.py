@@ -1,0 +1,233 @@
+"""What a run is: dataclasses for the options, plain functions for the presets."""
+
+import argparse
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
+
+from errors import UserError
+from pipeline.recipe import Recipe
+
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+
+
+@dataclass(frozen=True)
+class Data:
+    backend: Literal["auto", "dali", "kornia", "host"] = "auto"
+    """Who makes the views. auto: DALI on CUDA (Kornia where DALI is missing), OpenCV threads on a CPU."""
+    workers: int = 0
+    """Host threads per process for reading and augmenting; 0 for this process's share of the cores."""
+    prefetch: int = 2
+    """Batches prepared ahead of the training step."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    name: str = "resnet50"
+    """Any timm model."""
+    stem: Literal["auto", "small", "standard"] = "auto"
+    """Of a ResNet. small: 3x3, stride 1, no max-pool. auto: small for views of 64 px or less."""
+    width: float = 1.0
+    """Multiplies all channel counts of a ResNet."""
+
+
+@dataclass(frozen=True)
+class Head:
+    version: Literal["v1", "v2"] = "v1"
+    """v1: two layers (arXiv 2002.05709). v2: three (arXiv 2006.10029)."""
+    hidden: int = 2048
+    """Width between the layers."""
+    out: int = 128
+    """Width of z."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    temperature: float = 0.1
+    """The tau of NT-Xent."""
+    impl: Literal["auto", "triton", "blockwise", "reference"] = "auto"
+    """Which implementation. auto: triton on NVIDIA GPUs that can run it, blockwise elsewhere."""
+
+
+@dataclass(frozen=True)
+class Optim:
+    name: Literal["lars", "sgd", "adamw"] = "lars"
+    lr: float = 0.3
+    """Base learning rate: times B / 256 if linear, times sqrt(B) if sqrt, as it is if none."""
+    scaling: Literal["linear", "sqrt", "none"] = "linear"
+    momentum: float = 0.9
+    """Of LARS and SGD; AdamW's first beta."""
+    weight_decay: float = 1e-6
+    """Not for biases and normalisation parameters."""
+    warmup_epochs: float = 10
+    """Linear warm-up, of at most a tenth of the run; then a cosine to 0."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    knn_every: int = 10
+    """Epochs between kNN evaluations; 0 for the end only."""
+    k: int = 20
+    """Neighbours that vote."""
+    max_bank: int = 50_000
+    """At most so many training images serve as neighbours and train the final linear probe."""
+    baselines: bool = True
+    """Also evaluate raw pixels and the untrained encoder."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a SimCLR encoder on shards. A preset sets every option; what is given beside it wins."""
+
+    preset: str = "textures"
+    """textures (needs no data), cifar10, stl10 or imagenet."""
+    data: str = ""
+    """Shards: a folder or URL with train/ (and test/ or val/), or one shard set. The textures preset makes its own."""
+    out: str = ""
+    """Run folder; default runs/<preset>-<time>."""
+    epochs: int = 100
+    """Times that every image is seen."""
+    batch_size: int = 4096
+    """Global batch in images, over all processes."""
+    seed: int = 0
+    """Of initial weights, order and views."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 where the hardware computes in it."""
+    log_every: int = 10
+    """Steps between rows of metrics.jsonl."""
+    loading: Annotated[Data, tyro.conf.arg(name="data")] = field(default_factory=Data)
+    views: Recipe = field(default_factory=Recipe)
+    encoder: Encoder = field(default_factory=Encoder)
+    head: Head = field(default_factory=Head)
+    loss: Loss = field(default_factory=Loss)
+    optim: Optim = field(default_factory=Optim)
+    eval: Evaluation = field(default_factory=Evaluation)
+
+
+def textures() -> Config:
+    """The built-in data set on a laptop: ResNet-18 at a quarter of its width, standard stem, 32 px.
+
+    `accelerate launch train.py` takes two to four minutes on two CPU cores; the README shows what it reaches. Jitter at
+    full strength is what makes the pattern, not the colours, the cheapest thing that two views have in common.
+    """
+    return Config(
+        preset="textures",
+        epochs=50,
+        batch_size=128,
+        views=Recipe(size=32, crop_area=(0.2, 1.0), gray_p=0.3, blur_p=0.0, mean=(0.5,) * 3, std=(0.25,) * 3),
+        encoder=Encoder("resnet18", stem="standard", width=0.25),
+        head=Head("v1", hidden=128, out=64),
+        loss=Loss(temperature=0.2),
+        optim=Optim("adamw", lr=6e-3, scaling="none", weight_decay=1e-4, warmup_epochs=2),
+        eval=Evaluation(knn_every=10, k=20),
+    )
+
+
+def cifar10() -> Config:
+    """CIFAR-10 with augmentation and temperature of arXiv 2002.05709, appendix B.9, and ResNet-18 for its ResNet-50.
+
+    `accelerate launch train.py --preset cifar10 --data CIFAR` on shards made by `pipeline.convert`. Neither hours nor
+    accuracy have been measured here; ResNet-18 is commonly reported at about 91 % linear after 1000 epochs.
+    """
+    return Config(
+        preset="cifar10",
+        epochs=1000,
+        batch_size=512,
+        views=Recipe(size=32, jitter_strength=0.5, blur_p=0.0, mean=CIFAR_MEAN, std=CIFAR_STD),
+        encoder=Encoder("resnet18"),
+        head=Head("v1", hidden=512, out=128),
+        loss=Loss(temperature=0.5),
+        optim=Optim("lars", lr=1.0, scaling="linear", weight_decay=1e-4, warmup_epochs=10),
+        eval=Evaluation(knn_every=20, k=200),
+    )
+
+
+def stl10() -> Config:
+    """STL-10 at 96 px with ResNet-18 and a head 512 -> 64, as small-scale SimCLR is usually run.
+
+    `accelerate launch train.py --preset stl10 --data STL`; neither hours nor accuracy have been measured here.
+    """
+    return Config(
+        preset="stl10",
+        epochs=200,
+        batch_size=256,
+        views=Recipe(size=96),
+        encoder=Encoder("resnet18"),
+        head=Head("v1", hidden=512, out=64),
+        loss=Loss(temperature=0.5),
+        optim=Optim("adamw", lr=3e-4, scaling="none", weight_decay=1e-4, warmup_epochs=10),
+        eval=Evaluation(knn_every=20, k=20),
+    )
+
+
+def imagenet() -> Config:
+    """ImageNet as in arXiv 2002.05709: ResNet-50, batch 4096, LARS 4.8, 100 epochs: 64.6 % linear top-1 (table B.1).
+
+    `accelerate launch train.py --preset imagenet --data IMAGENET` on as many GPUs as hold 4096 images at 224 px; hours
+    have not been measured.
+    """
+    return Config(
+        preset="imagenet",
+        epochs=100,
+        batch_size=4096,
+        views=Recipe(size=224),
+        encoder=Encoder("resnet50"),
+        head=Head("v1", hidden=2048, out=128),
+        loss=Loss(temperature=0.1),
+        optim=Optim("lars", lr=0.3, scaling="linear", weight_decay=1e-6, warmup_epochs=10),
+        eval=Evaluation(knn_every=10, k=200, baselines=False),
+    )
+
+
+PRESETS = {preset.__name__: preset for preset in (textures, cifar10, stl10, imagenet)}
+
+
+def parse(arguments: list[str]) -> Config:
+    """Command line to configuration: the preset first, then whatever is given beside it.
+
+    Raises:
+        UserError: unknown preset, or a value that can't work.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="textures")
+    name = first.parse_known_args(arguments)[0].preset
+    if name not in PRESETS:
+        raise UserError(f"There is no preset {name!r}: choose one of {', '.join(PRESETS)}.")
+    config = tyro.cli(Config, prog="train.py [pretrain]", default=PRESETS[name](), args=arguments)
+    _check(config)
+    return config
+
+
+def _check(config: Config) -> None:
+    """Refuse values that would fail later, where the cause is no longer plain."""
+    smallest = {
+        "epochs": (config.epochs, 1),
+        "batch-size": (config.batch_size, 2),
+        "seed": (config.seed, 0),
+        "log-every": (config.log_every, 1),
+        "data.workers": (config.loading.workers, 0),
+        "data.prefetch": (config.loading.prefetch, 1),
+        "views.size": (config.views.size, 8),
+        "encoder.width": (config.encoder.width, 0.05),
+        "head.hidden": (config.head.hidden, 1),
+        "head.out": (config.head.out, 1),
+        "loss.temperature": (config.loss.temperature, 0.001),
+        "optim.lr": (config.optim.lr, 0),
+        "optim.warmup-epochs": (config.optim.warmup_epochs, 0),
+        "eval.knn-every": (config.eval.knn_every, 0),
+        "eval.k": (config.eval.k, 1),
+        "eval.max-bank": (config.eval.max_bank, 1),
+    }
+    for option, (value, limit) in smallest.items():
+        if not value >= limit:
+            raise UserError(f"--{option} is {value}: give at least {limit}.")
+    if config.seed >= 2**32:
+        raise UserError(f"--seed is {config.seed}: give one below {2**32}.")
+    low, high = config.views.crop_area
+    if not 0 < low <= high <= 1:
+        raise UserError(
+            f"--views.crop-area is {low} {high}: give two shares of the image, 0 < smallest <= largest <= 1."
+        )
+    if config.preset != "textures" and not config.data:
+        raise UserError(f"--preset {config.preset} needs shards: give --data, made by `python -m pipeline.convert`.")

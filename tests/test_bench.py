@@ -1,0 +1,53 @@
+"""The benches' own arithmetic, on shapes small enough for a test."""
+
+import csv
+
+import pytest
+import torch
+
+from bench import harness, loss_kernel
+from bench.implementations import dense
+from loss import nt_xent
+
+CPU = torch.device("cpu")
+
+
+def test_everything_takes_its_turn():
+    turns = []
+    functions = {name: lambda name=name: turns.append(name) for name in "ab"}
+    times = harness.interleave(functions, seconds=0.0, device=CPU)
+    assert turns == ["a", "b"] * 4, "one round to warm up, three that count"
+    assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
+
+
+def test_percentiles():
+    figures = harness.percentiles_ms([n / 1000 for n in range(1, 12)])
+    assert figures == {"p20_ms": 3.0, "median_ms": 6.0, "p80_ms": 9.0, "runs": 11}
+
+
+def test_rows_come_back_from_the_csv(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    path = harness.write_rows("figures", [{"a": 1, "b": 2.5}, {"a": 3, "c": "x"}])
+    assert list(csv.reader(path.open())) == [["a", "b", "c"], ["1", "2.5", ""], ["3", "", "x"]]
+    assert harness.read_rows("figures")[1] == {"a": "3", "b": "", "c": "x"}
+
+
+def test_what_is_compared_computes_the_same():
+    z = loss_kernel.projections(34, 16, torch.float64, CPU)
+    assert torch.nn.functional.cosine_similarity(*z.chunk(2)).mean() > 0.9
+    torch.testing.assert_close(dense(z, 0.1), nt_xent(z, 0.1, impl="reference"))
+
+
+def test_a_row_says_what_was_measured(monkeypatch):
+    monkeypatch.setattr(loss_kernel, "implementations", lambda device: {"dense": dense})
+    (row,) = loss_kernel.measure(64, 16, "float32", CPU, seconds=0.0, memory=False)
+    assert row["implementation"] == "dense" and (row["M"], row["D"]) == (64, 16)
+    assert row["ratio_to_floor"] == pytest.approx(row["median_ms"] / row["floor_ms"], rel=0.01, abs=0.01)
+    assert row["pairs_per_s"] == pytest.approx(64 * 64 / row["median_ms"] * 1000, rel=0.01)
+    assert float(row["gradient_error"]) < 1e-5
+    assert row["torch"] == torch.__version__
+
+
+def test_memory_is_measured_in_a_process_of_its_own():
+    extra = loss_kernel.peak_extra_mb("dense", 2048, 16, "float32", CPU)
+    assert extra > 2 * 2048 * 2048 * 4 / 1e6, "at least similarities and their gradient"

@@ -1,0 +1,255 @@
+"""train.py as its users run it, on a few textures: one process, two gloo ranks, and what can be typed wrong."""
+
+import io
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import train
+from pipeline import textures
+from pipeline.convert import folder_source, write_split
+
+ROOT = Path(__file__).parents[1]
+SHORT = ["--head.hidden", "32", "--head.out", "16", "--batch-size", "16", "--log-every", "1"]
+SMALL = ["--encoder.width", "0.125", *SHORT]
+ROW = {"step", "epoch", "loss", "lr", "probe_top1", "images_per_s", "data_wait_ms", "step_ms"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """80 train and 40 test textures of ten classes, as shards."""
+    root = tmp_path_factory.mktemp("data")
+    for split, count in (("train", 80), ("test", 40)):
+        for number in range(count):
+            folder = root / "images" / split / textures.CLASSES[number % 10]
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{number}.jpg").write_bytes(textures.render(0, split, number))
+        write_split(folder_source(root / "images" / split), root / "shards", split, samples_per_shard=32)
+    return root / "shards"
+
+
+@pytest.fixture
+def run_here(monkeypatch):
+    """Run train.py in this process: fast, and enough for everything but exit codes."""
+    threads = torch.get_num_threads()
+
+    def run(*arguments):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+        train.main()
+
+    yield run
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert not PartialState._shared_state
+    torch.set_num_threads(threads)
+
+
+def launch(*arguments, processes):
+    """Several ranks on the CPU by `accelerate launch`.
+
+    Its own --cpu starts one process whatever --num_processes says, unless there is an MPI; --multi_gpu is how it starts
+    several, and the variable keeps them off any GPU.
+    """
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
+    command += ["--num_processes", str(processes), "--main_process_port", "0", str(ROOT / "train.py")]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "COLUMNS": "200"}
+    return subprocess.run(
+        [*command, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300
+    )
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_what_it_promises(run_here, data, tmp_path, capsys):
+    out = tmp_path / "run"
+    run_here("pretrain", "--data", data, "--out", out, "--epochs", 2, "--eval.knn-every", 1, *SMALL)
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "encoder.safetensors", "metrics.jsonl"]
+    config = json.loads((out / "config.json").read_text())
+    assert config["preset"] == "textures" and config["batch_size"] == 16 and config["encoder"]["width"] == 0.125
+
+    steps = [row for row in rows(out) if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 11))
+    assert all(row.keys() == ROW and math.isfinite(row["loss"]) for row in steps)
+    assert all(0 <= row["data_wait_ms"] <= row["step_ms"] and row["images_per_s"] > 0 for row in steps)
+    evaluations = [row for row in rows(out) if "knn_top1" in row]
+    assert [row.get("features") for row in evaluations] == [None, "raw pixels", "untrained", "trained"]
+    assert all(0 <= row["knn_top1"] <= 1 for row in evaluations)
+
+    with safe_open(out / "encoder.safetensors", "pt") as file:
+        metadata = file.metadata()
+    encoder = timm.create_model(metadata["timm_name"], **json.loads(metadata["timm_kwargs"]))
+    encoder.load_state_dict(load_file(out / "encoder.safetensors"), strict=True)
+    assert config["timm_name"] == metadata["timm_name"]
+
+    printed = capsys.readouterr().out
+    for expected in ("raw pixels", "untrained", "trained", "images/s", "waiting for data", str(out)):
+        assert expected in printed.replace("\n", "")
+
+
+def test_a_terminal_gets_a_bar_with_loss_speed_and_wait(run_here, data, tmp_path, monkeypatch):
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=120)
+    monkeypatch.setattr(train, "console", terminal)
+    run_here("--data", data, "--out", tmp_path / "run", "--epochs", 1, "--eval.no-baselines", *SMALL)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.file.getvalue())
+    assert re.search(r"5/5 .* loss \d+\.\d{3}  [\d,]+ images/s  wait \d+%", shown), shown
+
+
+def test_same_seed_same_run(run_here, data, tmp_path):
+    losses = []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        run_here("--data", data, "--out", tmp_path / name, "--epochs", 1, "--seed", seed, "--eval.no-baselines", *SMALL)
+        losses.append([row["loss"] for row in rows(tmp_path / name) if "loss" in row])
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_without_labels_or_test_split(run_here, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(16):
+        (folder / f"{number}.jpg").write_bytes(textures.render(0, "train", number))
+    write_split(folder_source(folder), tmp_path / "shards", "train")
+    run_here("--data", tmp_path / "shards", "--out", tmp_path / "run", "--epochs", 1, *SMALL)
+    assert (tmp_path / "run" / "encoder.safetensors").exists()
+    assert [row["probe_top1"] for row in rows(tmp_path / "run")] == [0.0]
+
+
+def test_two_ranks_equal_one_process(run_here, data, tmp_path):
+    """Five fp32 steps at the same global batch, with batch norm in encoder and head.
+
+    In conditions that don't magnify rounding, as one thread against two shows: SGD, for AdamW divides by the size of
+    the gradient, even where that is rounding alone; and the small stem, so that batch norm has pixels to average over.
+    """
+    common = ["--data", data, "--epochs", 1, *SMALL, "--precision", "fp32", "--encoder.stem", "small"]
+    common += ["--loss.temperature", 0.5, "--optim.name", "sgd", "--optim.lr", 0.02, "--out"]
+    run_here(*common, tmp_path / "one")
+    done = launch(*common, tmp_path / "two", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "steps on 2 x cpu" in done.stdout
+    one, two = ([row for row in rows(tmp_path / name) if "loss" in row] for name in ("one", "two"))
+    assert len(one) == len(two) == 5
+    for alone, together in zip(one, two, strict=True):
+        assert together["loss"] == pytest.approx(alone["loss"], abs=1e-5)
+        assert together["lr"] == alone["lr"] and together["probe_top1"] == pytest.approx(alone["probe_top1"])
+    assert max(row["loss"] for row in one) - min(row["loss"] for row in one) > 0.01, "the weights moved"
+    one, two = (
+        {row["features"]: row["knn_top1"] for row in rows(tmp_path / name) if "features" in row}
+        for name in ("one", "two")
+    )
+    assert one["raw pixels"] == two["raw pixels"] and two["trained"] == pytest.approx(one["trained"], abs=0.026)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "nowhere"], "No shards at nowhere"),
+        (["--preset", "imagnet"], "no preset 'imagnet': choose one of textures, cifar10, stl10, imagenet"),
+        (["--preset", "cifar10"], "needs shards: give --data"),
+        (["--data", "DATA", "--batch-size", "16", "--encoder.name", "resnet19"], "timm has no encoder 'resnet19'"),
+        (["--data", "DATA", "--batch-size", "81"], "larger than the data set"),
+        (["--data", "DATA", "--batch-size", "1"], "--batch-size is 1: give at least 2"),
+        (["--data", "DATA", "--epochs", "0"], "--epochs is 0"),
+        (["--data", "DATA", "--loss.temperature", "0"], "--loss.temperature is 0.0"),
+        (["--data", "DATA", "--loss.temperature", "nan"], "--loss.temperature is nan"),
+        (["--data", "DATA", "--seed", "-1"], "--seed is -1"),
+        (["--data", "DATA", "--optim.lr", "-1"], "--optim.lr is -1"),
+        (["--data", "DATA", "--views.crop-area", "1.0", "0.1"], "--views.crop-area is 1.0 0.1"),
+        (["--data", "DATA", "--batch-size", "16", "--encoder.name", "vit_tiny_patch16_224"], "give --encoder.width 1"),
+        (["--data", "EMPTY"], "No shards at"),
+    ],
+)
+def test_what_is_typed_wrong_gets_one_sentence(run_here, data, tmp_path, arguments, message):
+    (tmp_path / "empty").mkdir()
+    places = {"DATA": data, "EMPTY": tmp_path / "empty"}
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as stopped:
+        run_here(*[places.get(word, word) for word in arguments], "--out", out)
+    assert message in str(stopped.value) and "\n" not in str(stopped.value)
+    assert not out.exists(), "a run that could not begin leaves nothing"
+
+
+def test_a_finished_run_is_not_written_over(run_here, data, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(SystemExit, match="holds a run already"):
+        run_here("--data", data, "--out", tmp_path, *SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_place_that_cannot_be_written(run_here, data, tmp_path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(SystemExit, match=r"^error: .*file"):
+            run_here("--data", data, "--out", out, *SMALL)
+
+
+def test_knn_before_the_first_row_and_a_split_without_labels(run_here, data, tmp_path, capsys):
+    often = [*SMALL[:-2], "--log-every", 100, "--epochs", 2, "--eval.knn-every", 1, "--eval.no-baselines"]
+    run_here("--data", data, "--out", tmp_path / "a", *often)
+    assert [row["step"] for row in rows(tmp_path / "a") if "loss" in row] == [5, 10]
+    unlabelled = tmp_path / "shards"
+    shutil.copytree(data, unlabelled)
+    for index in (unlabelled / "test").glob("*.npy"):
+        samples = np.load(index)
+        samples["label"] = -1
+        np.save(index, samples)
+    run_here("--data", unlabelled, "--out", tmp_path / "b", *often)
+    assert "no labelled test split" in capsys.readouterr().out.replace("\n", " ")
+    assert (tmp_path / "b" / "encoder.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--precision", "bf16", "--optim.name", "lars", "--optim.lr", "0.1", "--head.version", "v2"],
+        ["--data.backend", "kornia", "--optim.name", "sgd", "--optim.lr", "0.01", "--loss.impl", "reference"],
+    ],
+    ids=["bf16, LARS, head v2", "Kornia, SGD, reference loss"],
+)
+def test_other_parts_fit_as_well(run_here, data, tmp_path, options):
+    run_here("--data", data, "--out", tmp_path / "run", "--epochs", 1, "--eval.no-baselines", *SMALL, *options)
+    losses = [row["loss"] for row in rows(tmp_path / "run") if "loss" in row]
+    assert len(losses) == 5 and all(0 < loss < 2 * math.log(31) for loss in losses)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(run_here, data, tmp_path):
+    explode = ["--optim.name", "sgd", "--optim.lr", "1e30", "--optim.warmup-epochs", "0"]
+    with pytest.raises(SystemExit, match=r"The loss became (nan|inf) by step \d: lower --optim.lr"):
+        run_here("--data", data, "--out", tmp_path / "run", "--eval.no-baselines", *explode, *SMALL)
+    assert not (tmp_path / "run" / "encoder.safetensors").exists()
+
+
+def test_exit_codes_and_no_traceback(data, tmp_path):
+    wrong = subprocess.run(
+        [sys.executable, ROOT / "train.py", "--data", tmp_path / "nowhere"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert wrong.returncode == 1
+    assert wrong.stderr.startswith("error: No shards at") and "Traceback" not in wrong.stderr
+    ranks = launch("--data", data, "--batch-size", 15, "--out", tmp_path / "run", processes=2)
+    assert ranks.returncode != 0
+    assert "A global batch of 15 does not divide by 2 processes: use --batch-size 14" in ranks.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_names_the_options():
+    shown = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0
+    for option in ("--preset", "--data", "--batch-size", "--optim.name", "--loss.temperature", "--data.backend"):
+        assert option in shown.stdout

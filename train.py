@@ -1,0 +1,262 @@
+"""StreamCLR: train a SimCLR encoder from shards.
+
+    accelerate launch train.py                                          the built-in demonstration
+    accelerate launch train.py --preset imagenet --data /data/imagenet  a real run
+    python train.py --help                                              every option
+
+Read `pretrain` from top to bottom: the parts, one loop, the report.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import set_seed
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from config import Config, parse
+from engine.metrics import MetricsFile, RunningMeans, StepClock
+from engine.optim import create_optimizer, parameter_groups
+from engine.schedule import peak_learning_rate, warmup_cosine
+from errors import UserError
+from evaluation.features import raw_pixels
+from evaluation.report import Evaluator, report_table
+from loss import nt_xent
+from model import (
+    SimCLR,
+    create_encoder,
+    encoder_spec,
+    projection_head,
+    representation_width,
+    save_encoder,
+    synchronise_batchnorm,
+)
+from pipeline.convert import ensure_textures
+from pipeline.loader import ViewLoader, central_batches, choose_backend
+from pipeline.shards import open_splits
+
+TEXTURES = "data/textures"
+console = Console()
+
+
+def pretrain(config: Config) -> None:
+    """One run, from shards to `encoder.safetensors`."""
+    accelerator = Accelerator(
+        mixed_precision="no",  # the loop opens autocast itself, around the forward pass alone
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
+    cores = max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if device.type == "cpu":
+        torch.set_num_threads(cores)  # the launcher leaves one thread to each process
+    torch.backends.cudnn.benchmark = True  # every step has the same shapes
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and computes_in_bf16(device))
+    set_seed(config.seed)
+    out = Path(config.out or f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UserError(f"{out} holds a run already: choose another --out or delete it.")
+
+    # ---- data: shards -> two views of every image
+    if config.preset == "textures" and not config.data:
+        ensure_textures(Path(TEXTURES))
+        # the demonstration must run on any number of processes
+        config = dataclasses.replace(config, batch_size=config.batch_size // world_size * world_size)
+    train, test = open_splits(config.data or TEXTURES)
+    backend = choose_backend(config.loading.backend, device)
+    loading = {"device": device, "backend": backend, "workers": config.loading.workers or cores}
+    loader = ViewLoader(
+        train,
+        config.views,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        rank=rank,
+        world_size=world_size,
+        prefetch=config.loading.prefetch,
+        **loading,
+    )
+
+    # ---- model: views -> h -> z
+    spec = encoder_spec(config.encoder.name, config.views.size, config.encoder.stem, config.encoder.width)
+    encoder = create_encoder(spec)
+    width = representation_width(encoder, config.views.size)
+    head = projection_head(config.head.version, width, config.head.hidden, config.head.out)
+    simclr = SimCLR(encoder, head, width, classes=len(train.classes))
+    if world_size > 1:
+        simclr = synchronise_batchnorm(simclr, device)
+    simclr = simclr.to(device, memory_format=torch.channels_last)
+
+    # ---- optimisation; epochs become steps here and nowhere else
+    total_steps = config.epochs * len(loader)
+    warmup_steps = round(min(config.optim.warmup_epochs, config.epochs / 10) * len(loader))
+    peak = peak_learning_rate(config.optim.lr, config.batch_size, config.optim.scaling)
+    groups = parameter_groups([simclr.encoder, simclr.head], config.optim.weight_decay)
+    optimizer = create_optimizer(config.optim.name, groups, peak, config.optim.momentum)
+    optimizers = [optimizer]
+    if simclr.probe is not None:  # it has its own, so that no setting of the encoder's touches the yardstick
+        optimizers.append(torch.optim.AdamW(simclr.probe.parameters(), 1e-3))
+    model = accelerator.prepare_model(simclr)
+
+    # ---- evaluation on frozen features, before, during and after
+    evaluate = None
+    labelled = [(split, np.flatnonzero(split.index["label"] >= 0)) for split in (train, test) if split is not None]
+    if len(labelled) == 2 and all(len(samples) for _, samples in labelled):
+        evaluate = Evaluator(
+            *labelled,
+            lambda split, samples: central_batches(split, config.views, samples, batch_size=256, **loading),
+            accelerator.gather,
+            rank,
+            world_size,
+            config.eval.k,
+            config.eval.max_bank,
+        )
+
+    def represent(views: Tensor) -> Tensor:
+        """(B, 3, S, S) -> h (B, features), in evaluation mode."""
+        simclr.eval()
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            h = simclr.encoder(views)
+        simclr.train()
+        return h
+
+    # ---- the run folder, made only now that every part stands
+    if accelerator.is_main_process:
+        metrics = start_run(out, config, spec)
+        console.print(
+            f"{len(train):,} images, batch {config.batch_size} ({loader.order.dropped} left over each epoch), "
+            f"{total_steps:,} steps on {world_size} x {device.type} in {'bf16' if bf16 else 'fp32'}, "
+            f"views by {backend}, encoder {spec[0]} {spec[1]}"
+            + ("" if evaluate else "; no labelled test split beside the train split, so no kNN and no table")
+        )
+    accelerator.wait_for_everyone()
+    report = {}
+    if evaluate and config.eval.baselines:
+        report = {"raw pixels": evaluate(raw_pixels), "untrained": evaluate(represent)}
+
+    # ---- the loop
+    clock, means, step = StepClock(), RunningMeans(), 0
+    with progress_bar(total_steps, accelerator.is_main_process) as advance:
+        for epoch in range(config.epochs):
+            for batch in clock.watch(loader):
+                lr = warmup_cosine(step, warmup_steps, total_steps, peak)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    z, scores = model(batch.views)  # (2B, out), (2B, classes)
+                loss = nt_xent(z, config.loss.temperature, impl=config.loss.impl)
+                probe_loss, probe_top1 = probe_objective(scores, batch.label, loss)
+                accelerator.backward(loss + probe_loss)
+                for each in optimizers:
+                    each.step()
+                    each.zero_grad(set_to_none=True)
+                means.add(loss, probe_top1)
+                step += 1
+                epoch_ends = step % len(loader) == 0
+                knn_due = evaluate and epoch_ends and config.eval.knn_every and (epoch + 1) % config.eval.knn_every == 0
+                if step % config.log_every == 0 or step == total_steps or knn_due:
+                    # the one place where the host waits for the device
+                    mean_loss, mean_top1 = accelerator.reduce(means.take(), "mean").tolist()
+                    if not math.isfinite(mean_loss):
+                        raise UserError(
+                            f"The loss became {mean_loss} by step {step}: lower --optim.lr, lengthen "
+                            "--optim.warmup-epochs or use --precision fp32."
+                        )
+                    row = {"step": step, "epoch": epoch + 1, "loss": mean_loss, "lr": lr, "probe_top1": mean_top1}
+                    row |= clock.window(config.batch_size)
+                    if accelerator.is_main_process:
+                        metrics.write(**row)
+                        advance(row)
+            if knn_due and step < total_steps:
+                knn = evaluate(represent, linear=False)
+                if accelerator.is_main_process:
+                    metrics.write(step=step, epoch=epoch + 1, **knn)
+                    console.print(f"epoch {epoch + 1}: loss {row['loss']:.3f}, kNN top-1 {knn['knn_top1']:.3f}")
+                clock.pause()
+    loader.close()
+
+    # ---- what came out; the encoder first, since nothing after it is worth a lost run
+    if accelerator.is_main_process:
+        save_encoder(simclr.encoder, spec, out / "encoder.safetensors")
+    if evaluate:
+        report["trained"] = evaluate(represent)
+    if accelerator.is_main_process:
+        for name, figures in report.items():
+            metrics.write(step=step if name == "trained" else 0, features=name, **figures)
+        metrics.close()
+        if report:
+            console.print(report_table(report))
+        images_per_s, waiting = clock.summary(config.batch_size)
+        console.print(f"{images_per_s:,.0f} images/s, {waiting:.1%} of the time waiting for data; run folder: {out}")
+    accelerator.end_training()
+
+
+def available_cores() -> int:
+    """Cores this process may use; not every system knows an affinity."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies in bfloat16; emulation would be slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+
+
+def probe_objective(scores: Tensor | None, label: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy () and top-1 () of the online probe on both views (2B, classes), unlabelled images left out."""
+    if scores is None:
+        return torch.zeros_like(like), torch.zeros_like(like)
+    label = label.repeat(2)  # (2B,)
+    known = (label >= 0).sum().clamp_min(1)
+    top1 = (scores.argmax(1) == label).sum() / known
+    return cross_entropy(scores.float(), label, ignore_index=-1, reduction="sum") / known, top1
+
+
+def start_run(out: Path, config: Config, spec: tuple[str, dict]) -> MetricsFile:
+    """Make the run folder with its config.json and open its metrics."""
+    out.mkdir(parents=True, exist_ok=True)
+    record = {**dataclasses.asdict(config), "timm_name": spec[0], "timm_kwargs": spec[1]}
+    (out / "config.json").write_text(json.dumps(record, indent=2) + "\n")
+    return MetricsFile(out / "metrics.jsonl")
+
+
+@contextmanager
+def progress_bar(total_steps: int, shown: bool) -> Iterator[Callable[[dict], None]]:
+    """A bar with loss, images/s and data wait on the main process of a terminal; yields what advances it."""
+    figures = "loss {task.fields[loss]:.3f}  {task.fields[images_per_s]:,.0f} images/s  wait {task.fields[wait]:.0%}"
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn(figures))
+    with Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as progress:
+        task = progress.add_task("", total=total_steps, loss=math.nan, images_per_s=0, wait=0)
+
+        def advance(row: dict) -> None:
+            wait = row["data_wait_ms"] / row["step_ms"]
+            progress.update(task, completed=row["step"], loss=row["loss"], images_per_s=row["images_per_s"], wait=wait)
+
+        yield advance
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["pretrain"]:
+        arguments = arguments[1:]
+    try:
+        pretrain(parse(arguments))
+    except (UserError, OSError) as error:  # an unwritable folder, a full disk
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)  # the shell's code for a run that was interrupted
+
+
+if __name__ == "__main__":
+    main()
