@@ -8,6 +8,7 @@ Read `pretrain` from top to bottom: the parts, one loop, the report.
 """
 
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from rich.console import Console
@@ -198,7 +200,13 @@ def pretrain(config: Config) -> None:
             console.print(report_table(report))
         images_per_s, waiting = clock.summary(config.batch_size)
         console.print(f"{images_per_s:,.0f} images/s, {waiting:.1%} of the time waiting for data; run folder: {out}")
-    accelerator.end_training()
+
+
+def leave_process_group() -> None:
+    """End gloo's threads, which would abort the process if they outlived the interpreter."""
+    gc.collect()  # they end with the last reference to their group, and modules refer to it in cycles
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def available_cores() -> int:
@@ -252,6 +260,7 @@ def main() -> None:
         arguments = arguments[1:]
     try:
         pretrain(parse(arguments))
+        leave_process_group()
     except (UserError, OSError) as error:  # an unwritable folder, a full disk
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 import triton.language as tl
 from triton.runtime import interpreter
 
 from loss import nt_xent, triton_launch, triton_loss, triton_tiles
 from loss.triton_tiles import Tile
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, at each log of 0 that is meant
 
@@ -219,9 +219,7 @@ def test_stands_in_one_graph_of_torch_compile():
 RANK_CASES = [(torch.float32, 0.1), (torch.float16, 0.1), (torch.float32, 0.01)]
 
 
-def in_rank(rank, world_size, folder, views):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+def losses_of_rank(rank, world_size, views):
     results = []
     for dtype, tau in RANK_CASES:
         own = views[:, rank::world_size].flatten(0, 1).to(dtype)
@@ -229,14 +227,12 @@ def in_rank(rank, world_size, folder, views):
         for shared in (loss, grad_temperature):
             dist.all_reduce(shared)
         results.append((loss / world_size, grad.unflatten(0, (2, -1)) / world_size, grad_temperature / world_size))
-    torch.save(results, folder / str(rank))
-    dist.destroy_process_group()
+    return results
 
 
 def test_two_ranks_equal_one_process(tmp_path):
     views = trained_like(44, 24).unflatten(0, (2, -1))  # (2, N, D)
-    mp.spawn(in_rank, (2, tmp_path, views), nprocs=2)
-    ranks = [torch.load(tmp_path / str(rank)) for rank in range(2)]
+    ranks = run_ranks(2, tmp_path, losses_of_rank, views)
     for (dtype, tau), first, second in zip(RANK_CASES, *ranks, strict=True):
         loss, grad, grad_temperature = loss_and_gradients(triton_nt_xent, views.flatten(0, 1).to(dtype), tau)
         gathered = torch.stack([first[1], second[1]], dim=2).flatten(1, 2).flatten(0, 1)

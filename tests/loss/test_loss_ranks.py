@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from loss import nt_xent
+from tests.ranks import run_ranks
 
 SAMPLES_PER_RANK, WIDTH, D = 5, 9, 7
 
@@ -36,18 +36,6 @@ def loss_and_gradients(module, views, group=None, impl="auto"):
     loss = nt_xent(*module(views.flatten(0, 1)), group=group, impl=impl)
     loss.backward()
     return [loss.detach()] + [p.grad.clone() for p in module.parameters()]
-
-
-def in_rank(rank, world_size, folder, body):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
-    torch.save(body(rank, world_size), folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-def run_ranks(world_size, folder, body):
-    mp.spawn(in_rank, (world_size, folder, body), nprocs=world_size)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
 
 
 def compare_with_one_process(rank, world_size):

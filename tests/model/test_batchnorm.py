@@ -4,11 +4,11 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from errors import UserError
 from model.batchnorm import HostSyncBatchNorm, synchronise_batchnorm
+from tests.ranks import run_ranks
 
 
 def network():
@@ -30,27 +30,20 @@ def step(net, x, share):
     }
 
 
-def on_rank(rank, world_size, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+def on_rank(rank, world_size, x):
     net = synchronise_batchnorm(network(), torch.device("cpu"))
     assert isinstance(net[1], HostSyncBatchNorm) and not net[-1].bias.requires_grad
-    x = torch.load(f"{folder}/x.pt").chunk(world_size)[rank]
-    result = step(net, x, share=1)
+    result = step(net, x.chunk(world_size)[rank], share=1)
     for name in result:
         if name.startswith("grad"):
             dist.all_reduce(result[name])
-    torch.save(result, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return result
 
 
 def test_ranks_equal_one_process(tmp_path):
-    world_size = 2
     x = torch.randn(8, 3, 8, 8, dtype=torch.float64) * 3 + 1
-    torch.save(x, tmp_path / "x.pt")
-    mp.spawn(on_rank, (world_size, str(tmp_path)), nprocs=world_size)
+    ranks = run_ranks(2, tmp_path, on_rank, x)
     alone = step(network(), x, share=1)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world_size)]
     torch.testing.assert_close(torch.cat([rank.pop("out") for rank in ranks]), alone.pop("out"), rtol=1e-12, atol=1e-12)
     for rank in ranks:
         assert rank.keys() == alone.keys()
