@@ -14,16 +14,18 @@ sums: subtracted afterwards they would cancel everything else once the model is 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Long enough for the GEMM to run at its full rate and for the number of calls not to matter, small enough that the
-# exponential and the sums find the block still in the cache.
-BLOCK_ROWS = 512
-BLOCK_COLUMNS = 1024
+from loss.workers import Workers, workers
+
+# Of a block, at most: long enough for the GEMM to run at its full rate and for the number of calls not to matter, small
+# enough that the exponential and the sums find the block still in the cache.
+BAND_ROWS, BLOCK_COLUMNS = 384, 768
 
 
 def nt_xent_blockwise(z: Tensor, temperature: Tensor, gather: Callable[[Tensor], Tensor] = Tensor.detach) -> Tensor:
@@ -41,20 +43,30 @@ def nt_xent_blockwise(z: Tensor, temperature: Tensor, gather: Callable[[Tensor],
 @torch.library.custom_op("streamclr::negatives_logsumexp", mutates_args=())
 def negatives_logsumexp(z_all: Tensor, temperature: Tensor, rows: int) -> Tensor:
     """L_i (rows,) of the first `rows` rows of z_all (M, D), this rank's own, against all M."""
+    return workers(z_all.device).run(_negatives_logsumexp, z_all, temperature, rows)
+
+
+def _negatives_logsumexp(workers: Workers, z_all: Tensor, temperature: Tensor, rows: int) -> Tensor:
     u, _ = _unit_rows(z_all)
+    u_t = u.t().contiguous()  # (D, M): the GEMM of a block reads it along its rows
     tau = temperature.item()
     exp_fits = _exp_fits(u.dtype, tau)
-    total = u.new_full((rows,), 0.0 if exp_fits else -math.inf)
-    for i, j, mirrored, s in _blocks(u, rows, tau):
-        s_mirrored = s[:, mirrored.start - j.start : mirrored.stop - j.start]
-        if exp_fits:
-            s.exp_()
-            total[i] += s.sum(1)
-            total[mirrored] += s_mirrored.sum(0)
-        else:
-            total[i] = total[i].logaddexp(s.logsumexp(1))
-            total[mirrored] = total[mirrored].logaddexp(s_mirrored.logsumexp(0))
-    return total.log_() if exp_fits else total
+
+    def over_bands(bands: Iterable[slice]) -> Tensor:
+        total = u.new_full((rows,), 0.0 if exp_fits else -math.inf)
+        for i, j, mirrored, s in _blocks(u, u_t, rows, tau, bands):
+            s_mirrored = s[:, mirrored.start - j.start : mirrored.stop - j.start]
+            if exp_fits:
+                s.exp_()
+                total[i] += s.sum(1)
+                total[mirrored] += s_mirrored.sum(0)
+            else:
+                total[i] = total[i].logaddexp(s.logsumexp(1))
+                total[mirrored] = total[mirrored].logaddexp(s_mirrored.logsumexp(0))
+        return total
+
+    partial_sums = workers.share_out(over_bands, rows, BAND_ROWS)
+    return sum(partial_sums).log_() if exp_fits else reduce(torch.logaddexp, partial_sums)
 
 
 @negatives_logsumexp.register_fake
@@ -69,6 +81,10 @@ def loss_from_negatives(z: Tensor, temperature: Tensor, z_all: Tensor, negatives
     z_all (M, D), whose first m rows are z, and L (M,) of all its rows are intermediate results, not inputs: the
     gradient that flows through them is already part of the gradient of z.
     """
+    return workers(z.device).run(_loss_from_negatives, z, temperature, negatives_all)
+
+
+def _loss_from_negatives(_: Workers, z: Tensor, temperature: Tensor, negatives_all: Tensor) -> Tensor:
     rows = z.shape[0]
     u, _ = _unit_rows(z)
     return -F.logsigmoid(_positives(u, rows, temperature.item()) - negatives_all[:rows]).mean()
@@ -84,27 +100,41 @@ def loss_gradient(
     grad_loss: Tensor, temperature: Tensor, z_all: Tensor, negatives_all: Tensor, rows: int
 ) -> tuple[Tensor, Tensor]:
     """dL/dz (rows, D) and dL/dtau () of W times the global loss: the average over W ranks is the global gradient."""
+    return workers(z_all.device).run(_loss_gradient, grad_loss, temperature, z_all, negatives_all, rows)
+
+
+def _loss_gradient(
+    workers: Workers, grad_loss: Tensor, temperature: Tensor, z_all: Tensor, negatives_all: Tensor, rows: int
+) -> tuple[Tensor, Tensor]:
     u, norm = _unit_rows(z_all)
+    u_t = u.t().contiguous()
     tau = temperature.item()
     positives = _positives(u, rows, tau)  # (M,)
     lse = negatives_all.logaddexp(positives)
     q = torch.sigmoid(negatives_all[:rows] - positives[:rows]).view(2, -1, 1)
-    du = u[:rows].roll(rows // 2, 0).view(2, rows // 2, -1).mul_(-(q[0] + q[1])).view(rows, -1)
-
     exp_fits = _exp_fits(u.dtype, tau)
     shrink = torch.exp(-lse)
-    weights = u.new_empty(_block_size(u, rows))
-    for i, j, mirrored, s in _blocks(u, rows, tau):
-        w = weights[: s.numel()].view_as(s)
-        if exp_fits:
-            torch.add(shrink[i, None], shrink[j], out=w)
-            s.exp_().mul_(w)
-        else:
-            torch.sub(s, lse[j], out=w).exp_()
-            s.sub_(lse[i, None]).exp_().add_(w)
-        _add_product(du[i], s, u[j])
-        if mirrored.start < mirrored.stop:
-            _add_product(du[mirrored], s[:, mirrored.start - j.start : mirrored.stop - j.start].t(), u[i])
+
+    def over_bands(bands: Iterable[slice]) -> Tensor:
+        du = u.new_zeros(rows, u.shape[1])
+        weights = u.new_empty(_block_size(u, rows))
+        for i, j, mirrored, s in _blocks(u, u_t, rows, tau, bands):
+            w = weights[: s.numel()].view_as(s)
+            if exp_fits:
+                torch.add(shrink[i, None], shrink[j], out=w)
+                s.exp_().mul_(w)
+            else:
+                torch.sub(s, lse[j], out=w).exp_()
+                s.sub_(lse[i, None]).exp_().add_(w)
+            du[i].addmm_(s, u[j])
+            if mirrored.start < mirrored.stop:
+                du[mirrored].addmm_(s[:, mirrored.start - j.start : mirrored.stop - j.start].t(), u[i])
+        return du
+
+    du, *others = workers.share_out(over_bands, rows, BAND_ROWS)
+    for other in others:
+        du += other
+    du.view(2, rows // 2, -1).addcmul_(u[:rows].view(2, rows // 2, -1).flip(0), q[0] + q[1], value=-1)
 
     u, norm = u[:rows], norm[:rows]
     du *= grad_loss / (rows * tau)  # rows = M / W
@@ -135,39 +165,30 @@ def _backward(ctx, grad_loss):
 loss_from_negatives.register_autograd(_backward, setup_context=_save_for_gradient)
 
 
-def _blocks(u: Tensor, rows: int, tau: float) -> Iterator[tuple[slice, slice, slice, Tensor]]:
+def _blocks(
+    u: Tensor, u_t: Tensor, rows: int, tau: float, bands: Iterable[slice]
+) -> Iterator[tuple[slice, slice, slice, Tensor]]:
     """Blocks s (R, C) of S in one reused buffer, self-pairs and positives at -inf: (rows i, columns j, mirrored, s).
 
-    The rows are u's first `rows`, the columns all of u from the diagonal on. `mirrored` are those columns of j which
-    stand below the diagonal for rows i: s serves them transposed as well.
+    The rows are the `bands` of u's first `rows`, the columns all of u from the diagonal on. `mirrored` are those
+    columns of j which stand below the diagonal for rows i: s serves them transposed as well.
     """
     n = rows // 2
-    u_t = u.t().contiguous()  # (D, M): the GEMM of a block reads it along its rows
     buffer = u.new_empty(_block_size(u, rows))
-    for top in range(0, rows, BLOCK_ROWS):
-        i = slice(top, min(top + BLOCK_ROWS, rows))
+    for i in bands:
         u_i = u[i] / tau
-        for left in range(top, u.shape[0], BLOCK_COLUMNS):
+        for left in range(i.start, u.shape[0], BLOCK_COLUMNS):
             j = slice(left, min(left + BLOCK_COLUMNS, u.shape[0]))
-            s = buffer[: (i.stop - top) * (j.stop - left)].view(i.stop - top, j.stop - left)
+            s = buffer[: u_i.shape[0] * (j.stop - left)].view(u_i.shape[0], j.stop - left)
             torch.mm(u_i, u_t[:, j], out=s)
-            s.diagonal(top - left).fill_(-math.inf)
-            s[: max(0, n - top)].diagonal(top + n - left).fill_(-math.inf)  # the first view's positives
-            s.diagonal(top - n - left).fill_(-math.inf)  # the second view's: at its left
+            s.diagonal(i.start - left).fill_(-math.inf)
+            s[: max(0, n - i.start)].diagonal(i.start + n - left).fill_(-math.inf)  # the first view's positives
+            s.diagonal(i.start - n - left).fill_(-math.inf)  # the second view's: at its left
             yield i, j, slice(max(left, i.stop), max(left, i.stop, min(j.stop, rows))), s
 
 
-def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    # out += a b with one GEMM per thread, each for its share of the rows: products as narrow as D = 128 run up to 1.25
-    # times as fast as one GEMM on all threads.
-    parts = torch.get_num_threads() if out.device.type == "cpu" else 1
-    if out.shape[0] % parts:
-        parts = 1
-    out.unflatten(0, (parts, -1)).baddbmm_(a.unflatten(0, (parts, -1)), b.expand(parts, *b.shape))
-
-
 def _block_size(u: Tensor, rows: int) -> int:
-    return min(BLOCK_ROWS, rows) * min(BLOCK_COLUMNS, u.shape[0])
+    return min(BAND_ROWS, rows) * min(BLOCK_COLUMNS, u.shape[0])
 
 
 def _exp_fits(dtype: torch.dtype, tau: float) -> bool:

@@ -57,7 +57,7 @@ def test_fp32_error_is_that_of_dense_torch(m, d, tau):
 @pytest.mark.parametrize("tau", [0.001, 0.1])
 @pytest.mark.parametrize("m", [2, 6, 30, 34])
 def test_every_block_shape_gives_the_float64_truth(monkeypatch, blocks, tau, m):
-    monkeypatch.setattr(blockwise, "BLOCK_ROWS", blocks[0])
+    monkeypatch.setattr(blockwise, "BAND_ROWS", blocks[0])
     monkeypatch.setattr(blockwise, "BLOCK_COLUMNS", blocks[1])
     z = trained_like(m, 10, torch.float64)
     truth = loss_and_gradients(lambda *a: nt_xent(*a, impl="reference"), z, tau)

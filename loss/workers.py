@@ -1,0 +1,74 @@
+"""Host threads that share out bands of rows: each computes alone, so no barrier stands between two small products."""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+MOST_WORKERS = 16
+"""With more cores than that each worker takes several, since all workers wait for one interpreter between calls."""
+LEAST_ROWS = 64
+"""Of a band: below that, handing it over costs more than computing it."""
+T = TypeVar("T")
+
+
+class Workers:
+    """A lead, which runs the body of an operation, and helpers to which it hands bands of rows.
+
+    The body leaves the caller's thread because OpenMP's threads spin for milliseconds after each of its operations,
+    on the cores that the workers need. torch's number of threads is each thread's own: the caller's stays as it is.
+
+    Args:
+        threads: to be divided among the workers; with one there is nobody but the caller.
+    """
+
+    def __init__(self, threads: int):
+        each = -(-threads // MOST_WORKERS)
+        self.count = threads // each
+
+        def prepare() -> None:  # both settings are the thread's own
+            torch.set_num_threads(each)
+            torch.set_grad_enabled(False)
+
+        def pool(size: int) -> ThreadPoolExecutor:
+            return ThreadPoolExecutor(size, "nt_xent", initializer=prepare)
+
+        if self.count > 1:
+            self._lead, self._helpers = pool(1), pool(self.count - 1)
+
+    def run(self, body: Callable[..., T], *arguments) -> T:
+        """body(self, *arguments) in the lead's thread; of several callers at once each waits for its turn."""
+        if self.count == 1:
+            return body(self, *arguments)
+        return self._lead.submit(body, self, *arguments).result()
+
+    def share_out(self, work: Callable[[list[slice]], Tensor], rows: int, most_rows: int) -> list[Tensor]:
+        """What `work` returns for each worker's bands of rows, in the order of the workers.
+
+        Bands go to the workers there and back again (0 1 | 1 0 | 0 1 ...), so that in a triangle, where every band has
+        less to do than the one before it, all have about the same.
+
+        Args:
+            work: bands, ascending -> tensor; it must not touch what another call of it writes.
+            rows: what is cut into bands of at most `most_rows`.
+        """
+        height = min(most_rows, max(LEAST_ROWS, -(-rows // (2 * self.count))))
+        bands = [slice(top, min(top + height, rows)) for top in range(0, rows, height)]
+        turn = 2 * self.count
+        shares = [[b for n, b in enumerate(bands) if n % turn in (w, turn - 1 - w)] for w in range(self.count)]
+        helped = [self._helpers.submit(work, share) for share in shares[1:] if share]
+        return [work(shares[0]), *(future.result() for future in helped)]
+
+
+def workers(device: torch.device) -> Workers:
+    """The workers of this process: as many as torch's threads on a CPU, the caller alone on any other device."""
+    return _workers(torch.get_num_threads() if device.type == "cpu" else 1, os.getpid())
+
+
+@lru_cache(maxsize=1)
+def _workers(threads: int, process: int) -> Workers:
+    return Workers(threads)  # kept between calls; threads do not survive a fork, hence the process
