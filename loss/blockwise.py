@@ -181,9 +181,10 @@ def _blocks(
             j = slice(left, min(left + BLOCK_COLUMNS, u.shape[0]))
             s = buffer[: u_i.shape[0] * (j.stop - left)].view(u_i.shape[0], j.stop - left)
             torch.mm(u_i, u_t[:, j], out=s)
-            s.diagonal(i.start - left).fill_(-math.inf)
-            s[: max(0, n - i.start)].diagonal(i.start + n - left).fill_(-math.inf)  # the first view's positives
-            s.diagonal(i.start - n - left).fill_(-math.inf)  # the second view's: at its left
+            # a row's own column, and that of its positive: n further for a first view, n back for a second
+            for shift, stop in ((0, i.stop), (n, min(i.stop, n)), (-n, i.stop)):
+                if i.start + shift < j.stop and left < stop + shift:
+                    s[: stop - i.start].diagonal(i.start + shift - left).fill_(-math.inf)
             yield i, j, slice(max(left, i.stop), max(left, i.stop, min(j.stop, rows))), s
 
 
