@@ -113,12 +113,19 @@ TILES: dict[tuple[str, str, str], dict[float, Tile]] = {
     },
 }
 for _architecture in SHARED_BYTES:  # no tensor cores: what matters is that the operands stay in registers
-    TILES[_architecture, "negatives", "ieee"] = {math.inf: Tile(64, 64, 32, 32, 4, 1, 4)}
+    TILES[_architecture, "negatives", "ieee"] = {
+        32: Tile(64, 32, 32, 32, 4, 1, 4),
+        math.inf: Tile(64, 64, 32, 32, 4, 1, 4),
+    }
     TILES[_architecture, "products", "ieee"] = {math.inf: Tile(32, 32, 32, 128, 4, 1, 3)}
 TILES["sm_86", "negatives", "ieee"] = {
     32: Tile(64, 32, 32, 32, 4, 1, 4),
     64: Tile(64, 64, 32, 32, 8, 1, 2),
     math.inf: Tile(64, 64, 32, 32, 4, 1, 4),
+}
+TILES["sm_90", "products", "ieee"] = {
+    32: Tile(32, 16, 32, 32, 4, 1, 6),
+    math.inf: Tile(32, 32, 32, 128, 4, 1, 3),
 }
 
 # The interpreter's programs run one after another in numpy: several small tiles reach every loop and every mask.

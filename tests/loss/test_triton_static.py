@@ -27,6 +27,13 @@ QUICK = [
     for architecture in triton_tiles.SHARED_BYTES
     for kernel in triton_static.KERNELS
 ]
+# fewer columns than a block of the similarities, in full precision: where registers are nearest to their limit
+NARROW = [
+    Case(architecture, kernel, torch.float32, "ieee", width, form)
+    for architecture in triton_tiles.SHARED_BYTES
+    for kernel, width in (("negatives", 8), ("products", 24))
+    for form in FORMS[1:]
+]
 
 
 def check(case, target=None):
@@ -47,7 +54,9 @@ def check(case, target=None):
             assert compiled.gemm_units == {"negatives": 1, "products": 2}[case.kernel]
 
 
-@pytest.mark.parametrize("case", QUICK, ids=lambda case: "-".join(map(str, case[:5])) + f"-{case.form.online}")
+@pytest.mark.parametrize(
+    "case", QUICK + NARROW, ids=lambda case: "-".join(map(str, (*case[:5], case.form.even, case.form.online)))
+)
 def test_typical_tiles(case):
     check(case)
 
@@ -77,7 +86,7 @@ def test_arguments_of_one_compile(monkeypatch):
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("case", list(triton_static.shipped((37, 96, 192, 200, 384, 768))), ids=str)
+@pytest.mark.parametrize("case", list(triton_static.shipped((8, 24, 37, 96, 192, 200, 384, 768))), ids=str)
 def test_every_shipped_tile(case):
     check(case)
 
