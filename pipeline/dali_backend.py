@@ -2,7 +2,7 @@
 
 Every random choice comes in through external sources, so DALI draws nothing. A sample goes through an operation only
 if its parameters ask for it: DALI's conditional execution splits the batch, so that the four jitter operations in each
-sample's own order cost about as much as in one fixed order.
+sample's own order cost about as much as in one fixed order. The affine jitter is one operator, `color_twist`.
 """
 
 from itertools import islice
@@ -13,14 +13,13 @@ from torch import Tensor
 
 from errors import UserError
 from pipeline.images import DecodeError, decode
-from pipeline.recipe import BRIGHTNESS, CONTRAST, HUE, SATURATION, Recipe, ViewParameters
+from pipeline.recipe import BRIGHTNESS, CONTRAST, HUE, LUMA, SATURATION, Recipe, ViewParameters
 
 try:
     from nvidia.dali import fn, math, pipeline_def, types
 except ImportError as error:
     raise UserError("The DALI backend needs NVIDIA DALI (Linux only): pip install nvidia-dali-cuda120") from error
 
-GRAY_WEIGHTS = (0.299, 0.587, 0.114)
 NOTHING = 255  # in a place of the jitter: leave the image as it is
 
 
@@ -38,6 +37,7 @@ class DaliBackend:
         self._device = torch.device(device)
         gpu = self._device.type == "cuda"
         device_id = (torch.cuda.current_device() if self._device.index is None else self._device.index) if gpu else None
+        self._jitter = recipe.jitter
         self._pipeline = view_graph(recipe, gpu, views, batch_size=batch_size, num_threads=workers, device_id=device_id)
         self._pipeline.build()
 
@@ -51,7 +51,8 @@ class DaliBackend:
                 whole batch is lost; the next call works.
         """
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
-        inputs = {"encoded": [np.frombuffer(file, np.uint8) for file in encoded], **graph_inputs(parameters)}
+        inputs = {"encoded": [np.frombuffer(file, np.uint8) for file in encoded]}
+        inputs |= graph_inputs(parameters, self._jitter)
         try:
             outputs = self._pipeline.run(stream, **inputs)
         except RuntimeError as error:
@@ -69,39 +70,63 @@ class DaliBackend:
         self._pipeline = None
 
 
-def graph_inputs(parameters: ViewParameters) -> dict[str, np.ndarray]:
+def graph_inputs(parameters: ViewParameters, jitter: str) -> dict[str, np.ndarray]:
     """The external sources of the graph but for the images: name -> array whose first dimension is the batch."""
     inputs = {}
     for view in range(len(parameters.flip)):
-        crop, order, hue = parameters.crop[view], parameters.order[view], parameters.hue[view]
-        brightness, contrast = parameters.brightness[view], parameters.contrast[view]
-        saturation = parameters.saturation[view]
-        # The three affine operations in the sample's own order; each has a place before the hue shift and one after
-        # it and takes the right one, or neither where its factor is 1.
-        affine = order[order != HUE].reshape(-1, 3)  # (n, 3)
-        factors = np.select(
-            [affine == BRIGHTNESS, affine == CONTRAST], [brightness[:, None], contrast[:, None]], saturation[:, None]
-        )
-        before = np.arange(3) < (order == HUE).argmax(1)[:, None]  # (n, 3)
-        for place in range(3):
-            inputs[f"before{place}_{view}"] = np.where(before & (factors != 1), affine, NOTHING)[:, place]
-            inputs[f"after{place}_{view}"] = np.where(~before & (factors != 1), affine, NOTHING)[:, place]
-        # See _shift_hue: the distance of red, green and blue along the colour wheel, moved into -6..0 sixths of a turn.
-        wheel = (np.array([2, 0, -2]) + 6 * hue[:, None]) % 6 - 6  # (n, 3)
-        inputs |= {
-            f"corner_{view}": crop[:, :2],
-            f"extent_{view}": crop[:, 2:],
-            f"brightness_{view}": brightness,
-            f"contrast_{view}": contrast,
-            f"pull_{view}": ((1 - contrast)[:, None] * GRAY_WEIGHTS).astype(np.float32),  # (n, 3)
-            f"saturation_{view}": saturation,
-            f"shifted_{view}": hue != 0,
-            f"wheel_{view}": wheel.astype(np.float32),
-            f"gray_{view}": parameters.gray[view],
-            f"sigma_{view}": parameters.sigma[view],
-            f"flip_{view}": parameters.flip[view].astype(np.int32),
+        one = {
+            "corner": parameters.crop[view, :, :2],
+            "extent": parameters.crop[view, :, 2:],
+            "sigma": parameters.sigma[view],
+            "flip": parameters.flip[view].astype(np.int32),
         }
-    return {name: np.ascontiguousarray(array) for name, array in inputs.items()}  # DALI knows no strides
+        one |= (_exact_inputs if jitter == "exact" else _affine_inputs)(parameters, view)
+        inputs |= {
+            f"{name}_{view}": np.ascontiguousarray(array) for name, array in one.items()
+        }  # DALI knows no strides
+    return inputs
+
+
+def _exact_inputs(parameters: ViewParameters, view: int) -> dict[str, np.ndarray]:
+    order, hue = parameters.order[view], parameters.hue[view]
+    brightness, contrast = parameters.brightness[view], parameters.contrast[view]
+    saturation = parameters.saturation[view]
+    # The three affine operations in the sample's own order; each has a place before the hue shift and one after
+    # it and takes the right one, or neither where its factor is 1.
+    affine = order[order != HUE].reshape(-1, 3)  # (n, 3)
+    factors = np.select(
+        [affine == BRIGHTNESS, affine == CONTRAST], [brightness[:, None], contrast[:, None]], saturation[:, None]
+    )
+    before = np.arange(3) < (order == HUE).argmax(1)[:, None]  # (n, 3)
+    places = {}
+    for place in range(3):
+        places[f"before{place}"] = np.where(before & (factors != 1), affine, NOTHING)[:, place]
+        places[f"after{place}"] = np.where(~before & (factors != 1), affine, NOTHING)[:, place]
+    # See _shift_hue: the distance of red, green and blue along the colour wheel, moved into -6..0 sixths of a turn.
+    wheel = (np.array([2, 0, -2]) + 6 * hue[:, None]) % 6 - 6  # (n, 3)
+    return places | {
+        "brightness": brightness,
+        "contrast": contrast,
+        "pull": ((1 - contrast)[:, None] * LUMA).astype(np.float32),  # (n, 3)
+        "saturation": saturation,
+        "shifted": hue != 0,
+        "wheel": wheel.astype(np.float32),
+        "gray": parameters.gray[view],
+    }
+
+
+def _affine_inputs(parameters: ViewParameters, view: int) -> dict[str, np.ndarray]:
+    brightness, contrast = parameters.brightness[view], parameters.contrast[view]
+    saturation, hue = parameters.saturation[view], parameters.hue[view]
+    saturation = np.where(parameters.gray[view], 0, saturation).astype(np.float32)
+    pull = brightness * (1 - contrast)
+    return {
+        "changed": parameters.jittered[view] | parameters.gray[view],
+        "gain": brightness * contrast,
+        "pull": (pull[:, None] * LUMA).astype(np.float32),  # (n, 3)
+        "saturation": saturation,
+        "degrees": 360 * hue,
+    }
 
 
 @pipeline_def(enable_conditionals=True, prefetch_queue_depth=1)  # depth 1: a run returns what was just fed to it
@@ -122,30 +147,14 @@ def view_graph(recipe, gpu, views):
 
 
 def _view(image, recipe, gpu, view):
-    brightness = _scalar(f"brightness_{view}", types.FLOAT)
-    saturation = _scalar(f"saturation_{view}", types.FLOAT)
     sigma = _scalar(f"sigma_{view}", types.FLOAT)
-    # Contrast and hue are arithmetic on the device, unlike the named arguments, which DALI takes from the host.
-    contrast = _scalar(f"contrast_{view}", types.FLOAT)
-    pull = fn.external_source(name=f"pull_{view}", dtype=types.FLOAT, ndim=1)
-    wheel = fn.external_source(name=f"wheel_{view}", dtype=types.FLOAT, ndim=1)
-    if gpu:
-        contrast, pull, wheel = contrast.gpu(), pull.gpu(), wheel.gpu()
-
     # Not resize's own region of interest: its filter reads pixels from outside the window.
     corner = fn.external_source(name=f"corner_{view}", dtype=types.INT32, ndim=1)
     extent = fn.external_source(name=f"extent_{view}", dtype=types.INT32, ndim=1)
     x = fn.slice(image, start=corner, shape=extent, axes=[0, 1])  # (h, w, 3) uint8
     size = [recipe.size, recipe.size]
     x = _clip(fn.resize(x, size=size, interp_type=types.INTERP_CUBIC, antialias=True, dtype=types.FLOAT))  # (S, S, 3)
-    for place in range(3):
-        x = _adjust(x, _scalar(f"before{place}_{view}", types.UINT8), brightness, contrast, pull, saturation)
-    if _scalar(f"shifted_{view}", types.BOOL):
-        x = _shift_hue(x, wheel)
-    for place in range(3):
-        x = _adjust(x, _scalar(f"after{place}_{view}", types.UINT8), brightness, contrast, pull, saturation)
-    if _scalar(f"gray_{view}", types.BOOL):
-        x = fn.color_twist(x, saturation=0.0)
+    x = _exact_jitter(x, gpu, view) if recipe.jitter == "exact" else _affine_jitter(x, gpu, view)
     if sigma > 0.0:
         x = fn.gaussian_blur(x, sigma=sigma, window_size=recipe.blur_window)
     return fn.crop_mirror_normalize(
@@ -156,6 +165,38 @@ def _view(image, recipe, gpu, view):
         output_layout="HWC",
         dtype=types.FLOAT,
     )
+
+
+def _exact_jitter(x, gpu, view):
+    brightness = _scalar(f"brightness_{view}", types.FLOAT)
+    saturation = _scalar(f"saturation_{view}", types.FLOAT)
+    # Contrast and hue are arithmetic on the device, unlike the named arguments, which DALI takes from the host.
+    contrast = _scalar(f"contrast_{view}", types.FLOAT)
+    pull = fn.external_source(name=f"pull_{view}", dtype=types.FLOAT, ndim=1)
+    wheel = fn.external_source(name=f"wheel_{view}", dtype=types.FLOAT, ndim=1)
+    if gpu:
+        contrast, pull, wheel = contrast.gpu(), pull.gpu(), wheel.gpu()
+    for place in range(3):
+        x = _adjust(x, _scalar(f"before{place}_{view}", types.UINT8), brightness, contrast, pull, saturation)
+    if _scalar(f"shifted_{view}", types.BOOL):
+        x = _shift_hue(x, wheel)
+    for place in range(3):
+        x = _adjust(x, _scalar(f"after{place}_{view}", types.UINT8), brightness, contrast, pull, saturation)
+    if _scalar(f"gray_{view}", types.BOOL):
+        x = fn.color_twist(x, saturation=0.0)
+    return x
+
+
+def _affine_jitter(x, gpu, view):
+    """`pipeline.recipe.affine_jitter`: the matrix by color_twist, which composes it alike, and the pull of the mean."""
+    gain, saturation, degrees = (_scalar(f"{name}_{view}", types.FLOAT) for name in ("gain", "saturation", "degrees"))
+    pull = fn.external_source(name=f"pull_{view}", dtype=types.FLOAT, ndim=1)
+    if gpu:
+        pull = pull.gpu()
+    if _scalar(f"changed_{view}", types.BOOL):
+        offset = _pulled_mean(x, pull)
+        x = _clip(fn.color_twist(x, brightness=gain, saturation=saturation, hue=degrees) + offset)
+    return x
 
 
 def _scalar(name, dtype):
@@ -172,8 +213,13 @@ def _adjust(x, operation, brightness, contrast, pull, saturation):
     elif operation == SATURATION:
         x = _clip(fn.color_twist(x, saturation=saturation))
     elif operation == CONTRAST:
-        x = _clip(x * contrast + fn.reductions.sum(fn.reductions.mean(x, axes=[0, 1]) * pull))
+        x = _clip(x * contrast + _pulled_mean(x, pull))
     return x
+
+
+def _pulled_mean(x, pull):
+    """The mean colour of x (S, S, 3) weighted by pull (3,): a scalar."""
+    return fn.reductions.sum(fn.reductions.mean(x, axes=[0, 1]) * pull)
 
 
 def _shift_hue(x, wheel):

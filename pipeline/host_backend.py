@@ -4,6 +4,7 @@ OpenCV releases the interpreter's lock inside its calls, so plain threads use al
 The arithmetic is that of 8-bit image libraries: each step rounds to whole levels, as PIL does.
 """
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
@@ -13,11 +14,12 @@ import torch
 from torch.nn.functional import interpolate
 
 from pipeline.images import DecodeError, decode
-from pipeline.recipe import BRIGHTNESS, CONTRAST, SATURATION, Recipe, ViewParameters
+from pipeline.recipe import BRIGHTNESS, CONTRAST, LUMA, SATURATION, Recipe, ViewParameters, affine_jitter
 
-LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as PIL and torchvision weigh R, G and B
 SMALL = 40
 """Up to so many pixels a side, two matrix products resize in less time than one call of torch takes to get going."""
+KEPT_BATCHES = 8
+"""At most so much memory of earlier batches waits to be used again; a loader has about five in flight."""
 
 
 class HostBackend:
@@ -36,9 +38,8 @@ class HostBackend:
         self.recipe, self.device, self.views = recipe, device, views
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="views")
         self.workers = workers
-        mean, std = np.array(recipe.mean, np.float32), np.array(recipe.std, np.float32)
-        levels = np.arange(256, dtype=np.float32)[:, None]
-        self.normalised = ((levels / 255 - mean) / std)[None]  # (1, 256, 3): level and channel -> value
+        self.memory: list[np.ndarray] = []
+        self.pack = Pack(recipe)
 
     def __call__(self, encoded: list[bytes], parameters: ViewParameters) -> torch.Tensor:
         """Decode every image once and make its views.
@@ -49,15 +50,12 @@ class HostBackend:
         Raises:
             DecodeError: an image can't be decoded; `args[1]` is its place in `encoded`.
         """
-        n, size = len(encoded), self.recipe.size
-        shape = (self.views * n, size, size, 3)
-        if self.device.type == "cuda":
-            batch = torch.empty(shape, dtype=torch.float32, pin_memory=True)
-        else:  # numpy asks the kernel for huge pages, torch does not: half the time of touching fresh memory
-            batch = torch.from_numpy(np.empty(shape, np.float32))
+        n = len(encoded)
+        batch = self._batch(self.views * n)
         out = batch.numpy()
+        maps = affine_maps(parameters) if self.recipe.jitter == "affine" else None
         jobs = [
-            self.pool.submit(self._chunk, encoded, parameters, out, range(first, n, self.workers))
+            self.pool.submit(self._chunk, encoded, parameters, maps, out, range(first, n, self.workers))
             for first in range(min(self.workers, n))
         ]
         for job in jobs:
@@ -66,40 +64,88 @@ class HostBackend:
 
     def close(self) -> None:
         self.pool.shutdown()
+        self.memory.clear()
 
-    def _chunk(self, encoded: list[bytes], parameters: ViewParameters, out: np.ndarray, members: range) -> None:
+    def _batch(self, rows: int) -> torch.Tensor:
+        """(rows, S, S, 3) float32 to be written, in memory that nobody else uses."""
+        shape = (rows, self.recipe.size, self.recipe.size, 3)
+        if self.device.type == "cuda":
+            return torch.empty(shape, dtype=torch.float32, pin_memory=True)
+        if self.device.type != "cpu":  # the device may still be copying from an earlier batch
+            return torch.from_numpy(np.empty(shape, np.float32))
+        # Fresh pages cost the kernel as much time as packing a view takes, so a batch that nobody holds any more is
+        # written again. Every tensor or array over its memory holds a reference to it.
+        unused = (memory for memory in self.memory if len(memory) >= rows and sys.getrefcount(memory) == 3)
+        memory = next(unused, None)  # the 3: the list, the variable above, the argument of getrefcount
+        if memory is None:
+            memory = np.empty(shape, np.float32)  # by numpy, which asks the kernel for huge pages as torch does not
+            self.memory = [*self.memory[1 - KEPT_BATCHES :], memory]
+        return torch.from_numpy(memory[:rows])
+
+    def _chunk(self, encoded: list[bytes], parameters: ViewParameters, maps, out: np.ndarray, members: range) -> None:
+        window = self.recipe.blur_window
         for i in members:
             image = decode(encoded[i])
             if image is None:
                 raise DecodeError("the image can't be decoded", i)
             for v in range(self.views):
-                view = render_view(image, parameters, v, i, self.recipe)
-                cv2.LUT(view, self.normalised, dst=out[v * len(encoded) + i])
+                view = resized_crop(image, parameters, v, i, self.recipe.size)
+                view = colour(view, parameters, v, i, maps)
+                self.pack(blur(view, float(parameters.sigma[v, i]), window), out[v * len(encoded) + i])
 
 
-def render_view(image: np.ndarray, parameters: ViewParameters, v: int, i: int, recipe: Recipe) -> np.ndarray:
-    """View v of image i: (H, W, 3) uint8 RGB -> (S, S, 3) uint8, everything but the normalisation."""
+def resized_crop(image: np.ndarray, parameters: ViewParameters, v: int, i: int, size: int) -> np.ndarray:
+    """Window and flip of view v of image i: (H, W, 3) uint8 RGB -> (S, S, 3) uint8."""
     top, left, height, width = parameters.crop[v, i].tolist()
-    view = _resize(image[top : top + height, left : left + width], recipe.size)
-    if parameters.flip[v, i]:
-        view = cv2.flip(view, 1)
-    for operation in parameters.order[v, i].tolist():
-        if operation == BRIGHTNESS:
-            view = _scale(view, float(parameters.brightness[v, i]), 0.0)
-        elif operation == CONTRAST:
-            view = _scale(view, float(parameters.contrast[v, i]), None)
-        elif operation == SATURATION:
-            view = _saturate(view, float(parameters.saturation[v, i]))
-        else:
-            view = _shift_hue(view, float(parameters.hue[v, i]))
-    if parameters.gray[v, i]:
-        view = _gray(view)
-    if sigma := float(parameters.sigma[v, i]):
-        # beyond 4 sigma a Gaussian's weights are below 1/20 of a level, so a narrow blur needs no wide window
-        kernel = cv2.getGaussianKernel(min(recipe.blur_window, 2 * int(np.ceil(4 * sigma)) + 1), sigma, cv2.CV_32F)
-        # half the time of cv2.GaussianBlur, which on 8 bits also rounds its weights
-        view = cv2.sepFilter2D(view, -1, kernel, kernel, borderType=cv2.BORDER_REFLECT_101)
-    return view
+    view = _resize(image[top : top + height, left : left + width], size)
+    return cv2.flip(view, 1) if parameters.flip[v, i] else view
+
+
+def affine_maps(parameters: ViewParameters) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What `colour` takes for `Recipe.jitter = "affine"`: matrices and pulls of `affine_jitter`, and who needs them."""
+    return *affine_jitter(parameters), parameters.jittered
+
+
+def colour(view: np.ndarray, parameters: ViewParameters, v: int, i: int, maps: tuple | None) -> np.ndarray:
+    """Jitter and grayscale of view v of image i: (S, S, 3) uint8 -> the same, or (S, S) where it drops the colour.
+
+    Args:
+        maps: `affine_maps(parameters)`, or None for the exact jitter.
+    """
+    gray = parameters.gray[v, i]
+    if maps is None:
+        view = _jitter(view, parameters, v, i)
+        return _gray(view) if gray else view
+    view = _gray(view) if gray else view
+    matrix, pull, jittered = (values[v, i] for values in maps)
+    if not jittered:
+        return view
+    offset = float(pull) * _mean_gray(view)
+    if gray:
+        return cv2.addWeighted(view, float(matrix[0].sum()), view, 0, offset)  # the rows of the matrix are equal
+    return cv2.transform(view, np.column_stack([matrix, np.full(3, offset, np.float32)]))  # rounds and clips
+
+
+def blur(view: np.ndarray, sigma: float, window: int) -> np.ndarray:
+    """Gaussian blur of (S, S, 3) or (S, S) uint8; sigma 0 for none."""
+    if sigma == 0:
+        return view
+    # beyond 4 sigma a Gaussian's weights are below 1/20 of a level, so a narrow blur needs no wide window
+    kernel = cv2.getGaussianKernel(min(window, 2 * int(np.ceil(4 * sigma)) + 1), sigma, cv2.CV_32F)
+    # half the time of cv2.GaussianBlur, which on 8 bits also rounds its weights
+    return cv2.sepFilter2D(view, -1, kernel, kernel, borderType=cv2.BORDER_REFLECT_101)
+
+
+class Pack:
+    """Normalises a view into its place in the batch: (S, S, 3) or (S, S) uint8 -> (S, S, 3) float32."""
+
+    def __init__(self, recipe: Recipe):
+        mean, std = np.array(recipe.mean, np.float32), np.array(recipe.std, np.float32)
+        levels = np.arange(256, dtype=np.float32)[:, None]
+        self.table = ((levels / 255 - mean) / std)[None]  # (1, 256, 3): level and channel -> value
+
+    def __call__(self, view: np.ndarray, out: np.ndarray) -> None:
+        cv2.LUT(view if view.ndim == 3 else cv2.cvtColor(view, cv2.COLOR_GRAY2RGB), self.table, dst=out)
 
 
 def _resize(window: np.ndarray, size: int) -> np.ndarray:
@@ -130,26 +176,51 @@ def _columns(length: int, size: int) -> np.ndarray:
     return np.ascontiguousarray(np.kron(_weights(length, size).T, np.eye(3, dtype=np.float32)))
 
 
+def _jitter(view: np.ndarray, parameters: ViewParameters, v: int, i: int) -> np.ndarray:
+    """The exact jitter: each operation rounds and clips."""
+    for operation in parameters.order[v, i].tolist():
+        if operation == BRIGHTNESS:
+            view = _scale(view, float(parameters.brightness[v, i]), 0.0)
+        elif operation == CONTRAST:
+            view = _scale(view, float(parameters.contrast[v, i]), None)
+        elif operation == SATURATION:
+            view = _saturate(view, float(parameters.saturation[v, i]))
+        else:
+            view = _shift_hue(view, float(parameters.hue[v, i]))
+    return view
+
+
 def _scale(view: np.ndarray, factor: float, centre: float | None) -> np.ndarray:
     """factor * x + (1 - factor) * centre; the centre of contrast (None) is the view's mean gray."""
     if factor == 1:
         return view
     if centre is None:
-        centre = float(np.dot(cv2.mean(view)[:3], LUMA))
+        centre = _mean_gray(view)
     return cv2.addWeighted(view, factor, view, 0, (1 - factor) * centre)  # rounds and clips
 
 
+def _mean_gray(view: np.ndarray) -> float:
+    """Of (S, S, 3) RGB, or of what is gray already."""
+    mean = cv2.mean(view)
+    return mean[0] if view.ndim == 2 else float(np.dot(mean[:3], LUMA))
+
+
 def _gray(view: np.ndarray) -> np.ndarray:
-    return cv2.cvtColor(cv2.cvtColor(view, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    return cv2.cvtColor(view, cv2.COLOR_RGB2GRAY)
 
 
 def _saturate(view: np.ndarray, factor: float) -> np.ndarray:
-    return view if factor == 1 else cv2.addWeighted(view, factor, _gray(view), 1 - factor, 0)
+    if factor == 1:
+        return view
+    return cv2.addWeighted(view, factor, cv2.cvtColor(_gray(view), cv2.COLOR_GRAY2RGB), 1 - factor, 0)
 
 
 def _shift_hue(view: np.ndarray, turns: float) -> np.ndarray:
     if turns == 0:
         return view
     hsv = cv2.cvtColor(view, cv2.COLOR_RGB2HSV_FULL)  # FULL: the wheel has 256 steps, so a shift wraps by itself
-    hsv[..., 0] += np.uint8(round(turns * 256) % 256)
+    shift = np.zeros((len(view[0]), 3), np.uint8)
+    shift[:, 0] = round(turns * 256) % 256
+    lines = hsv.reshape(len(hsv), -1)
+    lines += shift.ravel()  # whole lines: adding to every third byte takes five times as long
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from pipeline.images import DecodeError, decode
-from pipeline.recipe import BRIGHTNESS, CONTRAST, HUE, SATURATION, Recipe, ViewParameters
+from pipeline.recipe import BRIGHTNESS, CONTRAST, HUE, LUMA, SATURATION, Recipe, ViewParameters, affine_jitter
 
 JPEG_START = b"\xff\xd8\xff"
 
@@ -92,11 +92,22 @@ def augment(images: list[Tensor], parameters: ViewParameters, recipe: Recipe) ->
     x = torch.stack(
         [_resized_crop(images[i], parameters.crop[v, i], parameters.flip[v, i], recipe.size) for v, i in at]
     )
-    order, gray, sigma = (
-        parameters.order.reshape(-1, 4),
-        parameters.gray.ravel(),
-        parameters.sigma.ravel(),
-    )  # (V*n, ...)
+    if recipe.jitter == "exact":
+        _exact_jitter(x, parameters)
+    else:
+        _affine_jitter(x, parameters)
+    sigma = parameters.sigma.ravel()  # (V*n,)
+    rows = np.flatnonzero(sigma > 0)
+    # Not gaussian_blur2d, which reads the sign of sigma back from where it is.
+    kernel = get_gaussian_kernel1d(recipe.blur_window, torch.from_numpy(sigma[rows])[:, None])  # (rows, window)
+    _change_rows(x, rows, filter2d_separable, kernel, kernel)
+    mean, std = (torch.tensor(v)[:, None, None].to(x.device, non_blocking=True) for v in (recipe.mean, recipe.std))
+    return x.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
+
+
+def _exact_jitter(x: Tensor, parameters: ViewParameters) -> None:
+    """Jitter and grayscale in place, each row in its own order."""
+    order = parameters.order.reshape(-1, 4)  # (V*n, 4)
     jitter = {
         BRIGHTNESS: (adjust_brightness_accumulative, parameters.brightness.ravel(), 1),
         CONTRAST: (adjust_contrast_with_mean_subtraction, parameters.contrast.ravel(), 1),
@@ -107,13 +118,17 @@ def augment(images: list[Tensor], parameters: ViewParameters, recipe: Recipe) ->
         for operation, (adjust, amount, neutral) in jitter.items():
             rows = np.flatnonzero((order[:, place] == operation) & (amount != neutral))
             _change_rows(x, rows, adjust, torch.from_numpy(amount[rows]))
-    _change_rows(x, np.flatnonzero(gray), _drop_colour)
-    rows = np.flatnonzero(sigma > 0)
-    # Not gaussian_blur2d, which reads the sign of sigma back from where it is.
-    kernel = get_gaussian_kernel1d(recipe.blur_window, torch.from_numpy(sigma[rows])[:, None])  # (rows, window)
-    _change_rows(x, rows, filter2d_separable, kernel, kernel)
-    mean, std = (torch.tensor(v)[:, None, None].to(x.device, non_blocking=True) for v in (recipe.mean, recipe.std))
-    return x.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
+    _change_rows(x, np.flatnonzero(parameters.gray), _drop_colour)
+
+
+def _affine_jitter(x: Tensor, parameters: ViewParameters) -> None:
+    """`pipeline.recipe.affine_jitter` of all rows in place: one product of matrices, for want of a Kornia function."""
+    matrix, pull = (torch.from_numpy(array).flatten(0, 1) for array in affine_jitter(parameters))  # (V*n, 3, 3), (V*n,)
+    matrix, pull = (tensor.to(x.device, non_blocking=True) for tensor in (matrix, pull))
+    weights = torch.tensor(LUMA, dtype=x.dtype).to(x.device, non_blocking=True)
+    offset = pull * (x.mean((2, 3)) @ weights)  # (V*n,)
+    pixels = x.flatten(2)  # (V*n, 3, S*S)
+    x.copy_(torch.baddbmm(offset[:, None, None], matrix, pixels).clamp_(0, 1).view_as(x))
 
 
 def _resized_crop(image: Tensor, crop: np.ndarray, flip: bool, size: int) -> Tensor:

@@ -1,10 +1,12 @@
 """The slow and obvious views every backend is held against: PIL decodes, torchvision's float functions do the rest.
 
 One image and one view at a time, in float64 and in the order of `Recipe`; torchvision's functional transforms are the
-definition of each operation, so nothing here is shared with a backend.
+definition of each operation, so nothing here is shared with a backend. The affine jitter, which torchvision lacks, is
+done one operation after the other in the drawn order, unclipped, as its definition has it before it is composed.
 """
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
 
@@ -73,22 +75,44 @@ def decode(file: bytes) -> Tensor:
     return F.pil_to_tensor(Image.open(io.BytesIO(file)).convert("RGB")).double() / 255
 
 
+def _gray(x: Tensor) -> Tensor:
+    """(3, H, W) -> (1, H, W)."""
+    return (torch.tensor([0.299, 0.587, 0.114], dtype=x.dtype)[:, None, None] * x).sum(0, keepdim=True)
+
+
+def _turn_hue(x: Tensor, turns: float) -> Tensor:
+    """Turns the two colour differences of YUV, (blue - Y) * 0.492 towards (red - Y) * 0.877, and solves for RGB."""
+    y, angle = _gray(x), 2 * math.pi * turns
+    u, v = 0.492 * (x[2:] - y), 0.877 * (x[:1] - y)
+    u, v = u * math.cos(angle) - v * math.sin(angle), u * math.sin(angle) + v * math.cos(angle)
+    red, blue = y + v / 0.877, y + u / 0.492
+    return torch.cat([red, (y - 0.299 * red - 0.114 * blue) / 0.587, blue])
+
+
+JITTER = {
+    "exact": (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue),
+    "affine": (
+        lambda x, factor: factor * x,
+        lambda x, factor: factor * x + (1 - factor) * _gray(x).mean(),
+        lambda x, factor: factor * x + (1 - factor) * _gray(x),
+        _turn_hue,
+    ),
+}
+"""The four jitter operations in the order of `pipeline.recipe`: torchvision's, which clip, and the affine ones."""
+
+
 def _view(image: Tensor, parameters: ViewParameters, at: tuple[int, int], recipe: Recipe) -> Tensor:
     window, size = parameters.crop[at].tolist(), [recipe.size, recipe.size]
     x = F.resized_crop(image, *window, size, F.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
     if parameters.flip[at]:
         x = F.hflip(x)
-    jitter = (
-        (F.adjust_brightness, parameters.brightness),
-        (F.adjust_contrast, parameters.contrast),
-        (F.adjust_saturation, parameters.saturation),
-        (F.adjust_hue, parameters.hue),
-    )
+    adjust = JITTER[recipe.jitter]
+    amounts = (parameters.brightness, parameters.contrast, parameters.saturation, parameters.hue)
     for which in parameters.order[at]:
-        adjust, amount = jitter[which]
-        x = adjust(x, float(amount[at]))
+        x = adjust[which](x, float(amounts[which][at]))
     if parameters.gray[at]:
-        x = F.rgb_to_grayscale(x, 3)
+        x = F.rgb_to_grayscale(x, 3) if recipe.jitter == "exact" else _gray(x).expand(3, -1, -1)
+    x = x.clamp(0, 1)  # of the affine jitter, whose steps do not clip
     sigma = float(parameters.sigma[at])
     return F.gaussian_blur(x, [recipe.blur_window] * 2, [sigma, sigma]) if sigma > 0 else x
 

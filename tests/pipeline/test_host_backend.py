@@ -11,7 +11,7 @@ from pipeline.images import DecodeError
 from pipeline.recipe import Recipe, central_view
 from tests.pipeline import reference_views as reference
 
-RECIPE = Recipe(size=64)
+RECIPE, AFFINE = Recipe(size=64), Recipe(size=64, jitter="affine")
 JITTER = ("brightness", "contrast", "saturation", "hue")
 ALL = ("flip", *JITTER, "gray", "sigma")
 
@@ -19,6 +19,13 @@ ALL = ("flip", *JITTER, "gray", "sigma")
 @pytest.fixture(scope="module")
 def backend():
     backend = HostBackend(RECIPE, torch.device("cpu"), 12, 2, 2)
+    yield backend
+    backend.close()
+
+
+@pytest.fixture(scope="module")
+def affine_backend():
+    backend = HostBackend(AFFINE, torch.device("cpu"), 12, 2, 2)
     yield backend
     backend.close()
 
@@ -60,6 +67,28 @@ def test_views_follow_the_definitions(backend, photographs, names, mean, largest
     assert views.is_contiguous(memory_format=torch.channels_last)
     expected = reference.reference_views(photographs, parameters, RECIPE)
     found = reference.deviation(views, expected, RECIPE)
+    assert found[0] < mean and found[1] < largest
+
+
+# The affine jitter rounds once for all four, and once more for gray and for blur.
+@pytest.mark.parametrize(
+    ("names", "mean", "largest"),
+    [
+        (("brightness",), 0.4, 3),
+        (("contrast",), 0.4, 3),
+        (("saturation",), 0.4, 3.5),
+        (("hue",), 0.4, 4),
+        (JITTER, 0.4, 4),
+        (("gray",), 0.35, 2),
+        ((*JITTER, "gray"), 0.4, 4),
+        (ALL, 0.4, 4),
+    ],
+    ids=lambda value: "+".join(value) or "crop" if isinstance(value, tuple) else None,
+)
+def test_the_affine_jitter_follows_its_definition(affine_backend, photographs, names, mean, largest):
+    parameters = reference.keep_only(reference.drawn_parameters(photographs, AFFINE, seed=2), *names)
+    expected = reference.reference_views(photographs, parameters, AFFINE)
+    found = reference.deviation(affine_backend(photographs, parameters), expected, AFFINE)
     assert found[0] < mean and found[1] < largest
 
 

@@ -15,7 +15,7 @@ from pipeline.kornia_backend import KorniaBackend, augment, decode_on_gpu
 from pipeline.recipe import ORDERS, Recipe
 from tests.pipeline import reference_views as reference
 
-RECIPE = Recipe(size=64)
+RECIPE, AFFINE = Recipe(size=64), Recipe(size=64, jitter="affine")
 JITTER = ("brightness", "contrast", "saturation", "hue")
 ALL = ("flip", *JITTER, "gray", "sigma")
 
@@ -23,6 +23,13 @@ ALL = ("flip", *JITTER, "gray", "sigma")
 @pytest.fixture(scope="module")
 def backend():
     backend = KorniaBackend(RECIPE, torch.device("cpu"), 12, 2, 2)
+    yield backend
+    backend.close()
+
+
+@pytest.fixture(scope="module")
+def affine_backend():
+    backend = KorniaBackend(AFFINE, torch.device("cpu"), 12, 2, 2)
     yield backend
     backend.close()
 
@@ -57,6 +64,28 @@ def test_views_follow_the_definitions(backend, photographs, names, mean, largest
     expected = reference.reference_views(photographs, parameters, RECIPE)
     deviation = reference.deviation(views, expected, RECIPE)
     assert deviation[0] < mean and deviation[1] < largest
+
+
+# One product of matrices in float32.
+@pytest.mark.parametrize(
+    ("names", "mean", "largest"),
+    [
+        (("brightness",), 0.001, 0.01),
+        (("contrast",), 0.001, 0.01),
+        (("saturation",), 0.001, 0.01),
+        (("hue",), 0.001, 0.01),
+        (JITTER, 0.001, 0.01),
+        (("gray",), 0.001, 0.01),
+        ((*JITTER, "gray"), 0.001, 0.01),
+        (ALL, 0.001, 0.01),
+    ],
+    ids=lambda value: "+".join(value) or "crop" if isinstance(value, tuple) else None,
+)
+def test_the_affine_jitter_follows_its_definition(affine_backend, photographs, names, mean, largest):
+    parameters = reference.keep_only(reference.drawn_parameters(photographs, AFFINE, seed=2), *names)
+    expected = reference.reference_views(photographs, parameters, AFFINE)
+    found = reference.deviation(affine_backend(photographs, parameters), expected, AFFINE)
+    assert found[0] < mean and found[1] < largest
 
 
 def test_each_sample_has_its_own_jitter_order(backend, photographs):
@@ -105,14 +134,15 @@ def test_formats_and_colour_models(backend):
     assert mean < 0.1 and largest < 1.5  # OpenCV rounds CMYK otherwise than PIL, by one level
 
 
-def test_nothing_strays_from_the_device(photographs):
+@pytest.mark.parametrize("recipe", [RECIPE, AFFINE], ids=["exact", "affine"])
+def test_nothing_strays_from_the_device(photographs, recipe):
     """Fake tensors refuse to mix devices, and refuse what would make the host wait for a value."""
-    parameters = reference.drawn_parameters(photographs, RECIPE, seed=9)
+    parameters = reference.drawn_parameters(photographs, recipe, seed=9)
     assert all((getattr(parameters, name) != value).any() for name, value in reference.IDENTITY.items())
     sizes = [reference.decode(file).shape for file in photographs]
     with FakeTensorMode():
         images = [torch.empty(size, dtype=torch.uint8, device="cuda:0") for size in sizes]
-        views = augment(images, parameters, RECIPE)
+        views = augment(images, parameters, recipe)
     assert views.device == torch.device("cuda:0") and views.shape == (24, 3, 64, 64)
     assert views.is_contiguous(memory_format=torch.channels_last)
 

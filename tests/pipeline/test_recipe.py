@@ -1,15 +1,21 @@
 """The drawn parameters against the numbers of the paper, and against what others have got wrong."""
 
-from dataclasses import fields
+import math
+from collections.abc import Callable
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torchvision import transforms
 
-from pipeline.recipe import ORDERS, Recipe, ViewParameters, central_view, draw_views
+from errors import UserError
+from pipeline.recipe import LUMA, ORDERS, Recipe, ViewParameters, affine_jitter, central_view, draw_views
 
 N = 20_000
+PEER_DRAWS = 8_000
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +176,160 @@ def test_central_view():
         assert parameters.crop.shape == (1, 4, 4) and parameters.order.shape == (1, 4, 4)
         assert not (parameters.flip.any() or parameters.gray.any() or parameters.sigma.any() or parameters.hue.any())
         assert (np.stack([parameters.brightness, parameters.contrast, parameters.saturation]) == 1).all()
+
+
+def same_distribution(a: np.ndarray, b: np.ndarray) -> float:
+    """p-value of the two-sample Kolmogorov-Smirnov test, asymptotic; conservative where values repeat."""
+    a, b = np.sort(a.ravel().astype(float)), np.sort(b.ravel().astype(float))
+    at = np.concatenate([a, b])
+    distance = np.abs(np.searchsorted(a, at, "right") / a.size - np.searchsorted(b, at, "right") / b.size).max()
+    root = math.sqrt(a.size * b.size / (a.size + b.size))
+    scaled = (root + 0.12 + 0.11 / root) * distance
+    terms = [2 * (-1) ** (k - 1) * math.exp(-2 * (k * scaled) ** 2) for k in range(1, 101)]
+    return min(1.0, sum(terms)) if scaled > 0.2 else 1.0  # the series converges slowly where p is 1 anyway
+
+
+def torchvision_draws(draw: Callable, count: int = PEER_DRAWS) -> np.ndarray:
+    """(count, ...): what torchvision's own generator draws, from a fixed seed."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(5)
+        return np.array([draw() for _ in range(count)], float)
+
+
+def crop_features(crops: np.ndarray, height: int, width: int) -> dict[str, np.ndarray]:
+    """(..., 4) windows -> what distinguishes them, one-dimensional each."""
+    top, left, h, w = np.moveaxis(crops.reshape(-1, 4).astype(float), -1, 0)
+    return {
+        "area": h * w / (height * width),
+        "aspect": w / h,
+        "top": (top + 0.5) / (height - h + 1),
+        "left": (left + 0.5) / (width - w + 1),
+        "bottom": top + h,
+        "right": left + w,
+    }
+
+
+def test_the_kolmogorov_smirnov_test_itself():
+    """Against the table of the Kolmogorov distribution, and p below 0.1 in about a tenth of true cases."""
+    a, b = np.arange(10_000) / 10_000, np.arange(10_000) / 10_000 + 1.3581 / math.sqrt(5000)
+    assert same_distribution(a, b) == pytest.approx(0.05, abs=0.003)
+    random = np.random.default_rng(0)
+    p = np.array([same_distribution(random.random(500), random.random(700)) for _ in range(500)])
+    assert_rate(p < 0.1, 0.1)
+
+
+# the last two are narrow enough for windows to be rejected, and for all ten attempts to fail
+@pytest.mark.parametrize(("height", "width"), [(400, 500), (33, 40), (100, 400), (1200, 300)])
+def test_crops_are_distributed_as_torchvisions(height, width):
+    image, recipe = torch.empty(3, height, width), Recipe()
+    peer = torchvision_draws(
+        lambda: transforms.RandomResizedCrop.get_params(image, list(recipe.crop_area), list(recipe.crop_aspect))
+    )
+    ours = draw_views(recipe, 2, 0, np.arange(N), np.full(N, height), np.full(N, width)).crop
+    peer = crop_features(peer, height, width)
+    for name, values in crop_features(ours, height, width).items():
+        assert same_distribution(values, peer[name]) > 1e-3, name
+
+
+def test_jitter_is_distributed_as_torchvisions(drawn):
+    jitter = transforms.ColorJitter(0.8, 0.8, 0.8, 0.2)
+    peer = torchvision_draws(
+        lambda: (lambda order, *factors: [*order.tolist(), *factors])(
+            *jitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+        )
+    )
+    jittered = drawn.hue != 0
+    for place in range(4):  # torchvision numbers brightness, contrast, saturation and hue alike
+        assert same_distribution(drawn.order[..., place], peer[:, place]) > 1e-3
+    assert same_distribution(drawn.order @ [64, 16, 4, 1], peer[:, :4] @ [64, 16, 4, 1]) > 1e-3
+    for column, name in enumerate(("brightness", "contrast", "saturation", "hue"), 4):
+        assert same_distribution(getattr(drawn, name)[jittered], peer[:, column]) > 1e-3, name
+
+
+def test_what_is_applied_at_all_is_distributed_as_torchvisions(drawn):
+    picture = torch.tensor([[[0.1, 0.5]], [[0.9, 0.2]], [[0.3, 0.8]]])
+    twice = transforms.Lambda(lambda x: 2 * x)
+    for ours, transform in (
+        (drawn.flip, transforms.RandomHorizontalFlip(0.5)),
+        (drawn.hue != 0, transforms.RandomApply([twice], 0.8)),
+        (drawn.gray, transforms.RandomGrayscale(0.2)),
+        (drawn.sigma > 0, transforms.RandomApply([twice], 0.5)),
+    ):
+        peer = torchvision_draws(lambda t=transform: not torch.equal(t(picture), picture))
+        assert same_distribution(ours, peer) > 1e-3
+    peer = torchvision_draws(lambda: transforms.GaussianBlur.get_params(0.1, 2.0))
+    assert same_distribution(drawn.sigma[drawn.sigma > 0], peer) > 1e-3
+
+
+def test_the_comparison_notices_what_others_got_wrong(drawn):
+    """The power of the tests above: at as many draws as they have, each of these deviations fails."""
+    few = slice(PEER_DRAWS)
+    size = np.full(N, 400), np.full(N, 500)
+    right = crop_features(drawn.crop, 400, 500)
+
+    def crops(**change) -> dict[str, np.ndarray]:
+        wrong = draw_views(replace(Recipe(), **change), 7, 0, np.arange(N), *size).crop
+        return crop_features(wrong[0][few], 400, 500)
+
+    assert same_distribution(right["aspect"], crops(crop_aspect=(1.0, 1.0))["aspect"]) < 1e-6  # always square
+    assert same_distribution(right["area"], crops(crop_area=(0.12, 1.0))["area"]) < 1e-3
+    _, left, h, w = np.moveaxis(drawn.crop[0][few].astype(float), -1, 0)
+    centred = np.stack([(400 - h) // 2, left, h, w], -1)
+    assert same_distribution(right["top"], crop_features(centred, 400, 500)["top"]) < 1e-6
+    small = right["area"] < 0.5  # nothing is rejected there, so the aspect is as it was drawn
+    uniform = np.random.default_rng(0).uniform(3 / 4, 4 / 3, PEER_DRAWS)  # in place of its logarithm
+    assert same_distribution(right["aspect"][small], uniform) < 1e-6
+    hue = drawn.hue[drawn.hue != 0]
+    assert same_distribution(hue, np.abs(hue)[few]) < 1e-6  # one-sided
+    assert same_distribution(hue, 0.95 * hue[few]) < 1e-3
+    sigma = drawn.sigma[drawn.sigma > 0]
+    assert same_distribution(sigma, 0.95 * sigma[few]) < 1e-3
+    assert same_distribution(drawn.order[..., 0], np.zeros(PEER_DRAWS)) < 1e-6  # one fixed order
+    for ours, rate in ((drawn.flip, 0.45), (drawn.gray, 0.25), (drawn.sigma > 0, 0.55), (drawn.hue != 0, 0.75)):
+        assert same_distribution(ours, np.random.default_rng(0).random(PEER_DRAWS) < rate) < 1e-3
+
+
+def one_view(**changed) -> ViewParameters:
+    """A single view that leaves the image as it is but for `changed`."""
+    central = central_view(Recipe(), np.array([10]), np.array([10]))
+    return replace(central, **{name: np.full((1, 1), value, np.float32) for name, value in changed.items()})
+
+
+def test_the_affine_jitter_of_each_operation():
+    pixel, gray = np.array([0.2, 0.5, 0.9]), np.array([0.2, 0.5, 0.9]) @ LUMA
+    for parameters, matrix_times_pixel, pull in (
+        (one_view(), pixel, 0),
+        (one_view(brightness=1.5), 1.5 * pixel, 0),
+        (one_view(contrast=0.3), 0.3 * pixel, 0.7),
+        (one_view(saturation=0.4), 0.4 * pixel + 0.6 * gray, 0),
+        (one_view(gray=1.0), [gray] * 3, 0),
+        (one_view(hue=0.5), 2 * gray - pixel, 0),  # half a turn: the chroma the other way round
+        (one_view(brightness=0.5, contrast=1.6), 0.8 * pixel, 0.5 * -0.6),
+    ):
+        matrix, found_pull = affine_jitter(parameters)
+        assert matrix.shape == (1, 1, 3, 3) and found_pull.shape == (1, 1)
+        np.testing.assert_allclose(matrix[0, 0] @ pixel, matrix_times_pixel, atol=1e-6)
+        np.testing.assert_allclose(found_pull[0, 0], pull, atol=1e-6)
+
+
+def test_the_affine_hue_turns_as_the_colour_wheel_does():
+    """A third of a turn makes red greenish, green bluish and blue reddish; gray and its lightness stay."""
+    third = affine_jitter(one_view(hue=1 / 3))[0][0, 0]
+    assert [int((third @ colour).argmax()) for colour in np.eye(3)] == [1, 2, 0]
+    np.testing.assert_allclose(third @ np.ones(3), 1, atol=1e-6)
+    np.testing.assert_allclose(LUMA @ third, LUMA, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.matrix_power(third, 3), np.eye(3), atol=1e-5)
+
+
+def test_an_unknown_jitter_is_refused():
+    with pytest.raises(UserError, match="no jitter 'fast': choose exact or affine"):
+        Recipe(jitter="fast")
+
+
+def test_both_kinds_of_jitter_draw_the_same():
+    exact, affine = (
+        draw_views(Recipe(jitter=kind), 3, 1, np.arange(9), np.full(9, 50), np.full(9, 60))
+        for kind in ("exact", "affine")
+    )
+    for field in fields(ViewParameters):
+        assert np.array_equal(getattr(exact, field.name), getattr(affine, field.name))
