@@ -1,51 +1,184 @@
-"""Encoded bytes from shards: one read per sample at the offset that the index gives."""
+"""Encoded bytes from shards, on the disk or elsewhere: one read per sample at the offset that the index gives."""
+
+import threading
+import zlib
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from fsspec.implementations.local import LocalFileSystem
 
 from errors import UserError
-from pipeline.shards import ShardSet, filesystem
+from pipeline.cache import Lease, ShardCache
+from pipeline.remote import filesystem, is_local, persistently
+from pipeline.shards import ShardSet
+
+FETCHERS, RANGE_READERS = 8, 16  # threads that wait for the network
+
+
+class ReadFailure(NamedTuple):
+    """In the place of a sample's bytes: why they can't be had."""
+
+    reason: str
 
 
 class Reader:
-    """Reads samples of a shard set by their index; holds no file open, so any number of threads may call it.
+    """Reads samples of a shard set by their index; any number of threads may call `read`.
 
-    Local shards are opened once per call, remote ones read by byte ranges, all of a call at once.
+    Local shards are opened once per call, and none stays open. Of a remote set, the shards that `prefetch` names are
+    fetched whole into the cache and read there; samples of others are read by byte ranges, all of a call at once.
+
+    Args:
+        shards: what to read.
+        cache: where shards of a remote set are kept.
     """
 
-    def __init__(self, shards: ShardSet):
+    def __init__(self, shards: ShardSet, cache: ShardCache | None = None):
         self.shards = shards
         self.fs, root = filesystem(shards.root)
         self.paths = [f"{root}/{shard['file']}" for shard in shards.manifest["shards"]]
+        self.local = is_local(self.fs)
+        self.cache = cache or ShardCache()
+        self._patience = self.cache.patience
+        self._lock = threading.Lock()
+        self._wanted: tuple[bytes, bytes] | None = None
+        self._fetches: dict[int, Future[Path | None]] = {}
+        self._pool: ThreadPoolExecutor | None = None
+        self._lease: Lease | None = None
+
+    def prefetch(self, now: Iterable[int], ahead: Iterable[int] = ()) -> None:
+        """Begin to fetch shards of a remote set, in this order, and keep them until another call names others.
+
+        Cheap if nothing has changed since the last call; does nothing for a local set.
+
+        Args:
+            now: the shards that the next reads need; they wait for them.
+            ahead: those that come afterwards: fetched as far as the cache has room.
+
+        Raises:
+            UserError: the cache can't hold the shards that are needed at once, or its folder can't be written.
+        """
+        if self.local:
+            return
+        now, ahead = np.asarray(now, np.int64), np.asarray(ahead, np.int64)
+        with self._lock:
+            if self._wanted == (wanted := (now.tobytes(), ahead.tobytes())):
+                return
+            entries = self.shards.manifest["shards"]
+            shards = list(dict.fromkeys([*now.tolist(), *ahead.tolist()]))
+            filled = np.cumsum([entries[shard]["bytes"] for shard in shards])
+            needed = int(filled[len(set(now.tolist())) - 1]) if len(now) else 0
+            if needed > self.cache.limit_bytes:
+                raise UserError(
+                    f"The {len(now)} shards that are read at a time take {needed / 1e9:.3g} GB, more than the cache's "
+                    f"limit of {self.cache.limit_bytes / 1e9:.3g} GB: raise it, or make smaller shards."
+                )
+            shards = shards[: int(np.searchsorted(filled, self.cache.limit_bytes, side="right"))]
+            if self._pool is None:
+                self._patience = replace(self.cache.patience, stop=threading.Event())
+                self._pool = ThreadPoolExecutor(FETCHERS, "fetch")
+                self._lease = Lease(self.cache)
+            self._lease.hold([entries[shard]["sha256"] for shard in shards])  # before any is looked for
+            fetches = {}
+            for shard in shards:
+                begun = self._fetches.pop(shard, None)
+                # one that found no room is tried anew, now that others may have let go of theirs
+                usable = begun and not (begun.done() and (begun.exception() or begun.result() is None))
+                fetches[shard] = begun if usable else self._pool.submit(self._fetch, shard)
+            for abandoned in self._fetches.values():
+                abandoned.cancel()
+            self._fetches, self._wanted = fetches, wanted
+
+    def read(self, samples: np.ndarray) -> list[bytes | ReadFailure]:
+        """The encoded images of `samples` ((n,) integers), in that order, each with the checksum that its index gives.
+
+        A sample that is missing, cut short or altered is a `ReadFailure` in its place and spoils no other.
+
+        Raises:
+            UserError: a remote set can't be reached any more.
+        """
+        encoded = self._read(samples)
+        rows = self.shards.index[samples]
+        for place, (data, row) in enumerate(zip(encoded, rows, strict=True)):
+            if isinstance(data, bytes) and zlib.crc32(data) != row["crc32"]:
+                encoded[place] = ReadFailure(f"its bytes in {self._path_of(samples[place])} are not those of the index")
+        return encoded
 
     def __call__(self, samples: np.ndarray) -> list[bytes]:
-        """The encoded images of `samples` ((n,) integers), in that order.
+        """As `read`, but without looking at checksums.
 
         Raises:
             UserError: a shard is missing or shorter than its index says.
         """
-        rows = self.shards.index[samples]
-        numbers = np.searchsorted(self.shards.shard_starts, samples, side="right") - 1
-        try:
-            if isinstance(self.fs, LocalFileSystem):
-                encoded = self._read_local(numbers, rows["offset"], rows["size"])
-            else:
-                paths = [self.paths[shard] for shard in numbers]
-                ends = (rows["offset"] + rows["size"]).tolist()
-                encoded = self.fs.cat_ranges(paths, rows["offset"].tolist(), ends, on_error="raise")
-        except OSError as error:
-            raise UserError(f"A shard of {self.shards.root} can't be read ({error}): copy it again.") from error
-        for data, size, shard in zip(encoded, rows["size"], numbers, strict=True):
-            if len(data) != size:
-                path = self.paths[shard]
-                raise UserError(f"{path} is shorter than its index says: copy it again or convert the images anew.")
+        encoded = self._read(samples)
+        for data in encoded:
+            if isinstance(data, ReadFailure):
+                raise UserError(f"{data.reason}: copy it again or convert the images anew.")
         return encoded
 
-    def _read_local(self, numbers: np.ndarray, offsets: np.ndarray, sizes: np.ndarray) -> list[bytes]:
-        encoded = [b""] * len(numbers)
+    def close(self) -> None:
+        """End the fetching and let go of the shards in the cache; they stay there."""
+        with self._lock:
+            if self._pool is not None:
+                self._patience.stop.set()
+                self._pool.shutdown(wait=False, cancel_futures=True)  # a stalled connection is not waited for
+                self._lease.close()
+                self._pool = self._lease = None
+            self._fetches, self._wanted = {}, None
+
+    def _path_of(self, sample: int) -> str:
+        return self.paths[int(np.searchsorted(self.shards.shard_starts, sample, side="right")) - 1]
+
+    def _read(self, samples: np.ndarray) -> list[bytes | ReadFailure]:
+        rows = self.shards.index[samples]
+        numbers = np.searchsorted(self.shards.shard_starts, samples, side="right") - 1
+        encoded: list[bytes | ReadFailure] = [b""] * len(numbers)
+        elsewhere = []
         for shard in np.unique(numbers):
-            with open(self.paths[shard], "rb", buffering=0) as tar:  # a buffer would read past every sample
-                for i in np.flatnonzero(numbers == shard):
-                    tar.seek(int(offsets[i]))
-                    encoded[i] = tar.read(int(sizes[i]))
+            places = np.flatnonzero(numbers == shard)
+            path = self.paths[shard] if self.local else self._cached(int(shard))
+            try:
+                if path is None:
+                    raise FileNotFoundError
+                with open(path, "rb", buffering=0) as tar:  # a buffer would read past every sample
+                    for place in places:
+                        tar.seek(int(rows["offset"][place]))
+                        encoded[place] = tar.read(int(rows["size"][place]))
+            except OSError as error:
+                if self.local:
+                    failure = ReadFailure(f"A shard of {self.shards.root} can't be read ({error})")
+                    for place in places:
+                        encoded[place] = failure
+                else:  # not in the cache, or evicted from it
+                    elsewhere += places.tolist()
+        if elsewhere:
+            with ThreadPoolExecutor(min(len(elsewhere), RANGE_READERS), "range") as pool:
+                ranges = pool.map(lambda place: self._range(numbers[place], rows[place]), elsewhere)
+                for place, data in zip(elsewhere, ranges, strict=True):
+                    encoded[place] = data
+        for place, data in enumerate(encoded):
+            if isinstance(data, bytes) and len(data) != rows["size"][place]:
+                encoded[place] = ReadFailure(f"{self.paths[numbers[place]]} is shorter than its index says")
         return encoded
+
+    def _cached(self, shard: int) -> Path | None:
+        """The local copy of a remote shard, waited for if it is on its way."""
+        fetch = self._fetches.get(shard)
+        if fetch is not None and not fetch.cancelled():
+            return fetch.result()
+        entry = self.shards.manifest["shards"][shard]
+        return self.cache.find(entry["bytes"], entry["sha256"])
+
+    def _fetch(self, shard: int) -> Path | None:
+        entry = self.shards.manifest["shards"][shard]
+        return self.cache.fetch(self.fs, self.paths[shard], entry["bytes"], entry["sha256"], self._patience)
+
+    def _range(self, shard: int, row: np.void) -> bytes:
+        path, start = self.paths[shard], int(row["offset"])
+        end = start + int(row["size"])
+        try:
+            return persistently(lambda: self.fs.cat_file(path, start=start, end=end), path, self._patience)
+        except OSError as error:
+            raise UserError(f"A shard of {self.shards.root} can't be read ({error}): copy it there again.") from error

@@ -10,16 +10,21 @@ import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO, NamedTuple
 
-import fsspec
 import numpy as np
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractFileSystem
 
 from errors import UserError
+from pipeline.cache import ShardCache
 from pipeline.images import IMAGE_SUFFIXES, DecodeError, inspect
-from pipeline.shards import FORMAT, ShardSet, filesystem, index_dtype, index_name, open_shards
+from pipeline.remote import WebFileSystem, download, filesystem, is_local
+from pipeline.shards import FORMAT, READ_WHOLE, ShardSet, find_tars, index_dtype, index_name, open_shards
 
 BLOCK_BYTES = 1 << 20
 
@@ -56,10 +61,23 @@ def write_shard(folder: Path, name: str, samples: Iterable[Sample]) -> dict[str,
                 add(f"{key}.cls", str(label).encode())
             rows.append((key.encode(), offset, len(encoded), height, width, label, zlib.crc32(encoded)))
             tar.members = []  # which tarfile would otherwise keep
-    np.save(folder / index_name(name), index_rows(rows))
+    index = npy_bytes(index_rows(rows))
+    (folder / index_name(name)).write_bytes(index)  # last: a shard with a whole index is a whole shard
     with open(folder / name, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"file": name, "samples": len(rows), "bytes": file.tell(), "sha256": digest}
+        return shard_entry(name, len(rows), file.tell(), digest, index)
+
+
+def shard_entry(name: str, samples: int, size: int, sha256: str, index: bytes) -> dict[str, Any]:
+    """What the manifest says of a shard; `index` is its index file."""
+    index_sha256 = hashlib.sha256(index).hexdigest()
+    return {"file": name, "samples": samples, "bytes": size, "sha256": sha256, "index_sha256": index_sha256}
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
 
 
 def index_rows(rows: list[tuple]) -> np.ndarray:
@@ -67,41 +85,69 @@ def index_rows(rows: list[tuple]) -> np.ndarray:
     return np.array(rows, index_dtype(max((len(row[0]) for row in rows), default=1)))
 
 
-def write_manifest(fs: fsspec.AbstractFileSystem, path: str, manifest: dict[str, Any]) -> None:
-    """Write `dataset.json` in one step: it is what makes a folder a shard set."""
-    fs.pipe_file(f"{path}/dataset.json.partial", json.dumps({"format": FORMAT, **manifest}, indent=1).encode())
+def write_manifest(fs: AbstractFileSystem, path: str, manifest: dict[str, Any]) -> None:
+    """Write `dataset.json` in one step: it is what makes a folder a shard set. Before it, the common index if due."""
+    manifest = {"format": FORMAT, **manifest}
+    if len(manifest["shards"]) > READ_WHOLE:
+        manifest["index"] = _write_index(fs, path, manifest["shards"])
+    # one line for each shard: to be read by people, and in seconds by the thousand
+    shards = ",\n".join(map(json.dumps, manifest.pop("shards")))
+    text = json.dumps(manifest, indent=1).removesuffix("\n}") + f',\n "shards": [\n{shards}\n]\n}}\n'
+    fs.pipe_file(f"{path}/dataset.json.partial", text.encode())
     fs.mv(f"{path}/dataset.json.partial", f"{path}/dataset.json")
 
 
-def index_shards(root: str) -> ShardSet:
+def _write_index(fs: AbstractFileSystem, path: str, shards: list[dict[str, Any]]) -> dict[str, Any]:
+    """Join the indexes of all shards to ROOT/index.npy, one at a time; its size and checksum for the manifest."""
+
+    def rows(shard: dict[str, Any]) -> np.ndarray:
+        return np.load(io.BytesIO(fs.cat_file(f"{path}/{index_name(shard['file'])}")), allow_pickle=False)
+
+    # twice over all of them: once for the longest key, and without holding the rows meanwhile
+    dtype = index_dtype(max(rows(shard).dtype["key"].itemsize for shard in shards))
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
+    with fs.open(f"{path}/index.npy.partial", "wb") as file:
+        hashed = _HashedFile(file)
+        np.lib.format.write_array_header_1_0(hashed, header | {"shape": (sum(s["samples"] for s in shards),)})
+        for shard in shards:
+            hashed.write(rows(shard).astype(dtype).tobytes())
+    fs.mv(f"{path}/index.npy.partial", f"{path}/index.npy")
+    return {"bytes": hashed.size, "sha256": hashed.digest.hexdigest()}
+
+
+def index_shards(root: str, cache: ShardCache | None = None) -> ShardSet:
     """Index the WebDataset tars in a folder or URL prefix; each is read once, from its beginning to its end.
 
-    Every image is decoded once: one that can't be is left out and named.
+    Every image is decoded once: one that can't be is left out and named. Where ROOT can't be written to, the index goes
+    to the cache.
 
     Raises:
-        UserError: no tars, or no readable image in them.
+        UserError: no tars, or no readable image in them, or they can't be fetched.
         OSError: a tar can't be read or an index can't be written.
     """
     fs, path = filesystem(root)
-    tars = sorted(posixpath.basename(name) for name in fs.glob(f"{path}/*.tar"))
+    cache = cache or ShardCache()
+    tars = find_tars(fs, path)
     if not tars:
         raise UserError(f"There is no .tar in {root}: give the folder that holds the shards.")
     previous = _previous_manifest(fs, path)
-    if fs.exists(f"{path}/dataset.json"):
-        fs.rm_file(f"{path}/dataset.json")  # it must not vouch for half of the new indices
+    home, folder = (fs, path) if _writable(fs, path) else (LocalFileSystem(), str(cache.index_folder(root)))
+    home.makedirs(folder, exist_ok=True)
+    for name in ("dataset.json", "index.npy"):  # which must not vouch for half of the new indexes
+        if home.exists(f"{folder}/{name}"):
+            home.rm_file(f"{folder}/{name}")
     shards, left_out, top_label = [], [], -1
     for name in tars:
-        with fs.open(f"{path}/{name}", "rb") as file:
+        with _whole_file(fs, f"{path}/{name}", cache) as file:
             hashed = _HashedFile(file)
             rows, refused = _index_tar(hashed)
             hashed.drain()  # what a damaged tar has left unread
         left_out += [{"name": f"{name}:{member}", "reason": reason} for member, reason in refused]
-        index = index_rows(rows)
-        top_label = max(top_label, int(index["label"].max(initial=-1)))
-        shards.append({"file": name, "samples": len(rows), "bytes": hashed.size, "sha256": hashed.digest.hexdigest()})
-        buffer = io.BytesIO()
-        np.save(buffer, index)
-        fs.pipe_file(f"{path}/{index_name(name)}", buffer.getvalue())
+        rows = index_rows(rows)
+        top_label = max(top_label, int(rows["label"].max(initial=-1)))
+        index = npy_bytes(rows)
+        home.pipe_file(f"{folder}/{index_name(name)}", index)
+        shards.append(shard_entry(name, len(rows), hashed.size, hashed.digest.hexdigest(), index))
     samples = sum(shard["samples"] for shard in shards)
     if not samples:
         raise UserError(f"No image could be read from the tars in {root}: they must hold <key>.jpg (and <key>.cls).")
@@ -115,11 +161,37 @@ def index_shards(root: str) -> ShardSet:
         "left_out": left_out,
         "made_by": {"command": "pipeline.shards index"},
     }
-    write_manifest(fs, path, manifest)
-    return open_shards(root)
+    write_manifest(home, folder, manifest)
+    return open_shards(root, cache)
 
 
-def _previous_manifest(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any]:
+def _writable(fs: AbstractFileSystem, path: str) -> bool:
+    if isinstance(fs, WebFileSystem):
+        return False
+    try:
+        fs.pipe_file(f"{path}/dataset.json.partial", b"")
+        fs.rm_file(f"{path}/dataset.json.partial")
+    except (OSError, NotImplementedError):
+        return False
+    return True
+
+
+@contextmanager
+def _whole_file(fs: AbstractFileSystem, path: str, cache: ShardCache) -> Iterator[BinaryIO]:
+    """A file to be read once from its beginning; one from elsewhere is fetched first, past what breaks connections."""
+    if is_local(fs):
+        with open(path, "rb") as file:
+            yield file
+        return
+    cache.folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=cache.folder) as folder:
+        copy = Path(folder, "copy")
+        download(fs, path, copy, None, cache.patience)
+        with open(copy, "rb") as file:
+            yield file
+
+
+def _previous_manifest(fs: AbstractFileSystem, path: str) -> dict[str, Any]:
     """The manifest of a set that is indexed anew, for its names of classes; empty if there is none to be read."""
     try:
         manifest = json.loads(fs.cat_file(f"{path}/dataset.json"))
@@ -129,17 +201,24 @@ def _previous_manifest(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, An
 
 
 class _HashedFile:
-    """A file that is read once from its beginning: passes the bytes on and takes their SHA-256 and number."""
+    """A file that is read or written once from its beginning: takes the SHA-256 and the number of the bytes."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.digest, self.size, self.last = file, hashlib.sha256(), 0, b""
 
     def read(self, count: int) -> bytes:
         block = self.file.read(count)
-        self.digest.update(block)
-        self.size += len(block)
+        self._take(block)
         self.last = (self.last + block[-tarfile.BLOCKSIZE :])[-tarfile.BLOCKSIZE :]
         return block
+
+    def write(self, block: bytes) -> None:
+        self.file.write(block)
+        self._take(block)
+
+    def _take(self, block: bytes) -> None:
+        self.digest.update(block)
+        self.size += len(block)
 
     def drain(self) -> None:
         while self.read(BLOCK_BYTES):
@@ -201,19 +280,54 @@ def _sample_files(file: _HashedFile) -> Iterator[tuple[str, str, str, int, bytes
         raise tarfile.ReadError("the tar ends before its end mark")
 
 
-def verify_shards(root: str) -> list[str]:
-    """Compare every tar with the SHA-256 that the manifest recorded; return one sentence per difference."""
-    shards = open_shards(root)
+def verify_shards(root: str, cache: ShardCache | None = None) -> list[str]:
+    """Compare every byte of tars and indexes with the checksums in the manifest; one sentence per difference.
+
+    Of a tar that differs, the samples are named whose own checksums do not fit either.
+
+    Raises:
+        UserError: there is no shard set, or it can't be read.
+    """
+    cache = cache or ShardCache()
+    shards = open_shards(root, cache)
     fs, path = filesystem(root)
+    home, folder = filesystem(shards.index_root)
     problems = []
-    for shard in shards.manifest["shards"]:
-        name = f"{path}/{shard['file']}"
-        if not fs.exists(name):
-            problems.append(f"{name} is missing: copy it again.")
-            continue
-        with fs.open(name, "rb") as file:
+    for number, shard in enumerate(shards.manifest["shards"]):
+        rows = shards.index[shards.shard_starts[number] : shards.shard_starts[number + 1]]
+        problems += _compare(fs, f"{path}/{shard['file']}", shard["bytes"], shard["sha256"], cache, rows)
+        if "index_sha256" in shard:  # older sets have none
+            index = f"{folder}/{index_name(shard['file'])}"
+            problems += _compare(home, index, None, shard["index_sha256"], cache)
+    if entry := shards.manifest.get("index"):
+        problems += _compare(home, f"{folder}/index.npy", entry["bytes"], entry["sha256"], cache)
+    known = {shard["file"] for shard in shards.manifest["shards"]}
+    problems += [
+        f"{path}/{name} is not in dataset.json: take it away or make the index anew."
+        for name in find_tars(fs, path)
+        if name not in known
+    ]
+    return problems
+
+
+def _compare(
+    fs: AbstractFileSystem, name: str, size: int | None, sha256: str, cache: ShardCache, rows: np.ndarray | None = None
+) -> list[str]:
+    """What is wrong with a file of a shard set; `rows` are those of the samples in it."""
+    try:
+        with _whole_file(fs, name, cache) as file:
             hashed = _HashedFile(file)
             hashed.drain()
-        if hashed.digest.hexdigest() != shard["sha256"]:
-            problems.append(f"{name} is not the file that was written: copy it again.")
-    return problems
+            if (size is None or hashed.size == size) and hashed.digest.hexdigest() == sha256:
+                return []
+            damaged = [] if rows is None else [row["key"].decode() for row in rows if not _holds(file, row)]
+    except FileNotFoundError:
+        return [f"{name} is missing: copy it again."]
+    samples = f" (damaged samples: {len(damaged)}, the first {', '.join(damaged[:3])})" if damaged else ""
+    return [f"{name} is not the file that was written: copy it again{samples}."]
+
+
+def _holds(file: BinaryIO, row: np.void) -> bool:
+    """Whether a tar holds the sample of an index row unharmed."""
+    file.seek(int(row["offset"]))
+    return zlib.crc32(file.read(int(row["size"]))) == row["crc32"]

@@ -3,11 +3,16 @@
     ROOT/dataset.json            name, split, classes, counts, checksums, how it was made
     ROOT/train-000000.tar        <key>.jpg, <key>.cls pairs, as the webdataset library writes and reads them
     ROOT/train-000000.index.npy  one `index_dtype` row per sample, so that any sample is one read at a known offset
+    ROOT/index.npy               the rows of all shards, if they are more than a few: memory-mapped instead of read
 
 A folder without `dataset.json` is not a shard set, so one that was interrupted while being written is never trusted.
 
     python -m pipeline.shards index ROOT    make the index of WebDataset tars from elsewhere
-    python -m pipeline.shards verify ROOT   compare a copy with the checksums of the original
+    python -m pipeline.shards verify ROOT   compare every file with the checksums of the original
+    python -m pipeline.shards show ROOT     what is in it: classes, sizes
+
+The index of a set that can't be written to, at an http:// address say, is kept in the cache, $STREAMCLR_CACHE or
+~/.cache/streamclr, of the machine that made it.
 """
 
 import argparse
@@ -15,16 +20,23 @@ import io
 import json
 import posixpath
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
+from fsspec.implementations.local import LocalFileSystem
+from rich.console import Console
 
 from errors import UserError
+from pipeline.cache import ShardCache
+from pipeline.remote import filesystem, is_local, persistently
 
 FORMAT = "streamclr-shards-1"
+READ_WHOLE = 16
+"""Sets of at most so many shards have no common index: theirs are read at once and joined."""
 
 
 def index_dtype(key_length: int) -> np.dtype:
@@ -44,7 +56,9 @@ class ShardSet:
     root: str
     manifest: dict[str, Any]
     index: np.ndarray
-    """(N,) structured rows of `index_dtype`."""
+    """(N,) structured rows of `index_dtype`; mapped into memory if they are many, so read by parts."""
+    index_root: str
+    """Where `dataset.json` and the indexes are: ROOT, or a folder in the cache if ROOT can't be written to."""
 
     def __len__(self) -> int:
         return len(self.index)
@@ -59,77 +73,120 @@ class ShardSet:
         return np.cumsum([0] + [shard["samples"] for shard in self.manifest["shards"]])
 
 
-def filesystem(root: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a folder or URL, and the path in it.
-
-    Raises:
-        UserError: no such kind of URL, or its package is not installed.
-    """
-    try:
-        fs, path = fsspec.core.url_to_fs(root)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"{root} can't be opened: {error}") from error
-    return fs, path.rstrip("/")
-
-
-def open_shards(root: str) -> ShardSet:
-    """Open a shard set, local or at any URL that fsspec knows.
+def open_shards(root: str, cache: ShardCache | None = None) -> ShardSet:
+    """Open a shard set, local or at any URL that fsspec knows; a common index of a remote one goes to the cache.
 
     Raises:
         UserError: there is none, it is empty or can't be read, or its index does not belong to it.
     """
     fs, path = filesystem(root)
+    cache = cache or ShardCache()
     again = f"run `python -m pipeline.shards index {root}` to make it anew"
+    where, index_root = (fs, path), root
     try:
-        manifest = json.loads(fs.cat_file(f"{path}/dataset.json"))
+        content = persistently(lambda: fs.cat_file(f"{path}/dataset.json"), f"{root}/dataset.json", cache.patience)
     except (FileNotFoundError, NotADirectoryError) as error:
-        if fs.isdir(path) and fs.glob(f"{path}/*.tar"):
-            cure = f"run `python -m pipeline.shards index {root}` first"
-            raise UserError(f"The tars in {root} have no index: {cure}.") from error
-        cure = "make them with `python -m pipeline.convert`, or correct the path"
-        raise UserError(f"No shards at {root}: {cure}.") from error
+        index_root = str(cache.index_folder(root))
+        where = (LocalFileSystem(), index_root)
+        try:
+            content = Path(index_root, "dataset.json").read_bytes()
+        except OSError:
+            if find_tars(fs, path):
+                cure = f"run `python -m pipeline.shards index {root}` first"
+                raise UserError(f"The tars in {root} have no index: {cure}.") from error
+            cure = "make them with `python -m pipeline.convert`, or correct the path"
+            raise UserError(f"No shards at {root}: {cure}.") from error
     except OSError as error:
         raise UserError(f"{root} can't be read ({error}): see to the connection and the permissions.") from error
+    try:
+        manifest = json.loads(content)
     except ValueError as error:
         raise UserError(f"{root}/dataset.json is damaged: {again}.") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{root}/dataset.json is not of format {FORMAT}: {again}.")
     if not manifest["shards"]:
         raise UserError(f"{root} lists no shards: convert the images again.")
-    names = [index_name(shard["file"]) for shard in manifest["shards"]]
-    # all at once: a thousand requests one after the other take minutes from an object store
-    contents = fs.cat_ranges([f"{path}/{name}" for name in names], None, None, on_error="return")
-    parts = []
-    for name, content, shard in zip(names, contents, manifest["shards"], strict=True):
-        if isinstance(content, FileNotFoundError):
-            raise UserError(f"{root}/{name} is missing: {again}.") from content
-        if isinstance(content, Exception):
-            raise UserError(f"{root}/{name} can't be read ({content}): see to the connection.") from content
+    read = _map_index if "index" in manifest else _join_indexes
+    return ShardSet(root, manifest, read(*where, manifest, cache, again), index_root)
+
+
+def find_tars(fs: Any, path: str) -> list[str]:
+    """Names of the tars in a folder, sorted; none if there is no such folder."""
+    try:
+        return sorted(posixpath.basename(name) for name in fs.glob(f"{path}/*.tar"))
+    except FileNotFoundError:
+        return []
+
+
+def _map_index(fs: Any, path: str, manifest: dict[str, Any], cache: ShardCache, again: str) -> np.ndarray:
+    """(N,) rows of ROOT/index.npy, mapped into memory: opening takes as long for many samples as for few."""
+    name, entry = f"{path}/index.npy", manifest["index"]
+    if is_local(fs):
+        file = Path(name)
+    elif not (file := cache.fetch(fs, name, entry["bytes"], entry["sha256"])):
+        raise UserError(
+            f"The cache {cache.folder} has no room for {name} ({entry['bytes'] / 1e9:.1f} GB): raise its limit of "
+            f"{cache.limit_bytes / 1e9:.1f} GB."
+        )
+    try:
+        if file.stat().st_size != entry["bytes"]:
+            raise ValueError("size")
+        rows = np.load(file, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError as error:
+        raise UserError(f"{name} is missing: {again}.") from error
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{name} is damaged: {again}.") from error
+    if rows.dtype.names != index_dtype(1).names or rows.shape != (manifest["samples"],):
+        raise UserError(f"{name} disagrees with dataset.json: {again}.")
+    return np.asarray(rows)  # a plain array on the mapping: np.memmap does more on every indexing
+
+
+def _join_indexes(fs: Any, path: str, manifest: dict[str, Any], cache: ShardCache, again: str) -> np.ndarray:
+    """(N,) rows of the shards' own indexes, read all at once: one after the other takes long from an object store."""
+    names = [f"{path}/{index_name(shard['file'])}" for shard in manifest["shards"]]
+
+    def rows(name: str) -> np.ndarray:
         try:
-            parts.append(np.load(io.BytesIO(content), allow_pickle=False))
+            content = persistently(lambda: fs.cat_file(name), name, cache.patience)
+            return np.load(io.BytesIO(content), allow_pickle=False)
+        except FileNotFoundError as error:
+            raise UserError(f"{name} is missing: {again}.") from error
+        except OSError as error:
+            raise UserError(f"{name} can't be read ({error}): see to the connection and the permissions.") from error
         except (ValueError, EOFError) as error:
-            raise UserError(f"{root}/{name} is damaged: {again}.") from error
-        if len(parts[-1]) != shard["samples"]:
-            raise UserError(f"{root}/{name} disagrees with dataset.json: {again}.")
-    return ShardSet(root, manifest, np.concatenate(parts))
+            raise UserError(f"{name} is damaged: {again}.") from error
+
+    with ThreadPoolExecutor(16) as pool:
+        parts = list(pool.map(rows, names))
+    for name, part, shard in zip(names, parts, manifest["shards"], strict=True):
+        if part.dtype.names != index_dtype(1).names or len(part) != shard["samples"]:
+            raise UserError(f"{name} disagrees with dataset.json: {again}.")
+    return np.concatenate(parts)
 
 
-def open_splits(root: str) -> tuple[ShardSet, ShardSet | None]:
+def open_splits(root: str, cache: ShardCache | None = None) -> tuple[ShardSet, ShardSet | None]:
     """The train split of a folder or URL and its test (or val) split if it has one; or one shard set by itself.
 
     Raises:
         UserError: as `open_shards`, and if the splits' classes differ.
     """
     fs, path = filesystem(root)
+    cache = cache or ShardCache()
 
-    def has(split: str) -> bool:  # a web server knows no folders, and a folder may still lack its dataset.json
-        return fs.exists(f"{path}/{split}/dataset.json") or fs.exists(f"{path}/{split}")
+    def exists(name: str) -> bool:
+        try:
+            return persistently(lambda: fs.exists(name), name, cache.patience)
+        except OSError as error:
+            raise UserError(f"{name} can't be read ({error}): see to the connection and the permissions.") from error
+
+    def has(split: str) -> bool:  # an object store knows no folders, and a folder may still lack its dataset.json
+        return exists(f"{path}/{split}/dataset.json") or exists(f"{path}/{split}")
 
     if not has("train"):
-        return open_shards(root), None
-    train = open_shards(posixpath.join(root, "train"))
+        return open_shards(root, cache), None
+    train = open_shards(posixpath.join(root, "train"), cache)
     for split in filter(has, ("test", "val")):
-        test = open_shards(posixpath.join(root, split))
+        test = open_shards(posixpath.join(root, split), cache)
         if test.classes != train.classes:
             raise UserError(f"{test.root} has other classes than {train.root}: convert both again.")
         return train, test
@@ -137,12 +194,13 @@ def open_splits(root: str) -> tuple[ShardSet, ShardSet | None]:
 
 
 def main() -> None:
-    from pipeline.shard_files import index_shards, verify_shards  # which builds on this module
+    from pipeline.shard_files import index_shards, verify_shards  # which build on this module
+    from pipeline.shard_report import summarise
 
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.shards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=["index", "verify"])
+    parser.add_argument("command", choices=["index", "verify", "show"])
     parser.add_argument("root", help="folder or URL prefix that holds the tars")
     arguments = parser.parse_args()
     try:
@@ -151,11 +209,13 @@ def main() -> None:
             for refused in shards.manifest["left_out"]:
                 print(f"left out {refused['name']}: {refused['reason']}", file=sys.stderr)
             print(f"{len(shards)} images in {len(shards.manifest['shards'])} shards indexed.")
-        else:
+        elif arguments.command == "verify":
             problems = verify_shards(arguments.root)
             if problems:
                 raise UserError("\n".join(problems))
             print("Every shard is as it was written.")
+        else:
+            Console().print(*summarise(open_shards(arguments.root)), sep="\n")
     except (UserError, OSError) as error:  # an OSError names its file: no space, no permission, no connection
         sys.exit(str(error))
 

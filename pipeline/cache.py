@@ -1,0 +1,195 @@
+"""Shards of remote sets on the local disk: bounded, verified, fetched once for all processes of a machine.
+
+    CACHE/files/<sha256>                  whole, verified files; the time of change is that of the last use
+    CACHE/files/<sha256>.<bytes>.partial  one that is being fetched, or the fetch of which was interrupted
+    CACHE/leases/<id>                     what a live process is about to use; the lock beside it ends with the process
+    CACHE/indexes/<id>/                   indexes of sets that can't be written to
+
+A file is named by its content, so a set that was changed never meets what was cached of the old one.
+"""
+
+import hashlib
+import os
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from fsspec.spec import AbstractFileSystem
+
+from errors import UserError
+from pipeline.remote import Patience, download
+
+DEFAULT_LIMIT_BYTES = 50 * 10**9
+FETCHES = 3  # of a file that arrives damaged
+FOLDERS = ("files", "leases", "locks")
+
+
+class ShardCache:
+    """A bounded folder of files from elsewhere, least recently used out first; any number of processes may share it.
+
+    Args:
+        folder: default $STREAMCLR_CACHE, else ~/.cache/streamclr.
+        limit_bytes: of all files together, those being fetched included.
+        patience: with connections that fail.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike | None = None,
+        limit_bytes: int = DEFAULT_LIMIT_BYTES,
+        patience: Patience | None = None,
+    ):
+        self.folder = Path(folder or os.environ.get("STREAMCLR_CACHE") or "~/.cache/streamclr").expanduser()
+        self.limit_bytes = limit_bytes
+        self.patience = patience or Patience()
+
+    def find(self, size: int, sha256: str) -> Path | None:
+        """A file that is here already; marks it as used."""
+        path = self.folder / "files" / sha256
+        try:
+            if path.stat().st_size != size:
+                return None
+            os.utime(path)
+        except OSError:
+            return None
+        return path
+
+    def fetch(
+        self, fs: AbstractFileSystem, path: str, size: int, sha256: str, patience: Patience | None = None
+    ) -> Path | None:
+        """The local copy of a file, fetched if it is not here yet; None if all the room is held by live leases.
+
+        Args:
+            patience: another than that of the cache.
+
+        Raises:
+            UserError: it can't be had, or is not the file of this checksum; or the folder can't be written.
+        """
+        target, patience = self.folder / "files" / sha256, patience or self.patience
+        if found := self.find(size, sha256):
+            return found
+        # so few locks can be left lying; who has waited for one finds the file fetched
+        with self._locked(f"locks/{sha256[:3]}", patience):
+            if found := self.find(size, sha256):
+                return found
+            partial = target.with_name(f"{sha256}.{size}.partial")
+            for _ in range(FETCHES):
+                if not self._make_room(partial, size):
+                    return None
+                try:
+                    download(fs, path, partial, size, patience)
+                except (FileNotFoundError, PermissionError) as error:
+                    raise UserError(f"{path} can't be read ({error}): copy it there again.") from error
+                with open(partial, "r+b") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                    os.fsync(file.fileno())  # before it gets its name: after a crash of the machine, too, that vouches
+                if digest == sha256:
+                    with self._locked("lock"):  # nobody is adding up the files
+                        os.replace(partial, target)
+                    return target
+                partial.unlink()
+        raise UserError(
+            f"{path} is not the file that dataset.json describes, {FETCHES} times fetched: copy it there again, or "
+            "make the index anew by `python -m pipeline.shards index`."
+        )
+
+    def index_folder(self, root: str) -> Path:
+        """Where the index of a set is kept that can't be written to."""
+        return self.folder / "indexes" / hashlib.sha256(root.rstrip("/").encode()).hexdigest()[:32]
+
+    @contextmanager
+    def _locked(self, name: str, patience: Patience | None = None) -> Iterator[None]:
+        """Alone among all processes and threads, for as long as that takes or until patience is told to stop."""
+        lock = FileLock(self.folder / f"{name}.lock", thread_local=False)
+        while not lock.is_locked:
+            try:
+                for folder in FOLDERS:
+                    (self.folder / folder).mkdir(parents=True, exist_ok=True)
+                lock.acquire(timeout=1)
+            except Timeout:
+                if patience and patience.stop.is_set():
+                    raise UserError(f"{lock.lock_file} was waited for and given up.") from None
+            except OSError as error:
+                cure = "point $STREAMCLR_CACHE to a folder that can be written"
+                raise UserError(f"{self.folder} can't be used as a cache ({error}): {cure}.") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _make_room(self, partial: Path, size: int) -> bool:
+        """Reserve the room of a file by its empty `partial`, evicting what was not used for longest and is not held."""
+        with self._locked("lock"):
+            held = self._held()
+            kept, evictable = 0, []
+            for file in partial.parent.iterdir():
+                sha256, _, rest = file.name.partition(".")
+                status = file.stat()
+                # one that is being fetched counts as what it will be
+                bytes_ = int(rest.removesuffix(".partial")) if rest else status.st_size
+                if file != partial and sha256 not in held and not (rest and self._being_fetched(sha256)):
+                    evictable.append((status.st_mtime_ns, bytes_, file))
+                elif file != partial:
+                    kept += bytes_
+            if kept + size > self.limit_bytes:
+                return False  # before anything is evicted in vain
+            total = kept + size + sum(bytes_ for _, bytes_, _ in evictable)
+            for _, bytes_, file in sorted(evictable):
+                if total > self.limit_bytes:
+                    try:
+                        file.unlink()
+                        total -= bytes_
+                    except PermissionError:  # open in another process, on a system where that forbids it
+                        continue
+            if total <= self.limit_bytes:
+                partial.touch()
+            return total <= self.limit_bytes
+
+    def _being_fetched(self, sha256: str) -> bool:
+        lock = FileLock(self.folder / f"locks/{sha256[:3]}.lock", thread_local=False)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return True
+        lock.release()
+        return False
+
+    def _held(self) -> set[str]:
+        """What live processes are about to use; forgets those that have ended."""
+        held: set[str] = set()
+        for path in (self.folder / "leases").glob("*.held"):
+            lock = FileLock(path.with_suffix(".lock"), thread_local=False)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:  # whoever holds it lives
+                held |= set(path.read_text().split())
+            else:
+                path.unlink(missing_ok=True)
+                lock.release()
+                Path(lock.lock_file).unlink(missing_ok=True)
+        return held
+
+
+class Lease:
+    """What one reader is about to use, which no process evicts; ends with `close` or with the process."""
+
+    def __init__(self, cache: ShardCache):
+        self.cache = cache
+        self.path = cache.folder / "leases" / f"{uuid.uuid4().hex}.held"
+        self._alive = FileLock(self.path.with_suffix(".lock"), thread_local=False)
+        with cache._locked("lock"):
+            self._alive.acquire()
+            self.path.write_text("")
+
+    def hold(self, checksums: Iterable[str]) -> None:
+        """From now on these and no others; while the lock is held nobody is in the midst of evicting."""
+        with self.cache._locked("lock"):
+            self.path.write_text("\n".join(checksums))
+
+    def close(self) -> None:
+        with self.cache._locked("lock"):
+            self.path.unlink(missing_ok=True)
+            self._alive.release()
+            self.path.with_suffix(".lock").unlink(missing_ok=True)

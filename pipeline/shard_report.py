@@ -1,0 +1,83 @@
+"""What is in a shard set, as tables: figures, balance of the classes, sizes of the images."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from rich.table import Table
+
+from pipeline.shards import ShardSet
+
+ROWS = 1 << 20  # of the index at a time: it may be larger than the memory
+SHOWN = 20
+BAR = 40
+SHORT_SIDE_PX = np.array([0, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048])
+ENCODED_KB = np.array([0, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096])
+
+
+def summarise(shards: ShardSet) -> list[Table]:
+    """A table of figures, one of the classes (the largest and the smallest), one each of short sides and file sizes."""
+    classes = np.zeros(len(shards.classes) + 1, np.int64)  # the last one for unlabelled images
+    sides, sizes = np.zeros(len(SHORT_SIDE_PX), np.int64), np.zeros(len(ENCODED_KB), np.int64)
+    encoded_bytes = 0
+    for rows in _parts(shards.index):
+        classes += np.bincount(np.where(rows["label"] < 0, len(classes) - 1, rows["label"]), minlength=len(classes))
+        short = np.minimum(rows["height"], rows["width"])
+        sides += np.bincount(np.searchsorted(SHORT_SIDE_PX, short, side="right") - 1, minlength=len(sides))
+        sizes += np.bincount(np.searchsorted(ENCODED_KB, rows["size"] / 1000, side="right") - 1, minlength=len(sizes))
+        encoded_bytes += int(rows["size"].sum())
+    return [
+        _figures(shards, encoded_bytes, int(classes[-1])),
+        _classes(shards.classes, classes[:-1]),
+        _histogram("short side, px", SHORT_SIDE_PX, sides),
+        _histogram("encoded image, kB", ENCODED_KB, sizes),
+    ]
+
+
+def _parts(index: np.ndarray) -> Iterator[np.ndarray]:
+    for first in range(0, len(index), ROWS):
+        yield index[first : first + ROWS]
+
+
+def _figures(shards: ShardSet, encoded_bytes: int, unlabelled: int) -> Table:
+    manifest = shards.manifest
+    left_out = manifest.get("rejected", len(manifest.get("left_out", [])))
+    counts = np.diff(shards.shard_starts)
+    table = Table("shard set", shards.root)
+    for name, value in {
+        "name": " ".join(filter(None, (manifest.get("name"), manifest.get("split")))),
+        "images": f"{len(shards):,}, {unlabelled:,} of them without a class; {left_out:,} were left out",
+        "shards": f"{len(counts):,} of {counts.min():,} to {counts.max():,} images",
+        "bytes": f"{sum(shard['bytes'] for shard in manifest['shards']) / 1e9:,.3f} GB, of which images "
+        f"{encoded_bytes / 1e9:,.3f} GB ({encoded_bytes / max(len(shards), 1) / 1e3:,.1f} kB each)",
+        "made by": ", ".join(f"{key} {value}" for key, value in manifest.get("made_by", {}).items()),
+        "index": "" if shards.index_root == shards.root else shards.index_root,
+    }.items():
+        if value:
+            table.add_row(name, value)
+    return table
+
+
+def _classes(names: list[str], counts: np.ndarray) -> Table:
+    table = Table("class", "images", "share")
+    order = np.argsort(-counts, kind="stable")
+    left = len(order) - SHOWN
+    for place, label in enumerate(order):
+        if left <= 0 or place < SHOWN // 2 or place >= len(order) - SHOWN // 2:
+            _add_bar(table, names[label], counts[label], counts)
+        elif place == SHOWN // 2:
+            table.add_row(f"... {left} more", "", "")
+    return table
+
+
+def _histogram(title: str, edges: np.ndarray, counts: np.ndarray) -> Table:
+    table = Table(title, "images", "share")
+    (filled,) = np.nonzero(counts)
+    for bin_ in range(filled.min(), filled.max() + 1) if len(filled) else ():
+        upper = f"to {edges[bin_ + 1] - 1}" if bin_ + 1 < len(edges) else "and more"
+        _add_bar(table, f"{edges[bin_]} {upper}", counts[bin_], counts)
+    return table
+
+
+def _add_bar(table: Table, name: str, count: int, counts: np.ndarray) -> None:
+    bar = "█" * round(BAR * count / max(counts.max(), 1))
+    table.add_row(name, f"{count:,}", f"{count / max(counts.sum(), 1):6.1%} {bar}")
