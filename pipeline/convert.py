@@ -1,121 +1,39 @@
 """Images to shards.
 
-    python -m pipeline.convert textures OUT                           the built-in data set, train and test
-    python -m pipeline.convert folder   SOURCE OUT [--split train]    class folders, or a tar of class folders
-    python -m pipeline.convert imagenet ILSVRC2012_img_train.tar OUT  a tar of class tars, never unpacked to disk
+    python -m pipeline.convert textures   OUT                           the built-in data set
+    python -m pipeline.convert folder     SOURCE OUT [--split train]    class folders, or a tar of class folders
+    python -m pipeline.convert imagenet   ILSVRC2012_img_train.tar OUT  a tar of class tars, never unpacked to disk
+    python -m pipeline.convert imagenet   ILSVRC2012_img_val.tar OUT --labels ILSVRC2012_devkit_t12.tar.gz
+    python -m pipeline.convert imagenet   FOLDER OUT                    train/<wnid>/*.JPEG and val/<wnid>/*.JPEG
+    python -m pipeline.convert cifar      cifar-10-python.tar.gz OUT    CIFAR-10 or -100, train and test
+    python -m pipeline.convert stl10      stl10_binary.tar.gz OUT       train, test and unlabeled
+    python -m pipeline.convert webdataset FOLDER OUT [--split train]    WebDataset tars: sharded and mixed anew
 
 A split becomes the shard set OUT/<split>. Samples are written in a seeded random order, so a shard holds all classes
-and reading shards one after the other is already a fair order. Every image is decoded once: one that can't be is left
-out, named and counted.
+and reading shards one after the other is already a fair order. The same source and options give the same bytes,
+however many workers or parts write them. A conversion that was interrupted goes on where it stopped when the same
+command is run again. Images that can't be read are left out, and listed in OUT/<split>/rejected.csv.
 """
 
 import argparse
 import os
 import shutil
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 from filelock import FileLock
-from fsspec.implementations.local import LocalFileSystem
-from rich.progress import track
 
 from errors import UserError
 from pipeline import textures
-from pipeline.images import DecodeError, inspect
-from pipeline.philox import uniforms
-from pipeline.shard_files import Sample, write_manifest, write_shard
+from pipeline.imagenet import imagenet_sources
+from pipeline.images import QUALITY
+from pipeline.pixel_sets import cifar_sources, stl10_sources
 from pipeline.shards import ShardSet, open_shards
-from pipeline.sources import Source, folder_source, imagenet_source, textures_source
+from pipeline.sources import Source, folder_source, textures_source, webdataset_source
+from pipeline.writer import SAMPLES_PER_SHARD, shards_written, write_split
 
-SAMPLES_PER_SHARD = 1024
-WRITING_STREAM = 2**32 - 3  # of random numbers: apart from those of the textures, the views and the training order
-
-
-def write_split(
-    source: Source, out: Path, split: str, seed: int = 0, samples_per_shard: int = SAMPLES_PER_SHARD
-) -> ShardSet:
-    """Write OUT/<split>: into a folder beside it that is renamed when complete.
-
-    Raises:
-        UserError: no readable image, the split exists, or its classes differ from those of another split in OUT.
-    """
-    target, partial = out / split, out / f".{split}.partial"
-    if target.exists():
-        raise UserError(f"{target} exists already: delete it or choose another folder.")
-    if not source.items:
-        raise UserError(f"No images in {source.name}: a source holds .jpg, .png or similar files in class folders.")
-    classes = _classes(source, out, split)
-    shutil.rmtree(partial, ignore_errors=True)  # what an interrupted conversion left
-    partial.mkdir(parents=True)
-    try:
-        manifest = _write_shards(source, partial, split, classes, seed, samples_per_shard)
-        if not manifest["samples"]:
-            first = manifest["left_out"][0]
-            raise UserError(f"No image of {source.name} could be read; the first: {first['name']} ({first['reason']}).")
-        os.replace(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return open_shards(str(target))
-
-
-def _classes(source: Source, out: Path, split: str) -> list[str]:
-    """Sorted class names; those of a split that is already there, so that a label means the same in both."""
-    names = sorted({label for label, _, _ in source.items if label is not None})
-    for manifest in sorted(out.glob("[!.]*/dataset.json")):  # not the hidden folder of an interrupted conversion
-        others = open_shards(str(manifest.parent)).classes
-        if foreign := sorted(set(names) - set(others)):
-            raise UserError(
-                f"{split} has classes that {manifest.parent} has not ({', '.join(foreign[:3])}): "
-                "convert the split with all classes first, or into another folder."
-            )
-        return others
-    return names
-
-
-def _write_shards(source: Source, folder: Path, split: str, classes: list[str], seed: int, per_shard: int) -> dict:
-    labels = {name: number for number, name in enumerate(classes)} | {None: -1}
-    order = np.argsort(uniforms(seed, 0, np.arange(len(source.items)), WRITING_STREAM, 1)[:, 0], kind="stable")
-    left_out, counts = [], [0] * len(classes)
-
-    def load(number: int) -> Sample | str:
-        label, key, address = source.items[number]
-        try:
-            encoded = source.read(*address)
-            return Sample(key, inspect(encoded), encoded, labels[label])
-        except (DecodeError, OSError) as error:
-            return str(error)
-
-    def readable(chunk: np.ndarray) -> Iterator[Sample]:
-        for number, sample in zip(chunk, pool.map(load, chunk), strict=True):
-            if isinstance(sample, str):
-                left_out.append({"name": source.items[number][1], "reason": sample})
-                continue
-            if sample.label >= 0:
-                counts[sample.label] += 1
-            yield sample
-
-    chunks = [order[first : first + per_shard] for first in range(0, len(order), per_shard)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        shards = [
-            write_shard(folder, f"{split}-{number:06d}.tar", readable(chunk))
-            for number, chunk in enumerate(track(chunks, f"{source.name} {split}", disable=not sys.stderr.isatty()))
-        ]
-    manifest = {
-        "name": source.name,
-        "split": split,
-        "classes": classes,
-        "class_counts": counts,
-        "samples": sum(shard["samples"] for shard in shards),
-        "shards": shards,
-        "left_out": left_out,
-        "made_by": {"command": "pipeline.convert", "seed": seed, "samples_per_shard": per_shard},
-    }
-    write_manifest(LocalFileSystem(), str(folder), manifest)
-    return manifest
+SHOWN = 10
+"""How many rejected images are named on the screen."""
 
 
 def ensure_textures(out: Path) -> None:
@@ -124,48 +42,160 @@ def ensure_textures(out: Path) -> None:
     with FileLock(out / ".lock"):
         sources = {split: textures_source(split) for split in textures.SPLITS}
         for split, source in sources.items():  # first away with all that another version of the textures rendered
+            shutil.rmtree(out / f".{split}.partial", ignore_errors=True)
             if (out / split).exists() and open_shards(str(out / split)).manifest["name"] != source.name:
-                shutil.rmtree(out / f".{split}.partial", ignore_errors=True)
                 os.replace(out / split, out / f".{split}.partial")  # in one step: a process may be killed at any time
+                shutil.rmtree(out / f".{split}.partial", ignore_errors=True)
         for split, source in sources.items():
             if not (out / split).exists():
                 write_split(source, out, split)
 
 
 def main() -> None:
+    arguments = _parser().parse_args()
+    try:
+        for split, source in _sources(arguments).items():
+            shards = write_split(
+                source,
+                arguments.out,
+                split,
+                arguments.seed,
+                arguments.shard_size,
+                verify=arguments.verify,
+                short_side=arguments.short_side,
+                quality=arguments.quality,
+                workers=arguments.workers,
+                part=arguments.part,
+            )
+            _report(shards, arguments.out, split, -(-len(source.items) // arguments.shard_size))
+    except (UserError, OSError) as error:  # an OSError names its file
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        print("Interrupted: the same command goes on where it stopped.", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="source", required=True, metavar="textures|folder|imagenet")
-    textures_parser = commands.add_parser("textures", help="render the built-in data set")
-    folder_parser = commands.add_parser("folder", help="class folders, or a tar of class folders")
-    imagenet_parser = commands.add_parser("imagenet", help="ILSVRC2012_img_train.tar")
-    for command in (folder_parser, imagenet_parser):
-        command.add_argument("path", type=Path, help="the folder or tar to convert")
-        command.add_argument("--split", default="train", help="name of the split (default: train)")
-    for command in (textures_parser, folder_parser, imagenet_parser):
+    about = {
+        "textures": "the built-in data set",
+        "folder": "class folders, or a tar of class folders",
+        "imagenet": "its tars as they are distributed, or folders unpacked from them",
+        "cifar": "CIFAR-10 or CIFAR-100, python version",
+        "stl10": "STL-10, binary version",
+        "webdataset": "WebDataset tars from elsewhere",
+    }
+    commands = parser.add_subparsers(dest="source", required=True, metavar="|".join(about))
+    for name, what in about.items():
+        command = commands.add_parser(name, help=what, description=what)
+        if name != "textures":
+            command.add_argument("path", type=Path, help="the folder or file to convert")
         command.add_argument("out", type=Path, help="folder that will hold <split>/")
-        command.add_argument("--seed", type=int, default=0, help="of the order of samples in the shards (default: 0)")
-    arguments = parser.parse_args()
-    try:
-        if arguments.source == "textures":
-            splits = {split: textures_source(split, arguments.seed) for split in textures.SPLITS}
-        elif arguments.source == "folder":
-            splits = {arguments.split: folder_source(arguments.path)}
+        if name in ("folder", "webdataset"):
+            command.add_argument("--split", default="train", help="name of the split (default: train)")
         else:
-            splits = {arguments.split: imagenet_source(arguments.path)}
-        for split, source in splits.items():
-            _report(write_split(source, arguments.out, split, arguments.seed))
-    except (UserError, OSError) as error:  # an OSError names its file: no space, no permission
-        sys.exit(str(error))
+            command.add_argument("--split", help="convert this split only (default: every split there is)")
+        if name == "imagenet":
+            command.add_argument(
+                "--labels", type=Path, help="of flat validation images: the development kit, or a text of synsets"
+            )
+        _add_options(command)
+    return parser
 
 
-def _report(shards: ShardSet) -> None:
-    for refused in shards.manifest["left_out"]:
-        print(f"left out {refused['name']}: {refused['reason']}", file=sys.stderr)
+def _add_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--seed", type=int, default=0, help="of the order of samples in the shards (default: 0)")
+    command.add_argument(
+        "--shard-size", type=_positive, default=SAMPLES_PER_SHARD, help="samples per shard (default: %(default)s)"
+    )
+    command.add_argument(
+        "--short-side",
+        type=_positive,
+        metavar="PIXELS",
+        help="make images smaller whose short side has more pixels, as JPEG; others keep their bytes",
+    )
+    command.add_argument(
+        "--quality", type=_quality, default=QUALITY, help="of those JPEGs, 1 to 100 (default: %(default)s)"
+    )
+    command.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="decode every image once and leave out what fails; --no-verify reads headers only, so that a truncated "
+        "image is met in training",
+    )
+    command.add_argument(
+        "--workers", type=_positive, default=_cores(), help="processes (default: one per core, %(default)s here)"
+    )
+    command.add_argument(
+        "--part",
+        type=_part,
+        default=(1, 1),
+        metavar="I/N",
+        help="write the I-th of N shares of the shards, I from 1 to N, for job arrays; the job that finds all shards "
+        "written completes the split",
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
+
+
+def _quality(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 to 100")
+    return int(text)
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, _, of = text.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+        raise argparse.ArgumentTypeError(f"{text} is not I/N with I from 1 to N")
+    return int(number), int(of)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _sources(arguments: argparse.Namespace) -> dict[str, Source]:
+    """split -> source, as the command line asks for them."""
+    if arguments.source == "folder":
+        return {arguments.split: folder_source(arguments.path)}
+    if arguments.source == "webdataset":
+        return {arguments.split: webdataset_source(arguments.path)}
+    if arguments.source == "textures":
+        sources = {split: textures_source(split, arguments.seed) for split in textures.SPLITS}
+    elif arguments.source == "imagenet":
+        sources = imagenet_sources(arguments.path, arguments.labels)
+    elif arguments.source == "cifar":
+        sources = cifar_sources(arguments.path)
+    else:
+        sources = stl10_sources(arguments.path)
+    if arguments.split is None:
+        return sources
+    if arguments.split not in sources:
+        raise UserError(f"There is no split {arguments.split} here: choose from {', '.join(sources)}.")
+    return {arguments.split: sources[arguments.split]}
+
+
+def _report(shards: ShardSet | None, out: Path, split: str, count: int) -> None:
+    if shards is None:
+        print(f"{out / split}: {shards_written(out, split)} of {count} shards are written; the last part completes it.")
+        return
+    rejected = shards.manifest["rejected"]
+    lines = Path(shards.root, "rejected.csv").read_text().splitlines()[1:]
+    for line in lines[:SHOWN]:
+        print(f"left out {line}", file=sys.stderr)
+    if rejected > SHOWN:
+        print(f"... and {rejected - SHOWN} more, see {shards.root}/rejected.csv", file=sys.stderr)
     print(
         f"{shards.root}: {len(shards)} images of {len(shards.classes)} classes in "
-        f"{len(shards.manifest['shards'])} shards, {len(shards.manifest['left_out'])} left out."
+        f"{len(shards.manifest['shards'])} shards, {rejected} left out."
     )
 
 

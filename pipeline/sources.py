@@ -1,15 +1,28 @@
-"""Where images to convert come from: a `Source` lists them all and reads one by its address."""
+"""Where images to convert come from: a `Source` lists them all and reads one by its address.
 
+Here are the sources that consist of image files: a folder, a tar, WebDataset tars, and the built-in textures.
+ImageNet's archives are in `imagenet.py`, CIFAR and STL-10 in `pixel_sets.py`.
+"""
+
+import os
 import posixpath
+import shutil
 import tarfile
+import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 from errors import UserError
 from pipeline import textures
 from pipeline.images import IMAGE_SUFFIXES
+from pipeline.shards import open_shards
+
+Item = tuple[str | None, str, tuple]
+"""(class or None, key, address of strings and integers) of one image."""
 
 
 @dataclass(frozen=True)
@@ -17,10 +30,15 @@ class Source:
     """Images with their classes; a million items take about 0.3 GB."""
 
     name: str
-    items: list[tuple[str | None, str, tuple]]
-    """(class or None, key, address) per image."""
+    items: list[Item]
     read: Callable[..., bytes]
-    """read(*address) -> the encoded image; called from several threads."""
+    """read(*address) -> the encoded image; pickled to be called in other processes."""
+    classes: list[str] | None = None
+    """In the order of their numbers; None: the classes of the items, sorted."""
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    """(name, reason) of what the listing met and refused."""
+    scratch: tempfile.TemporaryDirectory | None = None
+    """Holds what had to be unpacked; deleted together with the source."""
 
 
 def textures_source(split: str, seed: int = 0) -> Source:
@@ -30,58 +48,172 @@ def textures_source(split: str, seed: int = 0) -> Source:
         (classes[number % len(classes)], f"{split}-{number:06d}", (seed, split, number))
         for number in range(textures.SPLITS[split])
     ]
-    return Source(f"textures-{textures.VERSION}", items, textures.render)
+    return Source(f"textures-{textures.VERSION}", items, textures.render, classes)
 
 
 def folder_source(path: Path) -> Source:
     """Class folders below a folder, or in an uncompressed tar: the class is the folder that holds the image.
 
-    Images at the top, in no folder, have no class.
+    Images at the top, in no folder, have no class. Links in a folder are followed, links in a tar never.
 
     Raises:
         UserError: there is no such folder or tar, or two images would get the same key.
     """
     if not path.exists():
         raise UserError(f"{path} does not exist: give the folder or tar that holds the images.")
+    left_out: list[tuple[str, str]] = []
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if _is_image(file.name) and file.is_file())
-        named = ((file.relative_to(path).as_posix(), (file,)) for file in files)
-        return Source(path.resolve().name, _named(named), Path.read_bytes)
-    with _open_tar(path) as tar:
-        items = _named((member.name, (member.offset_data, member.size)) for member in _image_members(tar))
-    return Source(path.stem, items, _tar_reader(path))
+        return Source(path.resolve().name, named(files_below(path, left_out)), FolderReader(path), left_out=left_out)
+    with open_tar(path) as tar:
+        items = named((member.name, (member.offset_data, member.size)) for member in image_members(tar, left_out))
+    return Source(path.stem, items, TarReader(path), left_out=left_out)
 
 
-def imagenet_source(path: Path) -> Source:
-    """ILSVRC2012_img_train.tar: one tar per class inside a tar; only headers are read here.
+def webdataset_source(path: Path) -> Source:
+    """WebDataset tars in a folder, or one tar: the image of each sample and its class (`<key>.cls`), if it has one.
+
+    Classes that are numbers keep them and, if `path` is one of our own shard sets, their names; other texts are taken
+    for names. Members of other kinds are not carried over.
 
     Raises:
-        UserError: there is no such tar, it is not whole, or it holds no class tars.
+        UserError: no tars, one that is damaged, or a key that occurs twice in one tar.
     """
+    tars = sorted(path.glob("*.tar")) if path.is_dir() else [path]
+    if not tars:
+        raise UserError(f"There is no .tar in {path}: give the folder that holds the shards.")
+    left_out: list[tuple[str, str]] = []
+    found = [(tar, *sample) for tar in tars for sample in _webdataset_samples(tar, left_out)]
+    numbered = all(label is None or (label.isascii() and label.isdigit() and int(label) < 10**6) for *_, label in found)
+    top = max((int(label) for *_, label in found if numbered and label is not None), default=-1)
+    classes = _class_names(path, top + 1) if numbered else sorted({label for *_, label in found if label is not None})
+    names = {label: classes[int(label)] if numbered else label for *_, label in found if label is not None}
+    repeated = len({key for _, key, *_ in found}) < len(found)  # tars that each begin at 000000
+    items, taken = [], set()
+    for tar, key, address, label in found:
+        unique = clean_key(f"{tar.stem}/{key}" if repeated else key)
+        if unique in taken:
+            raise UserError(f"{tar} holds the key {key} twice: rename one of the samples.")
+        taken.add(unique)
+        items.append((names.get(label), unique, (tar.name, *address)))
+    folder = path if path.is_dir() else path.parent
+    return Source(path.resolve().name.removesuffix(".tar"), items, TarsReader(folder), classes, left_out)
 
-    def images() -> Iterator[tuple[str, tuple]]:
-        with _open_tar(path) as outer:
-            for class_tar in outer:
-                if not class_tar.name.endswith(".tar"):
-                    continue
-                folder = posixpath.basename(class_tar.name).removesuffix(".tar")
-                with tarfile.open(fileobj=outer.extractfile(class_tar), mode="r:") as inner:
-                    for image in _image_members(inner):
-                        yield f"{folder}/{image.name}", (class_tar.offset_data + image.offset_data, image.size)
 
-    # ImageNet's file names are unique and carry their class: they are the keys of its published label subsets
-    items = [(label, key.rpartition("/")[2], address) for label, key, address in _named(images())]
-    if not items:
-        raise UserError(f"{path} holds no class tars: for a tar of class folders use `convert folder`.")
-    return Source("imagenet", items, _tar_reader(path))
+def _webdataset_samples(path: Path, left_out: list) -> Iterator[tuple[str, tuple[int, int], str | None]]:
+    """(key, (offset, size), class or None) of the samples in one tar that have an image."""
+
+    def members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tuple[int, int] | str]]:
+        for member in tar:
+            folder, _, base = member.name.removeprefix("./").rpartition("/")
+            stem, _, extension = base.partition(".")  # WebDataset's rule: the key ends at the first dot
+            if stem and not member.isdir() and extension.lower() in IMAGE_SUFFIXES | {"cls"}:
+                key = f"{folder}/{stem}" if folder else stem
+                if reason := _refusal(member):
+                    left_out.append((f"{path.name}:{member.name}", reason))
+                elif extension.lower() == "cls":
+                    yield key, "cls", tar.extractfile(member).read().decode(errors="replace").strip()
+                else:
+                    yield key, "image", (member.offset_data, member.size)
+            tar.members = []
+
+    with open_tar(path) as tar:
+        for key, sample in groupby(members(tar), key=lambda member: member[0]):
+            parts = {kind: content for _, kind, content in sample}
+            if "image" in parts:
+                label = parts.get("cls")
+                yield key, parts["image"], None if label in ("", "-1") else label
 
 
-def _is_image(name: str) -> bool:
+def _class_names(path: Path, count: int) -> list[str]:
+    """The names in the manifest of a shard set of ours, else the numbers."""
+    try:
+        names = open_shards(str(path)).classes if (path / "dataset.json").is_file() else []
+    except UserError:
+        names = []
+    return names if len(names) >= count else [str(number) for number in range(count)]
+
+
+@dataclass(frozen=True)
+class FolderReader:
+    """Reads files by their path below `root`."""
+
+    root: Path
+
+    def __call__(self, name: str, size: int) -> bytes:
+        try:
+            return (self.root / name).read_bytes()
+        except OSError as error:
+            raise_if_gone(self.root, error)
+            raise
+
+
+@dataclass(frozen=True)
+class TarReader:
+    """Reads members of a tar by the place of their content."""
+
+    path: Path
+
+    def __call__(self, offset: int, size: int) -> bytes:
+        try:
+            with open(self.path, "rb", buffering=0) as tar:  # opening costs 10 us; a file kept open must be closed
+                tar.seek(offset)
+                return tar.read(size)
+        except OSError as error:
+            raise_if_gone(self.path, error)
+            raise
+
+
+@dataclass(frozen=True)
+class TarsReader:
+    """Reads members of the tars in a folder."""
+
+    folder: Path
+
+    def __call__(self, tar: str, offset: int, size: int) -> bytes:
+        return TarReader(self.folder / tar)(offset, size)
+
+
+def raise_if_gone(path: Path, error: OSError) -> None:
+    """One unreadable image is left out, but a source that has gone away must not leave out all the others."""
+    try:
+        with os.scandir(path) if path.is_dir() else open(path, "rb"):
+            pass
+    except OSError:
+        raise UserError(
+            f"{path} can no longer be read ({error.strerror}): see to the disk and run the same command again, "
+            "which goes on where it stopped."
+        ) from error
+
+
+def files_below(folder: Path, left_out: list[tuple[str, str]]) -> Iterator[tuple[str, tuple[str, int]]]:
+    """(path below the folder, (the same, size)) of the images, sorted; links are followed, but not in circles."""
+
+    def walk(at: str | Path, prefix: str, above: frozenset) -> Iterator[tuple[str, tuple[str, int]]]:
+        status = os.stat(at)
+        identity = status.st_dev, status.st_ino
+        if identity in above:
+            return
+        with os.scandir(at) as entries:
+            inside = sorted(entries, key=lambda entry: entry.name)
+        for entry in inside:
+            name = prefix + entry.name
+            if entry.is_dir():
+                yield from walk(entry.path, f"{name}/", above | {identity})
+            elif is_image(entry.name) and entry.is_file():
+                yield name, (name, entry.stat().st_size)
+            elif is_image(entry.name):
+                left_out.append((name, "a link that leads nowhere, or not a plain file"))
+
+    return walk(folder, "", frozenset())
+
+
+def is_image(name: str) -> bool:
     return posixpath.splitext(name)[1][1:].lower() in IMAGE_SUFFIXES
 
 
 @contextmanager
-def _open_tar(path: Path) -> Iterator[tarfile.TarFile]:
+def open_tar(path: Path) -> Iterator[tarfile.TarFile]:
+    """An uncompressed tar; its damage is a UserError."""
     if not path.is_file():
         raise UserError(f"There is no file {path}: give the tar that holds the images.")
     try:
@@ -92,27 +224,62 @@ def _open_tar(path: Path) -> Iterator[tarfile.TarFile]:
         raise UserError(f"{path} is not a whole, uncompressed tar ({error}): {cure}.") from error
 
 
-def _image_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+def image_members(tar: tarfile.TarFile, left_out: list[tuple[str, str]]) -> Iterator[tarfile.TarInfo]:
+    """The images in a tar that are plain files inside it; the others go to `left_out`."""
     for member in tar:
-        if member.isfile() and _is_image(member.name):
-            yield member
+        if is_image(member.name) and not member.isdir():
+            if reason := _refusal(member):
+                left_out.append((member.name, reason))
+            else:
+                yield member
         tar.members = []  # which tarfile would otherwise keep: 1 GB for a million images
 
 
-def _tar_reader(path: Path) -> Callable[[int, int], bytes]:
-    def read(offset: int, size: int) -> bytes:
-        with open(path, "rb", buffering=0) as tar:  # opening costs 10 us; a file kept open would have to be closed
-            tar.seek(offset)
-            return tar.read(size)
+def _refusal(member: tarfile.TarInfo) -> str | None:
+    if member.issym() or member.islnk():
+        return "a link, and links in a tar are not followed"
+    if not member.isfile() or member.issparse():
+        return "not a plain file"
+    if member.name.startswith("/") or ".." in member.name.split("/"):
+        return "its path leads out of the tar"
+    return None
 
-    return read
+
+def unpacked(path: Path, names: Iterable[str], scratch: Path) -> dict[str, Path]:
+    """Where the files of these base names lie: in a folder as they are, or unpacked from a tar, compressed or not.
+
+    Raises:
+        UserError: there is no such folder or tar, it is damaged, or the disk for temporary files is full.
+    """
+    wanted = set(names)
+    if path.is_dir():
+        inside = sorted((file for file in path.rglob("*") if file.name in wanted and file.is_file()), reverse=True)
+        return {file.name: file for file in inside}  # reversed, so that the first in the order of paths stays
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: give the downloaded archive or the folder unpacked from it.")
+    found = {}
+    try:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                name = posixpath.basename(member.name)
+                if name in wanted and member.isfile():
+                    found[name] = scratch / name
+                    with tar.extractfile(member) as packed, open(found[name], "wb") as file:
+                        shutil.copyfileobj(packed, file, 1 << 20)
+                tar.members = []
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} is not a whole archive ({error}): download it again.") from error
+    except OSError as error:
+        cure = "download it again if it is damaged, else set TMPDIR to a folder with room for it"
+        raise UserError(f"{path} can't be unpacked to {scratch} ({error.strerror or error}): {cure}.") from error
+    return found
 
 
-def _named(files: Iterable[tuple[str, tuple]]) -> list[tuple[str | None, str, tuple]]:
-    """(name, address) -> (class, key, address); a key has no dot and is unique, as WebDataset demands."""
+def named(files: Iterable[tuple[str, tuple]]) -> list[Item]:
+    """(path, address) -> (class, key, address); a key has no dot and is unique, as WebDataset demands."""
     items, taken, classes = [], set(), {}
     for name, address in files:
-        *folders, file = (part for part in name.split("/") if part not in ("", ".", ".."))
+        *folders, file = (part for part in clean_key(name).split("/") if part not in ("", ".", ".."))
         folder = folders[-1] if folders else None
         folder = classes.setdefault(folder, folder)  # one string per class, not one per image
         stem = posixpath.splitext(file)[0].replace(".", "_")
@@ -124,3 +291,8 @@ def _named(files: Iterable[tuple[str, tuple]]) -> list[tuple[str | None, str, tu
         taken.add(key)
         items.append((folder, key, address))
     return items
+
+
+def clean_key(name: str) -> str:
+    """A file name that is not valid UTF-8 would break the index: its odd bytes are spelt out."""
+    return name if name.isascii() else name.encode(errors="backslashreplace").decode()

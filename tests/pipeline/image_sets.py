@@ -1,10 +1,18 @@
 """Small image collections in every form that the converter takes, and what is in a shard set."""
 
+import csv
+import hashlib
 import io
+import pickle
+import struct
 import subprocess
 import sys
 import tarfile
+import zlib
 from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
 
 from pipeline.shards import ShardSet
 from tests.pipeline.reference_views import encode, smooth_field
@@ -84,3 +92,158 @@ def run_module(*arguments: str | Path) -> subprocess.CompletedProcess:
     """`python -m` of one of the project's modules, in a process of its own."""
     command = [sys.executable, "-m", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def rejected(shards: ShardSet) -> dict[str, str]:
+    """name -> reason, from rejected.csv."""
+    with open(Path(shards.root, "rejected.csv"), newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["name", "reason"] and len(rows) == shards.manifest["rejected"]
+    return dict(rows)
+
+
+def digests(split: Path) -> dict[str, str]:
+    """The SHA-256 of every file of a split."""
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(split.iterdir())}
+
+
+class _Global:
+    """A name that a pickle refers to, whether or not this Python has it."""
+
+    def __init__(self, module: str, name: str):
+        self.module, self.name = module, name
+
+    def __call__(self) -> None:
+        """Pickle insists on a callable."""
+
+
+class _Array:
+    """Pickles as numpy 1 pickled a uint8 array."""
+
+    def __init__(self, pixels: np.ndarray):
+        self.pixels = pixels
+
+    def __reduce__(self) -> tuple:
+        state = (1, self.pixels.shape, _Dtype(), False, self.pixels.tobytes())
+        return _Global("numpy.core.multiarray", "_reconstruct"), (_Global("numpy", "ndarray"), (0,), b"b"), state
+
+
+class _Dtype:
+    def __reduce__(self) -> tuple:
+        return _Global("numpy", "dtype"), (b"u1", 0, 1), (3, b"|", None, None, None, -1, -1, 0)
+
+
+class _Python2Pickler(pickle._Pickler):
+    """Byte strings as Python 2 wrote its `str`: CIFAR's batches are full of them."""
+
+    def save_bytes(self, content: bytes) -> None:
+        short = len(content) < 256
+        head = pickle.SHORT_BINSTRING + bytes([len(content)]) if short else pickle.BINSTRING
+        self.write((head if short else head + struct.pack("<i", len(content))) + content)
+        self.memoize(content)
+
+    def save_name(self, name: _Global) -> None:
+        self.write(pickle.GLOBAL + f"{name.module}\n{name.name}\n".encode())
+
+    dispatch: ClassVar = {**pickle._Pickler.dispatch, bytes: save_bytes, _Global: save_name}
+
+
+def cifar_pickle(content: object) -> bytes:
+    """As Python 2 pickled it."""
+    if isinstance(content, dict):
+        content = {key: _Array(value) if isinstance(value, np.ndarray) else value for key, value in content.items()}
+    file = io.BytesIO()
+    _Python2Pickler(file, protocol=2).dump(content)
+    return file.getvalue()
+
+
+def cifar_files(kind: int, each: int, seed: int = 0) -> tuple[dict[str, bytes], dict[str, tuple[np.ndarray, list]]]:
+    """The files of the python version with `each` images to a batch, and split -> ((N, 32, 32, 3) uint8, labels)."""
+    random = np.random.default_rng(seed)
+    folder = {10: "cifar-10-batches-py", 100: "cifar-100-python"}[kind]
+    batches = {
+        10: {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]},
+        100: {"train": ["train"], "test": ["test"]},
+    }[kind]
+    names = [b"class %02d" % number for number in range(kind)]
+    labels_key, names_key, meta = {
+        10: (b"labels", b"label_names", "batches.meta"),
+        100: (b"fine_labels", b"fine_label_names", "meta"),
+    }[kind]
+    files = {f"{folder}/{meta}": cifar_pickle({names_key: names, b"num_vis": 3072}), f"{folder}/readme.html": b"<p>"}
+    truth = {}
+    for split, batch_names in batches.items():
+        images, labels = [], []
+        for name in batch_names:
+            pixels = random.integers(0, 256, (each, 32, 32, 3), np.uint8)
+            numbers = random.integers(0, kind, each).tolist()
+            # published as rows of 3072: red plane, green plane, blue plane, each row by row
+            rows = np.stack([np.concatenate([image[..., channel].ravel() for channel in range(3)]) for image in pixels])
+            batch = {b"data": rows, labels_key: numbers, b"batch_label": name.encode(), b"filenames": [b"x.png"] * each}
+            if kind == 100:
+                batch[b"coarse_labels"] = [number // 5 for number in numbers]
+            files[f"{folder}/{name}"] = cifar_pickle(batch)
+            images.append(pixels)
+            labels += [names[number].decode() for number in numbers]
+        truth[split] = np.concatenate(images), labels
+    return files, truth
+
+
+def stl10_files(each: int) -> tuple[dict[str, bytes], dict[str, tuple[np.ndarray, list]]]:
+    """The files of the binary version, and split -> ((N, 96, 96, 3) uint8, classes or None)."""
+    random = np.random.default_rng(1)
+    names = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
+    files = {"stl10_binary/class_names.txt": "\n".join(names).encode() + b"\n", "stl10_binary/fold_indices.txt": b"0"}
+    truth = {}
+    for split in ("train", "test", "unlabeled"):
+        pixels = random.integers(0, 256, (each, 96, 96, 3), np.uint8)
+        # published column by column: red plane, green plane, blue plane
+        planes = [image[:, column, channel] for image in pixels for channel in range(3) for column in range(96)]
+        files[f"stl10_binary/{split}_X.bin"] = np.concatenate(planes).tobytes()
+        labels: list = [None] * each
+        if split != "unlabeled":
+            numbers = random.integers(0, 10, each)
+            files[f"stl10_binary/{split}_y.bin"] = (numbers + 1).astype(np.uint8).tobytes()
+            labels = [names[number] for number in numbers]
+        truth[split] = pixels, labels
+    return files, truth
+
+
+def synsets_mat(wnids: list[str], compressed: bool = True) -> bytes:
+    """A MATLAB 5 file of a struct array `synsets`, with the fields of the development kit that matter and one more."""
+
+    def element(kind: int, content: bytes) -> bytes:
+        if 0 < len(content) <= 4:
+            return struct.pack("<HH", kind, len(content)) + content.ljust(4, b"\0")
+        return struct.pack("<II", kind, len(content)) + content + bytes(-len(content) % 8)
+
+    def matrix(kind: int, shape: tuple[int, int], name: bytes, *content: bytes) -> bytes:
+        head = element(6, struct.pack("<II", kind, 0)) + element(5, struct.pack("<ii", *shape)) + element(1, name)
+        return element(14, head + b"".join(content))
+
+    def text(content: str) -> bytes:
+        return matrix(4, (1, len(content)), b"", element(16, content.encode()))
+
+    def number(value: int) -> bytes:  # MATLAB stores doubles as the smallest integers that hold them
+        small = (2, struct.pack("<B", value)) if value < 256 else (4, struct.pack("<H", value))
+        return matrix(6, (1, 1), b"", element(*small))
+
+    names = b"".join(name.ljust(32, b"\0") for name in (b"ILSVRC2012_ID", b"WNID", b"words"))
+    fields = [number(i) + text(wnid) + text(f"words of {wnid}") for i, wnid in enumerate(wnids, start=1)]
+    names_and_fields = element(5, struct.pack("<i", 32)) + element(1, names) + b"".join(fields)
+    synsets = matrix(2, (len(wnids), 1), b"synsets", names_and_fields)
+    if compressed:
+        packed = zlib.compress(synsets)
+        synsets = struct.pack("<II", 15, len(packed)) + packed
+    other = matrix(6, (1, 1), b"other", element(9, struct.pack("<d", 0.5)))
+    return b"MATLAB 5.0 MAT-file".ljust(124) + struct.pack("<H", 0x0100) + b"IM" + other + synsets
+
+
+def devkit_files(wnids: list[str], numbers: list[int]) -> dict[str, bytes]:
+    """The development kit: class numbers of the validation images, and the ids that they stand for."""
+    data = "ILSVRC2012_devkit_t12/data"
+    return {
+        f"{data}/ILSVRC2012_validation_ground_truth.txt": "".join(f"{number}\n" for number in numbers).encode(),
+        f"{data}/meta.mat": synsets_mat(wnids),
+        "ILSVRC2012_devkit_t12/readme.txt": b"nothing",
+    }
