@@ -20,6 +20,10 @@ class Data:
     """Host threads per process for reading and augmenting; 0 for this process's share of the cores."""
     prefetch: int = 2
     """Batches prepared ahead of the training step."""
+    max_bad: float = 0.01
+    """Share of the images that may be unreadable and be replaced by others before the run stops."""
+    node_groups: int = 1
+    """Groups of nodes, each of which reads its own part of the shards in an epoch; for remote data and many nodes."""
 
 
 @dataclass(frozen=True)
@@ -208,6 +212,8 @@ def _check(config: Config) -> None:
         "log-every": (config.log_every, 1),
         "data.workers": (config.loading.workers, 0),
         "data.prefetch": (config.loading.prefetch, 1),
+        "data.max-bad": (config.loading.max_bad, 0),
+        "data.node-groups": (config.loading.node_groups, 1),
         "views.size": (config.views.size, 8),
         "encoder.width": (config.encoder.width, 0.05),
         "head.hidden": (config.head.hidden, 1),

@@ -78,6 +78,7 @@ def pretrain(config: Config) -> None:
     train, test = open_splits(config.data or TEXTURES)
     backend = choose_backend(config.loading.backend, device)
     loading = {"device": device, "backend": backend, "workers": config.loading.workers or cores}
+    loading |= {"max_bad": config.loading.max_bad, "quarantine": out / "quarantine.jsonl"}
     loader = ViewLoader(
         train,
         config.views,
@@ -85,7 +86,9 @@ def pretrain(config: Config) -> None:
         seed=config.seed,
         rank=rank,
         world_size=world_size,
+        node_groups=config.loading.node_groups,
         prefetch=config.loading.prefetch,
+        epochs=config.epochs,
         **loading,
     )
 
@@ -168,14 +171,15 @@ def pretrain(config: Config) -> None:
                 knn_due = evaluate and epoch_ends and config.eval.knn_every and (epoch + 1) % config.eval.knn_every == 0
                 if step % config.log_every == 0 or step == total_steps or knn_due:
                     # the one place where the host waits for the device
-                    mean_loss, mean_top1 = accelerator.reduce(means.take(), "mean").tolist()
+                    figures = accelerator.reduce(means.take(loader.quarantine.replaced), "mean")
+                    mean_loss, mean_top1, replaced = figures.tolist()
                     if not math.isfinite(mean_loss):
                         raise UserError(
                             f"The loss became {mean_loss} by step {step}: lower --optim.lr, lengthen "
                             "--optim.warmup-epochs or use --precision fp32."
                         )
                     row = {"step": step, "epoch": epoch + 1, "loss": mean_loss, "lr": lr, "probe_top1": mean_top1}
-                    row |= clock.window(config.batch_size)
+                    row |= clock.window(config.batch_size) | {"replaced_images": round(replaced * world_size)}
                     if accelerator.is_main_process:
                         metrics.write(**row)
                         advance(row)
@@ -198,6 +202,8 @@ def pretrain(config: Config) -> None:
         metrics.close()
         if report:
             console.print(report_table(report))
+        if row["replaced_images"]:
+            console.print(f"{row['replaced_images']} times another image took a bad one's place: {out}/quarantine.jsonl")
         images_per_s, waiting = clock.summary(config.batch_size)
         console.print(f"{images_per_s:,.0f} images/s, {waiting:.1%} of the time waiting for data; run folder: {out}")
 

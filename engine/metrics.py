@@ -70,10 +70,10 @@ class RunningMeans:
         self.sums = row if self.sums is None else self.sums + row
         self.count += 1
 
-    def take(self) -> torch.Tensor:
-        """The means since the last call, still on the device."""
+    def take(self, *also: float) -> torch.Tensor:
+        """The means since the last call, then `also` as they are, still on the device."""
         means, self.sums, self.count = self.sums / self.count, None, 0
-        return means
+        return torch.cat([means, means.new_tensor(also)])
 
 
 class MetricsFile:

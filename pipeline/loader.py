@@ -3,7 +3,9 @@
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from importlib import import_module
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +14,8 @@ import torch
 from errors import UserError
 from pipeline.images import DecodeError
 from pipeline.order import Order
-from pipeline.reader import Reader
+from pipeline.quarantine import Quarantine
+from pipeline.reader import Reader, ReadFailure
 from pipeline.recipe import Recipe, ViewParameters, central_view, draw_views
 from pipeline.shards import ShardSet
 
@@ -27,7 +30,7 @@ class Batch(NamedTuple):
     label: torch.Tensor
     """(B,) int64 on the device; -1 for none."""
     index: torch.Tensor
-    """(B,) int64 on the host: the sample's place in the shard set."""
+    """(B,) int64 on the host: the sample's place in the shard set; of the replacement where the one due was bad."""
 
 
 def choose_backend(name: str, device: torch.device) -> str:
@@ -64,22 +67,36 @@ def make_backend(name: str, recipe: Recipe, device: torch.device, batch_size: in
 class _Producer:
     """Samples to batches, two stages of threads ahead of the consumer: bytes, then views."""
 
-    def __init__(self, shards: ShardSet, recipe: Recipe, device: torch.device, *, backend, batch_size, views, workers):
-        self.shards, self.device = shards, device
-        self.reader = Reader(shards)
+    def __init__(
+        self,
+        shards: ShardSet,
+        recipe: Recipe,
+        device: torch.device,
+        quarantine: Quarantine,
+        reader: Reader,
+        *,
+        backend: str,
+        batch_size: int,
+        views: int,
+        workers: int,
+    ):
+        self.shards, self.device, self.quarantine, self.reader = shards, device, quarantine, reader
         self.backend = make_backend(backend, recipe, device, batch_size, views, workers)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def batches(
-        self, plan: Iterator[np.ndarray], parameters: Callable[[np.ndarray], ViewParameters], prefetch: int
+        self,
+        plan: Iterator[tuple[int, np.ndarray]],
+        parameters: Callable[[int, np.ndarray], ViewParameters],
+        prefetch: int,
     ) -> Iterator[Batch]:
-        """One batch per array of sample numbers in `plan`, in order."""
+        """One batch per (epoch, samples) in `plan`, in order, with the views that `parameters` gives for the two."""
         with ThreadPoolExecutor(2, "read") as readers, ThreadPoolExecutor(1, "augment") as augmenter:
             ahead: deque = deque()
             try:
-                for samples in plan:
-                    encoded = readers.submit(self.reader, samples)
-                    ahead.append(augmenter.submit(self._augment, samples, encoded, parameters))
+                for epoch, samples in plan:
+                    read = readers.submit(self._read, samples, epoch)
+                    ahead.append(augmenter.submit(self._augment, samples, epoch, read, parameters))
                     if len(ahead) > prefetch:
                         yield self._hand_over(*ahead.popleft().result())
                 while ahead:
@@ -88,20 +105,45 @@ class _Producer:
                 augmenter.shutdown(wait=False, cancel_futures=True)
                 readers.shutdown(wait=False, cancel_futures=True)
 
-    def _augment(self, samples, encoded, parameters) -> tuple[Batch, torch.cuda.Event | None]:
+    def _read(self, samples: np.ndarray, epoch: int) -> tuple[np.ndarray, list[bytes | ReadFailure]]:
+        chosen = self.quarantine.choose(samples, epoch)
+        return chosen, self.reader.read(chosen)
+
+    def _augment(self, samples, epoch, read, parameters) -> tuple[Batch, torch.cuda.Event | None]:
+        chosen, encoded = read.result()
         with torch.cuda.stream(self.stream):  # no effect without a CUDA device
-            try:
-                views = self.backend(encoded.result(), parameters(samples))
-            except DecodeError as error:
-                which = [self.shards.index["key"][samples[place]].decode() for place in error.args[1:]]
-                raise UserError(
-                    f"An image of {self.shards.root} can't be decoded ({', '.join(which) or error}): see with "
-                    f"`python -m pipeline.shards verify {self.shards.root}` whether the shard was damaged and copy it "
-                    "again, else convert the images anew."
-                ) from error
-            label = torch.from_numpy(self.shards.index["label"][samples]).to(self.device, non_blocking=True)
+            while True:
+                bad = {place: data.reason for place, data in enumerate(encoded) if isinstance(data, ReadFailure)}
+                if not bad:
+                    try:
+                        views = self.backend(encoded, parameters(epoch, chosen))
+                        break
+                    except DecodeError as error:
+                        places = error.args[1:] or self._undecodable(encoded, parameters(epoch, chosen))
+                        if not places:
+                            raise  # each can be decoded by itself: it is not the images
+                        bad = dict.fromkeys(places, "the image can't be decoded")
+                self.quarantine.add({int(chosen[place]): reason for place, reason in bad.items()})
+                renewed = self.quarantine.choose(samples, epoch)
+                changed = np.flatnonzero(renewed != chosen)
+                for place, data in zip(changed, self.reader.read(renewed[changed]), strict=True):
+                    encoded[place] = data
+                chosen = renewed
+            self.quarantine.count(len(samples), int((chosen != samples).sum()))
+            label = torch.from_numpy(self.shards.index["label"][chosen]).to(self.device, non_blocking=True)
             event = self.stream.record_event() if self.stream else None
-        return Batch(views, label, torch.from_numpy(samples)), event
+        return Batch(views, label, torch.from_numpy(chosen)), event
+
+    def _undecodable(self, encoded: list[bytes], parameters: ViewParameters) -> list[int]:
+        """The places of the images that the backend refuses, each tried by itself: not every backend can tell."""
+        places = []
+        for place in range(len(encoded)):
+            one = {field.name: getattr(parameters, field.name)[:, [place]] for field in fields(parameters)}
+            try:
+                self.backend([encoded[place]], ViewParameters(**one))
+            except DecodeError:
+                places.append(place)
+        return places
 
     def _hand_over(self, batch: Batch, event) -> Batch:
         if event is not None:  # ordered on the device, without waiting on the host
@@ -118,7 +160,8 @@ class _Producer:
 class ViewLoader:
     """Epochs of two-view batches, one after the other; the whole state is a position.
 
-    Iterating yields what is left of the current epoch and then moves on to the next one.
+    Iterating yields what is left of the current epoch and then moves on to the next one, whose first batches are
+    already being prepared.
 
     Args:
         shards: where the samples are.
@@ -128,11 +171,16 @@ class ViewLoader:
         device: where the batches are handed over.
         backend: one of `BACKENDS`.
         rank, world_size: which slice of every global batch this process takes.
+        node_groups: see `Order`.
         workers: threads for decoding and augmenting.
         prefetch: batches that are prepared ahead.
+        epochs: how many there will be, so that nothing is prepared beyond; None for any number.
+        max_bad: share of the images that may be bad, see `Quarantine`.
+        quarantine: the file that lists them; None for none.
 
     Raises:
-        UserError: the batch is larger than the shard set or does not divide by the ranks.
+        UserError: the batch is larger than the shard set or does not divide by the ranks; while iterating, more than
+            `max_bad` of the images are bad.
     """
 
     def __init__(
@@ -146,8 +194,12 @@ class ViewLoader:
         backend: str = "auto",
         rank: int = 0,
         world_size: int = 1,
+        node_groups: int = 1,
         workers: int = 1,
         prefetch: int = 2,
+        epochs: int | None = None,
+        max_bad: float = 0.01,
+        quarantine: Path | None = None,
     ):
         if batch_size % world_size:
             raise UserError(
@@ -160,30 +212,51 @@ class ViewLoader:
                 f"use a --batch-size of at most {len(shards)}."
             )
         self.shards, self.recipe, self.seed = shards, recipe, seed
-        self.order = Order(shards.shard_starts, batch_size, seed)
-        self.rank, self.world_size, self.prefetch = rank, world_size, prefetch
+        self.order = Order(shards.shard_starts, batch_size, seed, node_groups=node_groups)
+        self.rank, self.world_size, self.prefetch, self.epochs = rank, world_size, prefetch, epochs
         self.epoch, self.step = 0, 0
+        self.quarantine = Quarantine(shards, seed, max_bad, len(shards) // world_size, quarantine)
+        self.reader = Reader(shards)
         self.producer = _Producer(
-            shards, recipe, device, backend=backend, batch_size=batch_size // world_size, views=2, workers=workers
+            shards,
+            recipe,
+            device,
+            self.quarantine,
+            self.reader,
+            backend=backend,
+            batch_size=batch_size // world_size,
+            views=2,
+            workers=workers,
         )
+        self._batches, self._next = iter(()), None  # what is being prepared, and from which position on
 
     def __len__(self) -> int:
         """Steps of a whole epoch."""
         return self.order.steps_per_epoch
 
     def __iter__(self) -> Iterator[Batch]:
-        epoch, first = self._position()
-        self.epoch, self.step = epoch, first
-        plan = (self.order.batch(epoch, step, self.rank, self.world_size) for step in range(first, len(self)))
-        rows = self.shards.index
-
-        def parameters(samples: np.ndarray) -> ViewParameters:
-            return draw_views(self.recipe, self.seed, epoch, samples, rows["height"][samples], rows["width"][samples])
-
-        for batch in self.producer.batches(plan, parameters, self.prefetch):
+        self.epoch, self.step = self._position()
+        while self.step < len(self):
+            if self._next != (self.epoch, self.step):
+                self._stop()
+                self._batches = self.producer.batches(self._plan(), self._parameters, self.prefetch)
+            batch = next(self._batches)
             self.step += 1  # counted when handed over: batches prepared ahead are not part of the position
+            self._next = self._position()
             yield batch
-        self.epoch, self.step = epoch + 1, 0
+        self.epoch, self.step = self.epoch + 1, 0
+
+    def _plan(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(epoch, samples of this rank) of every batch from the position on."""
+        epoch, step = self.epoch, self.step
+        while self.epochs is None or epoch < self.epochs:
+            for position in range(step, len(self)):
+                yield epoch, self.order.batch(epoch, position, self.rank, self.world_size)
+            epoch, step = epoch + 1, 0
+
+    def _parameters(self, epoch: int, samples: np.ndarray) -> ViewParameters:
+        rows = self.shards.index
+        return draw_views(self.recipe, self.seed, epoch, samples, rows["height"][samples], rows["width"][samples])
 
     def _position(self) -> tuple[int, int]:
         """(epoch, step) of the next batch to be handed over; after the last of an epoch, the first of the next."""
@@ -206,7 +279,13 @@ class ViewLoader:
                 raise UserError(f"The run was begun with {name} {state[name]}: go on with the same instead of {value}.")
         self.epoch, self.step = state["epoch"], state["step"]
 
+    def _stop(self) -> None:
+        if hasattr(self._batches, "close"):  # a generator: its threads end with it
+            self._batches.close()
+        self._batches, self._next = iter(()), None
+
     def close(self) -> None:
+        self._stop()
         self.producer.close()
 
 
@@ -219,13 +298,29 @@ def central_batches(
     device: torch.device,
     backend: str = "auto",
     workers: int = 1,
+    max_bad: float = 0.01,
+    quarantine: Path | None = None,
 ) -> Iterator[Batch]:
-    """The central view of each of `samples` ((n,) integers), in that order, for evaluation."""
-    producer = _Producer(shards, recipe, device, backend=backend, batch_size=batch_size, views=1, workers=workers)
-    plan = (samples[first : first + batch_size] for first in range(0, len(samples), batch_size))
+    """The central view of each of `samples` ((n,) integers), in that order, for evaluation; the last batch is partial.
+
+    A bad image is replaced by another one of `samples`, whose label comes with it.
+    """
+    replacements = Quarantine(shards, 0, max_bad, len(samples), quarantine, samples)
+    producer = _Producer(
+        shards,
+        recipe,
+        device,
+        replacements,
+        Reader(shards),
+        backend=backend,
+        batch_size=batch_size,
+        views=1,
+        workers=workers,
+    )
+    plan = ((0, samples[first : first + batch_size]) for first in range(0, len(samples), batch_size))
     rows = shards.index
 
-    def parameters(chosen: np.ndarray) -> ViewParameters:
+    def parameters(_: int, chosen: np.ndarray) -> ViewParameters:
         return central_view(recipe, rows["height"][chosen], rows["width"][chosen])
 
     try:

@@ -51,7 +51,7 @@ def test_running_means_start_anew_after_each_take():
         means.add(torch.tensor(value), torch.tensor(-value, dtype=torch.bfloat16))
     assert means.take().tolist() == [3.0, -3.0]
     means.add(torch.tensor(5.0), torch.tensor(0.0))
-    assert means.take().tolist() == [5.0, 0.0]
+    assert means.take(7).tolist() == [5.0, 0.0, 7.0]
 
 
 def test_rows_are_on_disk_at_once(tmp_path):

@@ -1,10 +1,8 @@
 """The loader's contract: what a batch holds, that its state is a position and nothing else, and how it stops."""
 
-import os
 import threading
 import time
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +11,10 @@ import torch
 from errors import UserError
 from pipeline.convert import write_split
 from pipeline.loader import Batch, ViewLoader, central_batches, choose_backend
+from pipeline.order import Order
 from pipeline.reader import Reader
 from pipeline.recipe import Recipe, central_view, draw_views
-from pipeline.shards import ShardSet, open_shards
+from pipeline.shards import ShardSet
 from pipeline.sources import folder_source
 from tests.pipeline import reference_views as reference
 from tests.pipeline.image_sets import pictures, write_folder
@@ -184,7 +183,7 @@ def test_breaking_out_leaves_no_threads(shards, backend):
 
 
 def test_breaking_out_does_not_wait_for_what_was_not_begun(shards, monkeypatch):
-    read = Reader.__call__
+    read = Reader.read
     calls = []
 
     def slowly(self, samples):
@@ -193,7 +192,7 @@ def test_breaking_out_does_not_wait_for_what_was_not_begun(shards, monkeypatch):
             time.sleep(0.2)
         return read(self, samples)
 
-    monkeypatch.setattr(Reader, "__call__", slowly)
+    monkeypatch.setattr(Reader, "read", slowly)
     whole = loader(shards, batch_size=1, prefetch=20)
     begun = time.monotonic()
     for _ in whole:
@@ -212,32 +211,20 @@ def test_what_does_not_fit_is_refused(shards):
     assert choose_backend("auto", CPU) == "host" and choose_backend("auto", torch.device("mps")) == "kornia"
 
 
-@pytest.mark.parametrize("backend", ["host", "kornia", "dali"])
-def test_a_corrupt_image_is_named_by_its_key(shards, tmp_path, backend):
-    if backend == "dali":
-        pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is there for Linux only")
-    for file in Path(shards.root).iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    row = shards.index[9]  # the third of the second shard
-    with open(tmp_path / "train-000001.tar", "r+b") as tar:
-        tar.seek(int(row["offset"]))
-        tar.write(bytes(int(row["size"])))
-    spoilt = loader(open_shards(str(tmp_path)), backend=backend, batch_size=31)
-    key = row["key"].decode()
-    with pytest.raises(UserError, match=rf"can't be decoded \({key}\): see with `python -m pipeline\.shards verify"):
-        list(spoilt)
-    spoilt.close()
+def test_the_next_epoch_is_prepared_while_the_last_batch_is_used(shards, monkeypatch):
+    order, asked = Order.batch, []
 
+    def note(self, epoch, step, *ranks):
+        asked.append((epoch, step))
+        return order(self, epoch, step, *ranks)
 
-def test_a_missing_shard_stops_the_run_with_its_name(shards, tmp_path):
-    for file in Path(shards.root).iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    opened = open_shards(str(tmp_path))
-    os.remove(tmp_path / "train-000002.tar")
-    part = loader(opened)
-    with pytest.raises(UserError, match=r"train-000002\.tar"):
-        list(part)
-    part.close()
+    monkeypatch.setattr(Order, "batch", note)
+    whole = loader(shards, prefetch=2, epochs=2)
+    for _ in whole:
+        pass
+    assert asked[-1] == (1, 1)
+    assert len(list(whole)) == 3 and asked == [(epoch, step) for epoch in range(2) for step in range(3)]
+    whole.close()
 
 
 @pytest.mark.parametrize("backend", ["host", "kornia", "dali"])

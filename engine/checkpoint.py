@@ -1,0 +1,162 @@
+"""Checkpoints: all that a run needs to go on bit for bit, in folders that are only ever whole.
+
+    RUN/checkpoints/step-00001200/state.safetensors   weights, optimiser states, the sums of the open metrics row
+    RUN/checkpoints/step-00001200/record.json         step, loader position, configuration, checksum of the other file
+
+A folder is written under another name and renamed when it is complete and on the disk. Nothing is unpickled.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from errors import UserError
+
+FORMAT = "streamclr-checkpoint-1"
+
+
+class Checkpoints:
+    """The checkpoints of one run, the last `keep` of them kept."""
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder, self.keep = folder, keep
+
+    def latest(self) -> Path | None:
+        """The newest one; None if there is none."""
+        return max(self._complete(), default=None)
+
+    def save(self, step: int, tensors: dict[str, Tensor], record: dict[str, Any]) -> Path:
+        """Write the checkpoint of a step, then delete the oldest ones.
+
+        Raises:
+            UserError: it could not be written; earlier ones are as they were.
+        """
+        target = self.folder / f"step-{step:08d}"
+        if target.exists():  # of the same run at the same step: nothing can have changed
+            return target
+        partial = self.folder / f".{target.name}.partial"
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "state.safetensors")
+            record = {"format": FORMAT, "step": step, "sha256": _digest(partial / "state.safetensors"), **record}
+            (partial / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+            for path in (*partial.iterdir(), partial):
+                _to_disk(path)
+            os.rename(partial, target)
+            _to_disk(self.folder)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            latest = self.latest()
+            raise UserError(
+                f"The checkpoint of step {step} can't be written to {self.folder} ({error}): see to space and "
+                f"permissions and go on with the same command from {latest.name if latest else 'the beginning'}."
+            ) from error
+        for old in sorted(self._complete())[: -self.keep]:
+            discarded = old.with_name(f".{old.name}.partial")
+            os.rename(old, discarded)  # first out of sight: a kill may come at any time
+            shutil.rmtree(discarded, ignore_errors=True)
+        return target
+
+    def _complete(self) -> Iterable[Path]:
+        return (path for path in self.folder.glob("step-*") if path.is_dir())
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors on the host, record) of a checkpoint.
+
+    Raises:
+        UserError: it is not a checkpoint, or not as it was written.
+    """
+    cure = "delete it to go on from the one before, or begin anew with --resume none"
+    try:
+        record = json.loads((path / "record.json").read_text())
+    except OSError as error:
+        raise UserError(f"{path} is no checkpoint ({error}): give a run folder or one of its checkpoints.") from error
+    except ValueError as error:
+        raise UserError(f"{path}/record.json is damaged: {cure}.") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise UserError(f"{path} is not of format {FORMAT}: {cure}.")
+    file = path / "state.safetensors"
+    try:
+        if _digest(file) != record["sha256"]:
+            raise UserError(f"{file} is not as it was written, truncated perhaps: {cure}.")
+        return load_file(file), record
+    except (OSError, KeyError, SafetensorError) as error:
+        raise UserError(f"{file} can't be read ({error}): {cure}.") from error
+
+
+def pack(module: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
+    """Weights, buffers and optimiser states under names of their own, on the host."""
+    tensors = {f"model/{name}": tensor for name, tensor in module.state_dict().items()}
+    for number, optimizer in enumerate(optimizers):
+        for index, state in optimizer.state_dict()["state"].items():
+            for name, value in state.items():
+                if value is not None:
+                    tensors[f"optimizer/{number}/{index}/{name}"] = value
+    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+
+
+def unpack(tensors: dict[str, Tensor], module: nn.Module, optimizers: list[Optimizer]) -> None:
+    """Put back what `pack` took.
+
+    Raises:
+        UserError: a tensor is missing, left over or of another shape.
+    """
+    own = {name.removeprefix("model/"): tensor for name, tensor in tensors.items() if name.startswith("model/")}
+    try:
+        module.load_state_dict(own)
+    except RuntimeError as error:
+        raise UserError(f"The checkpoint holds another model: {' '.join(str(error).split())}") from error
+    for number, optimizer in enumerate(optimizers):
+        prefix, states = f"optimizer/{number}/", {}
+        for name, tensor in tensors.items():
+            if name.startswith(prefix):
+                index, field = name.removeprefix(prefix).split("/")
+                states.setdefault(int(index), {})[field] = tensor
+        optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+        for parameter, state in optimizer.state.items():
+            for field, value in state.items():
+                if value.shape == parameter.shape:  # laid out as the parameter is, or the fused kernels stand aside
+                    state[field] = torch.empty_like(parameter).copy_(value)
+
+
+class StopSignal:
+    """SIGTERM and Ctrl-C set `received`, so that a step is finished first; a second one stops at once."""
+
+    def __enter__(self) -> "StopSignal":
+        self.received = False
+        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _receive(self, number: int, _frame: object) -> None:
+        self.received = True
+        signal.signal(number, self._before[number])
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,99 @@
+"""Samples that can't be read or decoded: replaced, written down, counted, and past a share of all a reason to stop."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from errors import UserError
+from pipeline.philox import uniforms
+from pipeline.shards import ShardSet
+
+REPLACEMENT_STREAM = 2**32 - 4  # of random numbers: apart from order, views and conversion
+CANDIDATES = 16
+
+
+class Quarantine:
+    """Keeps a run going where a few images are bad.
+
+    What takes a bad sample's place is a function of (seed, epoch, sample): a run and its continuation put in the same,
+    on any rank. A sample known to be bad is not tried again.
+
+    Args:
+        shards: where the samples are.
+        seed: of the run.
+        max_bad: the share of the samples met that may be replaced.
+        least_met: count at least so many as met; a rank's part of an epoch, so that a bad image among the first ones
+            stops nothing.
+        path: `quarantine.jsonl`, one row {"shard", "key", "reason"} per bad sample; None keeps no file.
+        population: (n,) samples from which replacements come; None for all.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        seed: int,
+        max_bad: float,
+        least_met: int,
+        path: Path | None = None,
+        population: np.ndarray | None = None,
+    ):
+        self.shards, self.seed, self.max_bad, self.least_met, self.path = shards, seed, max_bad, least_met, path
+        self.population = population
+        self.reasons: dict[int, str] = {}
+        self.met = self.replaced = 0
+
+    def choose(self, samples: np.ndarray, epoch: int) -> np.ndarray:
+        """`samples` ((n,) int64) with every one that is known to be bad replaced.
+
+        Raises:
+            UserError: all candidates for a replacement are bad as well.
+        """
+        if not self.reasons:
+            return samples
+        return np.array([self._good(int(sample), epoch) for sample in samples], np.int64)
+
+    def _good(self, sample: int, epoch: int) -> int:
+        if sample not in self.reasons:
+            return sample
+        drawn = uniforms(self.seed, epoch, np.array([sample]), REPLACEMENT_STREAM, CANDIDATES)[0]
+        count = len(self.shards) if self.population is None else len(self.population)
+        for place in (drawn * count).astype(np.int64).tolist():
+            candidate = place if self.population is None else int(self.population[place])
+            if candidate not in self.reasons:
+                return candidate
+        raise UserError(
+            f"An image of {self.shards.root} can't be used ({self.reasons[sample]}), nor can {CANDIDATES} others in "
+            f"its place: see with `python -m pipeline.shards verify {self.shards.root}` what is wrong with the shards."
+        )
+
+    def add(self, bad: dict[int, str]) -> None:
+        """Write down samples that turned out to be bad, each with one sentence that says why."""
+        bad = {sample: reason for sample, reason in bad.items() if sample not in self.reasons}
+        rows = []
+        for sample, reason in bad.items():
+            shard = int(np.searchsorted(self.shards.shard_starts, sample, side="right")) - 1
+            file, key = self.shards.manifest["shards"][shard]["file"], self.shards.index["key"][sample].decode()
+            rows.append(json.dumps({"shard": file, "key": key, "reason": reason}) + "\n")
+        self.reasons |= bad
+        if self.path is not None and rows:
+            with self.path.open("a") as file:
+                file.write("".join(rows))  # in one piece, since the ranks share the file
+
+    def count(self, met: int, replaced: int) -> None:
+        """Add up a batch.
+
+        Raises:
+            UserError: more than `max_bad` of the samples met had to be replaced.
+        """
+        self.met, self.replaced = self.met + met, self.replaced + replaced
+        if self.replaced > self.max_bad * max(self.met, self.least_met):
+            sample, reason = next(reversed(self.reasons.items()))
+            key = self.shards.index["key"][sample].decode()
+            where = f", listed in {self.path}" if self.path is not None else ""
+            raise UserError(
+                f"{self.replaced} of {self.met} images of {self.shards.root} were bad{where}, the last {key} "
+                f"({reason}), which is more than --data.max-bad {self.max_bad:g} allows: see with `python -m "
+                f"pipeline.shards verify {self.shards.root}` whether shards were damaged and copy them again, or "
+                "allow more."
+            )

@@ -1,0 +1,136 @@
+"""Bad images: replaced by the same others whoever meets them, written down, counted, and too many of them refused."""
+
+import json
+import shutil
+import zlib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from errors import UserError
+from pipeline.convert import write_split
+from pipeline.loader import ViewLoader, central_batches
+from pipeline.recipe import Recipe
+from pipeline.shards import ShardSet, open_shards
+from pipeline.sources import folder_source
+from tests.pipeline.image_sets import pictures, write_folder
+
+CPU = torch.device("cpu")
+RECIPE = Recipe(size=16)
+BACKENDS = ["host", "kornia", "dali"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> ShardSet:
+    """Thirty labelled images in five shards."""
+    root = tmp_path_factory.mktemp("shards")
+    return write_split(folder_source(write_folder(root / "in", pictures(each=10))), root / "out", "train", 0, 6)
+
+
+def spoil(shards: ShardSet, folder, samples=(), lost_shards=(), noticed=False) -> ShardSet:
+    """A copy where the images `samples` are zeros, `noticed` by their checksums, and the tars `lost_shards` missing."""
+    shutil.copytree(shards.root, folder)
+    spoilt = open_shards(str(folder))
+    index = np.array(spoilt.index)
+    for sample in samples:
+        shard = int(np.searchsorted(shards.shard_starts, sample, side="right")) - 1
+        zeros = bytes(int(index["size"][sample]))
+        with open(folder / shards.manifest["shards"][shard]["file"], "r+b") as tar:
+            tar.seek(int(index["offset"][sample]))
+            tar.write(zeros)
+        if not noticed:
+            index["crc32"][sample] = zlib.crc32(zeros)
+    for shard in lost_shards:
+        (folder / shards.manifest["shards"][shard]["file"]).unlink()
+    return replace(spoilt, index=index)
+
+
+def epochs(shards: ShardSet, count: int = 2, **options) -> list:
+    options = {"batch_size": 10, "seed": 0, "device": CPU, "backend": "host", "workers": 2, "max_bad": 0.5} | options
+    loader = ViewLoader(shards, RECIPE, **options)
+    batches = [batch for _ in range(count) for batch in loader]
+    loader.close()
+    return batches
+
+
+def recorded(path) -> dict[str, str]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len({row["key"] for row in rows}) == len(rows)
+    return {row["key"]: (row["shard"], row["reason"]) for row in rows}
+
+
+@pytest.mark.parametrize(("backend", "noticed"), [*((backend, False) for backend in BACKENDS), ("host", True)])
+def test_bad_images_are_replaced_and_written_down(whole, tmp_path, backend, noticed):
+    if backend == "dali":
+        pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is there for Linux only")
+    bad = [3, 17, 18]
+    spoilt = spoil(whole, tmp_path / "set", bad, noticed=noticed)
+    plain = epochs(whole, backend=backend)
+    batches = epochs(spoilt, backend=backend, quarantine=tmp_path / "quarantine.jsonl")
+    replaced = 0
+    for batch, due in zip(batches, plain, strict=True):
+        assert batch.views.shape == due.views.shape and torch.isfinite(batch.views).all()
+        assert not set(batch.index.tolist()) & set(bad)
+        assert batch.label.tolist() == whole.index["label"][batch.index.numpy()].tolist()
+        kept = batch.index == due.index
+        assert due.index[~kept].tolist() == [i for i in due.index.tolist() if i in bad]
+        assert torch.equal(batch.views[kept.repeat(2)], due.views[kept.repeat(2)])
+        replaced += int((~kept).sum())
+    assert replaced == 6
+    rows = recorded(tmp_path / "quarantine.jsonl")
+    assert rows.keys() == {whole.index["key"][sample].decode() for sample in bad}
+    shard, reason = rows[whole.index["key"][3].decode()]
+    assert shard == "train-000000.tar" and ("not those of the index" if noticed else "can't be decoded") in reason
+
+
+def test_a_lost_shard_is_replaced_too(whole, tmp_path):
+    spoilt = spoil(whole, tmp_path / "set", lost_shards=[2])
+    batches = epochs(spoilt, quarantine=tmp_path / "quarantine.jsonl")
+    assert not set(torch.cat([batch.index for batch in batches]).tolist()) & set(range(12, 18))
+    rows = recorded(tmp_path / "quarantine.jsonl")
+    assert len(rows) == 6 and all(shard == "train-000002.tar" for shard, _ in rows.values())
+
+
+def test_the_same_image_takes_the_place_on_any_rank_and_after_resuming(whole, tmp_path):
+    spoilt = spoil(whole, tmp_path / "set", [0, 5, 11, 20])
+    batches = epochs(spoilt)
+    ranks = [epochs(spoilt, rank=rank, world_size=2) for rank in range(2)]
+    for batch, *shares in zip(batches, *ranks, strict=True):
+        assert torch.equal(batch.index, torch.cat([share.index for share in shares]))
+    for first in range(1, 6):
+        loader = ViewLoader(spoilt, RECIPE, batch_size=10, seed=0, device=CPU, backend="host", max_bad=0.5)
+        loader.load_state_dict(loader.state_dict() | {"epoch": first // 3, "step": first % 3})
+        batch = next(iter(loader))
+        loader.close()
+        assert torch.equal(batch.index, batches[first].index) and torch.equal(batch.views, batches[first].views)
+
+
+def test_too_many_bad_images_stop_the_run(whole, tmp_path):
+    spoilt = spoil(whole, tmp_path / "set", range(0, 30, 5))
+    with pytest.raises(UserError, match=r"images of .* were bad, listed in .*more than --data.max-bad 0.1 allows"):
+        epochs(spoilt, max_bad=0.1, quarantine=tmp_path / "quarantine.jsonl")
+    assert len(epochs(spoilt, max_bad=0.2)) == 6
+
+
+def test_a_set_without_a_good_image_stops_at_once(whole, tmp_path):
+    spoilt = spoil(whole, tmp_path / "set", lost_shards=range(5))
+    with pytest.raises(UserError, match=r"can't be used .* nor can 16 others in its place"):
+        epochs(spoilt, max_bad=1.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_evaluation_replaces_within_its_samples(whole, tmp_path, backend):
+    if backend == "dali":
+        pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is there for Linux only")
+    spoilt = spoil(whole, tmp_path / "set", [4, 9])
+    samples = np.array([1, 4, 9, 12, 25])
+    options = {"batch_size": 3, "device": CPU, "backend": backend, "max_bad": 0.5}
+    batches = list(central_batches(spoilt, RECIPE, samples, **options))
+    index = torch.cat([batch.index for batch in batches])
+    assert [len(batch.index) for batch in batches] == [3, 2] and index[[0, 3, 4]].tolist() == [1, 12, 25]
+    assert set(index.tolist()) <= {1, 12, 25}
+    assert torch.cat([batch.label for batch in batches]).tolist() == whole.index["label"][index.numpy()].tolist()
+    with pytest.raises(UserError, match=r"more than --data\.max-bad"):
+        list(central_batches(spoilt, RECIPE, samples, **options | {"max_bad": 0.3}))
