@@ -74,20 +74,22 @@ class Order:
             first += len(parts[-1])
         return np.concatenate(parts)
 
-    def upcoming_shards(self, epoch: int, first: int, last: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
-        """(n,) int64: the shards that a rank reads in steps `first` to `last`, then those of one block more.
+    def upcoming_shards(
+        self, epoch: int, first: int, last: int, rank: int = 0, world_size: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The shards (n,) int64 that a rank reads in steps `first` to `last`, and those (m,) of one block more.
 
-        They come in the order of need, without repetition; past the last block of an epoch the next epoch begins.
+        Both in the order of need; past a rank's last block of an epoch the next epoch begins.
         """
         group, begin, end = self._span(first, last, rank, world_size)
         blocks, starts = self._blocks(epoch, group)
         low, high = np.searchsorted(starts, [begin, end - 1], side="right") - 1
-        wanted = blocks[low : high + 2]
-        if starts[high + 1] >= self._span(self.steps_per_epoch - 1, self.steps_per_epoch - 1, rank, world_size)[2]:
-            # what this rank takes of the epoch ends in this block
-            wanted = [*blocks[low : high + 1], self._blocks(epoch + 1, group)[0][0]]
-        shards = np.concatenate(wanted)
-        return shards[np.sort(np.unique(shards, return_index=True)[1])]
+        final = self.steps_per_epoch - 1
+        if starts[high + 1] < self._span(final, final, rank, world_size)[2]:
+            beyond = blocks[high + 1]
+        else:  # what this rank takes of the epoch ends in this block
+            beyond = self._blocks(epoch + 1, group)[0][0]
+        return np.concatenate(blocks[low : high + 1]), beyond
 
     def _span(self, first: int, last: int, rank: int, world_size: int) -> tuple[int, int, int]:
         """(group, begin, end): where in the order of its group a rank's slices of steps `first` to `last` lie."""
