@@ -33,6 +33,29 @@ def plot_loss_kernel() -> Path:
     return path
 
 
+def plot_pipeline() -> Path:
+    """bench/results/pipeline.png: images/s of everything that makes whole views, and of decoding, from pipeline.csv."""
+    rows = [row for row in read_rows("pipeline") if row["stage"] in ("all", "decode")]
+    kinds = list(dict.fromkeys(row["shards"] for row in rows))
+    figure, panels = plt.subplots(1, len(kinds), figsize=(11, 4.2), layout="constrained", sharey=True, squeeze=False)
+    for axes, kind in zip(panels[0], kinds, strict=True):
+        mine = [row for row in rows if row["shards"] == kind and row["stage"] == "all"][::-1]
+        names = [f"{row['implementation']}, {row['jitter']}" for row in mine]
+        colours = ["C0" if row["implementation"] in ("host", "loader") else "0.7" for row in mine]
+        bars = axes.barh(names, [float(row["images_per_s"]) for row in mine], color=colours)
+        axes.bar_label(bars, fmt="%.0f", padding=3, fontsize=8)
+        (decode,) = (float(row["images_per_s"]) for row in rows if (row["shards"], row["stage"]) == (kind, "decode"))
+        axes.axvline(decode, color="k", linestyle=":", label=f"decoding alone: {decode:.0f}")
+        axes.set(title=f"{kind} ({mine[0]['mean_kb']} KB a file)", xlabel="images/s, two views each")
+        axes.grid(alpha=0.3, axis="x")
+        axes.legend(fontsize=8, loc="lower right")
+    figure.suptitle(f"Full recipe, 224 px, {rows[0]['device']}, {rows[0]['workers']} threads", fontsize=10)
+    path = RESULTS / "pipeline.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
 def _points(rows: list[dict[str, str]], column: str) -> tuple[list[int], list[float]]:
     pairs = sorted({int(row["M"]): float(row[column]) for row in rows if float(row[column] or 0) > 0}.items())
     return [m for m, _ in pairs], [value for _, value in pairs]
@@ -40,3 +63,4 @@ def _points(rows: list[dict[str, str]], column: str) -> tuple[list[int], list[fl
 
 if __name__ == "__main__":
     print(plot_loss_kernel())
+    print(plot_pipeline())

@@ -143,9 +143,17 @@ class Pack:
         mean, std = np.array(recipe.mean, np.float32), np.array(recipe.std, np.float32)
         levels = np.arange(256, dtype=np.float32)[:, None]
         self.table = ((levels / 255 - mean) / std)[None]  # (1, 256, 3): level and channel -> value
+        # The same as a map of colours takes two thirds of the time, but rounds the last bit otherwise: not for the
+        # exact recipe, whose views stay what they have always been.
+        self.map = np.column_stack([np.diag(1 / (255 * std)), -mean / std]) if recipe.jitter == "affine" else None
 
     def __call__(self, view: np.ndarray, out: np.ndarray) -> None:
-        cv2.LUT(view if view.ndim == 3 else cv2.cvtColor(view, cv2.COLOR_GRAY2RGB), self.table, dst=out)
+        if view.ndim == 2:
+            view = cv2.cvtColor(view, cv2.COLOR_GRAY2RGB)
+        if self.map is None:
+            cv2.LUT(view, self.table, dst=out)
+        else:
+            cv2.transform(view.astype(np.float32), self.map, dst=out)
 
 
 def _resize(window: np.ndarray, size: int) -> np.ndarray:

@@ -1,0 +1,322 @@
+"""Images per second of the pipeline, two views of 224 each under the full recipe, beside its floor and its peers.
+
+    python bench/pipeline.py                   bench/results/pipeline.csv and .png
+    python bench/pipeline.py --quick           few images and turns, no file written
+    python bench/pipeline.py --data SHARDS     a shard set of your own in place of the rendered photographs
+    make bench                                 installs the peers first
+
+The floor is decoding every image once, by libjpeg-turbo in as many threads: no pipeline that decodes can be faster.
+Everything takes turns and a ratio is the median over the turns, so a slow moment of the machine hits both its sides.
+Two kinds of shards: images as they are, and the same resized to a short side of 256. Backends and peers get encoded
+images from memory, with the same number of threads or worker processes; `loader` is the whole path from the shards.
+"""
+
+import argparse
+import io
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench.harness import environment, interleave, percentiles_ms, write_rows
+from bench.plot import plot_pipeline
+from errors import UserError
+from pipeline import host_backend
+from pipeline.images import decode
+from pipeline.loader import ViewLoader, make_backend
+from pipeline.reader import Reader
+from pipeline.recipe import Recipe, ViewParameters, draw_views
+from pipeline.shards import ShardSet, open_shards
+
+BATCH = 32
+CPU = torch.device("cpu")
+console = Console()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One call that is timed, and what it does."""
+
+    implementation: str
+    stage: str
+    jitter: str
+    images: int
+    """That one call processes."""
+    call: Callable[[], object]
+
+
+def photograph(number: int) -> bytes:
+    """A rendered stand-in for a photograph, 500 x 400 or 400 x 500: noise of all scales, shapes with hard edges."""
+    random = np.random.default_rng(number)
+    height, width = (400, 500) if number % 3 else (500, 400)
+    image = np.full((height, width, 3), random.uniform(60, 190, 3), np.float32)
+    for octave in range(8):
+        cells = random.normal(0, 42 / 1.5**octave, (2 ** (octave + 1) + 1, 2 ** (octave + 1) + 1, 3))
+        cells = 0.35 * cells + 0.65 * cells.mean(-1, keepdims=True)  # most of a photograph's detail is in its gray
+        image += cv2.resize(cells.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
+    for _ in range(12):
+        centre = (random.uniform(0, 1, 2) * (width, height)).astype(int).tolist()
+        axes, angle = random.integers(8, 120, 2).tolist(), random.uniform(0, 180)
+        shape = cv2.ellipse(image.copy(), centre, axes, angle, 0, 360, random.uniform(0, 255, 3).tolist(), -1)
+        image = cv2.addWeighted(image, 0.4, shape, 0.6, 0)
+    return encode(np.clip(image + random.normal(0, 4, image.shape), 0, 255).astype(np.uint8))
+
+
+def encode(pixels: np.ndarray) -> bytes:
+    """(H, W, 3) uint8 BGR -> JPEG of quality 92."""
+    return cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes()
+
+
+def with_short_side(encoded: bytes, side: int) -> bytes:
+    pixels = decode(encoded)[..., ::-1]
+    scale = side / min(pixels.shape[:2])
+    size = [round(length * scale) for length in pixels.shape[1::-1]]
+    return encode(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC))
+
+
+def make_shards(images: list[bytes], folder: Path) -> ShardSet:
+    """A shard set of JPEGs, by the converter's own command."""
+    (folder / "images").mkdir(parents=True)
+    for number, image in enumerate(images):
+        (folder / "images" / f"{number:06d}.jpg").write_bytes(image)
+    command = [sys.executable, "-m", "pipeline.convert", "folder", str(folder / "images"), str(folder)]
+    subprocess.run(command, cwd=Path(__file__).parents[1], check=True, capture_output=True)
+    return open_shards(str(folder / "train"))
+
+
+def without(parameters: ViewParameters, *, colour: bool = False, blur: bool = False) -> ViewParameters:
+    """`parameters` with jitter and grayscale, or the blur, at their identity."""
+    one = np.ones_like(parameters.brightness)
+    changes = {"brightness": one, "contrast": one, "saturation": one, "hue": 0 * one, "gray": one < 1} if colour else {}
+    return replace(parameters, **changes, **({"sigma": 0 * one} if blur else {}))
+
+
+class Prepared:
+    """The first images of a shard set, in memory, with drawn parameters."""
+
+    def __init__(self, shards: ShardSet, count: int, threads: int):
+        self.shards, self.threads = shards, threads
+        self.samples = np.arange(min(count, len(shards)) // BATCH * BATCH)
+        if not len(self.samples):
+            raise UserError(f"{shards.root} holds {len(shards)} images: give a shard set of at least {BATCH}.")
+        self.encoded = Reader(shards)(self.samples)
+        rows = shards.index[self.samples]
+        self.drawn = draw_views(Recipe(), 0, 0, self.samples, rows["height"], rows["width"])
+
+    def batches(self, count: int, parameters: ViewParameters) -> Iterator[tuple[list[bytes], ViewParameters]]:
+        """The first `count` images in batches, as a backend takes them."""
+        for first in range(0, count, BATCH):
+            part = slice(first, min(first + BATCH, count))
+            yield self.encoded[part], ViewParameters(**{name: v[:, part] for name, v in vars(parameters).items()})
+
+
+def host_stages(data: Prepared, recipe: Recipe) -> Iterator[Candidate]:
+    """Reading, and each stage of the host backend by itself, for all images and both views."""
+    threads = ThreadPoolExecutor(data.threads)
+    n, drawn, size = len(data.samples), data.drawn, recipe.size
+    images = list(threads.map(decode, data.encoded))
+    views = list(np.ndindex(drawn.flip.shape))  # (v, i)
+    resized = {(v, i): host_backend.resized_crop(images[i], drawn, v, i, size) for v, i in views}
+    out = np.zeros((len(views), size, size, 3), np.float32)
+    maps, affine = host_backend.affine_maps(drawn), replace(recipe, jitter="affine")
+    pack, affine_pack = host_backend.Pack(recipe), host_backend.Pack(affine)
+    reader = Reader(data.shards)
+
+    def every(work: Callable) -> Callable[[], object]:
+        return lambda: list(threads.map(lambda number: work(number, *views[number]), range(len(views))))
+
+    yield Candidate("host", "read", "", n, lambda: reader(data.samples))
+    yield Candidate("host", "decode", "", n, lambda: list(threads.map(decode, data.encoded)))
+    for stage, jitter, work in (
+        ("geometry", "", lambda _, v, i: host_backend.resized_crop(images[i], drawn, v, i, size)),
+        ("colour", "exact", lambda _, v, i: host_backend.colour(resized[v, i], drawn, v, i, None)),
+        ("colour", "affine", lambda _, v, i: host_backend.colour(resized[v, i], drawn, v, i, maps)),
+        ("blur", "", lambda _, v, i: host_backend.blur(resized[v, i], float(drawn.sigma[v, i]), recipe.blur_window)),
+        ("pack", "exact", lambda number, v, i: pack(resized[v, i], out[number])),
+        ("pack", "affine", lambda number, v, i: affine_pack(resized[v, i], out[number])),
+    ):
+        yield Candidate("host", stage, jitter, n, every(work))
+
+
+def backends(data: Prepared, recipe: Recipe) -> Iterator[Candidate]:
+    """Every backend under both jitters; under the exact one also without colour and blur, to tell what they cost."""
+    counts = {"host": len(data.samples), "dali": min(2 * BATCH, len(data.samples)), "kornia": BATCH // 2}  # by speed
+    if not (find_spec("nvidia") and find_spec("nvidia.dali")):
+        del counts["dali"]
+    for name, count in counts.items():
+        for jitter in ("exact", "affine"):
+            backend = make_backend(name, replace(recipe, jitter=jitter), CPU, BATCH, 2, data.threads)
+            stages = {"all": data.drawn}
+            if jitter == "exact":
+                stages |= {
+                    "no colour, no blur": without(data.drawn, colour=True, blur=True),
+                    "no blur": without(data.drawn, blur=True),
+                }
+            for stage, parameters in stages.items():
+                batches = list(data.batches(count, parameters))
+                yield Candidate(name, stage, jitter, count, lambda b=backend, p=batches: [b(*batch) for batch in p])
+
+
+def loaders(data: Prepared, recipe: Recipe) -> Iterator[Candidate]:
+    """The whole path, from the files to batches, on the host backend: one epoch, the start of its threads included."""
+
+    def epoch(jitter: str) -> None:
+        loader = ViewLoader(
+            data.shards,
+            replace(recipe, jitter=jitter),
+            batch_size=BATCH,
+            seed=0,
+            device=CPU,
+            backend="host",
+            workers=data.threads,
+            epochs=1,  # or the next one would be prepared while others are timed
+        )
+        for _ in loader:
+            pass
+        loader.close()
+
+    for jitter in ("exact", "affine"):
+        yield Candidate("loader", "all", jitter, len(data.samples), lambda j=jitter: epoch(j))
+
+
+class Photographs(Dataset):
+    """Encoded images as a torchvision user has them: decoded by PIL, both views by the same random transform."""
+
+    def __init__(self, encoded: list[bytes], transform: Callable, both: bool):
+        self.encoded, self.transform, self.both = encoded, transform, both
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def __getitem__(self, i: int) -> list[torch.Tensor]:
+        image = Image.open(io.BytesIO(self.encoded[i])).convert("RGB")
+        return self.transform(image) if self.both else [self.transform(image), self.transform(image)]
+
+
+def torchvision_views(recipe: Recipe) -> Callable:
+    """One view by torchvision's transforms."""
+    s, bicubic = recipe.jitter_strength, transforms.InterpolationMode.BICUBIC
+    jitter = transforms.ColorJitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)
+    blur = transforms.GaussianBlur(recipe.blur_window, recipe.blur_sigma)
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(recipe.size, recipe.crop_area, recipe.crop_aspect, interpolation=bicubic),
+            transforms.RandomHorizontalFlip(recipe.flip_p),
+            transforms.RandomApply([jitter], recipe.jitter_p),
+            transforms.RandomGrayscale(recipe.gray_p),
+            transforms.RandomApply([blur], recipe.blur_p),
+            transforms.ToTensor(),
+            transforms.Normalize(recipe.mean, recipe.std),
+        ]
+    )
+
+
+def peers(data: Prepared, recipe: Recipe) -> Iterator[Candidate]:
+    """Other libraries' SimCLR views in a DataLoader with as many workers as we have threads."""
+    found = {"torchvision": (torchvision_views(recipe), False)}
+    if find_spec("lightly"):
+        from lightly.transforms import SimCLRTransform
+
+        found["lightly"] = (SimCLRTransform(input_size=recipe.size), True)
+    count = min(2 * BATCH, len(data.samples))
+    for name, (transform, both) in found.items():
+        loader = DataLoader(
+            Photographs(data.encoded[:count], transform, both),
+            BATCH // 2,  # so that every worker has as much to do
+            num_workers=data.threads,
+            persistent_workers=True,
+            multiprocessing_context="spawn",  # a fork of a process with threads may hang
+        )
+        yield Candidate(name, "all", "exact", count, lambda it=loader: sum(1 for _ in it))
+
+
+def measure(shards: ShardSet, kind: str, count: int, threads: int, seconds: float) -> list[dict]:
+    """One row per candidate, all timed in turns."""
+    recipe, data = Recipe(), Prepared(shards, count, threads)
+    candidates = [
+        *host_stages(data, recipe),
+        *backends(data, recipe),
+        *loaders(data, recipe),
+        *(others := list(peers(data, recipe))),
+    ]
+    times = interleave({i: candidate.call for i, candidate in enumerate(candidates)}, seconds, CPU)
+    per_image = [[t / c.images for t in times[i]] for i, c in enumerate(candidates)]
+    floor = next(per_image[i] for i, c in enumerate(candidates) if c.stage == "decode")
+    best = min((per_image[candidates.index(peer)] for peer in others), key=statistics.median)
+    mean_kb = sum(map(len, data.encoded)) / len(data.encoded) / 1000
+    return [
+        environment(CPU)
+        | {"shards": kind, "mean_kb": round(mean_kb, 1), "workers": threads, "implementation": c.implementation}
+        | {"jitter": c.jitter, "stage": c.stage, "images": c.images}
+        | {"images_per_s": round(1 / statistics.median(per_image[i]), 1)}
+        | percentiles_ms(times[i])
+        | {"ratio_to_decode": _ratio(floor, per_image[i]), "ratio_to_best_peer": _ratio(best, per_image[i])}
+        for i, c in enumerate(candidates)
+    ]
+
+
+def _ratio(reference: list[float], own: list[float]) -> float:
+    """How many times the reference's speed: the median over the turns."""
+    return round(statistics.median(r / o for r, o in zip(reference, own, strict=True)), 3)
+
+
+def show(rows: list[dict]) -> None:
+    columns = ("shards", "implementation", "jitter", "stage", "images_per_s", "ratio_to_decode", "ratio_to_best_peer")
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*(str(row[column]) for column in columns))
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few images and turns, no file written")
+    parser.add_argument("--seconds", type=float, default=120, help="about how long each kind of shards is timed")
+    parser.add_argument("--threads", type=int, default=2, help="or worker processes, for everyone (default: 2)")
+    parser.add_argument("--data", help="a shard set instead of rendered photographs: folder or URL")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)  # Kornia's
+    count, seconds = (BATCH, 0) if arguments.quick else (4 * BATCH, arguments.seconds)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            if arguments.data:
+                originals = open_shards(arguments.data)
+            else:
+                originals = make_shards([photograph(number) for number in range(count)], Path(folder, "original"))
+            images = Reader(originals)(np.arange(min(count, len(originals))))
+            small = make_shards([with_short_side(image, 256) for image in images], Path(folder, "256"))
+            rows = []
+            for kind, shards in (("original", originals), ("short side 256", small)):
+                console.print(f"{kind}: {len(images)} images ...")
+                rows += measure(shards, kind, count, arguments.threads, seconds)
+    except UserError as error:
+        sys.exit(str(error))
+    show(rows)
+    if not arguments.quick:
+        console.print(f"written: {write_rows('pipeline', rows)} and {plot_pipeline()}")
+    console.print(
+        "Not measured: any GPU; reading from a disk or object store (these reads come from the page cache); FFCV (a "
+        "file format of its own, and no jitter, grayscale or blur in it)."
+        + ("" if find_spec("lightly") else " lightly is not installed.")
+        + ("" if {"dali"} & {row["implementation"] for row in rows} else " DALI is not installed.")
+    )
+
+
+if __name__ == "__main__":
+    main()
