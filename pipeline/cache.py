@@ -10,6 +10,7 @@ A file is named by its content, so a set that was changed never meets what was c
 
 import hashlib
 import os
+import re
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -67,6 +68,8 @@ class ShardCache:
         Raises:
             UserError: it can't be had, or is not the file of this checksum; or the folder can't be written.
         """
+        if not re.fullmatch("[0-9a-f]{64}", sha256):  # it comes from elsewhere and becomes the name of a file here
+            raise UserError(f"dataset.json gives no SHA-256 for {path}: make the index anew.")
         target, patience = self.folder / "files" / sha256, patience or self.patience
         if found := self.find(size, sha256):
             return found
@@ -85,11 +88,11 @@ class ShardCache:
                 with open(partial, "r+b") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
                     os.fsync(file.fileno())  # before it gets its name: after a crash of the machine, too, that vouches
-                if digest == sha256:
-                    with self._locked("lock"):  # nobody is adding up the files
+                with self._locked("lock"):  # while nobody is adding up the files
+                    if digest == sha256:
                         os.replace(partial, target)
-                    return target
-                partial.unlink()
+                        return target
+                    partial.unlink()
         raise UserError(
             f"{path} is not the file that dataset.json describes, {FETCHES} times fetched: copy it there again, or "
             "make the index anew by `python -m pipeline.shards index`."
@@ -107,7 +110,7 @@ class ShardCache:
             try:
                 for folder in FOLDERS:
                     (self.folder / folder).mkdir(parents=True, exist_ok=True)
-                lock.acquire(timeout=1)
+                lock.acquire(timeout=1, poll_interval=0.01)
             except Timeout:
                 if patience and patience.stop.is_set():
                     raise UserError(f"{lock.lock_file} was waited for and given up.") from None

@@ -37,10 +37,10 @@ class Reader:
 
     def __init__(self, shards: ShardSet, cache: ShardCache | None = None):
         self.shards = shards
-        self.fs, root = filesystem(shards.root)
+        self.cache = cache or ShardCache()
+        self.fs, root = filesystem(shards.root, self.cache.patience)
         self.paths = [f"{root}/{shard['file']}" for shard in shards.manifest["shards"]]
         self.local = is_local(self.fs)
-        self.cache = cache or ShardCache()
         self._patience = self.cache.patience
         self._lock = threading.Lock()
         self._wanted: tuple[bytes, bytes] | None = None

@@ -52,7 +52,7 @@ class WebFileSystem(AbstractFileSystem):
 
     protocol = ("http", "https")
 
-    def __init__(self, stall_s: float = Patience.stall_s, **options):
+    def __init__(self, stall_s: float, **options):
         super().__init__(**options)
         self.stall_s = stall_s
 
@@ -93,14 +93,14 @@ class WebFileSystem(AbstractFileSystem):
         return [f"{folder}/{name}" for name in sorted(fnmatch.filter(names, pattern))]
 
 
-def filesystem(root: str) -> tuple[AbstractFileSystem, str]:
+def filesystem(root: str, patience: Patience | None = None) -> tuple[AbstractFileSystem, str]:
     """The file system of a folder or URL, and the path in it.
 
     Raises:
         UserError: no such kind of URL, or its package is not installed.
     """
     if root.startswith(("http://", "https://")):
-        return WebFileSystem(), root.rstrip("/")
+        return WebFileSystem((patience or Patience()).stall_s), root.rstrip("/")
     try:
         fs, path = fsspec.core.url_to_fs(root)
     except (ValueError, ImportError) as error:
@@ -175,7 +175,7 @@ def _append(fs: AbstractFileSystem, path: str, out: BinaryIO, size: int | None, 
     """Append the rest of a file to what `out` holds of it; the size of the whole."""
     start = out.tell()
     if isinstance(fs, WebFileSystem):
-        with WebFileSystem(patience.stall_s).request(path, start) as answer:
+        with fs.request(path, start) as answer:
             if answer.status != 206:
                 start = 0  # the server knows no ranges: once more from the beginning
             return _copy(answer, out, start, size, _whole_size(answer.headers, answer.status), patience)

@@ -125,8 +125,8 @@ def index_shards(root: str, cache: ShardCache | None = None) -> ShardSet:
         UserError: no tars, or no readable image in them, or they can't be fetched.
         OSError: a tar can't be read or an index can't be written.
     """
-    fs, path = filesystem(root)
     cache = cache or ShardCache()
+    fs, path = filesystem(root, cache.patience)
     tars = find_tars(fs, path)
     if not tars:
         raise UserError(f"There is no .tar in {root}: give the folder that holds the shards.")
@@ -290,7 +290,7 @@ def verify_shards(root: str, cache: ShardCache | None = None) -> list[str]:
     """
     cache = cache or ShardCache()
     shards = open_shards(root, cache)
-    fs, path = filesystem(root)
+    fs, path = filesystem(root, cache.patience)
     home, folder = filesystem(shards.index_root)
     problems = []
     for number, shard in enumerate(shards.manifest["shards"]):

@@ -79,8 +79,8 @@ def open_shards(root: str, cache: ShardCache | None = None) -> ShardSet:
     Raises:
         UserError: there is none, it is empty or can't be read, or its index does not belong to it.
     """
-    fs, path = filesystem(root)
     cache = cache or ShardCache()
+    fs, path = filesystem(root, cache.patience)
     again = f"run `python -m pipeline.shards index {root}` to make it anew"
     where, index_root = (fs, path), root
     try:
@@ -170,8 +170,8 @@ def open_splits(root: str, cache: ShardCache | None = None) -> tuple[ShardSet, S
     Raises:
         UserError: as `open_shards`, and if the splits' classes differ.
     """
-    fs, path = filesystem(root)
     cache = cache or ShardCache()
+    fs, path = filesystem(root, cache.patience)
 
     def exists(name: str) -> bool:
         try:

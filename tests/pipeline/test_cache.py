@@ -1,0 +1,437 @@
+"""Shards from elsewhere: past every failure of a real web server to the same bytes, once per machine, within bounds."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+
+from errors import UserError
+from pipeline.cache import Lease, ShardCache
+from pipeline.order import Order
+from pipeline.reader import Reader, ReadFailure
+from pipeline.remote import Patience, WebFileSystem, download, filesystem, persistently
+from pipeline.shards import ShardSet, open_shards, open_splits
+from tests.pipeline.image_sets import ROOT
+from tests.pipeline.web_server import QUICK, cache_at, read_slices, serving, write_set
+
+FAULTS = ("503", "drop", "stall", "truncate", "flip", "whole")
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory) -> ShardSet:
+    """Twenty-four shards of six samples; more than a few, so with a common index."""
+    return write_set(tmp_path_factory.mktemp("sets") / "train", shards=24)
+
+
+@pytest.fixture
+def small(tmp_path) -> ShardSet:
+    return write_set(tmp_path / "small", shards=4)
+
+
+def epoch(shards: ShardSet, cache: ShardCache | None = None, epochs: int = 1) -> list:
+    """All bytes in the order of a run of eight samples per batch and four shards per block."""
+    order = Order(shards.shard_starts, 8, seed=3, block_shards=4)
+    reader, encoded = Reader(shards, cache), []
+    for number in range(epochs):
+        for step in range(order.steps_per_epoch):
+            reader.prefetch(*order.upcoming_shards(number, step, step))
+            encoded += reader.read(order.batch(number, step))
+    reader.close()
+    return encoded
+
+
+def cached_files(cache: ShardCache) -> set[str]:
+    return {file.name for file in (cache.folder / "files").iterdir()}
+
+
+def shard_entry(shards: ShardSet, number: int) -> tuple[int, str]:
+    entry = shards.manifest["shards"][number]
+    return entry["bytes"], entry["sha256"]
+
+
+# ---- a web server that fails
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, "all of them"])
+def test_the_same_bytes_from_a_server_that_fails(local, tmp_path, fault):
+    """Every shard's first fetch meets the fault, or the first six meet one each."""
+    faults = FAULTS if fault == "all of them" else (fault,) * (1 if fault in ("stall", "flip") else 2)
+    with serving(Path(local.root), *faults) as server:
+        shards = open_shards(server.url, cache_at(tmp_path))
+        assert epoch(shards, cache_at(tmp_path)) == epoch(local)
+        tars = {name for name, _ in server.requests if name.endswith(".tar")}
+        assert len(tars) == 24 and min(server.count[name] for name in tars) >= (1 if fault == "whole" else 2)
+
+
+@pytest.mark.parametrize("fault", ["503", "drop", "stall", "whole"])
+def test_single_samples_from_a_server_that_fails(small, tmp_path, fault):
+    """Without prefetch, by byte ranges; nothing goes to the cache."""
+    with serving(Path(small.root), fault, fault) as server:
+        reader = Reader(open_shards(server.url, cache_at(tmp_path)), cache_at(tmp_path))
+        samples = np.array([23, 0, 5, 5, 12])
+        assert reader.read(samples) == reader(samples) == Reader(small).read(samples)
+        assert reader.read(samples[:0]) == []
+        ranges = {requested for name, requested in server.requests if name == "part-003.tar"}
+        row = small.index[23]
+        assert ranges == {f"bytes={row['offset']}-{row['offset'] + row['size'] - 1}"}
+        assert not (tmp_path / "cache" / "files").exists()
+
+
+def test_an_altered_sample_of_a_range_is_named_and_spoils_no_other(small, tmp_path):
+    with serving(Path(small.root), "flip") as server:
+        reader = Reader(open_shards(server.url, cache_at(tmp_path)), cache_at(tmp_path))
+        first, second = reader.read(np.array([0])), reader.read(np.array([0]))
+        assert isinstance(first[0], ReadFailure) and "part-000.tar are not those of the index" in first[0].reason
+        assert second == Reader(small).read(np.array([0]))
+
+
+def test_a_broken_fetch_goes_on_where_it_broke_off(small, tmp_path):
+    size, _ = shard_entry(small, 0)
+    with serving(Path(small.root), "drop", "stall", "drop") as server:
+        target = tmp_path / "copy"
+        download(*filesystem(f"{server.url}/part-000.tar", QUICK), target, size, QUICK)
+        assert target.read_bytes() == Path(small.root, "part-000.tar").read_bytes()
+        begins = [int(r.removeprefix("bytes=").rstrip("-")) if r else 0 for _, r in server.requests]
+        assert begins == [0, size // 2, size // 2 + size // 4, size - size // 8]
+
+
+def test_a_server_that_disregards_ranges_is_read_from_the_beginning(small, tmp_path):
+    size, _ = shard_entry(small, 0)
+    with serving(Path(small.root), "drop", "whole") as server:
+        download(*filesystem(f"{server.url}/part-000.tar", QUICK), tmp_path / "copy", None, QUICK)
+        assert (tmp_path / "copy").read_bytes() == Path(small.root, "part-000.tar").read_bytes()
+        assert [requested for _, requested in server.requests] == [None, f"bytes={size // 2}-"]
+
+
+def test_giving_up_names_cause_and_cure(small, tmp_path):
+    with serving(Path(small.root), *["503"] * 6) as server:
+        shards, cache = open_shards(server.url, cache_at(tmp_path)), cache_at(tmp_path)
+        reader = Reader(shards, cache)
+        reader.prefetch([0])
+        with pytest.raises(
+            UserError, match=r"part-000\.tar can't be read after 6 attempts \(.*503.*\): see to the conn"
+        ):
+            reader.read(np.array([1]))
+        assert server.count["part-000.tar"] == 6
+        reader.prefetch([0], [1])  # tried anew, by when the server is well
+        assert reader.read(np.arange(6)) == Reader(small).read(np.arange(6))
+        reader.close()
+    with pytest.raises(UserError, match=r"can't be read after 6 attempts .*refused"):
+        open_shards(server.url, cache_at(tmp_path))
+
+
+def test_what_the_server_does_not_have_is_not_asked_for_again(small, tmp_path):
+    with serving(Path(small.root)) as server:
+        shards = open_shards(server.url, cache_at(tmp_path))
+        tar = Path(small.root, "part-002.tar")
+        tar.rename(tmp_path / "away")
+        for prefetched in ([], [2]):
+            reader = Reader(shards, cache_at(tmp_path))
+            reader.prefetch(prefetched)
+            with pytest.raises(UserError, match=r"can't be read \(.*part-002\.tar.*404.*\): copy it there again"):
+                reader.read(np.array([12]))
+            reader.close()
+        assert server.count["part-002.tar"] == 2
+
+
+def test_a_shard_that_is_not_the_one_of_the_manifest(small, tmp_path):
+    with serving(Path(small.root), "flip", "flip", "flip") as server:
+        shards, cache = open_shards(server.url, cache_at(tmp_path)), cache_at(tmp_path)
+        reader = Reader(shards, cache)
+        reader.prefetch([1])
+        with pytest.raises(UserError, match=r"part-001\.tar is not the file that dataset\.json describes, 3 times"):
+            reader.read(np.array([6]))
+        reader.close()
+        assert cached_files(cache) == set()
+
+
+def test_a_manifest_names_no_files_outside_of_the_cache(small, tmp_path):
+    fs, root = filesystem(small.root)
+    for name in ("../../escaped", "", "0" * 63, "A" * 64):
+        with pytest.raises(UserError, match="gives no SHA-256 for"):
+            cache_at(tmp_path).fetch(fs, f"{root}/part-000.tar", 1, name)
+
+
+def test_waits_grow_and_vary(monkeypatch):
+    waits = []
+
+    class Stop(threading.Event):
+        def wait(self, timeout=None):
+            waits.append(timeout)
+            return False
+
+    for _ in range(50):
+        patience = Patience(attempts=6, first_wait_s=1, longest_wait_s=6, stop=Stop())
+        with pytest.raises(UserError, match="can't be read after 6 attempts"):
+            persistently(lambda: 1 / 0, "it", patience)
+    waits = np.array(waits).reshape(50, 5)
+    assert np.allclose(waits.mean(0), [1, 2, 4, 6, 6], rtol=0.15)
+    assert (waits >= np.array([1, 2, 4, 6, 6]) / 2).all() and (waits.std(0) > 0.2).all()
+
+
+def test_the_random_numbers_of_a_run_are_left_alone(small, tmp_path):
+    import random
+
+    random.seed(5)
+    expected = random.random()
+    random.seed(5)
+    with serving(Path(small.root), "503") as server:
+        download(*filesystem(f"{server.url}/part-000.tar", QUICK), tmp_path / "copy", None, QUICK)
+    assert random.random() == expected
+
+
+def test_closing_ends_the_fetching_at_once(small, tmp_path):
+    before = set(threading.enumerate())
+    with serving(Path(small.root), *["stall"] * 3) as server:
+        slow = ShardCache(tmp_path / "cache", patience=Patience(stall_s=1, first_wait_s=60, longest_wait_s=60))
+        reader = Reader(open_shards(server.url, slow), slow)
+        reader.prefetch(range(4))
+        time.sleep(0.1)
+        begun = time.monotonic()
+        reader.close()
+        assert time.monotonic() - begun < 0.5
+        while any(thread.name.startswith("fetch") for thread in set(threading.enumerate()) - before):
+            assert time.monotonic() - begun < 5
+            time.sleep(0.02)
+        assert not list((tmp_path / "cache" / "leases").iterdir())
+
+
+# ---- other stores
+
+
+@pytest.fixture
+def in_memory(small):
+    fs = fsspec.filesystem("memory")
+    fs.put(small.root, "/cache-test/train", recursive=True)
+    yield "memory://cache-test"
+    fs.rm("/cache-test", recursive=True)
+
+
+def test_any_file_system_of_fsspec(small, in_memory, tmp_path):
+    cache = cache_at(tmp_path)
+    shards, _ = open_splits(in_memory, cache)
+    assert epoch(shards, cache) == epoch(small)
+    assert cached_files(cache) == {entry["sha256"] for entry in small.manifest["shards"]}
+
+
+def test_a_fetch_from_a_store_goes_on_where_it_broke_off(small, in_memory, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.remote.PIECE_BYTES", 1000)
+    fs, path = filesystem(f"{in_memory}/train/part-000.tar")
+    size, _ = shard_entry(small, 0)
+    asked = []
+
+    class Breaking:
+        def __init__(self, file):
+            self.file, self.size, self.left = file, size, 3
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def seek(self, offset):
+            asked.append(offset)
+            self.file.seek(offset)
+
+        def read(self, count):
+            self.left -= 1
+            if self.left < 0:
+                raise RuntimeError("this store raises its own kind of error")
+            return self.file.read(count)
+
+    whole = type(fs).open
+    monkeypatch.setattr(type(fs), "open", lambda self, *a, **k: Breaking(whole(self, path, "rb")))
+    download(fs, path, tmp_path / "copy", size, QUICK)
+    assert (tmp_path / "copy").read_bytes() == Path(small.root, "part-000.tar").read_bytes()
+    assert asked == list(range(0, size, 3000))
+
+
+# ---- bounds
+
+
+def test_the_cache_stays_within_its_bound_and_the_least_recently_used_goes_first(small, tmp_path):
+    size, _ = shard_entry(small, 0)
+    cache = cache_at(tmp_path, limit_bytes=2 * size + 100)
+    fs, root = filesystem(small.root)
+    names = [entry["sha256"] for entry in small.manifest["shards"]]
+
+    def fetch(number: int) -> None:
+        assert cache.fetch(fs, f"{root}/part-{number:03d}.tar", *shard_entry(small, number))
+        time.sleep(0.01)  # uses are told apart by the clock of the file system
+
+    fetch(0), fetch(1), fetch(0), fetch(2)
+    assert cached_files(cache) == {names[0], names[2]}
+    fetch(3)
+    assert cached_files(cache) == {names[2], names[3]}
+
+
+@pytest.mark.parametrize("shards_held", [8, 9, 12])
+def test_an_epoch_within_a_bound(local, tmp_path, shards_held):
+    """Two blocks of four and no more: never above the bound, and each shard is fetched once per epoch."""
+    size = max(entry["bytes"] for entry in local.manifest["shards"])
+    cache = cache_at(tmp_path, limit_bytes=shards_held * size)
+    largest, watching = [0], threading.Event()
+
+    def watch() -> None:
+        while not watching.is_set():
+            files = list((cache.folder / "files").glob("*"))
+            sizes = []
+            for file in files:
+                try:
+                    sizes.append(file.stat().st_size)
+                except FileNotFoundError:
+                    continue
+            largest[0] = max(largest[0], sum(sizes))
+
+    with serving(Path(local.root)) as server:
+        shards = open_shards(server.url, cache_at(tmp_path / "of the index"))
+        cache.folder.joinpath("files").mkdir(parents=True)
+        with ThreadPoolExecutor(1) as pool:
+            watcher = pool.submit(watch)
+            try:
+                assert epoch(shards, cache, epochs=2) == epoch(local, epochs=2)
+            finally:
+                watching.set()
+            watcher.result()
+        tars = [server.count[entry["file"]] for entry in local.manifest["shards"]]
+        assert all(1 <= count <= 4 for count in tars) and sum(tars) <= 24 * 2 + 8
+    assert size < largest[0] <= cache.limit_bytes
+
+
+def test_a_bound_below_what_is_read_at_a_time_is_refused(local, small, tmp_path):
+    size = max(entry["bytes"] for entry in local.manifest["shards"])
+    with serving(Path(local.root)) as server:
+        shards = open_shards(server.url, cache_at(tmp_path))
+        reader = Reader(shards, cache_at(tmp_path, limit_bytes=4 * size - 1))
+        with pytest.raises(UserError, match=r"4 shards .* take .* GB, more than the cache's limit of .*: raise it"):
+            reader.prefetch([0, 1, 2, 3], [4])
+        reader.prefetch([0, 1, 2], [3, 4])
+        assert reader.read(np.arange(24)) == Reader(local).read(np.arange(24))  # the fourth by ranges
+        reader.close()
+        tiny = cache_at(tmp_path / "tiny", limit_bytes=100)
+        with pytest.raises(UserError, match=r"has no room for .*index\.npy .*: raise its limit"):
+            open_shards(server.url, tiny)
+
+
+def test_what_a_live_reader_is_about_to_use_is_not_evicted(small, tmp_path):
+    size, first = shard_entry(small, 0)
+    cache = cache_at(tmp_path, limit_bytes=2 * size + 100)
+    fs, root = filesystem(small.root)
+    lease = Lease(cache)
+    lease.hold([first, shard_entry(small, 1)[1]])
+
+    def fetch(number: int) -> Path | None:
+        return cache.fetch(fs, f"{root}/part-{number:03d}.tar", *shard_entry(small, number))
+
+    assert fetch(0) and fetch(1) and fetch(2) is None
+    assert cached_files(cache) == {first, shard_entry(small, 1)[1]}
+    lease.hold([first])
+    assert fetch(2) and fetch(0).stat() and cache.find(*shard_entry(small, 1)) is None
+    lease.close()
+    assert fetch(1) and fetch(3) and first not in cached_files(cache)
+
+
+def test_the_lease_of_a_process_that_died_ends_with_it(small, tmp_path):
+    size, first = shard_entry(small, 0)
+    cache = cache_at(tmp_path, limit_bytes=size + 100)
+    program = (
+        "import sys; from pipeline.cache import *; lease = Lease(ShardCache(sys.argv[1])); "
+        "lease.hold([sys.argv[2]]); print('held', flush=True); input()"
+    )
+    command = [sys.executable, "-c", program, str(cache.folder), first]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        fs, root = filesystem(small.root)
+        assert cache.fetch(fs, f"{root}/part-000.tar", size, first)
+        assert cache.fetch(fs, f"{root}/part-001.tar", *shard_entry(small, 1)) is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert cache.fetch(fs, f"{root}/part-001.tar", *shard_entry(small, 1))
+    assert cached_files(cache) == {shard_entry(small, 1)[1]} and not list((cache.folder / "leases").iterdir())
+
+
+def test_a_cache_that_cannot_be_written(small, tmp_path):
+    (tmp_path / "file").write_text("")
+    with serving(Path(small.root)) as server:
+        cache = ShardCache(tmp_path / "file" / "cache", patience=QUICK)
+        reader = Reader(open_shards(server.url, cache), cache)
+        with pytest.raises(UserError, match=r"can't be used as a cache \(.*\): point \$STREAMCLR_CACHE to"):
+            reader.prefetch([0])
+        if os.path.exists("/dev/full"):
+            (tmp_path / "full").symlink_to("/dev/full")
+            with pytest.raises(UserError, match=r"can't be written \(.*\): free some space there"):
+                download(*filesystem(f"{server.url}/part-000.tar", QUICK), tmp_path / "full", None, QUICK)
+            assert server.count["part-000.tar"] == 1  # which no further attempt would have mended
+
+
+def test_where_the_cache_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("STREAMCLR_CACHE", str(tmp_path / "here"))
+    assert ShardCache().folder == tmp_path / "here" and ShardCache("there").folder == Path("there")
+    monkeypatch.delenv("STREAMCLR_CACHE")
+    assert ShardCache().folder == Path.home() / ".cache" / "streamclr" and ShardCache().limit_bytes == 50 * 10**9
+
+
+# ---- several processes
+
+
+def test_one_fetch_for_all_ranks_of_a_machine(local, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    with serving(Path(local.root), suffix="none") as server:
+        results = context.Queue()
+        ranks = [context.Process(target=read_slices, args=(server.url, tmp_path, rank, results)) for rank in range(4)]
+        for process in ranks:
+            process.start()
+        slices = dict(results.get(timeout=60) for _ in ranks)
+        for process in ranks:
+            process.join()
+        fetched = {name: count for name, count in server.count.items() if name != "dataset.json"}
+    assert set(fetched.values()) == {1} and len(fetched) == 24 + 1  # the common index, too
+    assert list(chain(*(slices[rank][step] for step in range(18) for rank in range(4)))) == epoch(local)
+
+
+def test_a_process_killed_while_fetching_leaves_what_the_next_goes_on_with(small, tmp_path):
+    size, sha256 = shard_entry(small, 0)
+    program = (
+        "import sys; from pipeline.cache import *; from pipeline.remote import filesystem; "
+        "ShardCache(sys.argv[1]).fetch(*filesystem(sys.argv[2]), int(sys.argv[3]), sys.argv[4])"
+    )
+    cache = cache_at(tmp_path)
+    with serving(Path(small.root), "stall") as server:
+        url = f"{server.url}/part-000.tar"
+        process = subprocess.Popen([sys.executable, "-c", program, cache.folder, url, str(size), sha256], cwd=ROOT)
+        deadline = time.monotonic() + 30
+        partial = cache.folder / "files" / f"{sha256}.{size}.partial"
+        while not (server.count["part-000.tar"] and partial.exists()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.2)  # in which it takes the half that it gets
+        process.kill()
+        process.wait()
+        assert cache.find(size, sha256) is None
+        found = cache.fetch(*filesystem(url), size, sha256)
+        assert found.read_bytes() == Path(small.root, "part-000.tar").read_bytes()
+        assert cached_files(cache) == {sha256}
+
+
+def test_a_web_file_system(small):
+    with serving(Path(small.root).parent) as server:
+        fs, root = filesystem(f"{server.url}/small/")
+        assert isinstance(fs, WebFileSystem) and not root.endswith("/")
+        assert fs.exists(f"{root}/dataset.json") and not fs.exists(f"{root}/nothing")
+        assert fs.glob(f"{root}/*.tar") == [f"{root}/part-{number:03d}.tar" for number in range(4)]
+        content = Path(small.root, "part-000.tar").read_bytes()
+        assert fs.cat_file(f"{root}/part-000.tar") == content
+        assert fs.cat_file(f"{root}/part-000.tar", 10, 300) == content[10:300]
+        assert fs.cat_file(f"{root}/part-000.tar", 10, 10) == b""
+        with pytest.raises(FileNotFoundError):
+            fs.cat_file(f"{root}/nothing")

@@ -1,0 +1,150 @@
+"""A web server on the loopback that fails as servers fail, and small shard sets for it to serve."""
+
+import re
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+from fsspec.implementations.local import LocalFileSystem
+
+from pipeline.cache import ShardCache
+from pipeline.order import Order
+from pipeline.reader import Reader
+from pipeline.remote import Patience
+from pipeline.shard_files import Sample, write_manifest, write_shard
+from pipeline.shards import ShardSet, open_shards
+
+QUICK = Patience(attempts=6, first_wait_s=0.002, longest_wait_s=0.01, stall_s=0.3)
+
+
+def write_set(folder: Path, shards: int, each: int = 6, size: int = 3000) -> ShardSet:
+    """A shard set of random bytes, which are no images: nothing here decodes them."""
+    folder.mkdir(parents=True)
+    draws = np.random.default_rng(0)
+    entries = []
+    for shard in range(shards):
+        samples = [
+            Sample(f"key-{shard}-{i}", ("jpg", 20 + i, 300), draws.bytes(size + i), (shard + i) % 3 - 1)
+            for i in range(each)
+        ]
+        entries.append(write_shard(folder, f"part-{shard:03d}.tar", samples))
+    manifest = {"name": "noise", "split": "train", "classes": ["a", "b"], "samples": shards * each, "shards": entries}
+    write_manifest(LocalFileSystem(), str(folder), manifest)
+    return open_shards(str(folder))
+
+
+class Server(ThreadingHTTPServer):
+    """Serves a folder; `faults` names what goes wrong with the first, second ... request of each tar, then nothing.
+
+    503: that answer. drop: half of the bytes, then the connection is closed. stall: half of them, then nothing more.
+    truncate: half of them, as if they were all. flip: one bit is wrong. whole: ranges are disregarded.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path, faults: tuple[str, ...] = (), suffix: str = ".tar"):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder, self.faults, self.suffix = folder, faults, suffix
+        self.requests: list[tuple[str, str | None]] = []
+        self.count: Counter[str] = Counter()
+        self.lock, self.ended = threading.Lock(), threading.Event()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def fault(self, name: str, requested: str | None) -> str:
+        with self.lock:
+            self.requests.append((name, requested))
+            self.count[name] += 1
+            number = self.count[name] - 1
+            return self.faults[number] if name.endswith(self.suffix) and number < len(self.faults) else ""
+
+    def handle_error(self, *_) -> None:
+        pass  # a client that went away, as it should from a stalled connection
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def log_message(self, *_) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.send_response(200 if (self.server.folder / self.path[1:]).exists() else 404)
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        path = self.server.folder / self.path[1:]
+        fault = self.server.fault(self.path[1:], self.headers["Range"])
+        if fault == "503":
+            self.send_error(503)
+        elif path.is_dir():
+            links = "".join(f'<a href="{file.name}">{file.name}</a>' for file in path.iterdir())
+            self.answer(200, links.encode(), len(links))
+        elif not path.exists():
+            self.send_error(404)
+        else:
+            self.serve(path.read_bytes(), fault)
+
+    def serve(self, content: bytes, fault: str) -> None:
+        total = len(content)
+        status, part = 200, content
+        if fault != "whole" and (match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or "")):
+            first, last = int(match[1]), int(match[2] or total - 1)
+            status, part = 206, content[first : last + 1]
+            if not part:
+                return self.send_error(416)
+            self.part = f"bytes {first}-{first + len(part) - 1}/{total}"
+        if fault == "flip":
+            part = bytes([part[0] ^ 1]) + part[1:]
+        half = part[: len(part) // 2]
+        if fault == "truncate":
+            self.part = f"bytes 0-{len(half) - 1}/{len(half)}"
+            part = half
+        self.answer(status, half if fault in ("drop", "stall") else part, len(part))
+        if fault == "stall":
+            self.server.ended.wait(5)
+
+    def answer(self, status: int, content: bytes, length: int) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(length))
+        if status == 206:
+            self.send_header("Content-Range", self.part)
+        self.end_headers()
+        self.wfile.write(content)
+
+
+@contextmanager
+def serving(folder: Path, *faults: str, suffix: str = ".tar") -> Iterator[Server]:
+    server = Server(folder, faults, suffix)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.ended.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def cache_at(folder: Path, **options) -> ShardCache:
+    return ShardCache(folder / "cache", patience=QUICK, **options)
+
+
+def read_slices(url: str, folder: Path, rank: int, results) -> None:
+    """A process's whole life as one of four ranks; here because its module loads quickly."""
+    cache = cache_at(folder)
+    shards = open_shards(url, cache)
+    order = Order(shards.shard_starts, 8, seed=3, block_shards=4)
+    reader, encoded = Reader(shards, cache), []
+    for step in range(order.steps_per_epoch):
+        reader.prefetch(*order.upcoming_shards(0, step, step, rank, 4))
+        encoded.append(reader.read(order.batch(0, step, rank, 4)))
+    reader.close()
+    results.put((rank, encoded))
