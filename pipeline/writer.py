@@ -5,6 +5,7 @@ written. Shard k holds the readable ones among the k-th slice of the plan's orde
 who writes it nor on what was written before. All of it happens in a hidden folder beside the split:
 
     OUT/.train.partial/plan.json               what is being written; anything else is refused until this is done
+    OUT/.train.partial/lock                    held to begin and to complete the split
     OUT/.train.partial/work/train-000007.*     the shard that a process is writing, and its lock
     OUT/.train.partial/work/train-000007.json  the shard is whole: its entry for the manifest, and what it left out
     OUT/.train.partial/shards/                 whole shards; becomes OUT/train by a rename when dataset.json is in it
@@ -17,6 +18,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -156,50 +158,48 @@ def _classes(source: Source, out: Path, split: str) -> list[str]:
 
 def _begin(target: Path, partial: Path, plan: dict[str, Any]) -> bool:
     """Lay down the plan, or compare with what is there already; False if the split is complete."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(target):
-        if target.exists():
-            try:
-                found = open_shards(str(target)).manifest
-            except UserError:
-                found = {}
-            if difference := _difference(plan, found):
-                raise UserError(f"{target} exists already: delete it or choose another folder ({difference}).")
-            shutil.rmtree(partial, ignore_errors=True)
-            return False
-        for folder in partial / "work", partial / "shards":
-            folder.mkdir(parents=True, exist_ok=True)
-        path = partial / "plan.json"
-        try:
-            begun = json.loads(path.read_text())
-        except (FileNotFoundError, ValueError):
-            _replace_text(path, json.dumps(plan))
-            return True
-        if difference := _difference(plan, begun):
-            raise UserError(
-                f"{partial} holds an unfinished conversion with another plan ({difference}): "
-                "repeat its options to go on with it, or delete it to begin anew."
-            )
-        return True
+    if not target.exists():
+        (partial / "work").mkdir(parents=True, exist_ok=True)
+        with FileLock(partial / "lock"):
+            if not target.exists():  # which another process may have completed meanwhile
+                _lay_down(partial, plan)
+                return True
+    try:
+        found = open_shards(str(target)).manifest
+    except UserError:
+        found = {}
+    if difference := _difference(plan, found):
+        raise UserError(f"{target} exists already: delete it or choose another folder ({difference}).")
+    shutil.rmtree(partial, ignore_errors=True)
+    return False
+
+
+def _lay_down(partial: Path, plan: dict[str, Any]) -> None:
+    (partial / "shards").mkdir(exist_ok=True)
+    path = partial / "plan.json"
+    try:
+        begun = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):  # cut short when it was written
+        path.write_text(json.dumps(plan))
+        return
+    if difference := _difference(plan, begun):
+        raise UserError(
+            f"{partial} holds an unfinished conversion with another plan ({difference}): "
+            "repeat its options to go on with it, or delete it to begin anew."
+        )
 
 
 def _difference(plan: dict[str, Any], found: dict[str, Any]) -> str:
     """In words, the first thing in which two plans differ; empty if in nothing."""
-    if not found:
+    here, there = ({**head.get("made_by", {}), **head} for head in (plan, found))
+    if here["command"] != there.get("command"):
         return "it was not made by this converter"
-    here, there = ({**head, **head.get("made_by", {})} for head in (plan, found))
-    for name in sorted({*plan, *here["made_by"], *there.get("made_by", {})} - {"made_by"}, key="source_sha256".__eq__):
+    for name in dict.fromkeys([*plan["made_by"], *found["made_by"]]):
         if here.get(name) != there.get(name):
-            if name in ("source_sha256", "classes"):
-                return "its source lists other images" if name == "source_sha256" else "it has other classes"
             return f"its {name.replace('_', ' ')} is {there.get(name)} instead of {here.get(name)}"
-    return ""
-
-
-@contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    with FileLock(target.parent / f".{target.name}.lock"):
-        yield
+    if here["classes"] != there["classes"]:
+        return "it has other classes"
+    return "" if here["source_sha256"] == there.get("source_sha256") else "its source lists other images"
 
 
 def _finish(
@@ -208,7 +208,7 @@ def _finish(
     """Complete the split if every shard is whole; of several processes one does and the others find it done."""
     if any(entry is None for entry in entries):
         return target.exists()
-    with _locked(target):
+    with FileLock(partial / "lock"):
         if target.exists():
             return True
         rejected = [*source.left_out, *(refused for entry in entries for refused in entry["rejected"])]
@@ -277,23 +277,21 @@ class ShardWriter:
             UserError: the source has gone away.
         """
         tar, rejected = self._work(number, "tar"), []
-        index = tar.with_name(index_name(tar.name))
-        try:
-            with FileLock(self._work(number, "lock"), timeout=0):
-                if self.entry(number) is not None:
-                    return
-                try:
-                    shard = write_shard(tar.parent, tar.name, self._samples(items, rejected, tally))
-                    for file in index, tar:
-                        os.replace(file, self.partial / "shards" / file.name)
-                    _replace_text(self._work(number, "json"), json.dumps({"shard": shard, "rejected": rejected}))
-                except BaseException:
-                    with suppress(OSError):
-                        tar.unlink(missing_ok=True)
-                        index.unlink(missing_ok=True)
-                    raise
-        except Timeout:
-            return
+        index, entry = tar.with_name(index_name(tar.name)), self._work(number, "json.writing")
+        with suppress(Timeout), FileLock(self._work(number, "lock"), timeout=0):
+            if self.entry(number) is not None:
+                return
+            try:
+                shard = write_shard(tar.parent, tar.name, self._samples(items, rejected, tally))
+                entry.write_text(json.dumps({"shard": shard, "rejected": rejected}))
+                for file in index, tar:
+                    os.replace(file, self.partial / "shards" / file.name)
+                os.replace(entry, self._work(number, "json"))  # the last step makes it whole
+            except BaseException:
+                with suppress(OSError):
+                    for file in tar, index, entry:
+                        file.unlink(missing_ok=True)
+                raise
 
     def _samples(self, items: list[Item], rejected: list[tuple[str, str]], tally: Callable) -> Iterator[Sample]:
         for label, key, address in items:
@@ -306,12 +304,6 @@ class ShardWriter:
             else:
                 yield Sample(key, form, stored, self.labels[label])
             tally(len(encoded))
-
-
-def _replace_text(path: Path, text: str) -> None:
-    beside = path.with_suffix(".writing")
-    beside.write_text(text)
-    os.replace(beside, path)
 
 
 def _unwritable(out: Path, error: OSError) -> UserError:
@@ -351,7 +343,8 @@ def _write_in_processes(
     context = multiprocessing.get_context("spawn")
     shared = context.Array("q", 3)  # images, bytes, whether to stop
     with ProcessPoolExecutor(workers, context, _start_worker, (writer, shared)) as pool:
-        waiting = {pool.submit(_write_in_worker, *task) for task in tasks}
+        with _interrupts_held_back():  # the workers inherit it: this process alone hears Ctrl-C, and tells them
+            waiting = {pool.submit(_write_in_worker, *task) for task in tasks}
         try:
             while waiting:
                 done, waiting = wait(waiting, REFRESH_S, FIRST_EXCEPTION)
@@ -367,6 +360,18 @@ def _write_in_processes(
             raise
 
 
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class _Stopped(Exception):
     """The main process wants no more."""
 
@@ -375,9 +380,7 @@ _in_worker: list = []  # of a worker process: its ShardWriter and what it shares
 
 
 def _start_worker(writer: ShardWriter, shared: Any) -> None:
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process hears it too, and tells when to stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Windows, where they inherit nothing
     cv2.setNumThreads(1)
     _in_worker[:] = writer, shared
     threading.Thread(target=_end_with_parent, daemon=True).start()
