@@ -108,11 +108,11 @@ def without(parameters: ViewParameters, *, colour: bool = False, blur: bool = Fa
 
 
 class Prepared:
-    """The first images of a shard set, in memory, with drawn parameters."""
+    """The images of a shard set, in memory and in whole batches, with drawn parameters."""
 
-    def __init__(self, shards: ShardSet, count: int, threads: int):
+    def __init__(self, shards: ShardSet, threads: int):
         self.shards, self.threads = shards, threads
-        self.samples = np.arange(min(count, len(shards)) // BATCH * BATCH)
+        self.samples = np.arange(len(shards) // BATCH * BATCH)
         if not len(self.samples):
             raise UserError(f"{shards.root} holds {len(shards)} images: give a shard set of at least {BATCH}.")
         self.encoded = Reader(shards)(self.samples)
@@ -246,9 +246,9 @@ def peers(data: Prepared, recipe: Recipe) -> Iterator[Candidate]:
         yield Candidate(name, "all", "exact", count, lambda it=loader: sum(1 for _ in it))
 
 
-def measure(shards: ShardSet, kind: str, count: int, threads: int, seconds: float) -> list[dict]:
+def measure(shards: ShardSet, kind: str, threads: int, seconds: float) -> list[dict]:
     """One row per candidate, all timed in turns."""
-    recipe, data = Recipe(), Prepared(shards, count, threads)
+    recipe, data = Recipe(), Prepared(shards, threads)
     candidates = [
         *host_stages(data, recipe),
         *backends(data, recipe),
@@ -296,15 +296,15 @@ def main() -> None:
     try:
         with tempfile.TemporaryDirectory() as folder:
             if arguments.data:
-                originals = open_shards(arguments.data)
+                given = open_shards(arguments.data)
+                images = Reader(given)(np.arange(min(count, len(given))))
             else:
-                originals = make_shards([photograph(number) for number in range(count)], Path(folder, "original"))
-            images = Reader(originals)(np.arange(min(count, len(originals))))
-            small = make_shards([with_short_side(image, 256) for image in images], Path(folder, "256"))
+                images = [photograph(number) for number in range(count)]
             rows = []
-            for kind, shards in (("original", originals), ("short side 256", small)):
+            for kind in ("original", "short side 256"):
                 console.print(f"{kind}: {len(images)} images ...")
-                rows += measure(shards, kind, count, arguments.threads, seconds)
+                kept = images if kind == "original" else [with_short_side(image, 256) for image in images]
+                rows += measure(make_shards(kept, Path(folder, kind)), kind, arguments.threads, seconds)
     except UserError as error:
         sys.exit(str(error))
     show(rows)
