@@ -1,0 +1,120 @@
+"""Speed of the converter beside as many processes that do nothing but decode.
+
+    python -m bench.convert            writes bench/results/convert.csv
+
+Both take the same JPEGs of ImageNet's usual size, which are rendered here. The decoders have them in memory; the
+converter reads them from a tar, decodes each once (`--verify`), hashes them and writes shards and indexes. The start
+of the processes counts for both, and they take turns.
+"""
+
+import argparse
+import io
+import multiprocessing
+import os
+import statistics
+import tarfile
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from statistics import mean
+
+import cv2
+import numpy as np
+import torch
+
+from bench.harness import environment, interleave, percentiles_ms, write_rows
+from pipeline.images import decode
+from pipeline.sources import Source, folder_source
+from pipeline.writer import SAMPLES_PER_SHARD, write_split
+
+HEIGHT, WIDTH = 375, 500
+QUALITY = 95
+DISTINCT = 64
+"""Different images; the tar repeats them under other names."""
+
+
+def photograph(number: int) -> bytes:
+    """A JPEG of about 110 KB, ImageNet's average: octaves of noise whose amplitude falls with the frequency."""
+    random = np.random.default_rng(number)
+    image = np.full((HEIGHT, WIDTH, 3), 128, np.float32)
+    for octave in range(1, 9):
+        noise = random.normal(0, 1, (3 * 2**octave // 2 + 1, 2 * 2**octave + 1, 3)).astype(np.float32)
+        gray = noise.mean(axis=2, keepdims=True)  # the colour of photographs varies less than their brightness
+        image += 42 * 0.82 ** (octave - 1) * cv2.resize(1.5 * gray + 0.3 * noise, (WIDTH, HEIGHT))
+    _, encoded = cv2.imencode(".jpg", np.clip(image, 0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
+    return encoded.tobytes()
+
+
+def write_source(path: Path, images: list[bytes], count: int) -> Path:
+    """A tar of class folders with `count` images."""
+    with tarfile.open(path, "w") as tar:
+        for number in range(count):
+            member = tarfile.TarInfo(f"class_{number % 10}/image_{number}.jpg")
+            member.size = len(images[number % len(images)])
+            tar.addfile(member, io.BytesIO(images[number % len(images)]))
+    return path
+
+
+_held: list[bytes] = []
+
+
+def _hold(images: list[bytes]) -> None:
+    cv2.setNumThreads(1)
+    _held[:] = images
+
+
+def _decode_held(count: int) -> int:
+    return sum(decode(_held[number % len(_held)]) is not None for number in range(count))
+
+
+def decode_only(images: list[bytes], count: int, workers: int) -> None:
+    """Decode `count` images in processes that are handed 1024 at a time, as the converter hands out shards."""
+    context = multiprocessing.get_context("spawn")
+    shares = [min(SAMPLES_PER_SHARD, count - first) for first in range(0, count, SAMPLES_PER_SHARD)]
+    with ProcessPoolExecutor(workers, context, _hold, (images,)) as pool:
+        assert sum(pool.map(_decode_held, shares)) == count
+
+
+def convert(source: Source, workers: int, folder: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=folder) as out:
+        write_split(source, Path(out), "train", workers=workers)
+
+
+def measure(count: int, workers: int, seconds: float) -> list[dict]:
+    """A row for either, from runs that take turns."""
+    device = torch.device("cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        images = [photograph(number) for number in range(DISTINCT)]
+        source = folder_source(write_source(Path(folder, "images.tar"), images, count))
+        functions = {
+            "decode only": lambda: decode_only(images, count, workers),
+            "convert, verified": lambda: convert(source, workers, Path(folder)),
+        }
+        times = interleave(functions, seconds, device)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return [
+        environment(device)
+        | {"what": name, "workers": workers, "images": count, "image_kb": round(mean(map(len, images)) / 1000, 1)}
+        | percentiles_ms(times[name])
+        | {
+            "images_per_s": round(count / medians[name]),
+            "of_decoding": round(medians["decode only"] / medians[name], 3),
+        }
+        for name, seconds in medians.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=8192, help="to a run (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="about how long it takes (default: %(default)s)")
+    arguments = parser.parse_args()
+    rows = measure(arguments.images, arguments.workers, arguments.seconds)
+    for row in rows:
+        print(f"{row['what']}: {row['images_per_s']} images/s, {row['of_decoding']} of decoding")
+    print(f"written: {write_rows('convert', rows)}")
+
+
+if __name__ == "__main__":
+    main()
