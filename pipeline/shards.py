@@ -134,9 +134,9 @@ def _map_index(fs: Any, path: str, manifest: dict[str, Any], cache: ShardCache, 
         rows = np.load(file, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError as error:
         raise UserError(f"{name} is missing: {again}.") from error
-    except (ValueError, EOFError) as error:
+    except Exception as error:  # numpy parses the header as Python, which fails in many ways
         raise UserError(f"{name} is damaged: {again}.") from error
-    if rows.dtype.names != index_dtype(1).names or rows.shape != (manifest["samples"],):
+    if not _is_index(rows, manifest["samples"]) or rows.offset + rows.nbytes != entry["bytes"]:
         raise UserError(f"{name} disagrees with dataset.json: {again}.")
     return np.asarray(rows)  # a plain array on the mapping: np.memmap does more on every indexing
 
@@ -148,20 +148,26 @@ def _join_indexes(fs: Any, path: str, manifest: dict[str, Any], cache: ShardCach
     def rows(name: str) -> np.ndarray:
         try:
             content = persistently(lambda: fs.cat_file(name), name, cache.patience)
-            return np.load(io.BytesIO(content), allow_pickle=False)
         except FileNotFoundError as error:
             raise UserError(f"{name} is missing: {again}.") from error
         except OSError as error:
             raise UserError(f"{name} can't be read ({error}): see to the connection and the permissions.") from error
-        except (ValueError, EOFError) as error:
+        try:
+            return np.load(io.BytesIO(content), allow_pickle=False)
+        except Exception as error:  # as above
             raise UserError(f"{name} is damaged: {again}.") from error
 
     with ThreadPoolExecutor(16) as pool:
         parts = list(pool.map(rows, names))
     for name, part, shard in zip(names, parts, manifest["shards"], strict=True):
-        if part.dtype.names != index_dtype(1).names or len(part) != shard["samples"]:
+        if not _is_index(part, shard["samples"]):
             raise UserError(f"{name} disagrees with dataset.json: {again}.")
     return np.concatenate(parts)
+
+
+def _is_index(rows: np.ndarray, samples: int) -> bool:
+    fields = rows.dtype.fields or {}
+    return rows.shape == (samples,) and "key" in fields and rows.dtype == index_dtype(rows.dtype["key"].itemsize)
 
 
 def open_splits(root: str, cache: ShardCache | None = None) -> tuple[ShardSet, ShardSet | None]:

@@ -1,6 +1,8 @@
 """The reader returns the very bytes that were written, from disk and from elsewhere, and names what it can't read."""
 
 import os
+import re
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
@@ -9,7 +11,7 @@ import pytest
 
 from errors import UserError
 from pipeline.convert import write_split
-from pipeline.reader import Reader
+from pipeline.reader import Reader, ReadFailure
 from pipeline.shards import ShardSet, open_shards
 from pipeline.sources import folder_source
 from tests.pipeline.image_sets import contents, pictures, write_folder
@@ -45,8 +47,8 @@ def expected(shards: ShardSet, samples: np.ndarray) -> list[bytes]:
 def test_any_samples_in_any_order(shards, remote):
     samples = np.random.default_rng(0).permutation(np.concatenate([np.arange(30), [7, 7, 6]]))
     for each in shards, remote:
-        assert Reader(each)(samples) == expected(shards, samples)
-        assert Reader(each)(samples[:0]) == []
+        assert Reader(each)(samples) == Reader(each).read(samples) == expected(shards, samples)
+        assert Reader(each)(samples[:0]) == Reader(each).read(samples[:0]) == []
 
 
 def test_from_many_threads(shards):
@@ -81,3 +83,35 @@ def test_a_missing_or_short_shard_is_named(copy, remote):
 
 def expected_bytes(shards: ShardSet, sample: int) -> list[bytes]:
     return Reader(shards)(np.array([sample]))
+
+
+def test_a_bad_sample_is_told_and_spoils_no_other(copy, shards):
+    """Three ways to be bad at once: cut short, altered, in a shard that is gone."""
+    rows = copy.index
+    with open(os.path.join(copy.root, "train-000000.tar"), "r+b") as tar:
+        tar.seek(int(rows["offset"][2]) + 20)
+        byte = tar.read(1)
+        tar.seek(-1, os.SEEK_CUR)
+        tar.write(bytes([byte[0] ^ 4]))
+    os.truncate(os.path.join(copy.root, "train-000001.tar"), int(rows["offset"][9]) + 10)
+    os.remove(os.path.join(copy.root, "train-000003.tar"))
+    samples = np.random.default_rng(0).permutation(len(shards))
+    bad = {2: r"bytes in .*train-000000.tar are not those of the index"}
+    bad |= dict.fromkeys(range(9, 14), "train-000001.tar is shorter than its index says")
+    bad |= dict.fromkeys(range(21, 28), "A shard of .* can't be read .*train-000003.tar")
+    encoded = Reader(copy).read(samples)
+    for sample, data, whole in zip(samples, encoded, expected(shards, samples), strict=True):
+        if sample in bad:
+            assert isinstance(data, ReadFailure) and re.search(bad[sample], data.reason)
+        else:
+            assert data == whole
+
+
+def test_nothing_is_fetched_of_a_local_set(shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("STREAMCLR_CACHE", str(tmp_path / "cache"))
+    reader, before = Reader(shards), set(threading.enumerate())
+    reader.prefetch([0, 1], [2])
+    assert reader.read(np.arange(30)) == expected(shards, np.arange(30))
+    assert not (tmp_path / "cache").exists() and set(threading.enumerate()) <= before
+    reader.close()
+    assert reader.read(np.arange(3)) == expected(shards, np.arange(3))

@@ -1,9 +1,14 @@
 """The shard set: its tars as the webdataset library reads them, its index to the byte, tars from elsewhere, damage."""
 
+import hashlib
 import json
 import os
+import re
 import shutil
+import time
+import tracemalloc
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -13,11 +18,14 @@ import webdataset
 
 from errors import UserError
 from pipeline.convert import write_split
+from pipeline.reader import Reader
 from pipeline.shard_files import index_shards, verify_shards
-from pipeline.shards import open_shards, open_splits
+from pipeline.shard_report import summarise
+from pipeline.shards import index_dtype, open_shards, open_splits
 from pipeline.sources import folder_source
 from tests.pipeline.image_sets import contents, damaged, pictures, run_module, write_folder, write_tar
 from tests.pipeline.reference_views import decode
+from tests.pipeline.web_server import cache_at, serving, write_set
 
 
 @pytest.fixture(scope="module")
@@ -232,3 +240,252 @@ def test_dataset_json_says_how_it_was_made(original):
     assert manifest["samples"] == 12 and manifest["class_counts"] == [4, 4, 3]
     for shard in manifest["shards"]:
         assert shard["bytes"] == (original / shard["file"]).stat().st_size
+
+
+# ---- the common index
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> Path:
+    """Twenty shards: more than are read at once."""
+    root = tmp_path_factory.mktemp("many") / "train"
+    write_set(root, shards=20)
+    return root
+
+
+def by_shards(root: Path) -> np.ndarray:
+    """The rows of the shards' own indexes, joined by other means."""
+    parts = [np.load(path) for path in sorted(root.glob("part-*.index.npy"))]
+    return np.array([tuple(row) for part in parts for row in part.tolist()], np.result_type(*parts))
+
+
+def test_the_common_index_is_mapped_and_has_the_rows_of_all_shards(many):
+    shards = open_shards(str(many))
+    assert len(shards) == 120 and shards.shard_starts.tolist() == list(range(0, 121, 6))
+    assert type(shards.index) is np.ndarray and isinstance(shards.index.base, np.memmap)
+    assert not shards.index.flags.writeable and shards.index_root == str(many)
+    assert np.array_equal(shards.index, by_shards(many))
+    widths = {np.load(path).dtype["key"].itemsize for path in many.glob("part-*.index.npy")}
+    assert widths == {7, 8} and shards.index.dtype["key"].itemsize == 8
+    entry = shards.manifest["index"]
+    content = (many / "index.npy").read_bytes()
+    assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert verify_shards(str(many)) == []
+
+
+def test_a_set_without_a_common_index_still_opens(many, tmp_path):
+    """As they were written before there was one."""
+    older = Path(shutil.copytree(many, tmp_path / "older"))
+    (older / "index.npy").unlink()
+    manifest = json.loads((older / "dataset.json").read_text())
+    manifest.pop("index")
+    for shard in manifest["shards"]:
+        shard.pop("index_sha256")
+    (older / "dataset.json").write_text(json.dumps(manifest))
+    assert np.array_equal(open_shards(str(older)).index, open_shards(str(many)).index)
+    assert verify_shards(str(older)) == []
+
+
+COMMON_DAMAGE = {
+    "gone": (None, "index.npy is missing"),
+    "cut": (lambda content: content[:-1], "index.npy is damaged"),
+    "empty": (lambda content: b"", "index.npy is damaged"),
+    "headless": (lambda content: bytes(100) + content[100:], "index.npy is damaged"),
+}
+
+
+@pytest.mark.parametrize("case", COMMON_DAMAGE)
+def test_damage_to_the_common_index_is_named(many, tmp_path, case):
+    change, message = COMMON_DAMAGE[case]
+    copy = Path(shutil.copytree(many, tmp_path / "copy"))
+    if change is None:
+        (copy / "index.npy").unlink()
+    else:
+        (copy / "index.npy").write_bytes(change((copy / "index.npy").read_bytes()))
+    with pytest.raises(UserError, match=rf"{message}: run `python -m pipeline\.shards index"):
+        open_shards(str(copy))
+
+
+def test_an_index_of_other_rows_is_refused(many, tmp_path):
+    copy = Path(shutil.copytree(many, tmp_path / "copy"))
+    manifest = json.loads((copy / "dataset.json").read_text())
+    (copy / "dataset.json").write_text(json.dumps(manifest | {"samples": 119}))
+    with pytest.raises(UserError, match=r"index\.npy disagrees with dataset\.json"):
+        open_shards(str(copy))
+
+
+@pytest.mark.parametrize("name", ["part-004.index.npy", "index.npy", "part-007.tar"])
+@pytest.mark.parametrize("place", [0.02, 0.5, -1])
+def test_verify_finds_any_altered_byte(many, tmp_path, name, place):
+    copy = Path(shutil.copytree(many, tmp_path / "copy"))
+    content = bytearray((copy / name).read_bytes())
+    content[int(place * len(content)) if place > 0 else -1] ^= 16
+    (copy / name).write_bytes(content)
+    try:
+        (problem,) = verify_shards(str(copy))
+        assert f"{copy / name} is not the file that was written: copy it again" in problem
+    except UserError as error:  # altered where it can't even be opened
+        assert name in str(error)
+
+
+def test_no_damage_to_a_header_gets_past_opening(many, tmp_path):
+    """Numpy parses the header as Python: any byte of it may make another error, or another type."""
+    copy = Path(shutil.copytree(many, tmp_path / "copy"))
+    whole = (copy / "index.npy").read_bytes()
+    for place in range(whole.index(b"}") + 1):
+        content = bytearray(whole)
+        content[place] ^= 16
+        (copy / "index.npy").write_bytes(content)
+        try:
+            shards = open_shards(str(copy))
+        except UserError as error:
+            assert re.search(r"index\.npy (is damaged|disagrees)", str(error))
+        else:  # a byte that means nothing
+            assert np.array_equal(shards.index, by_shards(many))
+
+
+def test_verify_names_the_samples_that_are_damaged(many, tmp_path):
+    copy = Path(shutil.copytree(many, tmp_path / "copy"))
+    shards = open_shards(str(copy))
+    content = bytearray((copy / "part-001.tar").read_bytes())
+    for sample in (7, 9):
+        content[shards.index["offset"][sample]] ^= 1
+    (copy / "part-001.tar").write_bytes(content)
+    (copy / "part-002.tar").write_bytes((copy / "part-002.tar").read_bytes()[:-1])
+    (copy / "other.tar").write_bytes(content)
+    problems = [problem.replace(f"{copy}/", "") for problem in verify_shards(str(copy))]
+    assert problems == [
+        "part-001.tar is not the file that was written: copy it again "
+        "(damaged samples: 2, the first key-1-1, key-1-3).",
+        "part-002.tar is not the file that was written: copy it again.",
+        "other.tar is not in dataset.json: take it away or make the index anew.",
+    ]
+
+
+def synthetic(root: Path, shards: int, each: int) -> int:
+    """The index and the manifest of a large set, without its tars; the rows are a hole in the file."""
+    dtype = index_dtype(20)
+    with open(root / "index.npy", "wb") as file:
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (shards * each,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.truncate(file.tell() + shards * each * dtype.itemsize)
+    size = (root / "index.npy").stat().st_size
+    sha256 = "0123456789abcdef" * 4
+    entries = [
+        {"file": f"train-{i:06d}.tar", "samples": each, "bytes": 1 << 27, "sha256": sha256, "index_sha256": sha256}
+        for i in range(shards)
+    ]
+    manifest = {"format": "streamclr-shards-1", "name": "large", "split": "train", "classes": ["a"]}
+    manifest |= {"samples": shards * each, "index": {"bytes": size, "sha256": sha256}, "shards": entries}
+    (root / "dataset.json").write_text(json.dumps(manifest))
+    return size
+
+
+def test_a_hundred_million_samples_open_in_under_a_second(tmp_path):
+    size = synthetic(tmp_path, shards=100_000, each=1000)
+    assert size > 5e9 and (tmp_path / "index.npy").stat().st_blocks * 512 < 1e6  # a hole
+    seconds = []
+    for _ in range(3):  # the best of three: the machine may be busy
+        begun = time.perf_counter()
+        shards = open_shards(str(tmp_path))
+        assert len(shards) == 100_000_000 and shards.shard_starts[-1] == 100_000_000
+        assert shards.index[np.array([99_999_999, 5])]["size"].tolist() == [0, 0]
+        seconds.append(time.perf_counter() - begun)
+    assert min(seconds) < 1
+
+
+def test_opening_takes_no_memory_for_samples(tmp_path):
+    synthetic(tmp_path, shards=100, each=1_000_000)
+    tracemalloc.start()
+    shards = open_shards(str(tmp_path))
+    shards.index[np.arange(0, 100_000_000, 1_000_000)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1e6
+
+
+# ---- elsewhere
+
+
+@pytest.mark.parametrize("scheme", ["http", "memory"])
+def test_the_common_index_of_a_remote_set_is_fetched_once(many, tmp_path, scheme):
+    remote = fsspec.filesystem("memory")
+    remote.put(str(many), "/many/train", recursive=True)
+    with serving(many, "drop", "flip", suffix="index.npy") as server:
+        url = server.url if scheme == "http" else "memory://many/train"
+        for _ in range(2):
+            shards = open_shards(url, cache_at(tmp_path))
+            assert np.array_equal(shards.index, by_shards(many)) and isinstance(shards.index.base, np.memmap)
+        if scheme == "http":
+            # cut in the middle, gone on with, wrong by a bit, once more; and then never again
+            assert server.count["index.npy"] == 3 and server.count["dataset.json"] == 2
+            assert not any(name.startswith("part-") for name, _ in server.requests)
+    remote.rm("/many", recursive=True)
+
+
+def test_a_foreign_set_at_a_read_only_address(tmp_path, monkeypatch):
+    """Its index is made over http, past broken connections, and kept in the cache; so is that of a folder."""
+    root = foreign_tars(tmp_path / "foreign", [labelled(0), labelled(4)])
+    files = {file.name for file in root.iterdir()}
+    monkeypatch.setenv("STREAMCLR_CACHE", str(tmp_path / "cache"))
+    with serving(root, "drop", "503", suffix="000.tar") as server:
+        with pytest.raises(
+            UserError, match=rf"have no index: run `python -m pipeline\.shards index {server.url}` first"
+        ):
+            open_shards(server.url)
+        result = run_module("pipeline.shards", "index", server.url)
+        assert result.returncode == 0 and "7 images in 2 shards indexed." in result.stdout, result.stderr
+        shards = open_shards(server.url)
+        assert shards.root == server.url and Path(shards.index_root).is_relative_to(tmp_path / "cache" / "indexes")
+        assert {file.name for file in root.iterdir()} == files
+        assert run_module("pipeline.shards", "verify", server.url).returncode == 0
+        encoded = Reader(shards).read(np.arange(7))
+        monkeypatch.setattr("pipeline.shard_files._writable", lambda *_: False)
+        there = index_shards(str(root))
+        assert {file.name for file in root.iterdir()} == files and there.index_root != there.root
+        monkeypatch.undo()
+        here = index_shards(str(root))
+        assert np.array_equal(here.index, shards.index) and np.array_equal(there.index, shards.index)
+        assert Reader(here).read(np.arange(7)) == encoded and here.index_root == str(root)
+        (root / "shard-001.tar").write_bytes((root / "shard-000.tar").read_bytes())
+        monkeypatch.setenv("STREAMCLR_CACHE", str(tmp_path / "cache"))
+        (problem,) = verify_shards(server.url)
+        assert "shard-001.tar is not the file that was written" in problem
+
+
+def test_a_foreign_set_of_many_shards_gets_a_common_index(tmp_path):
+    image = pictures()["class_0/image_0.jpg"]
+    root = foreign_tars(tmp_path / "foreign", [{f"{i}.": {"jpg": image, "cls": i % 2}} for i in range(17)])
+    shards = index_shards(str(root))
+    assert (root / "index.npy").exists() and isinstance(shards.index.base, np.memmap) and len(shards) == 17
+    (root / "shard-016.tar").unlink()
+    assert len(index_shards(str(root))) == 16 and not (root / "index.npy").exists()
+    assert verify_shards(str(root)) == []
+
+
+# ---- what is in it
+
+
+def test_show(many, original):
+    result = run_module("pipeline.shards", "show", many)
+    assert result.returncode == 0, result.stderr
+    lines = [[cell.strip() for cell in re.split("[│┃]", line)] for line in result.stdout.splitlines()]
+    cells = {line[1]: line[2] for line in lines if len(line) > 3}
+    assert cells["name"] == "noise train" and cells["shards"] == "20 of 6 to 6 images"
+    assert cells["images"] == "120, 40 of them without a class; 0 were left out"
+    assert cells["a"] == cells["b"] == "40"
+    assert cells["0 to 31"] == "120"  # short sides of 20 to 25 pixels
+    assert cells["0 to 3"] == "120"  # kB
+    result = run_module("pipeline.shards", "show", original)
+    assert "pipeline.convert" in result.stdout and "class_2" in result.stdout
+    result = run_module("pipeline.shards", "show", original.parent / "nowhere")
+    assert result.returncode == 1 and "No shards at" in result.stderr
+
+
+def test_show_abridges_many_classes(many):
+    shards = open_shards(str(many))
+    names = [f"class {number}" for number in range(1000)]
+    tables = summarise(replace(shards, manifest=shards.manifest | {"classes": names}))
+    shown = list(tables[1].columns[0].cells)
+    assert len(shown) == 21 and shown[:2] == ["class 0", "class 1"]
+    assert shown[10] == "... 980 more" and shown[-1] == "class 999"
