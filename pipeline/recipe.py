@@ -2,6 +2,8 @@
 
 The recipe is written down once, here; a backend receives `ViewParameters` and has nothing left to draw. All numbers
 are those of Chen et al. 2020 (arXiv 2002.05709), appendix A.
+
+    python -m pipeline.recipe preview --data SHARDS --out grid.png   a contact sheet of images and their views
 """
 
 import itertools
@@ -189,3 +191,9 @@ def central_view(recipe: Recipe, height: np.ndarray, width: np.ndarray) -> ViewP
         gray=np.zeros((1, n), bool),
         sigma=0 * one,
     )
+
+
+if __name__ == "__main__":
+    from pipeline.preview import main  # which builds on this module
+
+    main()
