@@ -74,12 +74,10 @@ class Order:
             first += len(parts[-1])
         return np.concatenate(parts)
 
-    def upcoming_shards(
-        self, epoch: int, first: int, last: int, rank: int = 0, world_size: int = 1
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The shards (n,) int64 that a rank reads in steps `first` to `last`, and those (m,) of one block more.
+    def upcoming_shards(self, epoch: int, first: int, last: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
+        """(n,) int64: the shards that a rank reads in steps `first` to `last`, then those of one block more.
 
-        Both in the order of need; past a rank's last block of an epoch the next epoch begins.
+        They come in the order of need, none twice; past a rank's last block of an epoch the next epoch begins.
         """
         group, begin, end = self._span(first, last, rank, world_size)
         blocks, starts = self._blocks(epoch, group)
@@ -89,7 +87,8 @@ class Order:
             beyond = blocks[high + 1]
         else:  # what this rank takes of the epoch ends in this block
             beyond = self._blocks(epoch + 1, group)[0][0]
-        return np.concatenate(blocks[low : high + 1]), beyond
+        shards = np.concatenate([*blocks[low : high + 1], beyond])
+        return shards[np.sort(np.unique(shards, return_index=True)[1])]
 
     def _span(self, first: int, last: int, rank: int, world_size: int) -> tuple[int, int, int]:
         """(group, begin, end): where in the order of its group a rank's slices of steps `first` to `last` lie."""

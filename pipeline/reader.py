@@ -2,10 +2,12 @@
 
 import threading
 import zlib
-from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import NamedTuple
 
 import numpy as np
@@ -43,50 +45,50 @@ class Reader:
         self.local = is_local(self.fs)
         self._patience = self.cache.patience
         self._lock = threading.Lock()
-        self._wanted: tuple[bytes, bytes] | None = None
+        self._wanted: list[int] | None = None
         self._fetches: dict[int, Future[Path | None]] = {}
-        self._pool: ThreadPoolExecutor | None = None
+        self._fetchers: _Fetchers | None = None
         self._lease: Lease | None = None
 
     def prefetch(self, now: Iterable[int], ahead: Iterable[int] = ()) -> None:
-        """Begin to fetch shards of a remote set, in this order, and keep them until another call names others.
+        """Begin to fetch shards of a remote set, in this order, and keep them in the cache until another call.
 
         Cheap if nothing has changed since the last call; does nothing for a local set.
 
         Args:
-            now: the shards that the next reads need; they wait for them.
-            ahead: those that come afterwards: fetched as far as the cache has room.
+            now: shards that the next reads need, and wait for.
+            ahead: those that come afterwards, fetched as far as the cache has room.
 
         Raises:
-            UserError: the cache can't hold the shards that are needed at once, or its folder can't be written.
+            UserError: on the first call, the cache can't hold the shards needed now; its folder can't be written. What
+                finds no room later is read by ranges.
         """
         if self.local:
             return
-        now, ahead = np.asarray(now, np.int64), np.asarray(ahead, np.int64)
+        now, ahead = (np.asarray(shards, np.int64).tolist() for shards in (now, ahead))
+        wanted = list(dict.fromkeys([*now, *ahead]))
         with self._lock:
-            if self._wanted == (wanted := (now.tobytes(), ahead.tobytes())):
+            if wanted == self._wanted or set(wanted) == self._fetches.keys():
                 return
-            entries = self.shards.manifest["shards"]
-            shards = list(dict.fromkeys([*now.tolist(), *ahead.tolist()]))
-            filled = np.cumsum([entries[shard]["bytes"] for shard in shards])
-            needed = int(filled[len(set(now.tolist())) - 1]) if len(now) else 0
-            if needed > self.cache.limit_bytes:
-                raise UserError(
-                    f"The {len(now)} shards that are read at a time take {needed / 1e9:.3g} GB, more than the cache's "
-                    f"limit of {self.cache.limit_bytes / 1e9:.3g} GB: raise it, or make smaller shards."
-                )
-            shards = shards[: int(np.searchsorted(filled, self.cache.limit_bytes, side="right"))]
-            if self._pool is None:
+            entries, limit = self.shards.manifest["shards"], self.cache.limit_bytes
+            filled = np.cumsum([entries[shard]["bytes"] for shard in wanted], dtype=np.int64)
+            if self._fetchers is None:
+                needed = int(filled[len(set(now)) - 1]) if now else 0
+                if needed > limit:
+                    raise UserError(
+                        f"{len(set(now))} shards in use take {needed / 1e9:.3g} GB, more than the limit of the cache "
+                        f"{self.cache.folder}, {limit / 1e9:.3g} GB: raise it or make smaller shards."
+                    )
                 self._patience = replace(self.cache.patience, stop=threading.Event())
-                self._pool = ThreadPoolExecutor(FETCHERS, "fetch")
-                self._lease = Lease(self.cache)
-            self._lease.hold([entries[shard]["sha256"] for shard in shards])  # before any is looked for
+                self._fetchers, self._lease = _Fetchers(), Lease(self.cache)
+            held = wanted[: int(np.searchsorted(filled, limit, side="right"))]
+            self._lease.hold([entries[shard]["sha256"] for shard in held])  # before any is looked for
             fetches = {}
-            for shard in shards:
+            for shard in held:
                 begun = self._fetches.pop(shard, None)
-                # one that found no room is tried anew, now that others may have let go of theirs
+                # one that failed or found no room is tried anew: others may have let go of theirs
                 usable = begun and not (begun.done() and (begun.exception() or begun.result() is None))
-                fetches[shard] = begun if usable else self._pool.submit(self._fetch, shard)
+                fetches[shard] = begun if usable else self._fetchers.submit(self._fetch, shard)
             for abandoned in self._fetches.values():
                 abandoned.cancel()
             self._fetches, self._wanted = fetches, wanted
@@ -121,11 +123,14 @@ class Reader:
     def close(self) -> None:
         """End the fetching and let go of the shards in the cache; they stay there."""
         with self._lock:
-            if self._pool is not None:
+            if self._fetchers is not None:
                 self._patience.stop.set()
-                self._pool.shutdown(wait=False, cancel_futures=True)  # a stalled connection is not waited for
+                for fetch in self._fetches.values():
+                    fetch.cancel()
+                self._fetchers.close()
                 self._lease.close()
-                self._pool = self._lease = None
+                self._fetchers = self._lease = None
+                self._patience = self.cache.patience
             self._fetches, self._wanted = {}, None
 
     def _path_of(self, sample: int) -> str:
@@ -166,8 +171,9 @@ class Reader:
     def _cached(self, shard: int) -> Path | None:
         """The local copy of a remote shard, waited for if it is on its way."""
         fetch = self._fetches.get(shard)
-        if fetch is not None and not fetch.cancelled():
-            return fetch.result()
+        with suppress(CancelledError):  # no longer wanted by others
+            if fetch is not None:
+                return fetch.result()
         entry = self.shards.manifest["shards"][shard]
         return self.cache.find(entry["bytes"], entry["sha256"])
 
@@ -182,3 +188,33 @@ class Reader:
             return persistently(lambda: self.fs.cat_file(path, start=start, end=end), path, self._patience)
         except OSError as error:
             raise UserError(f"A shard of {self.shards.root} can't be read ({error}): copy it there again.") from error
+
+
+class _Fetchers:
+    """Threads that a process does not wait for when it ends, as it would for those of an executor."""
+
+    def __init__(self):
+        self._tasks: SimpleQueue = SimpleQueue()
+        for _ in range(FETCHERS):
+            threading.Thread(target=self._work, args=(self._tasks,), name="fetch", daemon=True).start()
+
+    def submit(self, function: Callable[[int], Path | None], shard: int) -> Future[Path | None]:
+        future: Future[Path | None] = Future()
+        self._tasks.put((future, function, shard))
+        return future
+
+    def close(self) -> None:
+        """Each thread ends after what it is at; those that are waiting, at once."""
+        for _ in range(FETCHERS):
+            self._tasks.put(None)
+
+    @staticmethod
+    def _work(tasks: SimpleQueue) -> None:
+        while task := tasks.get():
+            future, function, shard = task
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function(shard))
+                except BaseException as error:  # for whoever asks for the result
+                    future.set_exception(error)
+            del task, future, function  # which would keep the reader alive

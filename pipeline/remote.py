@@ -1,6 +1,7 @@
 """Files at any URL: fsspec's file systems, http(s) by the standard library alone, and fetching past failures."""
 
 import fnmatch
+import logging
 import posixpath
 import random
 import re
@@ -20,6 +21,7 @@ from fsspec.spec import AbstractFileSystem
 
 from errors import UserError
 
+log = logging.getLogger(__name__)
 PIECE_BYTES = 4 << 20
 T = TypeVar("T")
 
@@ -126,14 +128,17 @@ def persistently(action: Callable[[], T], what: str, patience: Patience) -> T:
         except (FileNotFoundError, PermissionError):
             raise
         except Exception as error:  # every kind of store raises its own
-            if not patience.wait(attempt):
-                raise _unreachable(what, error, attempt) from error
+            _wait_or_give_up(what, error, attempt, patience)
             attempt += 1
 
 
-def _unreachable(what: str, error: Exception, attempt: int) -> UserError:
+def _wait_or_give_up(what: str, error: Exception, attempt: int, patience: Patience) -> None:
     cause = str(error) or type(error).__name__
-    return UserError(f"{what} can't be read after {attempt + 1} attempts ({cause}): see to the connection and go on.")
+    if attempt > 0 and attempt + 1 < patience.attempts:  # so that nobody wonders why nothing happens
+        log.warning("%s can't be read (%s): attempt %d of %d follows", what, cause, attempt + 2, patience.attempts)
+    if not patience.wait(attempt):
+        tried = f"after {attempt + 1} attempts ({cause})"
+        raise UserError(f"{what} can't be read {tried}: see to the connection and go on.") from error
 
 
 def download(fs: AbstractFileSystem, path: str, target: Path, size: int | None, patience: Patience) -> None:
@@ -159,8 +164,7 @@ def download(fs: AbstractFileSystem, path: str, target: Path, size: int | None, 
                 except Exception as error:  # every kind of store raises its own
                     out.flush()
                     attempt = 0 if out.tell() > begun else attempt
-                    if not patience.wait(attempt):
-                        raise _unreachable(path, error, attempt) from error
+                    _wait_or_give_up(path, error, attempt, patience)
                     attempt += 1
     except _DiskError as error:
         cure = "free some space there, or point $STREAMCLR_CACHE to another disk"

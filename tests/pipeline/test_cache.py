@@ -44,7 +44,7 @@ def epoch(shards: ShardSet, cache: ShardCache | None = None, epochs: int = 1) ->
     reader, encoded = Reader(shards, cache), []
     for number in range(epochs):
         for step in range(order.steps_per_epoch):
-            reader.prefetch(*order.upcoming_shards(number, step, step))
+            reader.prefetch(order.upcoming_shards(number, step, step))
             encoded += reader.read(order.batch(number, step))
     reader.close()
     return encoded
@@ -113,7 +113,7 @@ def test_a_server_that_disregards_ranges_is_read_from_the_beginning(small, tmp_p
         assert [requested for _, requested in server.requests] == [None, f"bytes={size // 2}-"]
 
 
-def test_giving_up_names_cause_and_cure(small, tmp_path):
+def test_giving_up_names_cause_and_cure(small, tmp_path, caplog):
     with serving(Path(small.root), *["503"] * 6) as server:
         shards, cache = open_shards(server.url, cache_at(tmp_path)), cache_at(tmp_path)
         reader = Reader(shards, cache)
@@ -123,7 +123,11 @@ def test_giving_up_names_cause_and_cure(small, tmp_path):
         ):
             reader.read(np.array([1]))
         assert server.count["part-000.tar"] == 6
-        reader.prefetch([0], [1])  # tried anew, by when the server is well
+        assert [record.getMessage()[-22:] for record in caplog.records[:2]] == [
+            "attempt 3 of 6 follows",
+            "attempt 4 of 6 follows",
+        ]
+        reader.prefetch([0, 1])  # tried anew, by when the server is well
         assert reader.read(np.arange(6)) == Reader(small).read(np.arange(6))
         reader.close()
     with pytest.raises(UserError, match=r"can't be read after 6 attempts .*refused"):
@@ -188,6 +192,21 @@ def test_the_random_numbers_of_a_run_are_left_alone(small, tmp_path):
     with serving(Path(small.root), "503") as server:
         download(*filesystem(f"{server.url}/part-000.tar", QUICK), tmp_path / "copy", None, QUICK)
     assert random.random() == expected
+
+
+def test_a_process_ends_without_waiting_for_what_it_fetches(small, tmp_path):
+    program = (
+        "import sys; from pipeline.cache import *; from pipeline.reader import *; from pipeline.shards import *; "
+        "cache = ShardCache(sys.argv[1]); reader = Reader(open_shards(sys.argv[2], cache), cache); "
+        "reader.prefetch(range(4)); print('begun', flush=True); sys.exit('error: something else')"
+    )
+    with serving(Path(small.root), *["stall"] * 9) as server:
+        command = [sys.executable, "-c", program, str(tmp_path), server.url]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline() == "begun\n"
+            begun = time.monotonic()
+            assert process.stderr.read() == "error: something else\n" and process.wait() == 1
+            assert time.monotonic() - begun < 3  # a connection is held to be stalled after thirty seconds
 
 
 def test_closing_ends_the_fetching_at_once(small, tmp_path):
@@ -314,10 +333,12 @@ def test_a_bound_below_what_is_read_at_a_time_is_refused(local, small, tmp_path)
     with serving(Path(local.root)) as server:
         shards = open_shards(server.url, cache_at(tmp_path))
         reader = Reader(shards, cache_at(tmp_path, limit_bytes=4 * size - 1))
-        with pytest.raises(UserError, match=r"4 shards .* take .* GB, more than the cache's limit of .*: raise it"):
+        with pytest.raises(UserError, match=r"4 shards in use take .* GB, more than the limit of .*: raise it"):
             reader.prefetch([0, 1, 2, 3], [4])
         reader.prefetch([0, 1, 2], [3, 4])
-        assert reader.read(np.arange(24)) == Reader(local).read(np.arange(24))  # the fourth by ranges
+        reader.prefetch([0, 1, 2, 3], [4])  # in the middle of a run the fourth is read by ranges
+        assert reader.read(np.arange(24)) == Reader(local).read(np.arange(24))
+        assert server.count["part-002.tar"] == 1 and server.count["part-003.tar"] == 6
         reader.close()
         tiny = cache_at(tmp_path / "tiny", limit_bytes=100)
         with pytest.raises(UserError, match=r"has no room for .*index\.npy .*: raise its limit"):

@@ -110,7 +110,7 @@ def test_a_bad_sample_is_told_and_spoils_no_other(copy, shards):
 def test_nothing_is_fetched_of_a_local_set(shards, tmp_path, monkeypatch):
     monkeypatch.setenv("STREAMCLR_CACHE", str(tmp_path / "cache"))
     reader, before = Reader(shards), set(threading.enumerate())
-    reader.prefetch([0, 1], [2])
+    reader.prefetch([0, 1])
     assert reader.read(np.arange(30)) == expected(shards, np.arange(30))
     assert not (tmp_path / "cache").exists() and set(threading.enumerate()) <= before
     reader.close()

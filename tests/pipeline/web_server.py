@@ -144,7 +144,7 @@ def read_slices(url: str, folder: Path, rank: int, results) -> None:
     order = Order(shards.shard_starts, 8, seed=3, block_shards=4)
     reader, encoded = Reader(shards, cache), []
     for step in range(order.steps_per_epoch):
-        reader.prefetch(*order.upcoming_shards(0, step, step, rank, 4))
+        reader.prefetch(order.upcoming_shards(0, step, step, rank, 4))
         encoded.append(reader.read(order.batch(0, step, rank, 4)))
     reader.close()
     results.put((rank, encoded))
