@@ -110,14 +110,14 @@ def without(parameters: ViewParameters, *, colour: bool = False, blur: bool = Fa
 class Prepared:
     """The images of a shard set, in memory and in whole batches, with drawn parameters."""
 
-    def __init__(self, shards: ShardSet, threads: int):
+    def __init__(self, shards: ShardSet, recipe: Recipe, threads: int):
         self.shards, self.threads = shards, threads
         self.samples = np.arange(len(shards) // BATCH * BATCH)
         if not len(self.samples):
             raise UserError(f"{shards.root} holds {len(shards)} images: give a shard set of at least {BATCH}.")
         self.encoded = Reader(shards)(self.samples)
         rows = shards.index[self.samples]
-        self.drawn = draw_views(Recipe(), 0, 0, self.samples, rows["height"], rows["width"])
+        self.drawn = draw_views(recipe, 0, 0, self.samples, rows["height"], rows["width"])
 
     def batches(self, count: int, parameters: ViewParameters) -> Iterator[tuple[list[bytes], ViewParameters]]:
         """The first `count` images in batches, as a backend takes them."""
@@ -246,9 +246,9 @@ def peers(data: Prepared, recipe: Recipe) -> Iterator[Candidate]:
         yield Candidate(name, "all", "exact", count, lambda it=loader: sum(1 for _ in it))
 
 
-def measure(shards: ShardSet, kind: str, threads: int, seconds: float) -> list[dict]:
+def measure(shards: ShardSet, kind: str, recipe: Recipe, threads: int, seconds: float) -> list[dict]:
     """One row per candidate, all timed in turns."""
-    recipe, data = Recipe(), Prepared(shards, threads)
+    data = Prepared(shards, recipe, threads)
     candidates = [
         *host_stages(data, recipe),
         *backends(data, recipe),
@@ -304,7 +304,7 @@ def main() -> None:
             for kind in ("original", "short side 256"):
                 console.print(f"{kind}: {len(images)} images ...")
                 kept = images if kind == "original" else [with_short_side(image, 256) for image in images]
-                rows += measure(make_shards(kept, Path(folder, kind)), kind, arguments.threads, seconds)
+                rows += measure(make_shards(kept, Path(folder, kind)), kind, Recipe(), arguments.threads, seconds)
     except UserError as error:
         sys.exit(str(error))
     show(rows)

@@ -4,7 +4,7 @@ OpenCV releases the interpreter's lock inside its calls, so plain threads use al
 The arithmetic is that of 8-bit image libraries: each step rounds to whole levels, as PIL does.
 """
 
-import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
@@ -19,7 +19,7 @@ from pipeline.recipe import BRIGHTNESS, CONTRAST, LUMA, SATURATION, Recipe, View
 SMALL = 40
 """Up to so many pixels a side, two matrix products resize in less time than one call of torch takes to get going."""
 KEPT_BATCHES = 8
-"""At most so much memory of earlier batches waits to be used again; a loader has about five in flight."""
+"""The memory of at most so many batches waits to be used again; a loader has about five in flight."""
 
 
 class HostBackend:
@@ -38,7 +38,7 @@ class HostBackend:
         self.recipe, self.device, self.views = recipe, device, views
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="views")
         self.workers = workers
-        self.memory: list[np.ndarray] = []
+        self.unused: list[np.ndarray] = []  # memory of earlier batches
         self.pack = Pack(recipe)
 
     def __call__(self, encoded: list[bytes], parameters: ViewParameters) -> torch.Tensor:
@@ -64,7 +64,7 @@ class HostBackend:
 
     def close(self) -> None:
         self.pool.shutdown()
-        self.memory.clear()
+        self.unused.clear()
 
     def _batch(self, rows: int) -> torch.Tensor:
         """(rows, S, S, 3) float32 to be written, in memory that nobody else uses."""
@@ -74,13 +74,13 @@ class HostBackend:
         if self.device.type != "cpu":  # the device may still be copying from an earlier batch
             return torch.from_numpy(np.empty(shape, np.float32))
         # Fresh pages cost the kernel as much time as packing a view takes, so a batch that nobody holds any more is
-        # written again. Every tensor or array over its memory holds a reference to it.
-        unused = (memory for memory in self.memory if len(memory) >= rows and sys.getrefcount(memory) == 3)
-        memory = next(unused, None)  # the 3: the list, the variable above, the argument of getrefcount
-        if memory is None:
+        # written again: every tensor over it, and every array made of one, keeps `lent` alive.
+        memory = self.unused.pop() if self.unused else None
+        if memory is None or len(memory) < rows:
             memory = np.empty(shape, np.float32)  # by numpy, which asks the kernel for huge pages as torch does not
-            self.memory = [*self.memory[1 - KEPT_BATCHES :], memory]
-        return torch.from_numpy(memory[:rows])
+        lent = memory[:rows]
+        weakref.finalize(lent, _take_back, self.unused, memory).atexit = False
+        return torch.from_numpy(lent)
 
     def _chunk(self, encoded: list[bytes], parameters: ViewParameters, maps, out: np.ndarray, members: range) -> None:
         window = self.recipe.blur_window
@@ -92,6 +92,11 @@ class HostBackend:
                 view = resized_crop(image, parameters, v, i, self.recipe.size)
                 view = colour(view, parameters, v, i, maps)
                 self.pack(blur(view, float(parameters.sigma[v, i]), window), out[v * len(encoded) + i])
+
+
+def _take_back(unused: list[np.ndarray], memory: np.ndarray) -> None:
+    if len(unused) < KEPT_BATCHES:
+        unused.append(memory)
 
 
 def resized_crop(image: np.ndarray, parameters: ViewParameters, v: int, i: int, size: int) -> np.ndarray:

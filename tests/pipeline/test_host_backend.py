@@ -181,3 +181,20 @@ def test_formats_and_colour_models(backend):
     parameters = reference.keep_only(reference.drawn_parameters(encoded, RECIPE, seed=8))
     mean, largest = deviation(encoded, parameters)
     assert mean < 0.4 and largest < 6  # the hard edges of the palette
+
+
+def test_memory_is_written_again_once_nobody_holds_it(backend, photographs):
+    parameters = [reference.drawn_parameters(photographs, RECIPE, seed) for seed in range(4)]
+    first = backend(photographs, parameters[0])
+    kept, address = first[5:7], first.data_ptr()  # a part holds the whole
+    before = kept.clone()
+    del first
+    others = [backend(photographs, drawn) for drawn in parameters]
+    assert torch.equal(kept, before) and len({address, *(other.data_ptr() for other in others)}) == 5
+    array = others[1].numpy()  # as does an array over it
+    content = array.copy()
+    del kept, others
+    part = backend(photographs[:7], reference.take(parameters[1], slice(0, 7)))  # smaller batches take it as well
+    again = [backend(photographs, drawn) for drawn in parameters[1:]]
+    assert address in {part.data_ptr(), *(views.data_ptr() for views in again)}
+    assert np.array_equal(array, content)
