@@ -15,12 +15,14 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 from fsspec.spec import AbstractFileSystem
 
 from errors import UserError
-from pipeline.remote import Patience, download
+from pipeline.remote import Patience, download, is_local
 
 DEFAULT_LIMIT_BYTES = 50 * 10**9
 FETCHES = 3  # of a file that arrives damaged
@@ -97,6 +99,25 @@ class ShardCache:
             f"{path} is not the file that dataset.json describes, {FETCHES} times fetched: copy it there again, or "
             "make the index anew by `python -m pipeline.shards index`."
         )
+
+    @contextmanager
+    def whole_file(self, fs: AbstractFileSystem, path: str) -> Iterator[BinaryIO]:
+        """A file to be read once; one from elsewhere is fetched first, past what breaks connections, and not kept.
+
+        Raises:
+            FileNotFoundError, PermissionError, OSError: it can't be read.
+            UserError: as `download`.
+        """
+        if is_local(fs):
+            with open(path, "rb") as file:
+                yield file
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=self.folder) as folder:
+            copy = Path(folder, "copy")
+            download(fs, path, copy, None, self.patience)
+            with open(copy, "rb") as file:
+                yield file
 
     def index_folder(self, root: str) -> Path:
         """Where the index of a set is kept that can't be written to."""

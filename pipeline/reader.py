@@ -102,9 +102,9 @@ class Reader:
             UserError: a remote set can't be reached any more.
         """
         encoded = self._read(samples)
-        rows = self.shards.index[samples]
-        for place, (data, row) in enumerate(zip(encoded, rows, strict=True)):
-            if isinstance(data, bytes) and zlib.crc32(data) != row["crc32"]:
+        checksums = self.shards.index["crc32"][samples].tolist()
+        for place, (data, checksum) in enumerate(zip(encoded, checksums, strict=True)):
+            if isinstance(data, bytes) and zlib.crc32(data) != checksum:
                 encoded[place] = ReadFailure(f"its bytes in {self._path_of(samples[place])} are not those of the index")
         return encoded
 

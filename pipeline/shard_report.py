@@ -1,17 +1,76 @@
-"""What is in a shard set, as tables: figures, balance of the classes, sizes of the images."""
+"""What is in a shard set: whether every byte is as it was written; figures, classes and sizes as tables."""
 
+import zlib
 from collections.abc import Iterator
+from typing import BinaryIO
 
 import numpy as np
+from fsspec.spec import AbstractFileSystem
 from rich.table import Table
 
-from pipeline.shards import ShardSet
+from pipeline.cache import ShardCache
+from pipeline.remote import filesystem
+from pipeline.shard_files import HashedFile
+from pipeline.shards import ShardSet, find_tars, index_name, open_shards
 
 ROWS = 1 << 20  # of the index at a time: it may be larger than the memory
 SHOWN = 20
 BAR = 40
 SHORT_SIDE_PX = np.array([0, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048])
 ENCODED_KB = np.array([0, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096])
+
+
+def verify_shards(root: str, cache: ShardCache | None = None) -> list[str]:
+    """Compare every byte of tars and indexes with the checksums in the manifest; one sentence per difference.
+
+    Of a tar that differs, the samples are named whose own checksums do not fit either.
+
+    Raises:
+        UserError: there is no shard set, or it can't be read.
+    """
+    cache = cache or ShardCache()
+    shards = open_shards(root, cache)
+    fs, path = filesystem(root, cache.patience)
+    home, folder = filesystem(shards.index_root)
+    problems = []
+    for number, shard in enumerate(shards.manifest["shards"]):
+        rows = shards.index[shards.shard_starts[number] : shards.shard_starts[number + 1]]
+        problems += _compare(fs, f"{path}/{shard['file']}", shard["bytes"], shard["sha256"], cache, rows)
+        if "index_sha256" in shard:  # older sets have none
+            index = f"{folder}/{index_name(shard['file'])}"
+            problems += _compare(home, index, None, shard["index_sha256"], cache)
+    if entry := shards.manifest.get("index"):
+        problems += _compare(home, f"{folder}/index.npy", entry["bytes"], entry["sha256"], cache)
+    known = {shard["file"] for shard in shards.manifest["shards"]}
+    problems += [
+        f"{path}/{name} is not in dataset.json: take it away or make the index anew."
+        for name in find_tars(fs, path)
+        if name not in known
+    ]
+    return problems
+
+
+def _compare(
+    fs: AbstractFileSystem, name: str, size: int | None, sha256: str, cache: ShardCache, rows: np.ndarray | None = None
+) -> list[str]:
+    """What is wrong with a file of a shard set; `rows` are those of the samples in it."""
+    try:
+        with cache.whole_file(fs, name) as file:
+            hashed = HashedFile(file)
+            hashed.drain()
+            if (size is None or hashed.size == size) and hashed.digest.hexdigest() == sha256:
+                return []
+            damaged = [] if rows is None else [row["key"].decode() for row in rows if not _holds(file, row)]
+    except FileNotFoundError:
+        return [f"{name} is missing: copy it again."]
+    samples = f" (damaged samples: {len(damaged)}, the first {', '.join(damaged[:3])})" if damaged else ""
+    return [f"{name} is not the file that was written: copy it again{samples}."]
+
+
+def _holds(file: BinaryIO, row: np.void) -> bool:
+    """Whether a tar holds the sample of an index row unharmed."""
+    file.seek(int(row["offset"]))
+    return zlib.crc32(file.read(int(row["size"]))) == row["crc32"]
 
 
 def summarise(shards: ShardSet) -> list[Table]:

@@ -200,8 +200,8 @@ def open_splits(root: str, cache: ShardCache | None = None) -> tuple[ShardSet, S
 
 
 def main() -> None:
-    from pipeline.shard_files import index_shards, verify_shards  # which build on this module
-    from pipeline.shard_report import summarise
+    from pipeline.shard_index import index_shards  # which build on this module
+    from pipeline.shard_report import summarise, verify_shards
 
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.shards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

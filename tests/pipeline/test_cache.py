@@ -73,6 +73,40 @@ def test_the_same_bytes_from_a_server_that_fails(local, tmp_path, fault):
         assert len(tars) == 24 and min(server.count[name] for name in tars) >= (1 if fault == "whole" else 2)
 
 
+def test_the_next_block_is_fetched_before_it_is_read_and_nothing_beyond_it(local, tmp_path):
+    with serving(Path(local.root)) as server:
+        shards = open_shards(server.url, cache_at(tmp_path))
+        order = Order(shards.shard_starts, 8, seed=3, block_shards=4)
+        reader = Reader(shards, cache_at(tmp_path))
+        upcoming = order.upcoming_shards(0, 0, 0)
+        reader.prefetch(upcoming)
+        reader.read(order.batch(0, 0))
+        deadline = time.monotonic() + 10
+        while len(cached_files(reader.cache)) < 1 + 8 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.05)  # in which more would come
+        fetched = {name for name, _ in server.requests if name.endswith(".tar")}
+        assert fetched == {local.manifest["shards"][shard]["file"] for shard in upcoming} and len(fetched) == 8
+        reader.close()
+
+
+def test_node_groups_share_the_fetching(local, tmp_path):
+    """Two nodes with a cache each fetch every shard once between them."""
+    order = Order(local.shard_starts, 8, seed=3, block_shards=4, node_groups=2)
+    with serving(Path(local.root)) as server:
+        for node in range(2):
+            shards = open_shards(server.url, cache_at(tmp_path / str(node)))
+            reader = Reader(shards, cache_at(tmp_path / str(node)))
+            for step in range(order.steps_per_epoch):
+                reader.prefetch(order.upcoming_shards(0, step, step, node, 2))
+                samples = order.batch(0, step, node, 2)
+                assert reader.read(samples) == Reader(local).read(samples)
+            reader.close()
+        tars = [server.count[entry["file"]] for entry in local.manifest["shards"]]
+        # the last block of an epoch looks ahead to the first of the next, which is dealt anew
+        assert min(tars) == 1 and sum(tars) <= 24 + 2 * 4
+
+
 @pytest.mark.parametrize("fault", ["503", "drop", "stall", "whole"])
 def test_single_samples_from_a_server_that_fails(small, tmp_path, fault):
     """Without prefetch, by byte ranges; nothing goes to the cache."""

@@ -19,8 +19,8 @@ import webdataset
 from errors import UserError
 from pipeline.convert import write_split
 from pipeline.reader import Reader
-from pipeline.shard_files import index_shards, verify_shards
-from pipeline.shard_report import summarise
+from pipeline.shard_index import index_shards
+from pipeline.shard_report import summarise, verify_shards
 from pipeline.shards import index_dtype, open_shards, open_splits
 from pipeline.sources import folder_source
 from tests.pipeline.image_sets import contents, damaged, pictures, run_module, write_folder, write_tar
@@ -210,7 +210,7 @@ def test_damage_to_the_index_is_named_and_indexing_anew_helps(copy, original, ca
 
 
 def test_indexing_that_is_interrupted_leaves_no_shard_set(copy, monkeypatch):
-    monkeypatch.setattr("pipeline.shard_files.write_manifest", lambda *_: 1 / 0)
+    monkeypatch.setattr("pipeline.shard_index.write_manifest", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         index_shards(str(copy))
     with pytest.raises(UserError, match="have no index"):
@@ -440,7 +440,7 @@ def test_a_foreign_set_at_a_read_only_address(tmp_path, monkeypatch):
         assert {file.name for file in root.iterdir()} == files
         assert run_module("pipeline.shards", "verify", server.url).returncode == 0
         encoded = Reader(shards).read(np.arange(7))
-        monkeypatch.setattr("pipeline.shard_files._writable", lambda *_: False)
+        monkeypatch.setattr("pipeline.shard_index._writable", lambda *_: False)
         there = index_shards(str(root))
         assert {file.name for file in root.iterdir()} == files and there.index_root != there.root
         monkeypatch.undo()
