@@ -14,15 +14,14 @@ import os
 import statistics
 import tarfile
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean
 
 import cv2
 import numpy as np
-import torch
 
-from bench.harness import environment, interleave, percentiles_ms, write_rows
 from pipeline.images import decode
 from pipeline.sources import Source, folder_source
 from pipeline.writer import SAMPLES_PER_SHARD, write_split
@@ -82,6 +81,11 @@ def convert(source: Source, workers: int, folder: Path) -> None:
 
 def measure(count: int, workers: int, seconds: float) -> list[dict]:
     """A row for either, from runs that take turns."""
+    # here, because the processes import this module and must not wait for torch
+    import torch
+
+    from bench.harness import environment, interleave, percentiles_ms
+
     device = torch.device("cpu")
     with tempfile.TemporaryDirectory() as folder:
         images = [photograph(number) for number in range(DISTINCT)]
@@ -90,7 +94,9 @@ def measure(count: int, workers: int, seconds: float) -> list[dict]:
             "decode only": lambda: decode_only(images, count, workers),
             "convert, verified": lambda: convert(source, workers, Path(folder)),
         }
-        times = interleave(functions, seconds, device)
+        cpu: dict[str, list[float]] = {name: [] for name in functions}
+        timed = {name: _with_cpu_time(function, cpu[name]) for name, function in functions.items()}
+        times = interleave(timed, seconds, device)
     medians = {name: statistics.median(values) for name, values in times.items()}
     return [
         environment(device)
@@ -99,9 +105,24 @@ def measure(count: int, workers: int, seconds: float) -> list[dict]:
         | {
             "images_per_s": round(count / medians[name]),
             "of_decoding": round(medians["decode only"] / medians[name], 3),
+            "cpu_ms_per_image": round(
+                1000 * statistics.median(cpu[name][1:]) / count, 4
+            ),  # but for the first, uncounted
         }
-        for name, seconds in medians.items()
+        for name in functions
     ]
+
+
+def _with_cpu_time(function: Callable[[], None], seconds: list[float]) -> Callable[[], None]:
+    """Also note the processor time of the processes, which other load on the machine does not lengthen as much."""
+
+    def timed() -> None:
+        before = os.times()
+        function()
+        after = os.times()
+        seconds.append(sum(after[:4]) - sum(before[:4]))  # user and system, of this process and of those that ended
+
+    return timed
 
 
 def main() -> None:
@@ -110,9 +131,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=60.0, help="about how long it takes (default: %(default)s)")
     arguments = parser.parse_args()
+    from bench.harness import write_rows
+
     rows = measure(arguments.images, arguments.workers, arguments.seconds)
     for row in rows:
-        print(f"{row['what']}: {row['images_per_s']} images/s, {row['of_decoding']} of decoding")
+        figures = f"{row['images_per_s']} images/s, {row['of_decoding']} of decoding, {row['cpu_ms_per_image']} CPU ms"
+        print(f"{row['what']}: {figures}")
     print(f"written: {write_rows('convert', rows)}")
 
 

@@ -34,7 +34,10 @@ def inspect(encoded: bytes, verify: bool = True) -> tuple[str, int, int]:
     Raises:
         DecodeError: why the image can't be used.
     """
-    return _opened(encoded, verify)[0]
+    form, height, width = _header(encoded)
+    if verify and not (EXTENSIONS[form] == "jpg" and _is_whole_jpeg(encoded, height, width)):
+        height, width = _pixels(encoded, form).shape[:2]
+    return EXTENSIONS[form], height, width
 
 
 def prepare(
@@ -51,12 +54,11 @@ def prepare(
     Raises:
         DecodeError: why the image can't be used.
     """
-    form, pixels = _opened(encoded, verify)
-    height, width = form[1:]
+    form, height, width = _header(encoded)
     if short_side is None or min(height, width) <= short_side:
-        return form, encoded
-    if pixels is None:
-        pixels = _whole(encoded, form[0])
+        return inspect(encoded, verify), encoded
+    pixels = _pixels(encoded, form)
+    height, width = pixels.shape[:2]
     scale = short_side / min(height, width)
     height, width = (max(short_side, round(side * scale)) for side in (height, width))
     smaller = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
@@ -70,25 +72,33 @@ def png(pixels: np.ndarray) -> bytes:
     return encoded.tobytes()
 
 
-def _opened(encoded: bytes, verify: bool) -> tuple[tuple[str, int, int], np.ndarray | None]:
-    """(file extension, height, width), and the pixels if they were decoded."""
-    if verify and encoded.startswith(b"\xff\xd8\xff"):  # spares nearly every image Pillow's reading of the header
-        form, size = "JPEG", None
-    else:
-        try:
-            with Image.open(io.BytesIO(encoded)) as image:
-                form, size = image.format, image.size
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's on damaged headers
-            raise DecodeError("not an image, or its header is damaged") from error
+def _header(encoded: bytes) -> tuple[str, int, int]:
+    """(format, height, width) as the header says."""
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            form, (width, height) = image.format, image.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's on damaged headers
+        raise DecodeError("not an image, or its header is damaged") from error
     if form not in EXTENSIONS:
         raise DecodeError(f"{form} is not a format that every backend decodes")
-    if not verify:
-        return (EXTENSIONS[form], size[1], size[0]), None
-    pixels = _whole(encoded, form)
-    return (EXTENSIONS[form], *pixels.shape[:2]), pixels
+    return form, height, width
 
 
-def _whole(encoded: bytes, form: str) -> np.ndarray:
+def _is_whole_jpeg(encoded: bytes, height: int, width: int) -> bool:
+    """Decode at an eighth of the size in gray, for half of the time.
+
+    Every coefficient still goes through the entropy decoder, the only part of a JPEG decoder that can fail; what is
+    saved is the inverse DCT, the chroma and the colour conversion.
+    """
+    try:
+        buffer = np.frombuffer(encoded, np.uint8)
+        small = cv2.imdecode(buffer, cv2.IMREAD_REDUCED_GRAYSCALE_8 | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error:
+        return False
+    return small is not None and small.shape == (-(-height // 8), -(-width // 8))
+
+
+def _pixels(encoded: bytes, form: str) -> np.ndarray:
     pixels = decode(encoded)  # by the decoder that training uses: what Pillow reads, it may refuse
     if pixels is None:
         raise DecodeError(f"a damaged or truncated {form}, or one of an unusual kind")

@@ -14,7 +14,7 @@ from PIL import Image
 
 from errors import UserError
 from pipeline.imagenet import imagenet_sources, read_synsets
-from pipeline.images import decode, png
+from pipeline.images import DecodeError, decode, inspect, png
 from pipeline.pixel_sets import cifar_sources, stl10_sources
 from pipeline.shards import open_shards, open_splits
 from pipeline.sources import FolderReader, folder_source, webdataset_source
@@ -394,6 +394,27 @@ def test_a_source_that_goes_away_stops_the_conversion(tmp_path):
     with pytest.raises(UserError, match="can no longer be read"):
         write_split(source, tmp_path / "again", "train")
     assert FolderReader(tmp_path / "elsewhere")("class_1/image_1.jpg", 0)
+
+
+def test_a_jpeg_that_passes_is_one_that_decodes():
+    """What verifies decodes at an eighth of the size; damage of every kind must weigh the same as at full size."""
+    random = np.random.default_rng(0)
+    whole = [encode(smooth_field(1, n, 40 + n, 60), "JPEG", progressive=n % 2 == 1, quality=70 + n) for n in range(20)]
+    passed = 0
+    for encoded in whole * 20:
+        damaged = bytearray(encoded)
+        for at in random.integers(0, len(damaged), random.integers(0, 3)):
+            damaged[at] = random.integers(0, 256)
+        if random.random() < 0.3:
+            del damaged[random.integers(2, len(damaged)) :]
+        try:
+            _, height, width = inspect(bytes(damaged))
+        except DecodeError:
+            assert decode(bytes(damaged)) is None
+        else:
+            assert decode(bytes(damaged)).shape == (height, width, 3)
+            passed += 1
+    assert 100 < passed < 300
 
 
 def test_smaller_images_are_averages_of_areas(tmp_path):
