@@ -83,7 +83,7 @@ class WebFileSystem(AbstractFileSystem):
     def exists(self, path: str, **_) -> bool:
         try:
             self.request(path, method="HEAD").close()
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):  # S3 forbids, over https, to ask for what is not there
             return False
         return True
 

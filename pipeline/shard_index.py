@@ -17,7 +17,7 @@ from fsspec.spec import AbstractFileSystem
 from errors import UserError
 from pipeline.cache import ShardCache
 from pipeline.images import IMAGE_SUFFIXES, DecodeError, inspect
-from pipeline.remote import WebFileSystem, filesystem
+from pipeline.remote import Patience, WebFileSystem, filesystem, persistently
 from pipeline.shard_files import BLOCK_BYTES, HashedFile, index_rows, npy_bytes, shard_entry, write_manifest
 from pipeline.shards import FORMAT, ShardSet, find_tars, index_dtype, index_name, open_shards
 
@@ -34,10 +34,12 @@ def index_shards(root: str, cache: ShardCache | None = None) -> ShardSet:
     """
     cache = cache or ShardCache()
     fs, path = filesystem(root, cache.patience)
-    tars = find_tars(fs, path)
+    tars = find_tars(fs, path, cache.patience)
     if not tars:
-        raise UserError(f"There is no .tar in {root}: give the folder that holds the shards.")
-    previous = _previous_manifest(fs, path)
+        raise UserError(
+            f"There is no .tar in {root}: give the folder that holds the shards; a web server must list it."
+        )
+    previous = _previous_manifest(fs, path, cache.patience)
     home, folder = (fs, path) if _writable(fs, path) else (LocalFileSystem(), str(cache.index_folder(root)))
     home.makedirs(folder, exist_ok=True)
     for name in ("dataset.json", "index.npy"):  # which must not vouch for half of the new indexes
@@ -83,11 +85,12 @@ def _writable(fs: AbstractFileSystem, path: str) -> bool:
     return True
 
 
-def _previous_manifest(fs: AbstractFileSystem, path: str) -> dict[str, Any]:
+def _previous_manifest(fs: AbstractFileSystem, path: str, patience: Patience) -> dict[str, Any]:
     """The manifest of a set that is indexed anew, for its names of classes; empty if there is none to be read."""
     try:
-        manifest = json.loads(fs.cat_file(f"{path}/dataset.json"))
-    except (FileNotFoundError, ValueError):
+        name = f"{path}/dataset.json"
+        manifest = json.loads(persistently(lambda: fs.cat_file(name), name, patience))
+    except (FileNotFoundError, PermissionError, ValueError):
         return {}
     return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT else {}
 

@@ -44,7 +44,7 @@ def verify_shards(root: str, cache: ShardCache | None = None) -> list[str]:
     known = {shard["file"] for shard in shards.manifest["shards"]}
     problems += [
         f"{path}/{name} is not in dataset.json: take it away or make the index anew."
-        for name in find_tars(fs, path)
+        for name in find_tars(fs, path, cache.patience)
         if name not in known
     ]
     return problems
@@ -63,6 +63,8 @@ def _compare(
             damaged = [] if rows is None else [row["key"].decode() for row in rows if not _holds(file, row)]
     except FileNotFoundError:
         return [f"{name} is missing: copy it again."]
+    except PermissionError as error:
+        return [f"{name} can't be read ({error}): see to its permissions."]
     samples = f" (damaged samples: {len(damaged)}, the first {', '.join(damaged[:3])})" if damaged else ""
     return [f"{name} is not the file that was written: copy it again{samples}."]
 

@@ -32,7 +32,7 @@ from rich.console import Console
 
 from errors import UserError
 from pipeline.cache import ShardCache
-from pipeline.remote import filesystem, is_local, persistently
+from pipeline.remote import Patience, filesystem, is_local, persistently
 
 FORMAT = "streamclr-shards-1"
 READ_WHOLE = 16
@@ -85,17 +85,18 @@ def open_shards(root: str, cache: ShardCache | None = None) -> ShardSet:
     where, index_root = (fs, path), root
     try:
         content = persistently(lambda: fs.cat_file(f"{path}/dataset.json"), f"{root}/dataset.json", cache.patience)
-    except (FileNotFoundError, NotADirectoryError) as error:
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:  # S3 forbids to ask for what is not there
         index_root = str(cache.index_folder(root))
         where = (LocalFileSystem(), index_root)
         try:
             content = Path(index_root, "dataset.json").read_bytes()
         except OSError:
-            if find_tars(fs, path):
+            if find_tars(fs, path, cache.patience):
                 cure = f"run `python -m pipeline.shards index {root}` first"
                 raise UserError(f"The tars in {root} have no index: {cure}.") from error
             cure = "make them with `python -m pipeline.convert`, or correct the path"
-            raise UserError(f"No shards at {root}: {cure}.") from error
+            forbidden = f" that may be read ({error})" if isinstance(error, PermissionError) else ""
+            raise UserError(f"No shards at {root}{forbidden}: {cure}.") from error
     except OSError as error:
         raise UserError(f"{root} can't be read ({error}): see to the connection and the permissions.") from error
     try:
@@ -110,12 +111,13 @@ def open_shards(root: str, cache: ShardCache | None = None) -> ShardSet:
     return ShardSet(root, manifest, read(*where, manifest, cache, again), index_root)
 
 
-def find_tars(fs: Any, path: str) -> list[str]:
-    """Names of the tars in a folder, sorted; none if there is no such folder."""
+def find_tars(fs: Any, path: str, patience: Patience) -> list[str]:
+    """Names of the tars in a folder, sorted; none if there is no such folder, or one that may not be listed."""
     try:
-        return sorted(posixpath.basename(name) for name in fs.glob(f"{path}/*.tar"))
-    except FileNotFoundError:
+        found = persistently(lambda: fs.glob(f"{path}/*.tar"), path, patience)
+    except (FileNotFoundError, PermissionError):
         return []
+    return sorted(posixpath.basename(name) for name in found)
 
 
 def _map_index(fs: Any, path: str, manifest: dict[str, Any], cache: ShardCache, again: str) -> np.ndarray:

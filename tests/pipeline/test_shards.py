@@ -453,6 +453,21 @@ def test_a_foreign_set_at_a_read_only_address(tmp_path, monkeypatch):
         assert "shard-001.tar is not the file that was written" in problem
 
 
+def test_a_store_that_forbids_to_ask_for_what_is_not_there(many, tmp_path):
+    """As S3 does over https for those who may not list: 403 where others answer 404, and no pages of files."""
+    cache = cache_at(tmp_path)
+    with serving(many.parent) as server:
+        server.missing, server.lists = 403, False
+        for address in server.url, f"{server.url}/train":
+            train, test = open_splits(address, cache)
+            assert np.array_equal(train.index, by_shards(many)) and test is None
+        assert verify_shards(f"{server.url}/train", cache) == []
+        with pytest.raises(UserError, match=r"No shards at .*/test that may be read \(.*403.*\)"):
+            open_shards(f"{server.url}/test", cache)
+        with pytest.raises(UserError, match=r"There is no \.tar in .*: a web server must list it|give the folder"):
+            index_shards(f"{server.url}/train", cache)
+
+
 def test_a_foreign_set_of_many_shards_gets_a_common_index(tmp_path):
     image = pictures()["class_0/image_0.jpg"]
     root = foreign_tars(tmp_path / "foreign", [{f"{i}.": {"jpg": image, "cls": i % 2}} for i in range(17)])

@@ -42,12 +42,15 @@ class Server(ThreadingHTTPServer):
 
     503: that answer. drop: half of the bytes, then the connection is closed. stall: half of them, then nothing more.
     truncate: half of them, as if they were all. flip: one bit is wrong. whole: ranges are disregarded.
+
+    `missing` is the answer for what is not there, `lists` whether there are pages of the files in a folder.
     """
 
     daemon_threads = True
 
     def __init__(self, folder: Path, faults: tuple[str, ...] = (), suffix: str = ".tar"):
         super().__init__(("127.0.0.1", 0), Handler)
+        self.missing, self.lists = 404, True
         self.folder, self.faults, self.suffix = folder, faults, suffix
         self.requests: list[tuple[str, str | None]] = []
         self.count: Counter[str] = Counter()
@@ -75,7 +78,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_HEAD(self) -> None:
-        self.send_response(200 if (self.server.folder / self.path[1:]).exists() else 404)
+        self.send_response(200 if (self.server.folder / self.path[1:]).is_file() else self.server.missing)
         self.end_headers()
 
     def do_GET(self) -> None:
@@ -83,11 +86,11 @@ class Handler(BaseHTTPRequestHandler):
         fault = self.server.fault(self.path[1:], self.headers["Range"])
         if fault == "503":
             self.send_error(503)
-        elif path.is_dir():
+        elif path.is_dir() and self.server.lists:
             links = "".join(f'<a href="{file.name}">{file.name}</a>' for file in path.iterdir())
             self.answer(200, links.encode(), len(links))
-        elif not path.exists():
-            self.send_error(404)
+        elif not path.is_file():
+            self.send_error(self.server.missing)
         else:
             self.serve(path.read_bytes(), fault)
 
