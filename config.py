@@ -1,8 +1,9 @@
 """What a run is: dataclasses for the options, plain functions for the presets."""
 
 import argparse
-from dataclasses import dataclass, field
-from typing import Annotated, Literal
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -81,6 +82,16 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Checkpointing:
+    every_steps: int = 0
+    """Steps between checkpoints, besides those at the end of every epoch; 0 for none."""
+    every_minutes: float = 10
+    """Minutes between checkpoints, looked at when a metrics row is written; 0 for none."""
+    keep: int = 3
+    """So many are kept; older ones are deleted."""
+
+
+@dataclass(frozen=True)
 class Config:
     """Train a SimCLR encoder on shards. A preset sets every option; what is given beside it wins."""
 
@@ -90,6 +101,8 @@ class Config:
     """Shards: a folder or URL with train/ (and test/ or val/), or one shard set. The textures preset makes its own."""
     out: str = ""
     """Run folder; default runs/<preset>-<time>."""
+    resume: str = "auto"
+    """auto: go on where --out stopped, if it did. none: --out must be new. Else a run folder or a checkpoint."""
     epochs: int = 100
     """Times that every image is seen."""
     batch_size: int = 4096
@@ -107,6 +120,7 @@ class Config:
     loss: Loss = field(default_factory=Loss)
     optim: Optim = field(default_factory=Optim)
     eval: Evaluation = field(default_factory=Evaluation)
+    checkpoint: Checkpointing = field(default_factory=Checkpointing)
 
 
 def textures() -> Config:
@@ -203,6 +217,39 @@ def parse(arguments: list[str]) -> Config:
     return config
 
 
+def check_same_run(config: Config, begun: dict[str, Any]) -> None:
+    """Refuse to go on with a run under other options than it was begun with, but for those that change no result.
+
+    Args:
+        config: what is asked for.
+        begun: `dataclasses.asdict` of the configuration in the checkpoint.
+
+    Raises:
+        UserError: names every option that differs, with both values.
+    """
+    free = {"out", "resume", "data", "log_every", "loading", "eval", "checkpoint"}
+    now = json.loads(json.dumps(asdict(config)))  # tuples become lists, as in the file
+    differing = [
+        f"--{name.replace('_', '-')} {before} (now {after})"
+        for part in sorted((now.keys() | begun.keys()) - free)
+        for name, before, after in _differences(part, begun.get(part), now.get(part))
+    ]
+    if differing:
+        raise UserError(
+            f"The run was begun with {', '.join(differing)}: go on with the same, or begin anew with another --out."
+        )
+
+
+def _differences(name: str, before: Any, after: Any) -> list[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        return [
+            difference
+            for part in sorted(before.keys() | after.keys())
+            for difference in _differences(f"{name}.{part}", before.get(part), after.get(part))
+        ]
+    return [] if before == after else [(name, before, after)]
+
+
 def _check(config: Config) -> None:
     """Refuse values that would fail later, where the cause is no longer plain."""
     smallest = {
@@ -224,6 +271,9 @@ def _check(config: Config) -> None:
         "eval.knn-every": (config.eval.knn_every, 0),
         "eval.k": (config.eval.k, 1),
         "eval.max-bank": (config.eval.max_bank, 1),
+        "checkpoint.every-steps": (config.checkpoint.every_steps, 0),
+        "checkpoint.every-minutes": (config.checkpoint.every_minutes, 0),
+        "checkpoint.keep": (config.checkpoint.keep, 1),
     }
     for option, (value, limit) in smallest.items():
         if not value >= limit:

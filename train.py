@@ -9,6 +9,7 @@ Read `pretrain` from top to bottom: the parts, one loop, the report.
 
 import dataclasses
 import gc
+import hashlib
 import json
 import math
 import os
@@ -28,7 +29,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from config import Config, parse
+from config import Config, check_same_run, parse
+from engine import checkpoint
 from engine.metrics import MetricsFile, RunningMeans, StepClock
 from engine.optim import create_optimizer, parameter_groups
 from engine.schedule import peak_learning_rate, warmup_cosine
@@ -47,7 +49,7 @@ from model import (
 )
 from pipeline.convert import ensure_textures
 from pipeline.loader import ViewLoader, central_batches, choose_backend
-from pipeline.shards import open_splits
+from pipeline.shards import ShardSet, open_splits
 
 TEXTURES = "data/textures"
 console = Console()
@@ -66,9 +68,7 @@ def pretrain(config: Config) -> None:
     torch.backends.cudnn.benchmark = True  # every step has the same shapes
     bf16 = config.precision == "bf16" or (config.precision == "auto" and computes_in_bf16(device))
     set_seed(config.seed)
-    out = Path(config.out or f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise UserError(f"{out} holds a run already: choose another --out or delete it.")
+    out, begun_at = run_folder(config)
 
     # ---- data: shards -> two views of every image
     if config.preset == "textures" and not config.data:
@@ -111,7 +111,28 @@ def pretrain(config: Config) -> None:
     optimizers = [optimizer]
     if simclr.probe is not None:  # it has its own, so that no setting of the encoder's touches the yardstick
         optimizers.append(torch.optim.AdamW(simclr.probe.parameters(), 1e-3))
+
+    # ---- where an earlier part of the run stopped
+    step, report, means = 0, {}, RunningMeans()
+    sampled = {"samples": len(train), "shards": checksum_of(train)}
+    if begun_at is not None:
+        tensors, record = checkpoint.load(begun_at)
+        check_same_run(config, record["config"])
+        if record["data"] != sampled:
+            raise UserError(f"{begun_at} was trained on other shards than {train.root}: give the same --data.")
+        checkpoint.unpack(tensors, simclr, optimizers)
+        means.load_state_dict({name: tensors[f"means/{name}"] for name in record["means"]}, device)
+        loader.load_state_dict(record["loader"])
+        step, report = record["step"], record["report"]
+    checkpoints = checkpoint.Checkpoints(out / "checkpoints", config.checkpoint.keep)
     model = accelerator.prepare_model(simclr)
+
+    def save() -> None:
+        if accelerator.is_main_process:
+            own = means.state_dict()
+            tensors = checkpoint.pack(simclr, optimizers) | {f"means/{name}": own[name].cpu() for name in own}
+            record = {"loader": loader.state_dict(), "means": list(own), "report": report, "data": sampled}
+            checkpoints.save(step, tensors, record | {"config": dataclasses.asdict(config)})
 
     # ---- evaluation on frozen features, before, during and after
     evaluate = None
@@ -137,23 +158,25 @@ def pretrain(config: Config) -> None:
 
     # ---- the run folder, made only now that every part stands
     if accelerator.is_main_process:
-        metrics = start_run(out, config, spec)
+        metrics = start_run(out, config, spec, step)
         console.print(
             f"{len(train):,} images, batch {config.batch_size} ({loader.order.dropped} left over each epoch), "
             f"{total_steps:,} steps on {world_size} x {device.type} in {'bf16' if bf16 else 'fp32'}, "
             f"views by {backend}, encoder {spec[0]} {spec[1]}"
             + ("" if evaluate else "; no labelled test split beside the train split, so no kNN and no table")
+            + (f"; going on from {begun_at}" if begun_at else "")
         )
     accelerator.wait_for_everyone()
-    report = {}
-    if evaluate and config.eval.baselines:
+    if evaluate and config.eval.baselines and not report:
         report = {"raw pixels": evaluate(raw_pixels), "untrained": evaluate(represent)}
 
     # ---- the loop
-    clock, means, step = StepClock(), RunningMeans(), 0
-    with progress_bar(total_steps, accelerator.is_main_process) as advance:
-        for epoch in range(config.epochs):
+    clock, saved_at, replaced, leaving = StepClock(), time.monotonic(), 0, False
+    with progress_bar(total_steps, accelerator.is_main_process) as advance, checkpoint.StopSignal() as stop:
+        while not leaving and step < total_steps:
+            epoch = step // len(loader)
             for batch in clock.watch(loader):
+                torch.manual_seed((config.seed << 32) + step * world_size + rank)  # of dropout: nothing to be saved
                 lr = warmup_cosine(step, warmup_steps, total_steps, peak)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
@@ -169,10 +192,14 @@ def pretrain(config: Config) -> None:
                 step += 1
                 epoch_ends = step % len(loader) == 0
                 knn_due = evaluate and epoch_ends and config.eval.knn_every and (epoch + 1) % config.eval.knn_every == 0
+                leaving = stop.received and world_size == 1
+                save_due = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
                 if step % config.log_every == 0 or step == total_steps or knn_due:
-                    # the one place where the host waits for the device
-                    figures = accelerator.reduce(means.take(loader.quarantine.replaced), "mean")
-                    mean_loss, mean_top1, replaced = figures.tolist()
+                    # the one place where the host waits for the device, and where the ranks agree to stop or save
+                    minutes = (time.monotonic() - saved_at) / 60
+                    late = 0 < config.checkpoint.every_minutes <= minutes
+                    figures = accelerator.reduce(means.take(loader.quarantine.replaced, stop.received, late), "mean")
+                    mean_loss, mean_top1, replaced, stopped, late = figures.tolist()
                     if not math.isfinite(mean_loss):
                         raise UserError(
                             f"The loss became {mean_loss} by step {step}: lower --optim.lr, lengthen "
@@ -183,13 +210,28 @@ def pretrain(config: Config) -> None:
                     if accelerator.is_main_process:
                         metrics.write(**row)
                         advance(row)
+                    leaving, save_due = stopped > 0, save_due or late > 0
+                if (save_due or leaving) and not epoch_ends:
+                    save()
+                    saved_at = time.monotonic()
+                if leaving:
+                    break
+            if not epoch_ends:
+                break
             if knn_due and step < total_steps:
                 knn = evaluate(represent, linear=False)
                 if accelerator.is_main_process:
                     metrics.write(step=step, epoch=epoch + 1, **knn)
                     console.print(f"epoch {epoch + 1}: loss {row['loss']:.3f}, kNN top-1 {knn['knn_top1']:.3f}")
                 clock.pause()
+            save()
+            saved_at = time.monotonic()
     loader.close()
+    if leaving and step < total_steps:
+        if accelerator.is_main_process:
+            metrics.close()
+            console.print(f"Stopped after step {step} of {total_steps}: the same command with --out {out} goes on.")
+        return
 
     # ---- what came out; the encoder first, since nothing after it is worth a lost run
     if accelerator.is_main_process:
@@ -202,10 +244,37 @@ def pretrain(config: Config) -> None:
         metrics.close()
         if report:
             console.print(report_table(report))
-        if row["replaced_images"]:
-            console.print(f"{row['replaced_images']} times another image took a bad one's place: {out}/quarantine.jsonl")
-        images_per_s, waiting = clock.summary(config.batch_size)
-        console.print(f"{images_per_s:,.0f} images/s, {waiting:.1%} of the time waiting for data; run folder: {out}")
+        if replaced:
+            console.print(
+                f"{round(replaced * world_size)} times another image took a bad one's place: {out}/quarantine.jsonl"
+            )
+        if clock.total_steps:
+            images_per_s, waiting = clock.summary(config.batch_size)
+            console.print(f"{images_per_s:,.0f} images/s, {waiting:.1%} of the time waiting for data")
+        console.print(f"run folder: {out}")
+
+
+def run_folder(config: Config) -> tuple[Path, Path | None]:
+    """The run folder, and the checkpoint to go on from if there is one.
+
+    Raises:
+        UserError: the folder holds something else than a run that can go on.
+    """
+    if config.resume not in ("auto", "none"):
+        begun_at = checkpoint.find(Path(config.resume))
+        return Path(config.out or begun_at.parents[1]), begun_at
+    out = Path(config.out or f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if not out.is_file() and not (out.is_dir() and any(out.iterdir())):
+        return out, None
+    begun_at = checkpoint.Checkpoints(out / "checkpoints", keep=1).latest()
+    if config.resume == "none" or (begun_at is None and not (out / "config.json").exists()):
+        raise UserError(f"{out} holds a run or other files already: choose another --out or delete it.")
+    return out, begun_at  # without a checkpoint it had hardly begun: it begins again
+
+
+def checksum_of(shards: ShardSet) -> str:
+    """One checksum over those of all shards."""
+    return hashlib.sha256("".join(shard["sha256"] for shard in shards.manifest["shards"]).encode()).hexdigest()
 
 
 def leave_process_group() -> None:
@@ -237,12 +306,12 @@ def probe_objective(scores: Tensor | None, label: Tensor, like: Tensor) -> tuple
     return cross_entropy(scores.float(), label, ignore_index=-1, reduction="sum") / known, top1
 
 
-def start_run(out: Path, config: Config, spec: tuple[str, dict]) -> MetricsFile:
-    """Make the run folder with its config.json and open its metrics."""
+def start_run(out: Path, config: Config, spec: tuple[str, dict], step: int) -> MetricsFile:
+    """Make the run folder with its config.json and open its metrics, those of an earlier part until `step`."""
     out.mkdir(parents=True, exist_ok=True)
     record = {**dataclasses.asdict(config), "timm_name": spec[0], "timm_kwargs": spec[1]}
     (out / "config.json").write_text(json.dumps(record, indent=2) + "\n")
-    return MetricsFile(out / "metrics.jsonl")
+    return MetricsFile(out / "metrics.jsonl", step)
 
 
 @contextmanager

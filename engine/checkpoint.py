@@ -73,6 +73,20 @@ class Checkpoints:
         return (path for path in self.folder.glob("step-*") if path.is_dir())
 
 
+def find(path: Path) -> Path:
+    """The checkpoint that a user means by `path`: itself, or the newest one of a run folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    if (path / "record.json").exists():
+        return path
+    latest = Checkpoints(path / "checkpoints", keep=1).latest()
+    if latest is None:
+        raise UserError(f"There is no checkpoint in {path}: give a run folder or one of its checkpoints.")
+    return latest
+
+
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors on the host, record) of a checkpoint.
 

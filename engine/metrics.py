@@ -1,6 +1,7 @@
 """Measuring a run without slowing it: sums stay on the device until a row is written."""
 
 import json
+import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -65,6 +66,14 @@ class RunningMeans:
         self.sums: torch.Tensor | None = None
         self.count = 0
 
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What `take` has not taken yet."""
+        return {} if self.sums is None else {"sums": self.sums, "count": torch.tensor(self.count)}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor], device: torch.device) -> None:
+        if state:
+            self.sums, self.count = state["sums"].to(device), int(state["count"])
+
     def add(self, *values: torch.Tensor) -> None:
         row = torch.stack([value.detach().float() for value in values])
         self.sums = row if self.sums is None else self.sums + row
@@ -77,9 +86,17 @@ class RunningMeans:
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object per row, written out at once."""
+    """metrics.jsonl: one JSON object per row, written out at once.
 
-    def __init__(self, path: Path):
+    A run that goes on from `step` drops the rows that it wrote after it and will write again.
+    """
+
+    def __init__(self, path: Path, step: int = 0):
+        if path.exists():
+            rows = [line for line in path.read_text().splitlines() if _is_of_run_until(line, step)]
+            beside = path.with_name(f".{path.name}.partial")
+            beside.write_text("".join(f"{row}\n" for row in rows))
+            os.replace(beside, path)
         self.file = path.open("a", buffering=1)
 
     def write(self, **row: float) -> None:
@@ -87,3 +104,11 @@ class MetricsFile:
 
     def close(self) -> None:
         self.file.close()
+
+
+def _is_of_run_until(line: str, step: int) -> bool:
+    try:
+        row = json.loads(line)
+    except ValueError:  # cut short by a kill
+        return False
+    return row["step"] <= step and "features" not in row  # the table comes at the end of a run

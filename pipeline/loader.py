@@ -64,6 +64,11 @@ def make_backend(name: str, recipe: Recipe, device: torch.device, batch_size: in
     return Backend(recipe, device, batch_size, views, workers)
 
 
+def shards_of(shards: ShardSet, samples: np.ndarray) -> np.ndarray:
+    """The shards that hold `samples` ((n,) integers), ascending."""
+    return np.unique(np.searchsorted(shards.shard_starts, samples, side="right") - 1)
+
+
 class _Producer:
     """Samples to batches, two stages of threads ahead of the consumer: bytes, then views."""
 
@@ -86,15 +91,21 @@ class _Producer:
 
     def batches(
         self,
-        plan: Iterator[tuple[int, np.ndarray]],
+        plan: Iterator[tuple[int, np.ndarray, np.ndarray]],
         parameters: Callable[[int, np.ndarray], ViewParameters],
         prefetch: int,
     ) -> Iterator[Batch]:
-        """One batch per (epoch, samples) in `plan`, in order, with the views that `parameters` gives for the two."""
+        """One batch per (epoch, samples, shards that come next) in `plan`, in order.
+
+        Its views are those that `parameters` gives for (epoch, samples).
+        """
         with ThreadPoolExecutor(2, "read") as readers, ThreadPoolExecutor(1, "augment") as augmenter:
             ahead: deque = deque()
+            reading: deque = deque(maxlen=prefetch + 1)  # the shards of batches that may not have been read yet
             try:
-                for epoch, samples in plan:
+                for epoch, samples, coming in plan:
+                    reading.append(shards_of(self.shards, samples))
+                    self.reader.prefetch(np.unique(np.concatenate(reading)), coming)
                     read = readers.submit(self._read, samples, epoch)
                     ahead.append(augmenter.submit(self._augment, samples, epoch, read, parameters))
                     if len(ahead) > prefetch:
@@ -154,6 +165,7 @@ class _Producer:
         return batch
 
     def close(self) -> None:
+        self.reader.close()
         self.backend.close()
 
 
@@ -246,12 +258,13 @@ class ViewLoader:
             yield batch
         self.epoch, self.step = self.epoch + 1, 0
 
-    def _plan(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(epoch, samples of this rank) of every batch from the position on."""
+    def _plan(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """(epoch, samples of this rank, shards that it reads from there on) of every batch from the position on."""
         epoch, step = self.epoch, self.step
         while self.epochs is None or epoch < self.epochs:
             for position in range(step, len(self)):
-                yield epoch, self.order.batch(epoch, position, self.rank, self.world_size)
+                samples = self.order.batch(epoch, position, self.rank, self.world_size)
+                yield epoch, samples, self.order.upcoming_shards(epoch, position, position, self.rank, self.world_size)
             epoch, step = epoch + 1, 0
 
     def _parameters(self, epoch: int, samples: np.ndarray) -> ViewParameters:
@@ -317,7 +330,10 @@ def central_batches(
         views=1,
         workers=workers,
     )
-    plan = ((0, samples[first : first + batch_size]) for first in range(0, len(samples), batch_size))
+    plan = (
+        (0, samples[first : first + batch_size], shards_of(shards, samples[first : first + 16 * batch_size]))
+        for first in range(0, len(samples), batch_size)
+    )
     rows = shards.index
 
     def parameters(_: int, chosen: np.ndarray) -> ViewParameters:

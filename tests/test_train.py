@@ -26,7 +26,7 @@ from pipeline.convert import folder_source, write_split
 ROOT = Path(__file__).parents[1]
 SHORT = ["--head.hidden", "32", "--head.out", "16", "--batch-size", "16", "--log-every", "1"]
 SMALL = ["--encoder.width", "0.125", *SHORT]
-ROW = {"step", "epoch", "loss", "lr", "probe_top1", "images_per_s", "data_wait_ms", "step_ms"}
+ROW = {"step", "epoch", "loss", "lr", "probe_top1", "images_per_s", "data_wait_ms", "step_ms", "replaced_images"}
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,8 @@ def rows(out):
 def test_a_run_leaves_what_it_promises(run_here, data, tmp_path, capsys):
     out = tmp_path / "run"
     run_here("pretrain", "--data", data, "--out", out, "--epochs", 2, "--eval.knn-every", 1, *SMALL)
-    assert sorted(path.name for path in out.iterdir()) == ["config.json", "encoder.safetensors", "metrics.jsonl"]
+    left = ["checkpoints", "config.json", "encoder.safetensors", "metrics.jsonl"]
+    assert sorted(path.name for path in out.iterdir()) == left
     config = json.loads((out / "config.json").read_text())
     assert config["preset"] == "textures" and config["batch_size"] == 16 and config["encoder"]["width"] == 0.125
 

@@ -1,0 +1,139 @@
+"""Checkpoints: only whole ones are seen, nothing is unpickled, and what is put back is what was taken."""
+
+import json
+import pickle
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from engine import checkpoint
+from engine.checkpoint import Checkpoints, StopSignal
+from engine.optim import create_optimizer, parameter_groups
+from errors import UserError
+
+TENSORS = {"x": torch.arange(3.0)}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_last_ones_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    assert checkpoints.latest() is None
+    for step in (1, 2, 10, 9_999_999):
+        path = checkpoints.save(step, TENSORS, {"note": step})
+        assert checkpoints.latest() == path == checkpoint.find(path) == checkpoint.find(tmp_path)
+        tensors, record = checkpoint.load(path)
+        assert torch.equal(tensors["x"], TENSORS["x"]) and record["step"] == record["note"] == step
+    assert names(checkpoints.folder) == ["step-00000010", "step-09999999"]
+    assert checkpoints.save(10, {}, {}) and checkpoint.load(checkpoints.folder / "step-00000010")[0]
+
+
+@pytest.mark.parametrize("fails", ["save_file", "_to_disk", "_digest"])
+def test_a_full_disk_leaves_the_last_good_one(tmp_path, monkeypatch, fails):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, TENSORS, {})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, fails, full)
+        with pytest.raises(UserError, match=r"step 2 can't be written .*No space left.* from step-00000001"):
+            checkpoints.save(2, TENSORS, {})
+    assert names(tmp_path) == ["step-00000001"] and checkpoint.load(checkpoints.latest())
+    checkpoints.save(2, TENSORS, {})
+    assert names(tmp_path) == ["step-00000002"]
+
+
+def test_what_a_kill_left_behind_is_not_seen(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    checkpoints.save(1, TENSORS, {})
+    (tmp_path / ".step-00000002.partial").mkdir()
+    (tmp_path / ".step-00000002.partial" / "state.safetensors").write_bytes(b"half")
+    assert checkpoints.latest().name == "step-00000001"
+    checkpoints.save(2, TENSORS, {})
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+class Bomb:
+    def __reduce__(self):
+        return (open, ("exploded", "w"))
+
+
+@pytest.mark.parametrize("content", [b"", b"half", pickle.dumps(Bomb())])
+@pytest.mark.parametrize("forged", [False, True])
+def test_another_file_is_refused_and_never_unpickled(tmp_path, monkeypatch, content, forged):
+    monkeypatch.chdir(tmp_path)
+    path = Checkpoints(tmp_path, keep=1).save(7, TENSORS, {})
+    (path / "state.safetensors").write_bytes(content)
+    if forged:  # with a checksum that belongs to it
+        record = json.loads((path / "record.json").read_text())
+        record["sha256"] = checkpoint._digest(path / "state.safetensors")
+        (path / "record.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"can't be read|is not as it was written"):
+        checkpoint.load(path)
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": "other"}'])
+def test_a_foreign_record_is_refused(tmp_path, content):
+    path = Checkpoints(tmp_path, keep=1).save(7, TENSORS, {})
+    (path / "record.json").write_text(content)
+    with pytest.raises(UserError, match=r"record\.json is damaged|not of format"):
+        checkpoint.load(path)
+    with pytest.raises(UserError, match="There is no checkpoint in"):
+        checkpoint.find(tmp_path / "elsewhere")
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 4))
+    return net.to(memory_format=torch.channels_last)
+
+
+def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        x = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(step))
+        net(x.to(memory_format=torch.channels_last)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+def test_training_goes_on_bit_for_bit(tmp_path, name):
+    def made():
+        net = network()
+        return net, create_optimizer(name, parameter_groups([net], 1e-2), 0.1, 0.9)
+
+    whole, optimizer = made()
+    train(whole, optimizer, range(6))
+    first, optimizer = made()
+    train(first, optimizer, range(3))
+    path = Checkpoints(tmp_path, keep=1).save(3, checkpoint.pack(first, [optimizer]), {})
+    second, optimizer = made()
+    checkpoint.unpack(checkpoint.load(path)[0], second, [optimizer])
+    for parameter, state in optimizer.state.items():
+        assert all(v.stride() == parameter.stride() for v in state.values() if v.shape == parameter.shape)
+    train(second, optimizer, range(3, 6))
+    for expected, actual in zip(whole.state_dict().values(), second.state_dict().values(), strict=True):
+        assert torch.equal(expected, actual)
+
+
+def test_another_model_is_refused():
+    with pytest.raises(UserError, match=r"holds another model: .*weight"):
+        checkpoint.unpack(checkpoint.pack(nn.Linear(2, 2), []), nn.Linear(2, 3), [])
+
+
+def test_a_signal_is_noted_once_and_then_as_before():
+    with StopSignal() as stop:
+        assert not stop.received
+        signal.raise_signal(signal.SIGINT)
+        assert stop.received
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -1,0 +1,156 @@
+"""Runs that are stopped and go on: killed, asked to stop, on another number of processes, under other options."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+import train
+from errors import UserError
+from pipeline import textures
+from pipeline.convert import write_split
+from pipeline.sources import folder_source
+
+ROOT = Path(__file__).parents[1]
+OPTIONS = ["--encoder.width", "0.125", "--head.hidden", "32", "--head.out", "16", "--batch-size", "16"]
+OPTIONS += ["--eval.no-baselines", "--eval.knn-every", "1", "--log-every", "2", "--precision", "fp32"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """80 train and 20 test textures of ten classes, as shards."""
+    root = tmp_path_factory.mktemp("data")
+    for split, count in (("train", 80), ("test", 20)):
+        for number in range(count):
+            folder = root / "images" / split / textures.CLASSES[number % 10]
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{number}.jpg").write_bytes(textures.render(0, split, number))
+        write_split(folder_source(root / "images" / split), root / "shards", split, samples_per_shard=32)
+    return root / "shards"
+
+
+@pytest.fixture(scope="module")
+def pretrain():
+    """pretrain(*options) in this process."""
+    threads = torch.get_num_threads()
+
+    def run(*options):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        train.pretrain(train.parse([*map(str, options), *OPTIONS]))
+
+    yield run
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def whole(pretrain, data, tmp_path_factory):
+    """A run of two epochs, ten steps, with a checkpoint after each."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    pretrain("--data", data, "--out", out, "--epochs", 2, "--checkpoint.every-steps", 1, "--checkpoint.keep", 20)
+    return out
+
+
+def rows(out):
+    read = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: row[name] for name in row if not name.endswith(("_ms", "_s"))} for row in read]
+
+
+def assert_same(out, whole):
+    assert rows(out) == rows(whole)
+    actual, expected = (load_file(folder / "encoder.safetensors") for folder in (out, whole))
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def killed_runs(kills, tmp_path, data, *options):
+    command = [sys.executable, Path(__file__).with_name("killed_runs.py"), str(kills), tmp_path, "--data", data]
+    command += [*OPTIONS, "--epochs", "2", "--checkpoint.every-steps", "1", *options]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_killed_runs_go_on_bit_for_bit(data, tmp_path):
+    result = killed_runs(3, tmp_path, data)
+    assert result["same"] and result["kills"] == 3 and result["in_save"] == 1
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_twenty_kills(data, tmp_path, precision):
+    result = killed_runs(20, tmp_path, data, "--precision", precision)
+    assert result["same"] and result["kills"] == 20 and result["in_save"] >= 6
+
+
+@pytest.mark.parametrize("step", [3, 5, 9, 10])
+def test_any_checkpoint_leads_to_the_same_end(pretrain, whole, data, tmp_path, step):
+    """In the middle of an epoch and of a metrics row, at the end of an epoch, at the end of the run."""
+    begun_at = whole / "checkpoints" / f"step-{step:08d}"
+    pretrain("--data", data, "--out", tmp_path / "run", "--epochs", 2, "--resume", begun_at)
+    known = rows(whole)
+    assert rows(tmp_path / "run") == [row for row in known if row["step"] > step or "features" in row]
+    actual, expected = (load_file(folder / "encoder.safetensors") for folder in (tmp_path / "run", whole))
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def test_asked_to_stop_it_saves_and_the_same_command_goes_on(pretrain, whole, data, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, ROOT / "train.py", "--data", data, "--out", out, "--epochs", "2", *OPTIONS]
+    environment = {**os.environ, "COLUMNS": "400"}
+    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text():
+            break
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert f"the same command with --out {out} goes on" in printed and not (out / "encoder.safetensors").exists()
+    pretrain("--data", data, "--out", out, "--epochs", 2)
+    assert_same(out, whole)
+
+
+def test_a_finished_run_stays_as_it_is(pretrain, whole, data):
+    before = rows(whole)
+    pretrain("--data", data, "--out", whole, "--epochs", 2)
+    assert rows(whole) == before
+
+
+def test_other_options_are_refused_by_name(pretrain, whole, data):
+    for options, said in (
+        (["--seed", 1], r"--seed 0 \(now 1\)"),
+        (["--loss.temperature", 0.5], r"--loss\.temperature 0\.2 \(now 0\.5\)"),
+        (["--encoder.name", "resnet34", "--epochs", 3], r"--encoder\.name resnet18 .*--epochs 2 \(now 3\)"),
+    ):
+        with pytest.raises(UserError, match=said):
+            pretrain("--data", data, "--out", whole, "--epochs", 2, *options)
+    with pytest.raises(UserError, match="holds a run or other files already"):
+        pretrain("--data", data, "--out", whole, "--epochs", 2, "--resume", "none")
+
+
+def test_other_shards_are_refused(pretrain, whole, data, tmp_path):
+    write_split(folder_source(data.parent / "images" / "test"), tmp_path, "train")
+    with pytest.raises(UserError, match="was trained on other shards than"):
+        pretrain("--data", tmp_path, "--out", whole, "--epochs", 2)
+
+
+def test_a_damaged_checkpoint_is_named(pretrain, whole, data, tmp_path):
+    for name in ("config.json", "metrics.jsonl"):
+        (tmp_path / name).write_bytes((whole / name).read_bytes())
+    for step in (4, 6):
+        folder = tmp_path / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        for file in (whole / "checkpoints" / folder.name).iterdir():
+            (folder / file.name).write_bytes(file.read_bytes()[: 1000 if step == 6 else None])
+    with pytest.raises(UserError, match=r"step-00000006/.* damaged|not as it was written.*delete it to go on"):
+        pretrain("--data", data, "--out", tmp_path, "--epochs", 2)
+    assert (tmp_path / "checkpoints" / "step-00000004" / "state.safetensors").exists()
