@@ -81,6 +81,8 @@ def write_split(
             interrupted call left, or its classes differ from those of another split in OUT.
     """
     target, partial = out / split, out / f".{split}.partial"
+    if not split or split.startswith(".") or Path(split).name != split:
+        raise UserError(f"{split!r} can't be the name of a split: choose a plain one, such as train.")
     if not source.items:
         first = f"; the first that was refused: {': '.join(source.left_out[0])}" if source.left_out else ""
         raise UserError(
@@ -194,7 +196,7 @@ def _difference(plan: dict[str, Any], found: dict[str, Any]) -> str:
     here, there = ({**head.get("made_by", {}), **head} for head in (plan, found))
     if here["command"] != there.get("command"):
         return "it was not made by this converter"
-    for name in dict.fromkeys([*plan["made_by"], *found["made_by"]]):
+    for name in dict.fromkeys(["name", *plan["made_by"], *found["made_by"]]):
         if here.get(name) != there.get(name):
             return f"its {name.replace('_', ' ')} is {there.get(name)} instead of {here.get(name)}"
     if here["classes"] != there["classes"]:
@@ -343,9 +345,9 @@ def _write_in_processes(
     context = multiprocessing.get_context("spawn")
     shared = context.Array("q", 3)  # images, bytes, whether to stop
     with ProcessPoolExecutor(workers, context, _start_worker, (writer, shared)) as pool:
-        with _interrupts_held_back():  # the workers inherit it: this process alone hears Ctrl-C, and tells them
-            waiting = {pool.submit(_write_in_worker, *task) for task in tasks}
         try:
+            with _interrupts_held_back():  # the workers inherit it: this process alone hears Ctrl-C, and tells them
+                waiting = {pool.submit(_write_in_worker, *task) for task in tasks}
             while waiting:
                 done, waiting = wait(waiting, REFRESH_S, FIRST_EXCEPTION)
                 for future in done:

@@ -199,6 +199,14 @@ def test_a_million_images_fit_into_memory(tmp_path):
     assert len({id(label) for label, _, _ in items}) == 10
 
 
+@pytest.mark.parametrize("split", ["../train", "a/b", "/tmp/x", ".hidden", "..", ""])
+def test_a_split_is_a_plain_name(tmp_path, split):
+    source = folder_source(write_folder(tmp_path / "in", pictures()))
+    with pytest.raises(UserError, match="can't be the name of a split"):
+        write_split(source, tmp_path / "out", split)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
 REFUSED = {
     "missing": (["folder", "nowhere"], "does not exist"),
     "empty folder": (["folder", "empty"], "No images in empty"),

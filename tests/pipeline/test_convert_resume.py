@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,8 @@ def test_another_plan_is_refused(images, tmp_path):
         "it has other classes": (other, {}),
         "its source lists other images": (folder_source(write_folder(tmp_path / "longer" / "in", longer(images))), {}),
     }
+    renamed = replace(same, name="other")
+    cases["its name is in instead of other"] = renamed, {}
     before = digests(tmp_path / "out" / ".train.partial" / "shards")
     for difference, (source, options) in cases.items():
         message = f"unfinished conversion with another plan .*{difference}.*: repeat its options to go on"
