@@ -5,6 +5,7 @@ The arithmetic is that of 8-bit image libraries: each step rounds to whole level
 """
 
 import weakref
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
@@ -54,9 +55,9 @@ class HostBackend:
         batch = self._batch(self.views * n)
         out = batch.numpy()
         maps = affine_maps(parameters) if self.recipe.jitter == "affine" else None
+        left = iter(range(n))  # each thread takes the next when it is done: images differ in size, and cores in load
         jobs = [
-            self.pool.submit(self._chunk, encoded, parameters, maps, out, range(first, n, self.workers))
-            for first in range(min(self.workers, n))
+            self.pool.submit(self._render, encoded, parameters, maps, out, left) for _ in range(min(self.workers, n))
         ]
         for job in jobs:
             job.result()
@@ -82,9 +83,11 @@ class HostBackend:
         weakref.finalize(lent, _take_back, self.unused, memory).atexit = False
         return torch.from_numpy(lent)
 
-    def _chunk(self, encoded: list[bytes], parameters: ViewParameters, maps, out: np.ndarray, members: range) -> None:
+    def _render(
+        self, encoded: list[bytes], parameters: ViewParameters, maps: tuple | None, out: np.ndarray, left: Iterator[int]
+    ) -> None:
         window = self.recipe.blur_window
-        for i in members:
+        for i in left:
             image = decode(encoded[i])
             if image is None:
                 raise DecodeError("the image can't be decoded", i)
