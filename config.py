@@ -25,6 +25,8 @@ class Data:
     """Share of the images that may be unreadable and be replaced by others before the run stops."""
     node_groups: int = 1
     """Groups of nodes, each of which reads its own part of the shards in an epoch; for remote data and many nodes."""
+    cache_gb: float = 50
+    """Disk space for shards of a remote --data, in $STREAMCLR_CACHE or ~/.cache/streamclr, shared by all ranks."""
 
 
 @dataclass(frozen=True)
@@ -261,6 +263,7 @@ def _check(config: Config) -> None:
         "data.prefetch": (config.loading.prefetch, 1),
         "data.max-bad": (config.loading.max_bad, 0),
         "data.node-groups": (config.loading.node_groups, 1),
+        "data.cache-gb": (config.loading.cache_gb, 0),
         "views.size": (config.views.size, 8),
         "encoder.width": (config.encoder.width, 0.05),
         "head.hidden": (config.head.hidden, 1),

@@ -47,6 +47,7 @@ from model import (
     save_encoder,
     synchronise_batchnorm,
 )
+from pipeline.cache import ShardCache
 from pipeline.convert import ensure_textures
 from pipeline.loader import ViewLoader, central_batches, choose_backend
 from pipeline.shards import ShardSet, open_splits
@@ -75,10 +76,11 @@ def pretrain(config: Config) -> None:
         ensure_textures(Path(TEXTURES))
         # the demonstration must run on any number of processes
         config = dataclasses.replace(config, batch_size=config.batch_size // world_size * world_size)
-    train, test = open_splits(config.data or TEXTURES)
+    cache = ShardCache(limit_bytes=round(config.loading.cache_gb * 1e9))
+    train, test = open_splits(config.data or TEXTURES, cache)
     backend = choose_backend(config.loading.backend, device)
     loading = {"device": device, "backend": backend, "workers": config.loading.workers or cores}
-    loading |= {"max_bad": config.loading.max_bad, "quarantine": out / "quarantine.jsonl"}
+    loading |= {"max_bad": config.loading.max_bad, "quarantine": out / "quarantine.jsonl", "cache": cache}
     loader = ViewLoader(
         train,
         config.views,
@@ -266,10 +268,13 @@ def run_folder(config: Config) -> tuple[Path, Path | None]:
     out = Path(config.out or f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
     if not out.is_file() and not (out.is_dir() and any(out.iterdir())):
         return out, None
+    if out.is_file():
+        raise UserError(f"{out} is a file: choose another --out.")
     begun_at = checkpoint.Checkpoints(out / "checkpoints", keep=1).latest()
-    if config.resume == "none" or (begun_at is None and not (out / "config.json").exists()):
+    hardly_begun = {"config.json"} <= set(os.listdir(out)) <= {"config.json", "metrics.jsonl", "checkpoints"}
+    if config.resume == "none" or (begun_at is None and not hardly_begun):
         raise UserError(f"{out} holds a run or other files already: choose another --out or delete it.")
-    return out, begun_at  # without a checkpoint it had hardly begun: it begins again
+    return out, begun_at
 
 
 def checksum_of(shards: ShardSet) -> str:

@@ -104,7 +104,7 @@ TILES: dict[tuple[str, str, str], dict[float, Tile]] = {
     ("sm_90", "negatives", "tf32"): {
         64: Tile(128, 64, 64, 64, 8, 3, 2),
         128: Tile(64, 64, 128, 128, 4, 2, 2),
-        math.inf: Tile(128, 64, 32, 32, 8, 3, 2),
+        math.inf: Tile(128, 64, 32, 32, 8, 3, 1),
     },
     ("sm_90", "products", "tf32"): {
         64: Tile(64, 32, 64, 64, 4, 2, 4),

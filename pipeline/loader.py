@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from errors import UserError
+from pipeline.cache import ShardCache
 from pipeline.images import DecodeError
 from pipeline.order import Order
 from pipeline.quarantine import Quarantine
@@ -91,21 +92,23 @@ class _Producer:
 
     def batches(
         self,
-        plan: Iterator[tuple[int, np.ndarray, np.ndarray]],
+        plan: Iterator[tuple[int, np.ndarray, np.ndarray | None]],
         parameters: Callable[[int, np.ndarray], ViewParameters],
         prefetch: int,
     ) -> Iterator[Batch]:
         """One batch per (epoch, samples, shards that come next) in `plan`, in order.
 
-        Its views are those that `parameters` gives for (epoch, samples).
+        Its views are those that `parameters` gives for (epoch, samples). Shards of a remote set are fetched whole and
+        ahead; where `plan` has None for them, samples are read one by one.
         """
         with ThreadPoolExecutor(2, "read") as readers, ThreadPoolExecutor(1, "augment") as augmenter:
             ahead: deque = deque()
             reading: deque = deque(maxlen=prefetch + 1)  # the shards of batches that may not have been read yet
             try:
                 for epoch, samples, coming in plan:
-                    reading.append(shards_of(self.shards, samples))
-                    self.reader.prefetch(np.unique(np.concatenate(reading)), coming)
+                    if coming is not None:
+                        reading.append(shards_of(self.shards, samples))
+                        self.reader.prefetch(np.unique(np.concatenate(reading)), coming)
                     read = readers.submit(self._read, samples, epoch)
                     ahead.append(augmenter.submit(self._augment, samples, epoch, read, parameters))
                     if len(ahead) > prefetch:
@@ -189,6 +192,7 @@ class ViewLoader:
         epochs: how many there will be, so that nothing is prepared beyond; None for any number.
         max_bad: share of the images that may be bad, see `Quarantine`.
         quarantine: the file that lists them; None for none.
+        cache: where the shards of a remote set are kept; None for the default one.
 
     Raises:
         UserError: the batch is larger than the shard set or does not divide by the ranks; while iterating, more than
@@ -212,6 +216,7 @@ class ViewLoader:
         epochs: int | None = None,
         max_bad: float = 0.01,
         quarantine: Path | None = None,
+        cache: ShardCache | None = None,
     ):
         if batch_size % world_size:
             raise UserError(
@@ -228,7 +233,7 @@ class ViewLoader:
         self.rank, self.world_size, self.prefetch, self.epochs = rank, world_size, prefetch, epochs
         self.epoch, self.step = 0, 0
         self.quarantine = Quarantine(shards, seed, max_bad, len(shards) // world_size, quarantine)
-        self.reader = Reader(shards)
+        self.reader = Reader(shards, cache)
         self.producer = _Producer(
             shards,
             recipe,
@@ -264,7 +269,8 @@ class ViewLoader:
         while self.epochs is None or epoch < self.epochs:
             for position in range(step, len(self)):
                 samples = self.order.batch(epoch, position, self.rank, self.world_size)
-                yield epoch, samples, self.order.upcoming_shards(epoch, position, position, self.rank, self.world_size)
+                coming = self.order.upcoming_shards(epoch, position, position, self.rank, self.world_size)
+                yield epoch, samples, coming
             epoch, step = epoch + 1, 0
 
     def _parameters(self, epoch: int, samples: np.ndarray) -> ViewParameters:
@@ -279,15 +285,18 @@ class ViewLoader:
     def state_dict(self) -> dict[str, int]:
         """The position: the next batch to be handed over."""
         epoch, step = self._position()
-        return {"epoch": epoch, "step": step, "seed": self.seed, "batch_size": self.order.batch_size}
+        return {"epoch": epoch, "step": step, **self._order_options()}
+
+    def _order_options(self) -> dict[str, int]:
+        return {"seed": self.seed, "batch_size": self.order.batch_size, "node_groups": self.order.node_groups}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue at a position.
 
         Raises:
-            UserError: the position belongs to another order (seed or global batch size differ).
+            UserError: the position belongs to another order (seed, global batch size or node groups differ).
         """
-        for name, value in (("seed", self.seed), ("batch_size", self.order.batch_size)):
+        for name, value in self._order_options().items():
             if state[name] != value:
                 raise UserError(f"The run was begun with {name} {state[name]}: go on with the same instead of {value}.")
         self.epoch, self.step = state["epoch"], state["step"]
@@ -313,6 +322,7 @@ def central_batches(
     workers: int = 1,
     max_bad: float = 0.01,
     quarantine: Path | None = None,
+    cache: ShardCache | None = None,
 ) -> Iterator[Batch]:
     """The central view of each of `samples` ((n,) integers), in that order, for evaluation; the last batch is partial.
 
@@ -324,14 +334,19 @@ def central_batches(
         recipe,
         device,
         replacements,
-        Reader(shards),
+        Reader(shards, cache),
         backend=backend,
         batch_size=batch_size,
         views=1,
         workers=workers,
     )
+    dense = 4 * len(samples) >= np.diff(shards.shard_starts)[shards_of(shards, samples)].sum()  # worth whole shards
     plan = (
-        (0, samples[first : first + batch_size], shards_of(shards, samples[first : first + 16 * batch_size]))
+        (
+            0,
+            samples[first : first + batch_size],
+            shards_of(shards, samples[first:][: 16 * batch_size]) if dense else None,
+        )
         for first in range(0, len(samples), batch_size)
     )
     rows = shards.index

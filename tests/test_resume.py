@@ -90,7 +90,7 @@ def test_twenty_kills(data, tmp_path, precision):
     assert result["same"] and result["kills"] == 20 and result["in_save"] >= 6
 
 
-@pytest.mark.parametrize("step", [3, 5, 9, 10])
+@pytest.mark.parametrize("step", [3, 5, 10])
 def test_any_checkpoint_leads_to_the_same_end(pretrain, whole, data, tmp_path, step):
     """In the middle of an epoch and of a metrics row, at the end of an epoch, at the end of the run."""
     begun_at = whole / "checkpoints" / f"step-{step:08d}"

@@ -137,7 +137,8 @@ def test_two_ranks_equal_one_process(run_here, data, tmp_path):
     the gradient, even where that is rounding alone; and the small stem, so that batch norm has pixels to average over.
     """
     common = ["--data", data, "--epochs", 1, *SMALL, "--precision", "fp32", "--encoder.stem", "small"]
-    common += ["--loss.temperature", 0.5, "--optim.name", "sgd", "--optim.lr", 0.02, "--out"]
+    common += ["--loss.temperature", 0.5, "--optim.name", "sgd", "--optim.lr", 0.02]
+    common += ["--checkpoint.every-steps", 1, "--checkpoint.keep", 9, "--out"]
     run_here(*common, tmp_path / "one")
     done = launch(*common, tmp_path / "two", processes=2)
     assert done.returncode == 0, done.stderr
@@ -153,6 +154,21 @@ def test_two_ranks_equal_one_process(run_here, data, tmp_path):
         for name in ("one", "two")
     )
     assert one["raw pixels"] == two["raw pixels"] and two["trained"] == pytest.approx(one["trained"], abs=0.026)
+
+    # and on two processes what one began, and back
+    def after_two_steps(name):
+        return ["--resume", tmp_path / name / "checkpoints" / "step-00000002"]
+
+    run_here(*common, tmp_path / "two, then one", *after_two_steps("two"))
+    done = launch(*common, tmp_path / "one, then two", *after_two_steps("one"), processes=2)
+    assert done.returncode == 0, done.stderr
+    losses = {
+        name: {row["step"]: row["loss"] for row in rows(tmp_path / name) if "loss" in row}
+        for name in ("one", "two, then one", "one, then two")
+    }
+    for name in ("two, then one", "one, then two"):
+        assert losses[name].keys() == {3, 4, 5}
+        assert losses[name] == pytest.approx({step: losses["one"][step] for step in (3, 4, 5)}, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -184,11 +200,20 @@ def test_what_is_typed_wrong_gets_one_sentence(run_here, data, tmp_path, argumen
     assert not out.exists(), "a run that could not begin leaves nothing"
 
 
-def test_a_finished_run_is_not_written_over(run_here, data, tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(SystemExit, match="holds a run already"):
+def test_other_files_are_not_written_over(run_here, data, tmp_path):
+    (tmp_path / "encoder.safetensors").write_text("mine")
+    with pytest.raises(SystemExit, match="holds a run or other files already"):
         run_here("--data", data, "--out", tmp_path, *SMALL)
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    with pytest.raises(SystemExit, match="is a file"):
+        run_here("--data", data, "--out", tmp_path / "encoder.safetensors", *SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["encoder.safetensors"]
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(run_here, data, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 4.0}\n{"step": 2, "lo')
+    run_here("--data", data, "--out", tmp_path, "--epochs", 1, "--eval.no-baselines", *SMALL)
+    assert [row["step"] for row in rows(tmp_path) if "loss" in row] == [1, 2, 3, 4, 5]
 
 
 def test_a_place_that_cannot_be_written(run_here, data, tmp_path):

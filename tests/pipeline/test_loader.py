@@ -112,7 +112,7 @@ def test_resuming_goes_on_with_the_very_same_batches(shards, stop):
         taken += islice(begun, stop - len(taken))
     state = begun.state_dict()
     begun.close()
-    assert state == {"epoch": stop // 3, "step": stop % 3, "seed": 0, "batch_size": 8}
+    assert state == {"epoch": stop // 3, "step": stop % 3, "seed": 0, "batch_size": 8, "node_groups": 1}
     resumed = loader(shards, prefetch=3, workers=1)
     resumed.load_state_dict(state)
     rest = [*resumed, *(resumed if stop < 3 else ())]
@@ -162,9 +162,9 @@ def test_after_the_last_batch_of_an_epoch_the_next_one_begins(shards):
 
 def test_another_order_is_refused(shards):
     whole = loader(shards)
-    for name, value in (("seed", 1), ("batch_size", 4)):
+    for name, value in (("seed", 1), ("batch_size", 4), ("node_groups", 2)):
         with pytest.raises(UserError, match=f"begun with {name} {value}: go on with the same"):
-            whole.load_state_dict({"epoch": 0, "step": 0, "seed": 0, "batch_size": 8} | {name: value})
+            whole.load_state_dict(whole.state_dict() | {name: value})
     whole.close()
 
 
