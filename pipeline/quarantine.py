@@ -74,11 +74,14 @@ class Quarantine:
         for sample, reason in bad.items():
             shard = int(np.searchsorted(self.shards.shard_starts, sample, side="right")) - 1
             file, key = self.shards.manifest["shards"][shard]["file"], self.shards.index["key"][sample].decode()
-            rows.append(json.dumps({"shard": file, "key": key, "reason": reason}) + "\n")
+            rows.append(json.dumps({"shard": file, "key": key, "reason": reason}))
         self.reasons |= bad
-        if self.path is not None and rows:
-            with self.path.open("a") as file:
-                file.write("".join(rows))  # in one piece, since the ranks share the file
+        if self.path is None:
+            return
+        # other ranks, the evaluation and earlier parts of the run write there too
+        known = set(self.path.read_text().splitlines()) if self.path.exists() else set()
+        with self.path.open("a") as file:
+            file.write("".join(f"{row}\n" for row in rows if row not in known))  # in one piece
 
     def count(self, met: int, replaced: int) -> None:
         """Add up a batch.

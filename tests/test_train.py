@@ -216,6 +216,22 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(run_here, data, t
     assert [row["step"] for row in rows(tmp_path) if "loss" in row] == [1, 2, 3, 4, 5]
 
 
+def test_a_bad_image_is_replaced_and_reported(run_here, data, tmp_path, capsys):
+    shutil.copytree(data, tmp_path / "shards")
+    rows_of_shard = np.load(tmp_path / "shards" / "train" / "train-000000.index.npy")
+    with open(tmp_path / "shards" / "train" / "train-000000.tar", "r+b") as tar:
+        tar.seek(int(rows_of_shard["offset"][3]))
+        tar.write(bytes(100))
+    options = ["--data", tmp_path / "shards", "--epochs", 1, "--eval.no-baselines", *SMALL]
+    run_here(*options, "--out", tmp_path / "run", "--data.max-bad", 0.02)
+    (bad,) = map(json.loads, (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines())
+    assert bad["key"] == rows_of_shard["key"][3].decode() and bad["shard"] == "train-000000.tar"
+    assert [row["replaced_images"] for row in rows(tmp_path / "run") if "loss" in row][-1] == 1
+    assert "1 times another image took a bad one's place" in capsys.readouterr().out.replace("\n", " ")
+    with pytest.raises(SystemExit, match=r"more than --data\.max-bad 0\.01 allows"):
+        run_here(*options, "--out", tmp_path / "strict")
+
+
 def test_a_place_that_cannot_be_written(run_here, data, tmp_path):
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "run"):

@@ -3,6 +3,7 @@
 import threading
 import time
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +15,11 @@ from pipeline.loader import Batch, ViewLoader, central_batches, choose_backend
 from pipeline.order import Order
 from pipeline.reader import Reader
 from pipeline.recipe import Recipe, central_view, draw_views
-from pipeline.shards import ShardSet
+from pipeline.shards import ShardSet, open_shards
 from pipeline.sources import folder_source
 from tests.pipeline import reference_views as reference
 from tests.pipeline.image_sets import pictures, write_folder
+from tests.pipeline.web_server import cache_at, serving
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(size=16)
@@ -248,6 +250,23 @@ def test_central_batches_may_be_left_early(shards):
     for _ in central_batches(shards, RECIPE, np.arange(31), batch_size=4, device=CPU, backend="host"):
         break
     assert {thread for thread in threading.enumerate() if thread not in before} == set()
+
+
+@pytest.mark.parametrize("faults", [(), ("503", "drop", "truncate"), ("stall", "flip")])
+def test_a_failing_web_server_changes_no_batch(shards, tmp_path, faults):
+    local = loader(shards)
+    expected = [batch for _ in range(2) for batch in local]
+    local.close()
+    samples = np.array([3, 4, 30, 17])
+    expected += central_batches(shards, RECIPE, samples, batch_size=3, device=CPU, backend="host")
+    with serving(Path(shards.root), *faults) as server:
+        cache = cache_at(tmp_path / "cache")
+        remote = open_shards(server.url, cache)
+        over_the_web = loader(remote, cache=cache)
+        batches = [batch for _ in range(2) for batch in over_the_web]
+        over_the_web.close()
+        batches += central_batches(remote, RECIPE, samples, batch_size=3, device=CPU, backend="host", cache=cache)
+    assert len(batches) == 8 and all(map(same, batches, expected))
 
 
 def test_the_backends_agree(shards):
