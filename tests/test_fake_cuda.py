@@ -44,6 +44,6 @@ class Stray(nn.Module):
 def test_a_tensor_left_on_the_cpu_fails():
     with (
         FakeTensorMode(allow_non_fake_inputs=False),
-        pytest.raises((AssertionError, RuntimeError), match="device|convert all Tensors"),
+        pytest.raises((AssertionError, RuntimeError), match=r"device|convert all Tensors"),
     ):
         forward_on_cuda(Stray(), (2, 4, 1, 1))
