@@ -1,5 +1,5 @@
 # make demo   train on the built-in textures and show what SimCLR learnt
-# make test   the fast tests; make soak: the long ones; make lint: ruff; make bench: the loss against its peers
+# make test   the fast tests; make soak: the long ones; make lint: ruff; make bench: loss and views against their peers
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -17,6 +17,7 @@ soak: .venv/installed
 bench: .venv/installed
 	$(BIN)/python -m pip install --quiet --requirement requirements-bench.lock
 	$(BIN)/python bench/loss_kernel.py
+	$(BIN)/python bench/pipeline.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .
