@@ -132,6 +132,8 @@ def pretrain(config: Config) -> None:
     def save() -> None:
         if accelerator.is_main_process:
             own = means.state_dict()
+            if own:  # or the last good checkpoint would be followed by a bad one
+                check_finite(own["sums"][0].item(), step)
             tensors = checkpoint.pack(simclr, optimizers) | {f"means/{name}": own[name].cpu() for name in own}
             record = {"loader": loader.state_dict(), "means": list(own), "report": report, "data": sampled}
             checkpoints.save(step, tensors, record | {"config": dataclasses.asdict(config)})
@@ -202,11 +204,7 @@ def pretrain(config: Config) -> None:
                     late = 0 < config.checkpoint.every_minutes <= minutes
                     figures = accelerator.reduce(means.take(loader.quarantine.replaced, stop.received, late), "mean")
                     mean_loss, mean_top1, replaced, stopped, late = figures.tolist()
-                    if not math.isfinite(mean_loss):
-                        raise UserError(
-                            f"The loss became {mean_loss} by step {step}: lower --optim.lr, lengthen "
-                            "--optim.warmup-epochs or use --precision fp32."
-                        )
+                    check_finite(mean_loss, step)
                     row = {"step": step, "epoch": epoch + 1, "loss": mean_loss, "lr": lr, "probe_top1": mean_top1}
                     row |= clock.window(config.batch_size) | {"replaced_images": round(replaced * world_size)}
                     if accelerator.is_main_process:
@@ -263,18 +261,30 @@ def run_folder(config: Config) -> tuple[Path, Path | None]:
         UserError: the folder holds something else than a run that can go on.
     """
     if config.resume not in ("auto", "none"):
-        begun_at = checkpoint.find(Path(config.resume))
-        return Path(config.out or begun_at.parents[1]), begun_at
+        begun_at = checkpoint.find(Path(config.resume).resolve())
+        out = Path(config.out or begun_at.parents[1])
+        if is_new(out) or out.resolve() == begun_at.parents[1]:
+            return out, begun_at
+        raise UserError(f"{out} holds other files than the run that --resume names: choose another --out.")
     out = Path(config.out or f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if not out.is_file() and not (out.is_dir() and any(out.iterdir())):
+    if is_new(out):
         return out, None
-    if out.is_file():
-        raise UserError(f"{out} is a file: choose another --out.")
     begun_at = checkpoint.Checkpoints(out / "checkpoints", keep=1).latest()
     hardly_begun = {"config.json"} <= set(os.listdir(out)) <= {"config.json", "metrics.jsonl", "checkpoints"}
     if config.resume == "none" or (begun_at is None and not hardly_begun):
         raise UserError(f"{out} holds a run or other files already: choose another --out or delete it.")
     return out, begun_at
+
+
+def is_new(out: Path) -> bool:
+    """Whether nothing is at `out` yet.
+
+    Raises:
+        UserError: a file is.
+    """
+    if out.is_file():
+        raise UserError(f"{out} is a file: choose another --out.")
+    return not (out.is_dir() and any(out.iterdir()))
 
 
 def checksum_of(shards: ShardSet) -> str:
@@ -299,6 +309,15 @@ def computes_in_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+
+
+def check_finite(loss: float, step: int) -> None:
+    """Stop a run that has diverged."""
+    if not math.isfinite(loss):
+        raise UserError(
+            f"The loss became {loss} by step {step}: lower --optim.lr, lengthen --optim.warmup-epochs or use "
+            "--precision fp32."
+        )
 
 
 def probe_objective(scores: Tensor | None, label: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -133,6 +133,11 @@ def test_other_options_are_refused_by_name(pretrain, whole, data):
     ):
         with pytest.raises(UserError, match=said):
             pretrain("--data", data, "--out", whole, "--epochs", 2, *options)
+    begun_at = whole / "checkpoints" / "step-00000003"
+    (whole.parent / "mine").mkdir()
+    (whole.parent / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds other files than the run that --resume names"):
+        pretrain("--data", data, "--out", whole.parent / "mine", "--epochs", 2, "--resume", begun_at)
     with pytest.raises(UserError, match="holds a run or other files already"):
         pretrain("--data", data, "--out", whole, "--epochs", 2, "--resume", "none")
 
