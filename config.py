@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -283,6 +284,8 @@ def _check(config: Config) -> None:
             raise UserError(f"--{option} is {value}: give at least {limit}.")
     if config.seed >= 2**32:
         raise UserError(f"--seed is {config.seed}: give one below {2**32}.")
+    if not math.isfinite(config.loading.cache_gb):
+        raise UserError(f"--data.cache-gb is {config.loading.cache_gb}: give the number of GB that shards may take.")
     low, high = config.views.crop_area
     if not 0 < low <= high <= 1:
         raise UserError(

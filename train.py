@@ -125,18 +125,23 @@ def pretrain(config: Config) -> None:
         checkpoint.unpack(tensors, simclr, optimizers)
         means.load_state_dict({name: tensors[f"means/{name}"] for name in record["means"]}, device)
         loader.load_state_dict(record["loader"])
+        if rank == 0:  # which counts for all that went before
+            loader.quarantine.met, loader.quarantine.replaced = record["met"], record["replaced"]
         step, report = record["step"], record["report"]
     checkpoints = checkpoint.Checkpoints(out / "checkpoints", config.checkpoint.keep)
     model = accelerator.prepare_model(simclr)
 
     def save() -> None:
+        bad = torch.tensor([loader.quarantine.met, loader.quarantine.replaced], device=device)
+        met, replaced = accelerator.reduce(bad, "sum").tolist()
         if accelerator.is_main_process:
             own = means.state_dict()
             if own:  # or the last good checkpoint would be followed by a bad one
                 check_finite(own["sums"][0].item(), step)
             tensors = checkpoint.pack(simclr, optimizers) | {f"means/{name}": own[name].cpu() for name in own}
             record = {"loader": loader.state_dict(), "means": list(own), "report": report, "data": sampled}
-            checkpoints.save(step, tensors, record | {"config": dataclasses.asdict(config)})
+            record |= {"met": met, "replaced": replaced, "config": dataclasses.asdict(config)}
+            checkpoints.save(step, tensors, record)
 
     # ---- evaluation on frozen features, before, during and after
     evaluate = None
@@ -270,7 +275,8 @@ def run_folder(config: Config) -> tuple[Path, Path | None]:
     if is_new(out):
         return out, None
     begun_at = checkpoint.Checkpoints(out / "checkpoints", keep=1).latest()
-    hardly_begun = {"config.json"} <= set(os.listdir(out)) <= {"config.json", "metrics.jsonl", "checkpoints"}
+    names = set(os.listdir(out))
+    hardly_begun = "config.json" in names <= {"config.json", "metrics.jsonl", "quarantine.jsonl", "checkpoints"}
     if config.resume == "none" or (begun_at is None and not hardly_begun):
         raise UserError(f"{out} holds a run or other files already: choose another --out or delete it.")
     return out, begun_at

@@ -1,6 +1,7 @@
 """Throughput, memory and error of NT-Xent, forward and backward, beside its floor and its peers.
 
     python bench/loss_kernel.py                   the sweep; bench/results/loss_kernel.csv and .png
+    python bench/loss_kernel.py --rows 8192       that M alone, anew
     python bench/loss_kernel.py --quick           M = 1024 and 2048 only
     python bench/loss_kernel.py --static          what the Triton kernels compile to, without a GPU
     make bench                                    installs the peers first
@@ -22,7 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.harness import environment, interleave, peak_resident_mb, percentiles_ms, write_rows
+from bench.harness import environment, interleave, peak_resident_mb, percentiles_ms, read_rows, write_rows
 from bench.implementations import Implementation, implementations
 from bench.plot import plot_loss_kernel
 from loss import nt_xent
@@ -157,6 +158,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="M = 1024 and 2048 at D = 128 only, no file written")
     parser.add_argument("--static", action="store_true", help="report what the Triton kernels compile to")
     parser.add_argument("--seconds", type=float, default=6.0, help="about how long each shape is timed (default: 6)")
+    parser.add_argument("--rows", type=int, help="this M alone, in place of its rows in the CSV")
     parser.add_argument("--memory-of", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_of:
@@ -170,10 +172,14 @@ def main() -> None:
     dtypes = ("bfloat16", "float32") if device.type == "cuda" else ("float32",)
     shapes = [(1024, 128), (2048, 128)] if arguments.quick else [(512, 128), *SHAPES, *((m, 128) for m in LONG)]
     rows = []
+    if arguments.rows:
+        shapes = [(m, d) for m, d in shapes if m == arguments.rows]
+        rows = [row for row in read_rows("loss_kernel") if int(row["M"]) != arguments.rows]
     for dtype in dtypes:
         for m, d in shapes:
             console.print(f"M = {m}, D = {d}, {dtype} ...")
             rows += measure(m, d, dtype, device, arguments.seconds, memory=not arguments.quick)
+    rows.sort(key=lambda row: (row["dtype"], int(row["D"]) != 128, int(row["M"]), int(row["D"])))
     show(rows)
     if not arguments.quick:
         console.print(f"written: {write_rows('loss_kernel', rows)} and {plot_loss_kernel()}")

@@ -123,7 +123,7 @@ class _Producer:
         chosen = self.quarantine.choose(samples, epoch)
         return chosen, self.reader.read(chosen)
 
-    def _augment(self, samples, epoch, read, parameters) -> tuple[Batch, torch.cuda.Event | None]:
+    def _augment(self, samples, epoch, read, parameters) -> tuple[Batch, torch.cuda.Event | None, int]:
         chosen, encoded = read.result()
         with torch.cuda.stream(self.stream):  # no effect without a CUDA device
             while True:
@@ -143,10 +143,9 @@ class _Producer:
                 for place, data in zip(changed, self.reader.read(renewed[changed]), strict=True):
                     encoded[place] = data
                 chosen = renewed
-            self.quarantine.count(len(samples), int((chosen != samples).sum()))
             label = torch.from_numpy(self.shards.index["label"][chosen]).to(self.device, non_blocking=True)
             event = self.stream.record_event() if self.stream else None
-        return Batch(views, label, torch.from_numpy(chosen)), event
+        return Batch(views, label, torch.from_numpy(chosen)), event, int((chosen != samples).sum())
 
     def _undecodable(self, encoded: list[bytes], parameters: ViewParameters) -> list[int]:
         """The places of the images that the backend refuses, each tried by itself: not every backend can tell."""
@@ -159,7 +158,8 @@ class _Producer:
                 places.append(place)
         return places
 
-    def _hand_over(self, batch: Batch, event) -> Batch:
+    def _hand_over(self, batch: Batch, event: torch.cuda.Event | None, replaced: int) -> Batch:
+        self.quarantine.count(len(batch.index), replaced)
         if event is not None:  # ordered on the device, without waiting on the host
             current = torch.cuda.current_stream(self.device)
             current.wait_event(event)

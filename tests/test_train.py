@@ -211,6 +211,7 @@ def test_other_files_are_not_written_over(run_here, data, tmp_path):
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again(run_here, data, tmp_path):
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "quarantine.jsonl").write_text("")
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 4.0}\n{"step": 2, "lo')
     run_here("--data", data, "--out", tmp_path, "--epochs", 1, "--eval.no-baselines", *SMALL)
     assert [row["step"] for row in rows(tmp_path) if "loss" in row] == [1, 2, 3, 4, 5]
@@ -227,6 +228,8 @@ def test_a_bad_image_is_replaced_and_reported(run_here, data, tmp_path, capsys):
     (bad,) = map(json.loads, (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines())
     assert bad["key"] == rows_of_shard["key"][3].decode() and bad["shard"] == "train-000000.tar"
     assert [row["replaced_images"] for row in rows(tmp_path / "run") if "loss" in row][-1] == 1
+    begun_at = tmp_path / "run" / "checkpoints" / "step-00000005"
+    assert json.loads((begun_at / "record.json").read_text())["replaced"] == 1
     assert "1 times another image took a bad one's place" in capsys.readouterr().out.replace("\n", " ")
     with pytest.raises(SystemExit, match=r"more than --data\.max-bad 0\.01 allows"):
         run_here(*options, "--out", tmp_path / "strict")
