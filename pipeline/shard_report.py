@@ -8,10 +8,11 @@ import numpy as np
 from fsspec.spec import AbstractFileSystem
 from rich.table import Table
 
+from errors import UserError
 from pipeline.cache import ShardCache
 from pipeline.remote import filesystem
 from pipeline.shard_files import HashedFile
-from pipeline.shards import ShardSet, find_tars, index_name, open_shards
+from pipeline.shards import ShardSet, find_tars, index_name, label_fault, open_shards
 
 ROWS = 1 << 20  # of the index at a time: it may be larger than the memory
 SHOWN = 20
@@ -41,6 +42,8 @@ def verify_shards(root: str, cache: ShardCache | None = None) -> list[str]:
             problems += _compare(home, index, None, shard["index_sha256"], cache)
     if entry := shards.manifest.get("index"):
         problems += _compare(home, f"{folder}/index.npy", entry["bytes"], entry["sha256"], cache)
+    if fault := _label_fault(shards):
+        problems.append(f"{folder}/dataset.json is damaged ({fault}): copy it again or make the index anew.")
     known = {shard["file"] for shard in shards.manifest["shards"]}
     problems += [
         f"{path}/{name} is not in dataset.json: take it away or make the index anew."
@@ -48,6 +51,10 @@ def verify_shards(root: str, cache: ShardCache | None = None) -> list[str]:
         if name not in known
     ]
     return problems
+
+
+def _label_fault(shards: ShardSet) -> str:
+    return next((fault for rows in _parts(shards.index) if (fault := label_fault(rows, shards.classes))), "")
 
 
 def _compare(
@@ -76,7 +83,13 @@ def _holds(file: BinaryIO, row: np.void) -> bool:
 
 
 def summarise(shards: ShardSet) -> list[Table]:
-    """A table of figures, one of the classes (the largest and the smallest), one each of short sides and file sizes."""
+    """A table of figures, one of the classes (the largest and the smallest), one each of short sides and file sizes.
+
+    Raises:
+        UserError: there are labels without a class.
+    """
+    if fault := _label_fault(shards):
+        raise UserError(f"{shards.index_root}/dataset.json is damaged ({fault}): copy it again or make the index anew.")
     classes = np.zeros(len(shards.classes) + 1, np.int64)  # the last one for unlabelled images
     sides, sizes = np.zeros(len(SHORT_SIDE_PX), np.int64), np.zeros(len(ENCODED_KB), np.int64)
     encoded_bytes = 0

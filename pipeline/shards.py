@@ -35,6 +35,7 @@ from pipeline.cache import ShardCache
 from pipeline.remote import Patience, filesystem, is_local, persistently
 
 FORMAT = "streamclr-shards-1"
+SHARD_KEYS = {"file": str, "samples": int, "bytes": int, "sha256": str}
 READ_WHOLE = 16
 """Sets of at most so many shards have no common index: theirs are read at once and joined."""
 
@@ -105,10 +106,39 @@ def open_shards(root: str, cache: ShardCache | None = None) -> ShardSet:
         raise UserError(f"{root}/dataset.json is damaged: {again}.") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{root}/dataset.json is not of format {FORMAT}: {again}.")
-    if not manifest["shards"]:
+    if manifest.get("shards") == []:
         raise UserError(f"{root} lists no shards: convert the images again.")
+    if fault := _manifest_fault(manifest):
+        raise UserError(f"{root}/dataset.json is damaged ({fault}): copy it again, or {again}.")
     read = _map_index if "index" in manifest else _join_indexes
     return ShardSet(root, manifest, read(*where, manifest, cache, again), index_root)
+
+
+def _manifest_fault(manifest: dict[str, Any]) -> str:
+    """What a manifest lacks of all that is read from it later; empty if nothing."""
+    classes, shards, index = manifest.get("classes"), manifest.get("shards"), manifest.get("index")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        return "no list of classes"
+    if not isinstance(shards, list) or not all(isinstance(shard, dict) for shard in shards):
+        return "no list of shards"
+    for number, shard in enumerate(shards):
+        for key, kind in SHARD_KEYS.items():
+            if type(shard.get(key)) is not kind or (kind is int and shard[key] < 0):
+                return f"no {key!r} of shard {number}"
+        name = shard["file"]
+        if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+            return f"{name!r} is not the name of a file"
+        if type(shard.get("index_sha256", "")) is not str:
+            return f"no 'index_sha256' of shard {number}"
+    if "index" in manifest:
+        if not isinstance(index, dict) or type(index.get("bytes")) is not int or type(index.get("sha256")) is not str:
+            return "no size and checksum of the index"
+        if type(manifest.get("samples")) is not int:
+            return "no number of samples"
+    for key, kind in (("name", str), ("split", str), ("made_by", dict), ("left_out", list), ("rejected", int)):
+        if not isinstance(manifest.get(key), kind | None):
+            return f"{key!r} of the wrong kind"
+    return ""
 
 
 def find_tars(fs: Any, path: str, patience: Patience) -> list[str]:
@@ -138,7 +168,8 @@ def _map_index(fs: Any, path: str, manifest: dict[str, Any], cache: ShardCache, 
         raise UserError(f"{name} is missing: {again}.") from error
     except Exception as error:  # numpy parses the header as Python, which fails in many ways
         raise UserError(f"{name} is damaged: {again}.") from error
-    if not _is_index(rows, manifest["samples"]) or rows.offset + rows.nbytes != entry["bytes"]:
+    samples = sum(shard["samples"] for shard in manifest["shards"])
+    if samples != manifest["samples"] or not _is_index(rows, samples) or rows.offset + rows.nbytes != entry["bytes"]:
         raise UserError(f"{name} disagrees with dataset.json: {again}.")
     return np.asarray(rows)  # a plain array on the mapping: np.memmap does more on every indexing
 
@@ -147,7 +178,7 @@ def _join_indexes(fs: Any, path: str, manifest: dict[str, Any], cache: ShardCach
     """(N,) rows of the shards' own indexes, read all at once: one after the other takes long from an object store."""
     names = [f"{path}/{index_name(shard['file'])}" for shard in manifest["shards"]]
 
-    def rows(name: str) -> np.ndarray:
+    def read(name: str) -> np.ndarray:
         try:
             content = persistently(lambda: fs.cat_file(name), name, cache.patience)
         except FileNotFoundError as error:
@@ -160,11 +191,20 @@ def _join_indexes(fs: Any, path: str, manifest: dict[str, Any], cache: ShardCach
             raise UserError(f"{name} is damaged: {again}.") from error
 
     with ThreadPoolExecutor(16) as pool:
-        parts = list(pool.map(rows, names))
+        parts = list(pool.map(read, names))
     for name, part, shard in zip(names, parts, manifest["shards"], strict=True):
         if not _is_index(part, shard["samples"]):
             raise UserError(f"{name} disagrees with dataset.json: {again}.")
-    return np.concatenate(parts)
+    rows = np.concatenate(parts)
+    if fault := label_fault(rows, manifest["classes"]):
+        raise UserError(f"{path}/dataset.json is damaged ({fault}): copy it again, or {again}.")
+    return rows
+
+
+def label_fault(rows: np.ndarray, classes: list[str]) -> str:
+    """Empty if every label has a class."""
+    top = int(rows["label"].max(initial=-1))
+    return f"{len(classes)} classes, but an image of label {top}" if top >= len(classes) else ""
 
 
 def _is_index(rows: np.ndarray, samples: int) -> bool:

@@ -209,6 +209,43 @@ def test_damage_to_the_index_is_named_and_indexing_anew_helps(copy, original, ca
     assert again.classes == (["0", "1", "2"] if name == "dataset.json" else whole.classes)
 
 
+MANIFEST_DAMAGE = {
+    "no shards": lambda manifest: manifest.pop("shards"),
+    "no classes": lambda manifest: manifest.pop("classes"),
+    "classes in numbers": lambda manifest: manifest.update(classes=[0, 1, 2]),
+    "no samples": lambda manifest: manifest["shards"][0].pop("samples"),
+    "negative samples": lambda manifest: manifest["shards"][0].update(samples=-1),
+    "samples in words": lambda manifest: manifest["shards"][1].update(samples="5"),
+    "a shard in words": lambda manifest: manifest["shards"].append("train-000003.tar"),
+    "no checksum": lambda manifest: manifest["shards"][0].pop("sha256"),
+    "half an index": lambda manifest: manifest.update(index={"bytes": 5}),
+    "a label without a class": lambda manifest: manifest["classes"].pop(),
+    "how it was made": lambda manifest: manifest.update(made_by="by hand"),
+    "outside": lambda manifest: manifest["shards"][0].update(file="../train-000000.tar"),
+    "absolute": lambda manifest: manifest["shards"][0].update(file="/train-000000.tar"),
+    "nameless": lambda manifest: manifest["shards"][0].update(file=""),
+}
+
+
+@pytest.mark.parametrize("case", MANIFEST_DAMAGE)
+def test_a_damaged_manifest_is_named(copy, case):
+    manifest = json.loads((copy / "dataset.json").read_text())
+    MANIFEST_DAMAGE[case](manifest)
+    (copy / "dataset.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"dataset\.json is damaged \(.+\): copy it again, or run"):
+        open_shards(str(copy))
+
+
+def test_labels_without_a_class_are_found_where_the_index_is_not_read_whole(many, tmp_path):
+    copy = Path(shutil.copytree(many, tmp_path / "copy"))
+    manifest = json.loads((copy / "dataset.json").read_text())
+    (copy / "dataset.json").write_text(json.dumps(manifest | {"classes": ["a"]}))
+    (problem,) = verify_shards(str(copy))
+    assert "dataset.json is damaged (1 classes, but an image of label 1)" in problem
+    with pytest.raises(UserError, match="an image of label 1"):
+        summarise(open_shards(str(copy)))
+
+
 def test_indexing_that_is_interrupted_leaves_no_shard_set(copy, monkeypatch):
     monkeypatch.setattr("pipeline.shard_index.write_manifest", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
