@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from fsspec.spec import AbstractFileSystem
 
 from errors import UserError
-from pipeline.remote import Patience, download, is_local
+from pipeline.remote import FINAL, Patience, download, is_local
 
 DEFAULT_LIMIT_BYTES = 50 * 10**9
 FETCHES = 3  # of a file that arrives damaged
@@ -85,7 +85,7 @@ class ShardCache:
                     return None
                 try:
                     download(fs, path, partial, size, patience)
-                except (FileNotFoundError, PermissionError) as error:
+                except FINAL as error:
                     raise UserError(f"{path} can't be read ({error}): copy it there again.") from error
                 with open(partial, "r+b") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,7 +12,7 @@ from http.client import HTTPMessage
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 from urllib.error import HTTPError
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, urlsplit
 from urllib.request import Request, urlopen
 
 import fsspec
@@ -23,6 +23,8 @@ from errors import UserError
 
 log = logging.getLogger(__name__)
 PIECE_BYTES = 4 << 20
+FINAL = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
+"""What a store says at once and would say again."""
 T = TypeVar("T")
 
 
@@ -99,15 +101,26 @@ def filesystem(root: str, patience: Patience | None = None) -> tuple[AbstractFil
     """The file system of a folder or URL, and the path in it.
 
     Raises:
-        UserError: no such kind of URL, or its package is not installed.
+        UserError: no such kind of URL, a malformed one, or its package is not installed.
     """
     if root.startswith(("http://", "https://")):
+        _check_host(root)
         return WebFileSystem((patience or Patience()).stall_s), root.rstrip("/")
     try:
         fs, path = fsspec.core.url_to_fs(root)
     except (ValueError, ImportError) as error:
         raise UserError(f"{root} can't be opened: {error}") from error
     return fs, path.rstrip("/")
+
+
+def _check_host(url: str) -> None:
+    try:
+        parts = urlsplit(url)
+        parts.port, (parts.hostname or "").encode("idna")  # raise what is wrong with them
+        if not parts.hostname or re.search(r"\s", url.split("/")[2]):
+            raise ValueError("no name of a server")
+    except ValueError as error:
+        raise UserError(f"{url} is no web address ({error}): correct it, as in https://host/folder.") from error
 
 
 def is_local(fs: AbstractFileSystem) -> bool:
@@ -118,14 +131,14 @@ def persistently(action: Callable[[], T], what: str, patience: Patience) -> T:
     """The result of `action`, which reads from a file system, tried again and again.
 
     Raises:
-        FileNotFoundError, PermissionError: at once.
+        FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError: at once.
         UserError: the last of the attempts failed.
     """
     attempt = 0
     while True:
         try:
             return action()
-        except (FileNotFoundError, PermissionError):
+        except FINAL:
             raise
         except Exception as error:  # every kind of store raises its own
             _wait_or_give_up(what, error, attempt, patience)
@@ -145,7 +158,7 @@ def download(fs: AbstractFileSystem, path: str, target: Path, size: int | None, 
     """Fetch a file of `size` bytes (None: as the store says) into `target`, going on from what is there of it.
 
     Raises:
-        FileNotFoundError, PermissionError: of the store, at once.
+        FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError: of the store, at once.
         UserError: the last of the attempts failed, or `target` can't be written.
     """
     attempt = 0
@@ -159,7 +172,7 @@ def download(fs: AbstractFileSystem, path: str, target: Path, size: int | None, 
                         begun = out.seek(0)
                         out.truncate()
                     size = _append(fs, path, out, size, patience)
-                except (FileNotFoundError, PermissionError, _DiskError):
+                except (*FINAL, _DiskError):
                     raise
                 except Exception as error:  # every kind of store raises its own
                     out.flush()

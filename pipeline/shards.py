@@ -32,7 +32,7 @@ from rich.console import Console
 
 from errors import UserError
 from pipeline.cache import ShardCache
-from pipeline.remote import Patience, filesystem, is_local, persistently
+from pipeline.remote import FINAL, Patience, filesystem, is_local, persistently
 
 FORMAT = "streamclr-shards-1"
 SHARD_KEYS = {"file": str, "samples": int, "bytes": int, "sha256": str}
@@ -86,7 +86,10 @@ def open_shards(root: str, cache: ShardCache | None = None) -> ShardSet:
     where, index_root = (fs, path), root
     try:
         content = persistently(lambda: fs.cat_file(f"{path}/dataset.json"), f"{root}/dataset.json", cache.patience)
-    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:  # S3 forbids to ask for what is not there
+    except NotADirectoryError as error:
+        cure = f"give the folder that it lies in, {posixpath.dirname(root) or '.'}"
+        raise UserError(f"{root} is a file, not a folder of shards: {cure}.") from error
+    except (FileNotFoundError, PermissionError) as error:  # S3 forbids to ask for what is not there
         index_root = str(cache.index_folder(root))
         where = (LocalFileSystem(), index_root)
         try:
@@ -145,7 +148,7 @@ def find_tars(fs: Any, path: str, patience: Patience) -> list[str]:
     """Names of the tars in a folder, sorted; none if there is no such folder, or one that may not be listed."""
     try:
         found = persistently(lambda: fs.glob(f"{path}/*.tar"), path, patience)
-    except (FileNotFoundError, PermissionError):
+    except FINAL:
         return []
     return sorted(posixpath.basename(name) for name in found)
 

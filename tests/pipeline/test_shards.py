@@ -165,6 +165,27 @@ def test_tars_without_an_index_name_the_cure(tmp_path):
     assert result.returncode == 1 and len(result.stderr.splitlines()) == 1 and "No shards at" in result.stderr
 
 
+def test_a_file_in_the_place_of_a_folder_is_named_at_once(original):
+    tar = original / "train-000000.tar"
+    begun = time.perf_counter()
+    for read in open_shards, open_splits, verify_shards:
+        with pytest.raises(UserError, match=f"{tar} is a file, not a folder of shards: give the folder .*{original}"):
+            read(str(tar))
+    assert time.perf_counter() - begun < 0.4  # less than one wait of the patience
+    result = run_module("pipeline.shards", "show", tar)
+    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1 and "is a file" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "url", ["http://", "https:///set", "http://bad host/", "http://a..b/", "http://h:port/", "http://[::1/"]
+)
+def test_a_malformed_address_is_named_at_once(url):
+    begun = time.perf_counter()
+    with pytest.raises(UserError, match="is no web address"):
+        open_splits(url)
+    assert time.perf_counter() - begun < 0.4
+
+
 def test_verify_finds_a_flipped_bit(copy):
     assert verify_shards(str(copy)) == []
     assert "Every shard is as it was written." in run_module("pipeline.shards", "verify", copy).stdout
