@@ -1,0 +1,82 @@
+"""How long a training loop waits for data when its step is slower than the pipeline alone: `python -m bench.waiting`.
+
+The loader makes batches of the built-in textures on the host while a stand-in for the step, as an accelerator is to the
+host, takes so many times what a batch takes by itself. Writes bench/results/waiting.csv.
+"""
+
+import statistics
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench.harness import environment, write_rows
+from engine.metrics import StepClock
+from pipeline.convert import ensure_textures
+from pipeline.loader import ViewLoader
+from pipeline.recipe import Recipe
+from pipeline.shards import open_shards
+
+BATCH, WARM, STEPS, SIZE = 64, 4, 120, 96
+STEP_TIMES = (0.8, 1.0, 1.2, 1.5)
+"""Times what a batch takes alone."""
+CPU = torch.device("cpu")
+
+
+def main() -> None:
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        ensure_textures(Path(folder))
+        loader = ViewLoader(
+            open_shards(f"{folder}/train"),
+            Recipe(size=SIZE),
+            batch_size=BATCH,
+            seed=0,
+            device=CPU,
+            workers=torch.get_num_threads(),
+        )
+
+        def batches():
+            while True:
+                yield from loader
+
+        stream = batches()
+        for times in STEP_TIMES:
+            alone_s = batch_seconds(stream)
+            clock = StepClock()
+            for _ in clock.watch(islice(stream, WARM)):
+                time.sleep(times * alone_s)
+            clock.pause()
+            for _ in clock.watch(islice(stream, STEPS)):
+                time.sleep(times * alone_s)
+            figures = clock.window(BATCH)
+            rows.append(
+                environment(CPU)
+                | {"batch": BATCH, "size": SIZE, "steps": STEPS, "alone_ms": round(1000 * alone_s, 3)}
+                | {"step_over_alone": times, "data_wait_ms": round(figures["data_wait_ms"], 3)}
+                | {"waiting": round(figures["data_wait_ms"] / figures["step_ms"], 4)}
+            )
+        loader.close()
+    table = Table("step / batch alone", "batch alone, ms", "waiting for data")
+    for row in rows:
+        table.add_row(str(row["step_over_alone"]), f"{row['alone_ms']:.1f}", f"{row['waiting']:.1%}")
+    Console().print(table)
+    Console().print(f"written: {write_rows('waiting', rows)}")
+
+
+def batch_seconds(stream) -> float:
+    """What a batch takes when nothing else is waited for."""
+    seconds = []
+    for _ in range(STEPS // 2):
+        begun = time.perf_counter()
+        next(stream)
+        seconds.append(time.perf_counter() - begun)
+    return statistics.mean(seconds[WARM:])
+
+
+if __name__ == "__main__":
+    main()
