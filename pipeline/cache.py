@@ -3,6 +3,7 @@
     CACHE/files/<sha256>                  whole, verified files; the time of change is that of the last use
     CACHE/files/<sha256>.<bytes>.partial  one that is being fetched, or the fetch of which was interrupted
     CACHE/leases/<id>                     what a live process is about to use; the lock beside it ends with the process
+    CACHE/copies/<id>                     one that is read once; goes as soon as the process that reads it has ended
     CACHE/indexes/<id>/                   indexes of sets that can't be written to
 
 A file is named by its content, so a set that was changed never meets what was cached of the old one.
@@ -15,7 +16,6 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
 from filelock import FileLock, Timeout
@@ -26,7 +26,7 @@ from pipeline.remote import FINAL, Patience, download, is_local
 
 DEFAULT_LIMIT_BYTES = 50 * 10**9
 FETCHES = 3  # of a file that arrives damaged
-FOLDERS = ("files", "leases", "locks")
+FOLDERS = ("files", "leases", "locks", "copies")
 
 
 class ShardCache:
@@ -106,18 +106,25 @@ class ShardCache:
 
         Raises:
             FileNotFoundError, PermissionError, OSError: it can't be read.
-            UserError: as `download`.
+            UserError: as `download`; the cache can't be written.
         """
         if is_local(fs):
             with open(path, "rb") as file:
                 yield file
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=self.folder) as folder:
-            copy = Path(folder, "copy")
+        copy = self.folder / "copies" / uuid.uuid4().hex
+        alive = FileLock(copy.with_suffix(".lock"), thread_local=False)
+        with self._locked("lock"):
+            self._forget_copies()
+            alive.acquire()
+        try:
             download(fs, path, copy, None, self.patience)
             with open(copy, "rb") as file:
                 yield file
+        finally:
+            copy.unlink(missing_ok=True)
+            alive.release()
+            Path(alive.lock_file).unlink(missing_ok=True)
 
     def index_folder(self, root: str) -> Path:
         """Where the index of a set is kept that can't be written to."""
@@ -146,6 +153,7 @@ class ShardCache:
     def _make_room(self, partial: Path, size: int) -> bool:
         """Reserve the room of a file by its empty `partial`, evicting what was not used for longest and is not held."""
         with self._locked("lock"):
+            self._forget_copies()
             held = self._held()
             kept, evictable = 0, []
             for file in partial.parent.iterdir():
@@ -170,6 +178,18 @@ class ShardCache:
             if total <= self.limit_bytes:
                 partial.touch()
             return total <= self.limit_bytes
+
+    def _forget_copies(self) -> None:
+        """Remove what processes that were killed had fetched to be read once; to be called under the lock."""
+        for path in (self.folder / "copies").glob("*.lock"):
+            lock = FileLock(path, thread_local=False)
+            try:
+                lock.acquire(timeout=0)
+            except (Timeout, OSError):  # whoever holds it lives
+                continue
+            path.with_suffix("").unlink(missing_ok=True)
+            lock.release()
+            path.unlink(missing_ok=True)
 
     def _being_fetched(self, sha256: str) -> bool:
         lock = FileLock(self.folder / f"locks/{sha256[:3]}.lock", thread_local=False)

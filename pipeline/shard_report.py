@@ -70,8 +70,8 @@ def _compare(
             damaged = [] if rows is None else [row["key"].decode() for row in rows if not _holds(file, row)]
     except FileNotFoundError:
         return [f"{name} is missing: copy it again."]
-    except PermissionError as error:
-        return [f"{name} can't be read ({error}): see to its permissions."]
+    except OSError as error:
+        return [f"{name} can't be read ({error}): see to its permissions and the disk."]
     samples = f" (damaged samples: {len(damaged)}, the first {', '.join(damaged[:3])})" if damaged else ""
     return [f"{name} is not the file that was written: copy it again{samples}."]
 

@@ -20,6 +20,7 @@ from pipeline.cache import Lease, ShardCache
 from pipeline.order import Order
 from pipeline.reader import Reader, ReadFailure
 from pipeline.remote import Patience, WebFileSystem, download, filesystem, persistently
+from pipeline.shard_report import verify_shards
 from pipeline.shards import ShardSet, open_shards, open_splits
 from tests.pipeline.image_sets import ROOT
 from tests.pipeline.web_server import QUICK, cache_at, read_slices, serving, write_set
@@ -430,6 +431,14 @@ def test_a_cache_that_cannot_be_written(small, tmp_path):
             assert server.count["part-000.tar"] == 1  # which no further attempt would have mended
 
 
+def test_verify_blames_the_cache_for_its_own_faults(small, tmp_path):
+    (tmp_path / "file").write_text("")
+    with serving(Path(small.root)) as server:
+        cache = ShardCache(tmp_path / "file" / "cache", patience=QUICK)
+        with pytest.raises(UserError, match=r"can't be used as a cache \(.*\): point \$STREAMCLR_CACHE to"):
+            verify_shards(server.url, cache)
+
+
 def test_where_the_cache_is(monkeypatch, tmp_path):
     monkeypatch.setenv("STREAMCLR_CACHE", str(tmp_path / "here"))
     assert ShardCache().folder == tmp_path / "here" and ShardCache("there").folder == Path("there")
@@ -476,6 +485,28 @@ def test_a_process_killed_while_fetching_leaves_what_the_next_goes_on_with(small
         found = cache.fetch(*filesystem(url), size, sha256)
         assert found.read_bytes() == Path(small.root, "part-000.tar").read_bytes()
         assert cached_files(cache) == {sha256}
+
+
+def test_a_process_killed_while_verifying_leaves_nothing_for_long(small, tmp_path):
+    program = (
+        "import sys; from pipeline.cache import *; from pipeline.remote import filesystem; "
+        "ShardCache(sys.argv[1]).whole_file(*filesystem(sys.argv[2])).__enter__()"
+    )
+    cache = cache_at(tmp_path)
+    copies = cache.folder / "copies"
+    with serving(Path(small.root), "stall") as server:
+        url = f"{server.url}/part-000.tar"
+        process = subprocess.Popen([sys.executable, "-c", program, cache.folder, url], cwd=ROOT)
+        deadline = time.monotonic() + 30
+        while not server.count["part-000.tar"] and time.monotonic() < deadline:
+            time.sleep(0.01)
+        (copy,) = (path for path in copies.iterdir() if not path.suffix)
+        with cache.whole_file(*filesystem(url)) as file:
+            assert file.read() == Path(small.root, "part-000.tar").read_bytes()
+        assert copy.exists()  # it is still being fetched
+        process.kill()
+        process.wait()
+        assert cache.fetch(*filesystem(url), *shard_entry(small, 0)) and not list(copies.iterdir())
 
 
 def test_a_web_file_system(small):
