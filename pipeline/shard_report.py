@@ -6,19 +6,45 @@ from typing import BinaryIO
 
 import numpy as np
 from fsspec.spec import AbstractFileSystem
+from rich.console import Console
 from rich.table import Table
 
 from errors import UserError
 from pipeline.cache import ShardCache
 from pipeline.remote import filesystem
 from pipeline.shard_files import HashedFile
-from pipeline.shards import ShardSet, find_tars, index_name, label_fault, open_shards
+from pipeline.shards import ShardSet, find_tars, index_name, label_fault, open_shards, split_roots
 
 ROWS = 1 << 20  # of the index at a time: it may be larger than the memory
 SHOWN = 20
 BAR = 40
 SHORT_SIDE_PX = np.array([0, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048])
 ENCODED_KB = np.array([0, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096])
+
+
+def verify(root: str) -> list[str]:
+    """The problems of all splits of a folder, or of one shard set; says which has none."""
+    problems, roots = [], split_roots(root)
+    for split in roots:
+        try:
+            found = verify_shards(split)
+        except UserError as error:  # the other split may be sound
+            found = [str(error)]
+        if not found:
+            print("Every shard is as it was written." if len(roots) == 1 else f"{split}: every shard is as written.")
+        problems += found
+    return problems
+
+
+def show(root: str) -> list[str]:
+    """Print the tables of all splits of a folder, or of one shard set; why those are missing that can't be had."""
+    problems = []
+    for split in split_roots(root):
+        try:
+            Console().print(*summarise(open_shards(split)), sep="\n")
+        except UserError as error:
+            problems.append(str(error))
+    return problems
 
 
 def verify_shards(root: str, cache: ShardCache | None = None) -> list[str]:

@@ -28,7 +28,6 @@ from typing import Any
 
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
-from rich.console import Console
 
 from errors import UserError
 from pipeline.cache import ShardCache
@@ -222,6 +221,23 @@ def open_splits(root: str, cache: ShardCache | None = None) -> tuple[ShardSet, S
         UserError: as `open_shards`, and if the splits' classes differ.
     """
     cache = cache or ShardCache()
+    roots = split_roots(root, cache)
+    train = open_shards(roots[0], cache)
+    if len(roots) == 1:
+        return train, None
+    test = open_shards(roots[1], cache)
+    if test.classes != train.classes:
+        raise UserError(f"{test.root} has other classes than {train.root}: convert both again.")
+    return train, test
+
+
+def split_roots(root: str, cache: ShardCache | None = None) -> list[str]:
+    """The shard sets of a folder or URL: those of its train, test and val splits, or itself if it has no train split.
+
+    Raises:
+        UserError: it can't be read.
+    """
+    cache = cache or ShardCache()
     fs, path = filesystem(root, cache.patience)
 
     def exists(name: str) -> bool:
@@ -234,25 +250,19 @@ def open_splits(root: str, cache: ShardCache | None = None) -> tuple[ShardSet, S
         return exists(f"{path}/{split}/dataset.json") or exists(f"{path}/{split}")
 
     if not has("train"):
-        return open_shards(root, cache), None
-    train = open_shards(posixpath.join(root, "train"), cache)
-    for split in filter(has, ("test", "val")):
-        test = open_shards(posixpath.join(root, split), cache)
-        if test.classes != train.classes:
-            raise UserError(f"{test.root} has other classes than {train.root}: convert both again.")
-        return train, test
-    return train, None
+        return [root]
+    return [posixpath.join(root, split) for split in ("train", *filter(has, ("test", "val")))]
 
 
 def main() -> None:
     from pipeline.shard_index import index_shards  # which build on this module
-    from pipeline.shard_report import summarise, verify_shards
+    from pipeline.shard_report import show, verify
 
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.shards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("command", choices=["index", "verify", "show"])
-    parser.add_argument("root", help="folder or URL prefix that holds the tars")
+    parser.add_argument("root", help="folder or URL prefix that holds the tars, or their train/ and test/")
     arguments = parser.parse_args()
     try:
         if arguments.command == "index":
@@ -260,13 +270,10 @@ def main() -> None:
             for refused in shards.manifest["left_out"]:
                 print(f"left out {refused['name']}: {refused['reason']}", file=sys.stderr)
             print(f"{len(shards)} images in {len(shards.manifest['shards'])} shards indexed.")
-        elif arguments.command == "verify":
-            problems = verify_shards(arguments.root)
-            if problems:
-                raise UserError("\n".join(problems))
-            print("Every shard is as it was written.")
-        else:
-            Console().print(*summarise(open_shards(arguments.root)), sep="\n")
+        elif problems := (verify if arguments.command == "verify" else show)(arguments.root):
+            raise UserError("\n".join(problems))
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (UserError, OSError) as error:  # an OSError names its file: no space, no permission, no connection
         sys.exit(str(error))
 

@@ -21,7 +21,7 @@ from pipeline.convert import write_split
 from pipeline.reader import Reader
 from pipeline.shard_index import index_shards
 from pipeline.shard_report import summarise, verify_shards
-from pipeline.shards import index_dtype, open_shards, open_splits
+from pipeline.shards import index_dtype, main, open_shards, open_splits
 from pipeline.sources import folder_source
 from tests.pipeline.image_sets import contents, damaged, pictures, run_module, write_folder, write_tar
 from tests.pipeline.reference_views import decode
@@ -553,6 +553,43 @@ def test_show(many, original):
     assert "pipeline.convert" in result.stdout and "class_2" in result.stdout
     result = run_module("pipeline.shards", "show", original.parent / "nowhere")
     assert result.returncode == 1 and "No shards at" in result.stderr
+
+
+def test_verify_and_show_take_a_folder_of_splits(original, tmp_path, monkeypatch, capsys):
+    for split in ("train", "test"):
+        shutil.copytree(original, tmp_path / split)
+
+    def status(command: str) -> int | str | None:
+        monkeypatch.setattr("sys.argv", ["shards", command, str(tmp_path)])
+        try:
+            return main()
+        except SystemExit as error:
+            return error.code
+
+    assert status("verify") is None
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
+        str(tmp_path / "train"),
+        str(tmp_path / "test"),
+    ]
+    assert status("show") is None and capsys.readouterr().out.count("shard set") == 2
+    (tmp_path / "train" / "train-000001.index.npy").unlink()
+    (tmp_path / "test" / "train-000001.tar").unlink()
+    gone = [f"{tmp_path}/train/train-000001.index.npy is missing", f"{tmp_path}/test/train-000001.tar is missing"]
+    assert [line.split(":")[0] for line in status("verify").splitlines()] == gone
+    assert status("show").split(":")[0] == gone[0] and capsys.readouterr().out.count("shard set") == 1
+
+
+@pytest.mark.parametrize("command", ["index", "verify", "show"])
+def test_interrupting_shows_no_traceback(original, monkeypatch, command):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    for name in ("shard_report.open_shards", "shard_index.index_shards"):
+        monkeypatch.setattr(f"pipeline.{name}", interrupted)
+    monkeypatch.setattr("sys.argv", ["shards", command, str(original)])
+    with pytest.raises(SystemExit) as error:
+        main()
+    assert error.value.code == 130
 
 
 def test_show_abridges_many_classes(many):
