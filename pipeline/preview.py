@@ -18,6 +18,7 @@ from pipeline.shards import ShardSet, open_splits
 GAP, LINE = 8, 14  # pixels between tiles, and of a line of text
 TILE = 208
 """Side of a tile at least, so that the text below it has room; smaller views are shown enlarged."""
+LARGEST = 4096
 INITIALS = "BCSH"
 
 
@@ -107,14 +108,20 @@ def main() -> None:
     preview.add_argument("--jitter", default="exact", help="exact or affine (default: exact)")
     arguments = parser.parse_args()
     try:
-        for option, value, limit in (("samples", arguments.samples, 1), ("size", arguments.size, 8)):
-            if value < limit:
-                raise UserError(f"--{option} is {value}: give at least {limit}.")
+        for option, value, least in (("samples", arguments.samples, 1), ("size", arguments.size, 8)):
+            if value < least:
+                raise UserError(f"--{option} is {value}: give at least {least}.")
+        if arguments.size > LARGEST:
+            raise UserError(f"--size is {arguments.size}: give at most {LARGEST}.")
         recipe = Recipe(size=arguments.size, jitter=arguments.jitter)
         shards, _ = open_splits(arguments.data)
         sheet = contact_sheet(shards, recipe, arguments.backend, arguments.samples, arguments.seed)
         _save(sheet, arguments.out)
-    except UserError as error:
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except MemoryError:
+        sys.exit("The picture does not fit into the memory: give fewer --samples or a smaller --size.")
+    except (UserError, OSError) as error:  # an OSError names its file
         sys.exit(str(error))
     print(f"{arguments.out}: {sheet.shape[1]}x{sheet.shape[0]} pixels.")
 

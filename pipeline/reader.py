@@ -1,6 +1,8 @@
 """Encoded bytes from shards, on the disk or elsewhere: one read per sample at the offset that the index gives."""
 
+import errno
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -14,10 +16,11 @@ import numpy as np
 
 from errors import UserError
 from pipeline.cache import Lease, ShardCache
-from pipeline.remote import filesystem, is_local, persistently
+from pipeline.remote import FINAL, filesystem, is_local, persistently
 from pipeline.shards import ShardSet
 
 FETCHERS, RANGE_READERS = 8, 16  # threads that wait for the network
+RETRY_WAIT_S = 0.1
 
 
 class ReadFailure(NamedTuple):
@@ -99,7 +102,7 @@ class Reader:
         A sample that is missing, cut short or altered is a `ReadFailure` in its place and spoils no other.
 
         Raises:
-            UserError: a remote set can't be reached any more.
+            UserError: a remote set can't be reached any more, or too many files are open.
         """
         encoded = self._read(samples)
         checksums = self.shards.index["crc32"][samples].tolist()
@@ -147,10 +150,8 @@ class Reader:
             try:
                 if path is None:
                     raise FileNotFoundError
-                with open(path, "rb", buffering=0) as tar:  # a buffer would read past every sample
-                    for place in places:
-                        tar.seek(int(rows["offset"][place]))
-                        encoded[place] = tar.read(int(rows["size"][place]))
+                for place, data in zip(places, _read_tar(path, rows[places]), strict=True):
+                    encoded[place] = data
             except OSError as error:
                 if self.local:
                     failure = ReadFailure(f"A shard of {self.shards.root} can't be read ({error})")
@@ -188,6 +189,36 @@ class Reader:
             return persistently(lambda: self.fs.cat_file(path, start=start, end=end), path, self._patience)
         except OSError as error:
             raise UserError(f"A shard of {self.shards.root} can't be read ({error}): copy it there again.") from error
+
+
+def _read_tar(path: str | Path, rows: np.ndarray) -> list[bytes]:
+    """The samples of these rows; tried once more after an error that may pass, as network file systems have them.
+
+    Raises:
+        FileNotFoundError, PermissionError, OSError: it can't be read.
+        UserError: this process or the machine has too many files open.
+    """
+    try:
+        return _read_tar_once(path, rows)
+    except FINAL:
+        raise
+    except OSError:
+        time.sleep(RETRY_WAIT_S)
+    try:
+        return _read_tar_once(path, rows)
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):  # which says nothing about the shard
+            raise UserError(f"{path} can't be opened, too many files are open: raise `ulimit -n`.") from error
+        raise
+
+
+def _read_tar_once(path: str | Path, rows: np.ndarray) -> list[bytes]:
+    encoded = []
+    with open(path, "rb", buffering=0) as tar:  # a buffer would read past every sample
+        for offset, size in zip(rows["offset"].tolist(), rows["size"].tolist(), strict=True):
+            tar.seek(offset)
+            encoded.append(tar.read(size))
+    return encoded
 
 
 class _Fetchers:

@@ -90,6 +90,7 @@ def test_the_command(shards, tmp_path):
         (["--jitter", "fast"], "no jitter 'fast'"),
         (["--samples", "0"], "--samples is 0"),
         (["--size", "3"], "--size is 3"),
+        (["--size", "100000"], "--size is 100000: give at most"),
         (["--out", "grid.txt"], "does not name a picture"),
         (["--out", "missing/grid.png"], "can't be written"),
     ],
@@ -105,3 +106,26 @@ def test_mistakes_are_told_in_one_sentence(shards, tmp_path, monkeypatch, capsys
         main()
     assert isinstance(error.value.code, str) and cause in error.value.code  # which exits with status 1
     assert "\n" not in error.value.code and not list(Path(tmp_path).glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (KeyboardInterrupt(), 130),
+        (MemoryError(), "The picture does not fit into the memory: give fewer --samples or a smaller --size."),
+        (OSError(5, "Input/output error", "a.tar"), "[Errno 5] Input/output error: 'a.tar'"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_no_traceback_when_it_is_interrupted_or_fails(shards, tmp_path, monkeypatch, error, code):
+    from pipeline import preview
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(preview, "contact_sheet", fail)
+    arguments = ["preview", "--data", shards.root, "--out", str(tmp_path / "grid.png")]
+    monkeypatch.setattr("sys.argv", ["recipe", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        preview.main()
+    assert exit_.value.code == code

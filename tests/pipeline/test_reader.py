@@ -1,5 +1,6 @@
 """The reader returns the very bytes that were written, from disk and from elsewhere, and names what it can't read."""
 
+import errno
 import os
 import re
 import threading
@@ -105,6 +106,28 @@ def test_a_bad_sample_is_told_and_spoils_no_other(copy, shards):
             assert isinstance(data, ReadFailure) and re.search(bad[sample], data.reason)
         else:
             assert data == whole
+
+
+@pytest.mark.parametrize("number", ["EIO", "ESTALE", "EMFILE"])
+def test_a_passing_error_is_tried_once_more(copy, shards, monkeypatch, number):
+    fails = []
+
+    def fail(path, *arguments, **options):
+        if fails:
+            raise OSError(fails.pop(), "passing", path)
+        return open(path, *arguments, **options)
+
+    monkeypatch.setattr("pipeline.reader.open", fail, raising=False)
+    samples, code = np.arange(7), getattr(errno, number)  # of one shard
+    fails += [code]
+    assert Reader(copy).read(samples) == expected(shards, samples) and not fails
+    fails += [code] * 2
+    if number == "EMFILE":
+        with pytest.raises(UserError, match=r"too many files are open: raise `ulimit -n`"):
+            Reader(copy).read(samples)
+    else:
+        assert all(isinstance(data, ReadFailure) for data in Reader(copy).read(samples))
+    assert not fails
 
 
 def test_nothing_is_fetched_of_a_local_set(shards, tmp_path, monkeypatch):
