@@ -11,6 +11,7 @@ from pathlib import Path
 
 from errors import UserError
 from pipeline.sources import (
+    CheckedMember,
     FolderReader,
     Item,
     Source,
@@ -56,9 +57,13 @@ def _train_source(path: Path) -> Source:
             for class_tar in outer:
                 if class_tar.name.endswith(".tar") and class_tar.isfile():
                     folder = posixpath.basename(class_tar.name).removesuffix(".tar")
-                    with tarfile.open(fileobj=outer.extractfile(class_tar), mode="r:") as inner:
-                        for image in image_members(inner, left_out):
-                            yield f"{folder}/{image.name}", (class_tar.offset_data + image.offset_data, image.size)
+                    try:
+                        file = outer.extractfile(class_tar)
+                        with tarfile.open(fileobj=file, mode="r:", tarinfo=CheckedMember) as inner:
+                            for image in image_members(inner, left_out):
+                                yield f"{folder}/{image.name}", (class_tar.offset_data + image.offset_data, image.size)
+                    except tarfile.TarError as error:
+                        raise tarfile.ReadError(f"{class_tar.name} in it: {error}") from error
                 elif class_tar.name.endswith(".tar"):
                     left_out.append((class_tar.name, "not a plain file, and links in a tar are not followed"))
 

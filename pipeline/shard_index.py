@@ -20,6 +20,7 @@ from pipeline.images import IMAGE_SUFFIXES, DecodeError, inspect
 from pipeline.remote import Patience, WebFileSystem, filesystem, persistently
 from pipeline.shard_files import BLOCK_BYTES, HashedFile, index_rows, npy_bytes, shard_entry, write_manifest
 from pipeline.shards import FORMAT, ShardSet, find_tars, index_dtype, index_name, open_shards
+from pipeline.sources import CheckedMember
 
 
 def index_shards(root: str, cache: ShardCache | None = None) -> ShardSet:
@@ -137,7 +138,7 @@ def _index_tar(file: HashedFile) -> tuple[list[tuple], list[tuple[str, str]]]:
 
 def _sample_files(file: HashedFile) -> Iterator[tuple[str, str, str, int, bytes]]:
     """(key, extension, name, offset, content) of the images and classes in a tar."""
-    with tarfile.open(fileobj=file, mode="r|", bufsize=BLOCK_BYTES) as tar:
+    with tarfile.open(fileobj=file, mode="r|", bufsize=BLOCK_BYTES, tarinfo=CheckedMember) as tar:
         for member in tar:
             folder, _, base = member.name.rpartition("/")
             stem, _, extension = base.partition(".")  # WebDataset's rule: the key ends at the first dot
@@ -145,6 +146,3 @@ def _sample_files(file: HashedFile) -> Iterator[tuple[str, str, str, int, bytes]
                 key = f"{folder}/{stem}" if folder else stem
                 yield key, extension.lower(), member.name, member.offset_data, tar.extractfile(member).read()
             tar.members = []  # which tarfile would otherwise keep
-    file.drain()
-    if any(file.last):  # tarfile takes a cut between two members for the end
-        raise tarfile.ReadError("the tar ends before its end mark")

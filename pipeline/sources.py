@@ -211,16 +211,34 @@ def is_image(name: str) -> bool:
     return posixpath.splitext(name)[1][1:].lower() in IMAGE_SUFFIXES
 
 
+class CheckedMember(tarfile.TarInfo):
+    """Nothing but a block of zeros ends a tar: tarfile takes any damaged or missing header but the first for its end.
+
+    To be given to `tarfile.open` as `tarinfo`; tarfile.ReadError is then raised at such a header.
+    """
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.EmptyHeaderError as error:
+            raise tarfile.ReadError("it ends before its end mark") from error
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"{error} at byte {tar.offset}") from error
+
+
 @contextmanager
 def open_tar(path: Path) -> Iterator[tarfile.TarFile]:
     """An uncompressed tar; its damage is a UserError."""
     if not path.is_file():
         raise UserError(f"There is no file {path}: give the tar that holds the images.")
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r:", tarinfo=CheckedMember) as tar:
             yield tar
     except tarfile.TarError as error:
-        cure = "unpack it first if it is a .gz or .xz, else download it again"
+        cure = "unpack it first if it is a .gz or .xz, else download or copy it again"
         raise UserError(f"{path} is not a whole, uncompressed tar ({error}): {cure}.") from error
 
 
@@ -259,7 +277,7 @@ def unpacked(path: Path, names: Iterable[str], scratch: Path) -> dict[str, Path]
         raise UserError(f"{path} does not exist: give the downloaded archive or the folder unpacked from it.")
     found = {}
     try:
-        with tarfile.open(path) as tar:
+        with tarfile.open(path, tarinfo=CheckedMember) as tar:
             for member in tar:
                 name = posixpath.basename(member.name)
                 if name in wanted and member.isfile():
@@ -268,7 +286,8 @@ def unpacked(path: Path, names: Iterable[str], scratch: Path) -> dict[str, Path]
                         shutil.copyfileobj(packed, file, 1 << 20)
                 tar.members = []
     except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is not a whole archive ({error}): download it again.") from error
+        cause = str(error).partition("\n")[0].rstrip(":")  # tarfile goes on with a line for each way to compress
+        raise UserError(f"{path} is not a whole archive ({cause}): download it again.") from error
     except OSError as error:
         cure = "download it again if it is damaged, else set TMPDIR to a folder with room for it"
         raise UserError(f"{path} can't be unpacked to {scratch} ({error.strerror or error}): {cure}.") from error

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import tarfile
 import time
 import tracemalloc
 import zlib
@@ -146,6 +147,19 @@ def test_a_truncated_foreign_tar(tmp_path, cut, taken):
     (entry,) = shards.manifest["left_out"]
     assert entry["name"] == "shard-001.tar:the rest of the tar"
     assert verify_shards(str(root)) == []  # the checksum is that of the file as it is
+
+
+def test_a_damaged_header_in_a_foreign_tar(tmp_path):
+    root = foreign_tars(tmp_path / "foreign", [labelled(0), labelled(4)])
+    with tarfile.open(root / "shard-000.tar") as tar:
+        third = tar.getmembers()[2].offset
+    content = bytearray((root / "shard-000.tar").read_bytes())
+    content[third + 2] ^= 1
+    (root / "shard-000.tar").write_bytes(content)
+    shards = index_shards(str(root))
+    (entry,) = shards.manifest["left_out"]
+    assert entry["name"] == "shard-000.tar:the rest of the tar" and "bad checksum" in entry["reason"]
+    assert {"004", "007"} <= {key.decode() for key in shards.index["key"]}
 
 
 def test_tars_without_an_index_name_the_cure(tmp_path):

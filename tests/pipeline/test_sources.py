@@ -364,6 +364,40 @@ def test_what_leads_out_of_a_tar_is_left_out_and_counted(tmp_path, form):
         assert sorted(path.name for path in tmp_path.iterdir()) == ["in.tar", "out", "secret.jpg"]
 
 
+@pytest.mark.parametrize("damage", ["header", "cut"])
+@pytest.mark.parametrize("form", ["folder", "imagenet", "class tar", "validation", "webdataset"])
+def test_a_damaged_header_is_not_the_end_of_a_tar(tmp_path, form, damage):
+    """Nor is a cut between two members; one block of zeros is."""
+    path = tmp_path / "in.tar"
+    whole = tar_bytes(pictures())
+    with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
+        members = tar.getmembers()
+    end = members[-1].offset_data + -(-members[-1].size // 512) * 512
+    broken = bytearray(whole[: end + 512])
+    if damage == "cut":
+        del broken[members[5].offset :]
+    else:
+        broken[members[5].offset + 3] ^= 1
+    (tmp_path / "labels").write_text("".join(f"{name} n01\n" for name in pictures()))
+    imagenet = {"n01.tar": whole[: end + 512], "n02.tar": whole}
+    if form == "imagenet":
+        outer = tar_bytes(imagenet)
+        second = 512 + -(-(end + 512) // 512) * 512
+        damaged = outer[:second] if damage == "cut" else outer[:second] + b"x" + outer[second + 1 :]
+    else:
+        outer, damaged = tar_bytes(imagenet), tar_bytes(imagenet | {"n01.tar": bytes(broken)})
+    if form not in ("imagenet", "class tar"):
+        outer, damaged = whole[: end + 512], bytes(broken)
+    read = {"folder": folder_source, "webdataset": webdataset_source}.get(form, imagenet_sources)
+    arguments = (path, tmp_path / "labels") if form == "validation" else (path,)
+    path.write_bytes(outer)
+    assert read(*arguments)
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"in\.tar is not a whole, .*download or copy it again") as error:
+        read(*arguments)
+    assert ("n01.tar in it" in str(error.value)) == (form == "class tar")
+
+
 def test_links_in_a_folder_are_followed_but_not_in_circles(tmp_path):
     """Subsets of ImageNet are often folders of links."""
     image = pictures()["class_0/image_0.jpg"]
