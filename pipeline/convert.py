@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--seed", type=int, default=0, help="of the order of samples in the shards (default: 0)")
+    command.add_argument("--seed", type=_seed, default=0, help="of the order of samples in the shards (default: 0)")
     command.add_argument(
         "--shard-size", type=_positive, default=SAMPLES_PER_SHARD, help="samples per shard (default: %(default)s)"
     )
@@ -137,6 +137,12 @@ def _add_options(command: argparse.ArgumentParser) -> None:
         help="write the I-th of N shares of the shards, I from 1 to N, for job arrays; the job that finds all shards "
         "written completes the split",
     )
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**64:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2**64 - 1")
+    return int(text)
 
 
 def _positive(text: str) -> int:

@@ -86,12 +86,16 @@ def _class_folders(path: Path) -> Source:
 
 def _validation_source(path: Path, labels: Path) -> Source:
     left_out: list[tuple[str, str]] = []
+    others: list[str] = []
     if path.is_dir():
         items, read = named(files_below(path, left_out)), FolderReader(path)
     else:
         with open_tar(path) as tar:
-            items = named((member.name, (member.offset_data, member.size)) for member in image_members(tar, left_out))
+            images = image_members(tar, left_out, others)
+            items = named((member.name, (member.offset_data, member.size)) for member in images)
         read = TarReader(path)
+    if not items and any(name.endswith(".tar") for name in others):
+        raise UserError(f"{path} holds class tars, which need no labels: leave --labels out.")
     items = _by_file_name(items)
     classes = validation_classes(labels, [key for _, key, _ in items])
     labelled = [(label, key, address) for label, (_, key, address) in zip(classes, items, strict=True)]

@@ -105,7 +105,10 @@ def stl10_sources(path: Path) -> dict[str, Source]:
     files = unpacked(path, [*pixels.values(), *labels.values(), "class_names.txt"], Path(scratch.name))
     if "class_names.txt" not in files or not files.keys() & set(pixels.values()):
         raise UserError(f"{path} is not the binary version of STL-10: give stl10_binary.tar.gz.")
-    classes = files["class_names.txt"].read_text().split()
+    try:
+        classes = files["class_names.txt"].read_text(encoding="utf-8").split()
+    except UnicodeDecodeError as error:
+        raise UserError(f"The class_names.txt in {path} is damaged: download it again.") from error
     sources = {}
     for split in (split for split, name in pixels.items() if name in files):
         count, rest = divmod(files[pixels[split]].stat().st_size, 3 * STL_SIDE**2)

@@ -6,6 +6,7 @@ ImageNet's archives are in `imagenet.py`, CIFAR and STL-10 in `pixel_sets.py`.
 
 import os
 import posixpath
+import re
 import shutil
 import tarfile
 import tempfile
@@ -78,6 +79,11 @@ def webdataset_source(path: Path) -> Source:
     Raises:
         UserError: no tars, one that is damaged, or a key that occurs twice in one tar.
     """
+    if re.match(r"[a-z][a-z0-9+]+:/", str(path)):  # a Path has lost one of the slashes
+        raise UserError(
+            f"A URL ({path}) is not taken here: index it in place by `python -m pipeline.shards index`, "
+            "or copy it to a folder first."
+        )
     tars = sorted(path.glob("*.tar")) if path.is_dir() else [path]
     if not tars:
         raise UserError(f"There is no .tar in {path}: give the folder that holds the shards.")
@@ -242,14 +248,18 @@ def open_tar(path: Path) -> Iterator[tarfile.TarFile]:
         raise UserError(f"{path} is not a whole, uncompressed tar ({error}): {cure}.") from error
 
 
-def image_members(tar: tarfile.TarFile, left_out: list[tuple[str, str]]) -> Iterator[tarfile.TarInfo]:
-    """The images in a tar that are plain files inside it; the others go to `left_out`."""
+def image_members(
+    tar: tarfile.TarFile, left_out: list[tuple[str, str]], others: list[str] | None = None
+) -> Iterator[tarfile.TarInfo]:
+    """The images in a tar that are plain files inside it; other images go to `left_out`, other names to `others`."""
     for member in tar:
         if is_image(member.name) and not member.isdir():
             if reason := _refusal(member):
                 left_out.append((member.name, reason))
             else:
                 yield member
+        elif others is not None:
+            others.append(member.name)
         tar.members = []  # which tarfile would otherwise keep: 1 GB for a million images
 
 

@@ -181,7 +181,9 @@ def _lay_down(partial: Path, plan: dict[str, Any]) -> None:
     path = partial / "plan.json"
     try:
         begun = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):  # cut short when it was written
+    except (FileNotFoundError, ValueError):
+        begun = None
+    if not isinstance(begun, dict) or not isinstance(begun.get("made_by"), dict):  # cut short when it was written
         path.write_text(json.dumps(plan))
         return
     if difference := _difference(plan, begun):

@@ -34,7 +34,9 @@ def damaged() -> dict[str, bytes]:
     """Images that must be left out, by the reason for it."""
     picture = smooth_field(0, 99, 100, 100)
     jpeg = encode(picture, "JPEG")
+    avif = encode(picture, "AVIF")
     return {
+        "broken": avif[:81] + b"\xff" + avif[82:],  # Pillow raises a RuntimeError
         "truncated": jpeg[: len(jpeg) // 2],
         "headless": jpeg[100:],
         "empty": b"",

@@ -107,7 +107,7 @@ def test_classes_are_mixed_in_every_shard(tmp_path):
 
 
 def test_unreadable_images_are_left_out_named_and_counted(tmp_path):
-    suffixes = {"animation": "gif", "float": "tif"}
+    suffixes = {"animation": "gif", "float": "tif", "broken": "avif"}
     bad = {f"class_0/{name}.{suffixes.get(name, 'jpg')}": content for name, content in damaged().items()}
     files = pictures()
     source = folder_source(write_folder(tmp_path / "in", files | bad))
@@ -116,9 +116,9 @@ def test_unreadable_images_are_left_out_named_and_counted(tmp_path):
     reasons = {name.split("/")[1]: reason for name, reason in rejected(shards).items()}
     assert reasons.keys() == damaged().keys()
     assert "GIF" in reasons["animation"] and "truncated" in reasons["truncated"] and "not an image" in reasons["text"]
-    assert shards.manifest["rejected"] == 6
+    assert shards.manifest["rejected"] == 7
     result = run_module("pipeline.convert", "folder", tmp_path / "in", tmp_path / "again", "--workers", "1")
-    assert result.returncode == 0 and "12 images of 3 classes in 1 shards, 6 left out." in result.stdout
+    assert result.returncode == 0 and "12 images of 3 classes in 1 shards, 7 left out." in result.stdout
     assert all(f"left out class_0/{name}," in result.stderr for name in reasons)
 
 

@@ -157,6 +157,14 @@ def test_another_plan_is_refused(images, tmp_path):
     assert digests(tmp_path / "out" / ".train.partial" / "shards") == before
 
 
+@pytest.mark.parametrize("text", ["[]", "3", "null", "{}", '{"cut'])
+def test_a_plan_that_is_none_is_written_again(images, undisturbed, tmp_path, text):
+    (tmp_path / "out" / ".train.partial").mkdir(parents=True)
+    (tmp_path / "out" / ".train.partial" / "plan.json").write_text(text)
+    write_split(folder_source(images), tmp_path / "out", "train", samples_per_shard=3)
+    assert digests(tmp_path / "out" / "train") == undisturbed
+
+
 def longer(images: Path) -> dict[str, bytes]:
     """The same names, one file longer by a byte."""
     files = {path.relative_to(images).as_posix(): path.read_bytes() for path in sorted(images.rglob("*.*"))}
@@ -198,6 +206,7 @@ def test_parts_one_after_the_other(images, undisturbed, tmp_path):
     ("options", "message"),
     [(["--part", part], f"{part} is not I/N with I from 1 to N") for part in ("0/3", "4/3", "3", "a/b", "1/3/3")]
     + [([name, "0"], "0 is not a whole number above 0") for name in ("--shard-size", "--workers", "--short-side")]
+    + [(["--seed", seed], f"{seed} is not a whole number from 0 to 2**64 - 1") for seed in (str(2**64), "x")]
     + [(["--quality", "101"], "101 is not a whole number from 1 to 100")],
 )
 def test_options_that_are_refused(monkeypatch, capsys, options, message):

@@ -398,6 +398,23 @@ def test_a_damaged_header_is_not_the_end_of_a_tar(tmp_path, form, damage):
     assert ("n01.tar in it" in str(error.value)) == (form == "class tar")
 
 
+def test_a_refusal_names_the_cure(tmp_path):
+    train = write_imagenet(tmp_path / "train.tar", pictures())
+    (tmp_path / "labels").write_text("x n01\n")
+    (tmp_path / "text.gz").write_bytes(b"no archive")
+    stl = stl10_files(2)[0] | {"stl10_binary/class_names.txt": b"\xff\xfe owl"}
+    refused = {
+        "class tars, which need no labels: leave --labels out": lambda: imagenet_sources(train, tmp_path / "labels"),
+        "is not taken here: index it in place": lambda: webdataset_source(Path("http://127.0.0.1/set")),
+        "is not a whole archive": lambda: stl10_sources(tmp_path / "text.gz"),
+        "class_names.txt in .* is damaged": lambda: stl10_sources(write_tar(tmp_path / "stl.tar", stl)),
+    }
+    for message, read in refused.items():
+        with pytest.raises(UserError, match=message) as error:
+            read()
+        assert "\n" not in str(error.value)
+
+
 def test_links_in_a_folder_are_followed_but_not_in_circles(tmp_path):
     """Subsets of ImageNet are often folders of links."""
     image = pictures()["class_0/image_0.jpg"]
