@@ -46,6 +46,8 @@ def index_shards(root: str, cache: ShardCache | None = None) -> ShardSet:
     for name in ("dataset.json", "index.npy"):  # which must not vouch for half of the new indexes
         if home.exists(f"{folder}/{name}"):
             home.rm_file(f"{folder}/{name}")
+    listed = previous["shards"] if isinstance(previous.get("shards"), list) else []
+    vouched = {shard.get("file"): shard.get("sha256") for shard in listed if isinstance(shard, dict)}
     shards, left_out, top_label = [], [], -1
     for name in tars:
         with cache.whole_file(fs, f"{path}/{name}") as file:
@@ -53,6 +55,13 @@ def index_shards(root: str, cache: ShardCache | None = None) -> ShardSet:
             rows, refused = _index_tar(hashed)
             hashed.drain()  # what a damaged tar has left unread
         left_out += [{"name": f"{name}:{member}", "reason": reason} for member, reason in refused]
+        if vouched.get(name) not in (None, hashed.digest.hexdigest()):
+            left_out.append(
+                {
+                    "name": name,
+                    "reason": "no longer the file that it was: copy it again unless it was changed on purpose",
+                }
+            )
         rows = index_rows(rows)
         top_label = max(top_label, int(rows["label"].max(initial=-1)))
         index = npy_bytes(rows)
@@ -69,7 +78,7 @@ def index_shards(root: str, cache: ShardCache | None = None) -> ShardSet:
         "samples": samples,
         "shards": shards,
         "left_out": left_out,
-        "made_by": {"command": "pipeline.shards index"},
+        "made_by": previous.get("made_by", {"command": "pipeline.shards index"}),
     }
     write_manifest(home, folder, manifest)
     return open_shards(root, cache)

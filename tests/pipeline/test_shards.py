@@ -144,9 +144,21 @@ def test_a_truncated_foreign_tar(tmp_path, cut, taken):
     keys = [key.decode() for key in shards.index["key"]]
     assert keys == ["004", "005", "006", "007", "008", "009", "010"][:taken]
     assert shards.index["label"].tolist() == [1, 2, 0, 1, 2, 0, 1][: len(keys)]
-    (entry,) = shards.manifest["left_out"]
-    assert entry["name"] == "shard-001.tar:the rest of the tar"
+    rest, changed = shards.manifest["left_out"]
+    assert rest["name"] == "shard-001.tar:the rest of the tar" and changed["name"] == "shard-001.tar"
     assert verify_shards(str(root)) == []  # the checksum is that of the file as it is
+
+
+def test_indexing_anew_names_the_tars_that_have_changed(copy):
+    made_by = open_shards(str(copy)).manifest["made_by"]
+    at = open_shards(str(copy)).index[0]["offset"] - 10  # in the padding of a header
+    content = bytearray((copy / "train-000000.tar").read_bytes())
+    content[at] ^= 1
+    (copy / "train-000000.tar").write_bytes(content)
+    result = run_module("pipeline.shards", "index", copy)
+    assert "left out train-000000.tar: no longer the file that it was: copy it again" in result.stderr
+    assert "train-000001.tar" not in result.stderr
+    assert open_shards(str(copy)).manifest["made_by"] == made_by
 
 
 def test_a_damaged_header_in_a_foreign_tar(tmp_path):
