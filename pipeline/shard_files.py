@@ -107,12 +107,11 @@ class HashedFile:
     """A file that is read or written once from its beginning: takes the SHA-256 and the number of the bytes."""
 
     def __init__(self, file: BinaryIO):
-        self.file, self.digest, self.size, self.last = file, hashlib.sha256(), 0, b""
+        self.file, self.digest, self.size = file, hashlib.sha256(), 0
 
     def read(self, count: int) -> bytes:
         block = self.file.read(count)
         self._take(block)
-        self.last = (self.last + block[-tarfile.BLOCKSIZE :])[-tarfile.BLOCKSIZE :]
         return block
 
     def write(self, block: bytes) -> None:
