@@ -180,23 +180,25 @@ def _join_indexes(fs: Any, path: str, manifest: dict[str, Any], cache: ShardCach
     """(N,) rows of the shards' own indexes, read all at once: one after the other takes long from an object store."""
     names = [f"{path}/{index_name(shard['file'])}" for shard in manifest["shards"]]
 
-    def read(name: str) -> np.ndarray:
+    def fetch(name: str) -> bytes:
         try:
-            content = persistently(lambda: fs.cat_file(name), name, cache.patience)
+            return persistently(lambda: fs.cat_file(name), name, cache.patience)
         except FileNotFoundError as error:
             raise UserError(f"{name} is missing: {again}.") from error
         except OSError as error:
             raise UserError(f"{name} can't be read ({error}): see to the connection and the permissions.") from error
-        try:
-            return np.load(io.BytesIO(content), allow_pickle=False)
-        except Exception as error:  # as above
-            raise UserError(f"{name} is damaged: {again}.") from error
 
+    parts = []
     with ThreadPoolExecutor(16) as pool:
-        parts = list(pool.map(read, names))
-    for name, part, shard in zip(names, parts, manifest["shards"], strict=True):
-        if not _is_index(part, shard["samples"]):
-            raise UserError(f"{name} disagrees with dataset.json: {again}.")
+        # fetched by many threads but parsed by one: numpy has Python parse the header, and Python 3.11's parser fails
+        # now and then where two threads are in it
+        for name, content, shard in zip(names, pool.map(fetch, names), manifest["shards"], strict=True):
+            try:
+                parts.append(np.load(io.BytesIO(content), allow_pickle=False))
+            except Exception as error:  # as above
+                raise UserError(f"{name} is damaged: {again}.") from error
+            if not _is_index(parts[-1], shard["samples"]):
+                raise UserError(f"{name} disagrees with dataset.json: {again}.")
     rows = np.concatenate(parts)
     if fault := label_fault(rows, manifest["classes"]):
         raise UserError(f"{path}/dataset.json is damaged ({fault}): copy it again, or {again}.")
