@@ -11,12 +11,11 @@ from pathlib import Path
 
 import timm
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from timm.models import register_model
 from torch import nn
 
 from errors import UserError
+from model.weights import load_strictly, read_weights, write_weights
 
 SMALL_IMAGE = 64
 """Images of at most this side, in pixels, get the small stem."""
@@ -120,17 +119,19 @@ def representation_width(encoder: nn.Module, image_size: int) -> int:
 
 def save_encoder(encoder: nn.Module, spec: tuple[str, dict], path: Path) -> None:
     """Weights in safetensors, with the spec in the file's metadata; `timm.create_model(name, **kwargs)` loads them."""
-    name, kwargs = spec
-    metadata = {"timm_name": name, "timm_kwargs": json.dumps(kwargs)}
-    partial = path.with_suffix(".partial")
-    save_file({key: value.contiguous() for key, value in encoder.state_dict().items()}, partial, metadata)
-    partial.replace(path)
+    write_weights(encoder, {"timm_name": spec[0], "timm_kwargs": spec[1]}, path)
 
 
 def load_encoder(path: Path) -> nn.Module:
-    """The encoder that `save_encoder` wrote, on the CPU and in evaluation mode."""
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    encoder = create_encoder((metadata["timm_name"], json.loads(metadata["timm_kwargs"])))
-    encoder.load_state_dict(load_file(path), strict=True)
-    return encoder.eval()
+    """The encoder that `save_encoder` wrote, on the CPU and in evaluation mode.
+
+    Raises:
+        UserError: the file is missing, damaged or holds something else.
+    """
+    metadata, state = read_weights(path, "timm_name")
+    return load_strictly(create_encoder(spec_in(metadata)), state, path)
+
+
+def spec_in(metadata: dict[str, str]) -> tuple[str, dict]:
+    """The spec that a file's metadata holds."""
+    return metadata["timm_name"], json.loads(metadata["timm_kwargs"])

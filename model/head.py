@@ -1,8 +1,12 @@
 """Projection heads: from the representation h to the space in which views are compared."""
 
+import json
 from itertools import pairwise
+from pathlib import Path
 
 from torch import nn
+
+from model.weights import load_strictly, read_weights, write_weights
 
 
 def projection_head(version: str, features: int, hidden: int, out: int) -> nn.Sequential:
@@ -28,3 +32,29 @@ def projection_head(version: str, features: int, hidden: int, out: int) -> nn.Se
         else:
             head.add_module(f"relu{number}", nn.ReLU(inplace=True))
     return head
+
+
+def head_spec(head: nn.Sequential) -> dict:
+    """The arguments with which `projection_head` made a head, read off its layers."""
+    layers = [module for module in head if isinstance(module, nn.Linear)]
+    return {
+        "version": "v1" if len(layers) == 2 else "v2",
+        "features": layers[0].in_features,
+        "hidden": layers[0].out_features,
+        "out": layers[-1].out_features,
+    }
+
+
+def save_head(head: nn.Sequential, path: Path) -> None:
+    """Weights in safetensors, with version, features, hidden and out in the file's metadata."""
+    write_weights(head, {"head": head_spec(head)}, path)
+
+
+def load_head(path: Path) -> nn.Sequential:
+    """The head that `save_head` wrote, on the CPU and in evaluation mode.
+
+    Raises:
+        UserError: the file is missing, damaged or holds something else.
+    """
+    metadata, state = read_weights(path, "head")
+    return load_strictly(projection_head(**json.loads(metadata["head"])), state, path)

@@ -1,0 +1,103 @@
+"""Classifiers for fine-tuning and distillation: an encoder, the layers of its projection head that are kept, one more.
+
+SimCLR v1 fine-tunes from h; v2 from the first layer of its deeper head, which thereby becomes part of the encoder
+(arXiv 2006.10029, section 2, "Fine-tuning": f_task(x) = W_task relu(W1 f(x))).
+"""
+
+import json
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from errors import UserError
+from model.encoder import create_encoder, spec_in
+from model.head import head_spec, projection_head
+from model.weights import load_strictly, read_weights, write_weights
+
+
+class Classifier(nn.Module):
+    """Images to class scores. Made by `fine_tuned` and `load_classifier`.
+
+    Attributes:
+        encoder: (N, 3, H, W) -> h (N, features).
+        head: the layers of a projection head that are kept, none for fine-tuning from h.
+        fc: the new linear layer.
+        kept: `head_spec` of the whole head with "layers", how many of them are kept; None for none.
+    """
+
+    def __init__(self, encoder: nn.Module, head: nn.Sequential, fc: nn.Linear, kept: dict | None):
+        super().__init__()
+        self.encoder, self.head, self.fc, self.kept = encoder, head, fc, kept
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) -> logits (N, classes)."""
+        h = self.encoder(images)  # (N, features)
+        return self.fc(self.head(h))
+
+
+def fine_tuned(
+    encoder: nn.Module, head: nn.Sequential | None, from_layer: int, features: int, classes: int
+) -> Classifier:
+    """A classifier to be fine-tuned, in training mode, on the encoder's own modules and not on copies.
+
+    Args:
+        encoder: (N, 3, H, W) -> h (N, features), pretrained or not.
+        head: the projection head it was trained with; None if nothing of it is to be kept.
+        from_layer: how many layers of the head are kept, each with its batch norm and ReLU: 0 for fine-tuning from
+            h, 1 for v2's choice.
+        features: width of h.
+        classes: how many there are to tell apart.
+
+    Returns:
+        `Classifier` whose last layer begins at zero, as in the official code's commands for fine-tuning
+        (`zero_init_logits_layer`): all classes alike, whatever the scale of what comes before.
+
+    Raises:
+        UserError: the head has fewer layers, or there is none.
+    """
+    layers = 0 if head is None else sum(isinstance(module, nn.Linear) for module in head)
+    if not 0 <= from_layer <= layers:
+        has = f"has {layers} layers" if layers else "is not there"
+        raise UserError(
+            f"Can't fine-tune from layer {from_layer} of a head that {has}: give a layer from 0 to {layers}."
+        )
+    kept, width, spec = nn.Sequential(), features, None
+    if from_layer:
+        for name, module in head.named_children():
+            if int(name[-1]) <= from_layer:
+                kept.add_module(name, module)
+                width = module.out_features if isinstance(module, nn.Linear) else width
+        spec = {**head_spec(head), "layers": from_layer}
+    fc = nn.Linear(width, classes)
+    nn.init.zeros_(fc.weight)
+    nn.init.zeros_(fc.bias)
+    return Classifier(encoder, kept, fc, spec).train()
+
+
+def save_classifier(classifier: Classifier, spec: tuple[str, dict], classes: list[str], path: Path) -> None:
+    """Weights in safetensors, with all that it takes to build the classifier in the file's metadata.
+
+    Args:
+        classifier: what `fine_tuned` made.
+        spec: of its encoder.
+        classes: their names, in the order of the logits.
+    """
+    if len(classes) != classifier.fc.out_features:
+        raise ValueError(f"{len(classes)} names for {classifier.fc.out_features} classes")
+    metadata = {"timm_name": spec[0], "timm_kwargs": spec[1], "head": classifier.kept, "classes": list(classes)}
+    write_weights(classifier, metadata, path)
+
+
+def load_classifier(path: Path) -> tuple[Classifier, list[str]]:
+    """The classifier that `save_classifier` wrote, on the CPU and in evaluation mode, and the names of its classes.
+
+    Raises:
+        UserError: the file is missing, damaged or holds something else.
+    """
+    metadata, state = read_weights(path, "classes")
+    classes, kept = json.loads(metadata["classes"]), json.loads(metadata["head"])
+    layers = kept.pop("layers") if kept else 0
+    head = projection_head(**kept) if kept else None
+    features = kept["features"] if kept else state["fc.weight"].shape[1]
+    classifier = fine_tuned(create_encoder(spec_in(metadata)), head, layers, features, len(classes))
+    return load_strictly(classifier, state, path), classes
