@@ -1,5 +1,6 @@
 """From a shard set to batches on the device: order -> bytes -> views, a few batches ahead of the training loop."""
 
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,10 +25,13 @@ BACKENDS = ("auto", "dali", "kornia", "host")
 
 
 class Batch(NamedTuple):
-    """What the training loop gets; B is this rank's share of the global batch."""
+    """What the training loop gets; B is this rank's share of the global batch, V the number of views per image."""
 
     views: torch.Tensor
-    """(V B, 3, S, S) float32 on the device, channels-last, normalised; view v of sample i is row v B + i."""
+    """(V B, 3, S, S) float32 on the device, channels-last, normalised; view v of sample i is row v B + i.
+
+    V is 2 for contrasting views of the same image, 1 for fine-tuning, distillation and evaluation: then (B, 3, S, S).
+    """
     label: torch.Tensor
     """(B,) int64 on the device; -1 for none."""
     index: torch.Tensor
@@ -68,6 +72,15 @@ def make_backend(name: str, recipe: Recipe, device: torch.device, batch_size: in
 def shards_of(shards: ShardSet, samples: np.ndarray) -> np.ndarray:
     """The shards that hold `samples` ((n,) integers), ascending."""
     return np.unique(np.searchsorted(shards.shard_starts, samples, side="right") - 1)
+
+
+def worth_whole_shards(shards: ShardSet, samples: np.ndarray, room: int = 0) -> bool:
+    """Whether to fetch the shards of a remote set that hold `samples` whole: many are wanted, or all fit in `room`."""
+    used = shards_of(shards, samples)
+    entries = shards.manifest["shards"]
+    return (
+        4 * len(samples) >= np.diff(shards.shard_starts)[used].sum() or sum(entries[s]["bytes"] for s in used) <= room
+    )
 
 
 class _Producer:
@@ -173,7 +186,7 @@ class _Producer:
 
 
 class ViewLoader:
-    """Epochs of two-view batches, one after the other; the whole state is a position.
+    """Epochs of batches of random views, one after the other; the whole state is a position.
 
     Iterating yields what is left of the current epoch and then moves on to the next one, whose first batches are
     already being prepared.
@@ -193,9 +206,13 @@ class ViewLoader:
         max_bad: share of the images that may be bad, see `Quarantine`.
         quarantine: the file that lists them; None for none.
         cache: where the shards of a remote set are kept; None for the default one.
+        views_per_image: V. View 0 of a sample is the same whether there is another one or not.
+        samples: (n,) int64, ascending: the epochs run over these alone, and so do replacements of bad images; None for
+            all. Shards of a remote set are fetched whole if they fit into the cache or at least a quarter of their
+            samples is wanted; else the samples are read by byte ranges.
 
     Raises:
-        UserError: the batch is larger than the shard set or does not divide by the ranks; while iterating, more than
+        UserError: the batch is larger than the samples or does not divide by the ranks; while iterating, more than
             `max_bad` of the images are bad.
     """
 
@@ -217,23 +234,28 @@ class ViewLoader:
         max_bad: float = 0.01,
         quarantine: Path | None = None,
         cache: ShardCache | None = None,
+        views_per_image: int = 2,
+        samples: np.ndarray | None = None,
     ):
+        population = len(shards) if samples is None else len(samples)
         if batch_size % world_size:
             raise UserError(
                 f"A global batch of {batch_size} does not divide by {world_size} processes: "
                 f"use --batch-size {max(batch_size // world_size, 1) * world_size}."
             )
-        if batch_size > len(shards):
+        if batch_size > population:
+            part = "data set" if samples is None else "subset of"
             raise UserError(
-                f"A batch of {batch_size} is larger than the data set {shards.root} ({len(shards)} images): "
-                f"use a --batch-size of at most {len(shards)}."
+                f"A batch of {batch_size} is larger than the {part} {shards.root} ({population} images): "
+                f"use a --batch-size of at most {population}."
             )
-        self.shards, self.recipe, self.seed = shards, recipe, seed
-        self.order = Order(shards.shard_starts, batch_size, seed, node_groups=node_groups)
+        self.shards, self.recipe, self.seed, self.views_per_image = shards, recipe, seed, views_per_image
+        self.order = Order(shards.shard_starts, batch_size, seed, node_groups=node_groups, samples=samples)
         self.rank, self.world_size, self.prefetch, self.epochs = rank, world_size, prefetch, epochs
         self.epoch, self.step = 0, 0
-        self.quarantine = Quarantine(shards, seed, max_bad, len(shards) // world_size, quarantine)
+        self.quarantine = Quarantine(shards, seed, max_bad, population // world_size, quarantine, samples)
         self.reader = Reader(shards, cache)
+        self.whole_shards = samples is None or worth_whole_shards(shards, samples, self.reader.cache.limit_bytes)
         self.producer = _Producer(
             shards,
             recipe,
@@ -242,7 +264,7 @@ class ViewLoader:
             self.reader,
             backend=backend,
             batch_size=batch_size // world_size,
-            views=2,
+            views=views_per_image,
             workers=workers,
         )
         self._batches, self._next = iter(()), None  # what is being prepared, and from which position on
@@ -263,19 +285,21 @@ class ViewLoader:
             yield batch
         self.epoch, self.step = self.epoch + 1, 0
 
-    def _plan(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    def _plan(self) -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
         """(epoch, samples of this rank, shards that it reads from there on) of every batch from the position on."""
         epoch, step = self.epoch, self.step
         while self.epochs is None or epoch < self.epochs:
             for position in range(step, len(self)):
-                samples = self.order.batch(epoch, position, self.rank, self.world_size)
-                coming = self.order.upcoming_shards(epoch, position, position, self.rank, self.world_size)
-                yield epoch, samples, coming
+                part, coming = (self.rank, self.world_size), None
+                if self.whole_shards:
+                    coming = self.order.upcoming_shards(epoch, position, position, *part, self.epochs)
+                yield epoch, self.order.batch(epoch, position, *part), coming
             epoch, step = epoch + 1, 0
 
     def _parameters(self, epoch: int, samples: np.ndarray) -> ViewParameters:
         rows = self.shards.index
-        return draw_views(self.recipe, self.seed, epoch, samples, rows["height"][samples], rows["width"][samples])
+        height, width = rows["height"][samples], rows["width"][samples]
+        return draw_views(self.recipe, self.seed, epoch, samples, height, width, self.views_per_image)
 
     def _position(self) -> tuple[int, int]:
         """(epoch, step) of the next batch to be handed over; after the last of an epoch, the first of the next."""
@@ -288,15 +312,21 @@ class ViewLoader:
         return {"epoch": epoch, "step": step, **self._order_options()}
 
     def _order_options(self) -> dict[str, int]:
-        return {"seed": self.seed, "batch_size": self.order.batch_size, "node_groups": self.order.node_groups}
+        options = {"seed": self.seed, "batch_size": self.order.batch_size, "node_groups": self.order.node_groups}
+        if self.order.samples is not None:
+            options["samples_crc32"] = zlib.crc32(self.order.samples.astype("<i8").tobytes())
+        return options
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue at a position.
 
         Raises:
-            UserError: the position belongs to another order (seed, global batch size or node groups differ).
+            UserError: the position belongs to another order (seed, global batch size, node groups or samples differ).
         """
-        for name, value in self._order_options().items():
+        options = self._order_options()
+        if state.get("samples_crc32") != options.pop("samples_crc32", None):
+            raise UserError("The run was begun on other samples of the data set: go on with the same subset.")
+        for name, value in options.items():
             if state[name] != value:
                 raise UserError(f"The run was begun with {name} {state[name]}: go on with the same instead of {value}.")
         self.epoch, self.step = state["epoch"], state["step"]
@@ -340,12 +370,12 @@ def central_batches(
         views=1,
         workers=workers,
     )
-    dense = 4 * len(samples) >= np.diff(shards.shard_starts)[shards_of(shards, samples)].sum()  # worth whole shards
+    whole = worth_whole_shards(shards, samples)
     plan = (
         (
             0,
             samples[first : first + batch_size],
-            shards_of(shards, samples[first:][: 16 * batch_size]) if dense else None,
+            shards_of(shards, samples[first:][: 16 * batch_size]) if whole else None,
         )
         for first in range(0, len(samples), batch_size)
     )

@@ -45,13 +45,13 @@ def global_batches(order: Order, epoch: int, world_size: int) -> np.ndarray:
 
 
 def shard_of(order: Order, samples: np.ndarray) -> np.ndarray:
-    return np.searchsorted(order.shard_starts, samples, side="right") - 1
+    return np.searchsorted(order.starts, samples, side="right") - 1
 
 
 @given(order=orders(), epoch=epochs)
 def test_each_sample_once_per_epoch_but_for_the_dropped(order, epoch):
     samples = epoch_of(order, epoch).ravel()
-    total = order.shard_starts[-1]
+    total = order.starts[-1]
     assert len(np.unique(samples)) == len(samples) == total - order.dropped
     assert 0 <= order.dropped < order.batch_size
     assert samples.min() >= 0 and samples.max() < total and samples.dtype == np.int64
@@ -70,22 +70,22 @@ def test_it_goes_on_at_any_position_with_any_number_of_ranks(order, epoch, data)
     step = data.draw(st.integers(0, order.steps_per_epoch - 1))
     before, after = (data.draw(st.sampled_from(RANKS)) for _ in range(2))
     whole = np.concatenate([global_batches(order, e, before) for e in (epoch, epoch + 1)])
-    fresh = Order(order.shard_starts, order.batch_size, order.seed, order.block_shards)
+    fresh = Order(order.starts, order.batch_size, order.seed, order.block_shards)
     rest = np.concatenate([global_batches(fresh, e, after) for e in (epoch, epoch + 1)][::-1])
     rest = np.roll(rest, order.steps_per_epoch, axis=0)  # the second epoch was asked for last, and comes first here
     assert np.array_equal(rest[step:], whole[step:])
-    resumed = Order(order.shard_starts, order.batch_size, order.seed, order.block_shards)
+    resumed = Order(order.starts, order.batch_size, order.seed, order.block_shards)
     assert np.array_equal(resumed.batch(epoch, step), whole[step])
 
 
 @given(order=orders(), epoch=epochs)
 def test_samples_stay_in_blocks_of_shards(order, epoch):
     """Never more than a block of shards is begun and not yet finished, and no shard is begun twice."""
-    one_by_one = Order(order.shard_starts, 1, order.seed, order.block_shards)
+    one_by_one = Order(order.starts, 1, order.seed, order.block_shards)
     shards_in_order = shard_of(order, epoch_of(one_by_one, epoch).ravel())
     shards, first, count = np.unique(shards_in_order, return_index=True, return_counts=True)
     last = len(shards_in_order) - 1 - np.unique(shards_in_order[::-1], return_index=True)[1]
-    assert np.array_equal(count, np.diff(order.shard_starts)[shards])
+    assert np.array_equal(count, np.diff(order.starts)[shards])
     begun = np.searchsorted(np.sort(first), np.arange(len(shards_in_order)), side="right")
     finished = np.searchsorted(np.sort(last), np.arange(len(shards_in_order)), side="left")
     assert (begun - finished).max() <= order.block_shards
@@ -185,11 +185,11 @@ def test_node_groups(groups, epoch, data):
     order = data.draw(orders(multiple=2 * groups, groups=groups))
     alone, twice = (global_batches(order, epoch, ranks * groups) for ranks in (1, 2))
     assert np.array_equal(alone, twice)  # how many ranks a group has does not matter
-    fresh = Order(order.shard_starts, order.batch_size, order.seed, order.block_shards, groups)
+    fresh = Order(order.starts, order.batch_size, order.seed, order.block_shards, groups)
     assert np.array_equal(
         fresh.batch(epoch, order.steps_per_epoch - 1, 0, groups), alone[-1][: alone.shape[1] // groups]
     )
-    total = int(order.shard_starts[-1])
+    total = int(order.starts[-1])
     assert len(np.unique(alone)) == alone.size == total - order.dropped
     assert alone.min() >= 0 and alone.max() < total
     parts = np.split(alone, groups, axis=1)
