@@ -3,7 +3,8 @@
 A plain encoder is exactly `timm.create_model(name, num_classes=0)`. SimCLR's changes for small images (first
 convolution 3x3 with stride 1, no max-pool: Chen et al. 2020, arXiv 2002.05709, appendix B.9) and its width multiplier
 are timm models of their own, registered here as `simclr_resnet18` and so on: after `import model`,
-`timm.create_model("simclr_resnet18", num_classes=0, small_stem=True, width=2.0)` makes one.
+`timm.create_model("simclr_resnet18", num_classes=0, small_stem=True, width=2.0)` makes one. With
+`selective_kernels=True` it is an encoder of SimCLR v2 (arXiv 2006.10029, table 1).
 """
 
 import json
@@ -15,34 +16,48 @@ from timm.models import register_model
 from torch import nn
 
 from errors import UserError
+from model.selective_kernels import SelectiveKernelBottleneck
 from model.weights import load_strictly, read_weights, write_weights
 
 SMALL_IMAGE = 64
 """Images of at most this side, in pixels, get the small stem."""
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+BOTTLENECKS = RESNETS[2:]
+"""Those whose blocks can have selective kernels."""
 
 
-def _simclr_resnet(base: str, small_stem: bool, width: float, **kwargs) -> nn.Module:
+def _simclr_resnet(base: str, small_stem: bool, width: float, selective_kernels: bool, **kwargs) -> nn.Module:
     channels = [round(planes * width) for planes in (64, 128, 256, 512)]
+    if selective_kernels:  # and with them ResNet-D, as in the official code
+        kwargs |= {"block": SelectiveKernelBottleneck, "avg_down": True}
     # timm fixes a plain stem at 64 channels but lets a deep one follow stem_width: build deep, then put the plain
     # convolution in its place, so that the first block sees the right number of channels
     encoder = timm.create_model(base, channels=channels, stem_type="deep", stem_width=channels[0] // 2, **kwargs)
-    side, stride = (3, 1) if small_stem else (7, 2)
-    inputs = kwargs.get("in_chans", 3)
-    encoder.conv1 = nn.Conv2d(inputs, encoder.bn1.num_features, side, stride, padding=side // 2, bias=False)
-    nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm's own convolutions
+    if small_stem or not selective_kernels:
+        side, stride = (3, 1) if small_stem else (7, 2)
+        inputs = kwargs.get("in_chans", 3)
+        encoder.conv1 = nn.Conv2d(inputs, encoder.bn1.num_features, side, stride, padding=side // 2, bias=False)
+        nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm's own convolutions
     if small_stem:
         encoder.maxpool = nn.Identity()
     return encoder
 
 
 def _register(base: str) -> None:
-    def entrypoint(pretrained: bool = False, small_stem: bool = False, width: float = 1.0, **kwargs) -> nn.Module:
+    def entrypoint(
+        pretrained: bool = False,
+        small_stem: bool = False,
+        width: float = 1.0,
+        selective_kernels: bool = False,
+        **kwargs,
+    ) -> nn.Module:
         if pretrained:
             raise ValueError("there are no pretrained weights for SimCLR's small-image and wide ResNets")
         kwargs = {name: value for name, value in kwargs.items() if not name.startswith("pretrained_")}
         kwargs.pop("cache_dir", None)
-        return _simclr_resnet(base, small_stem, width, **kwargs)
+        if selective_kernels and base not in BOTTLENECKS:
+            raise ValueError(f"selective kernels are for {', '.join(BOTTLENECKS)}")
+        return _simclr_resnet(base, small_stem, width, selective_kernels, **kwargs)
 
     entrypoint.__name__ = f"simclr_{base}"
     entrypoint.__module__ = __name__
@@ -53,30 +68,41 @@ for _base in RESNETS:
     _register(_base)
 
 
-def encoder_spec(name: str, image_size: int, stem: str = "auto", width: float = 1.0) -> tuple[str, dict]:
+def encoder_spec(
+    name: str, image_size: int, stem: str = "auto", width: float = 1.0, selective_kernels: bool = False
+) -> tuple[str, dict]:
     """What to hand to `timm.create_model` for an encoder on views of `image_size` pixels.
 
     Args:
         name: any timm model. image_size: side of a view in pixels.
         stem: of a ResNet: "small", "standard", or "auto" for the small one on images of 64 px or less.
         width: multiplies every channel count of a ResNet.
+        selective_kernels: SimCLR v2's blocks in a ResNet of 50 layers or more, and with them ResNet-D's shortcuts and
+            standard stem, three 3x3 convolutions for one 7x7.
 
     Returns:
         (timm name, keyword arguments).
 
     Raises:
-        UserError: timm has no such model, or the width is not for it.
+        UserError: timm has no such model, or width, stem or selective kernels are not for it.
     """
     if not timm.is_model(name):
         close = timm.list_models(f"*{name.split('_')[0][:6]}*")[:4]
         hint = f" (near it: {', '.join(close)})" if close else ""
         raise UserError(f"timm has no encoder {name!r}{hint}: choose one of `timm.list_models()`.")
+    if selective_kernels and name not in BOTTLENECKS:
+        raise UserError(
+            f"{name} has no selective kernels, which are for {', '.join(BOTTLENECKS)}: choose one of them or give "
+            "--encoder.no-selective-kernels."
+        )
     kwargs: dict = {"num_classes": 0}
     if name in RESNETS:
         if stem == "small" or (stem == "auto" and image_size <= SMALL_IMAGE):
             kwargs["small_stem"] = True
         if width != 1:
             kwargs["width"] = width
+        if selective_kernels:
+            kwargs["selective_kernels"] = True
         return (f"simclr_{name}" if len(kwargs) > 1 else name), kwargs
     if width != 1 or stem == "small":
         raise UserError(
