@@ -9,6 +9,7 @@ The floor is decoding every image once, by libjpeg-turbo in as many threads: no 
 Everything takes turns and a ratio is the median over the turns, so a slow moment of the machine hits both its sides.
 Two kinds of shards: images as they are, and the same resized to a short side of 256. Backends and peers get encoded
 images from memory, with the same number of threads or worker processes; `loader` is the whole path from the shards.
+The stages of each backend are timed apart, each on what the one before it has made, see `bench/stages.py`.
 """
 
 import argparse
@@ -18,8 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -36,29 +36,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.harness import environment, interleave, percentiles_ms, write_rows
 from bench.plot import plot_pipeline
+from bench.stages import Candidate, Prepared, dali_stages, host_stages, kornia_stages
 from errors import UserError
-from pipeline import host_backend
 from pipeline.images import decode
 from pipeline.loader import ViewLoader, make_backend
 from pipeline.reader import Reader
-from pipeline.recipe import Recipe, ViewParameters, draw_views
+from pipeline.recipe import Recipe
 from pipeline.shards import ShardSet, open_shards
 
 BATCH = 32
 CPU = torch.device("cpu")
+STAGES = {"dali": dali_stages, "kornia": kornia_stages}
 console = Console()
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One call that is timed, and what it does."""
-
-    implementation: str
-    stage: str
-    jitter: str
-    images: int
-    """That one call processes."""
-    call: Callable[[], object]
 
 
 def photograph(number: int) -> bytes:
@@ -100,77 +89,21 @@ def make_shards(images: list[bytes], folder: Path) -> ShardSet:
     return open_shards(str(folder / "train"))
 
 
-def without(parameters: ViewParameters, *, colour: bool = False, blur: bool = False) -> ViewParameters:
-    """`parameters` with jitter and grayscale, or the blur, at their identity."""
-    one = np.ones_like(parameters.brightness)
-    changes = {"brightness": one, "contrast": one, "saturation": one, "hue": 0 * one, "gray": one < 1} if colour else {}
-    return replace(parameters, **changes, **({"sigma": 0 * one} if blur else {}))
-
-
-class Prepared:
-    """The images of a shard set, in memory and in whole batches, with drawn parameters."""
-
-    def __init__(self, shards: ShardSet, recipe: Recipe, threads: int):
-        self.shards, self.threads = shards, threads
-        self.samples = np.arange(len(shards) // BATCH * BATCH)
-        if not len(self.samples):
-            raise UserError(f"{shards.root} holds {len(shards)} images: give a shard set of at least {BATCH}.")
-        self.encoded = Reader(shards)(self.samples)
-        rows = shards.index[self.samples]
-        self.drawn = draw_views(recipe, 0, 0, self.samples, rows["height"], rows["width"])
-
-    def batches(self, count: int, parameters: ViewParameters) -> Iterator[tuple[list[bytes], ViewParameters]]:
-        """The first `count` images in batches, as a backend takes them."""
-        for first in range(0, count, BATCH):
-            part = slice(first, min(first + BATCH, count))
-            yield self.encoded[part], ViewParameters(**{name: v[:, part] for name, v in vars(parameters).items()})
-
-
-def host_stages(data: Prepared, recipe: Recipe) -> Iterator[Candidate]:
-    """Reading, and each stage of the host backend by itself, for all images and both views."""
-    threads = ThreadPoolExecutor(data.threads)
-    n, drawn, size = len(data.samples), data.drawn, recipe.size
-    images = list(threads.map(decode, data.encoded))
-    views = list(np.ndindex(drawn.flip.shape))  # (v, i)
-    resized = {(v, i): host_backend.resized_crop(images[i], drawn, v, i, size) for v, i in views}
-    out = np.zeros((len(views), size, size, 3), np.float32)
-    maps, affine = host_backend.affine_maps(drawn), replace(recipe, jitter="affine")
-    pack, affine_pack = host_backend.Pack(recipe), host_backend.Pack(affine)
-    reader = Reader(data.shards)
-
-    def every(work: Callable) -> Callable[[], object]:
-        return lambda: list(threads.map(lambda number: work(number, *views[number]), range(len(views))))
-
-    yield Candidate("host", "read", "", n, lambda: reader(data.samples))
-    yield Candidate("host", "decode", "", n, lambda: list(threads.map(decode, data.encoded)))
-    for stage, jitter, work in (
-        ("geometry", "", lambda _, v, i: host_backend.resized_crop(images[i], drawn, v, i, size)),
-        ("colour", "exact", lambda _, v, i: host_backend.colour(resized[v, i], drawn, v, i, None)),
-        ("colour", "affine", lambda _, v, i: host_backend.colour(resized[v, i], drawn, v, i, maps)),
-        ("blur", "", lambda _, v, i: host_backend.blur(resized[v, i], float(drawn.sigma[v, i]), recipe.blur_window)),
-        ("pack", "exact", lambda number, v, i: pack(resized[v, i], out[number])),
-        ("pack", "affine", lambda number, v, i: affine_pack(resized[v, i], out[number])),
-    ):
-        yield Candidate("host", stage, jitter, n, every(work))
-
-
 def backends(data: Prepared, recipe: Recipe) -> Iterator[Candidate]:
-    """Every backend under both jitters; under the exact one also without colour and blur, to tell what they cost."""
-    counts = {"host": len(data.samples), "dali": min(2 * BATCH, len(data.samples)), "kornia": BATCH // 2}  # by speed
-    if not (find_spec("nvidia") and find_spec("nvidia.dali")):
-        del counts["dali"]
-    for name, count in counts.items():
+    """Every backend as a whole, under both jitters."""
+    for name, count in counts(data).items():
         for jitter in ("exact", "affine"):
             backend = make_backend(name, replace(recipe, jitter=jitter), CPU, BATCH, 2, data.threads)
-            stages = {"all": data.drawn}
-            if jitter == "exact":
-                stages |= {
-                    "no colour, no blur": without(data.drawn, colour=True, blur=True),
-                    "no blur": without(data.drawn, blur=True),
-                }
-            for stage, parameters in stages.items():
-                batches = list(data.batches(count, parameters))
-                yield Candidate(name, stage, jitter, count, lambda b=backend, p=batches: [b(*batch) for batch in p])
+            batches = list(data.batches(count, BATCH))
+            yield Candidate(name, "all", jitter, count, lambda b=backend, p=batches: [b(*batch) for batch in p])
+
+
+def counts(data: Prepared) -> dict[str, int]:
+    """How many images each backend that is installed gets for one call to time, by its speed."""
+    found = {"host": len(data.samples), "kornia": BATCH // 2}
+    if find_spec("nvidia") and find_spec("nvidia.dali"):
+        found["dali"] = min(2 * BATCH, len(data.samples))
+    return found
 
 
 def loaders(data: Prepared, recipe: Recipe) -> Iterator[Candidate]:
@@ -248,9 +181,15 @@ def peers(data: Prepared, recipe: Recipe) -> Iterator[Candidate]:
 
 def measure(shards: ShardSet, kind: str, recipe: Recipe, threads: int, seconds: float) -> list[dict]:
     """One row per candidate, all timed in turns."""
-    data = Prepared(shards, recipe, threads)
+    data = Prepared(shards, recipe, threads, BATCH)
     candidates = [
         *host_stages(data, recipe),
+        *(
+            stage
+            for name, count in counts(data).items()
+            if name != "host"
+            for stage in STAGES[name](data, recipe, count)
+        ),
         *backends(data, recipe),
         *loaders(data, recipe),
         *(others := list(peers(data, recipe))),
@@ -311,8 +250,8 @@ def main() -> None:
     if not arguments.quick:
         console.print(f"written: {write_rows('pipeline', rows)} and {plot_pipeline()}")
     console.print(
-        "Not measured: any GPU; reading from a disk or object store (these reads come from the page cache); FFCV (a "
-        "file format of its own, and no jitter, grayscale or blur in it)."
+        "Not measured: any GPU; reading from a disk or object store (these reads come from the page cache); FFCV (it "
+        "has no hue jitter, grayscale or blur, so it can't make these views)."
         + ("" if find_spec("lightly") else " lightly is not installed.")
         + ("" if {"dali"} & {row["implementation"] for row in rows} else " DALI is not installed.")
     )

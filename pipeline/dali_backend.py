@@ -132,31 +132,50 @@ def _affine_inputs(parameters: ViewParameters, view: int) -> dict[str, np.ndarra
 @pipeline_def(enable_conditionals=True, prefetch_queue_depth=1)  # depth 1: a run returns what was just fed to it
 def view_graph(recipe, gpu, views):
     """The graph: one output (S, S, 3) float32, normalised, per view."""
-    encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-    image = fn.decoders.image(
-        encoded,
+    image = decoded(gpu)
+    outputs = []
+    for view in range(views):
+        x = resized_crop(image, recipe, view)
+        x = blurred(coloured(x, recipe, gpu, view), recipe, view)
+        outputs.append(packed(x, recipe, view))
+    return tuple(outputs)
+
+
+def decoded(gpu):
+    """(H, W, 3) uint8 RGB."""
+    return fn.decoders.image(
+        fn.external_source(name="encoded", dtype=types.UINT8, ndim=1),
         device="mixed" if gpu else "cpu",
         output_type=types.RGB,
         adjust_orientation=False,
         jpeg_fancy_upsampling=True,  # nvJPEG then upsamples chroma as libjpeg-turbo does
     )
-    outputs = []
-    for view in range(views):
-        outputs.append(_view(image, recipe, gpu, view))
-    return tuple(outputs)
 
 
-def _view(image, recipe, gpu, view):
-    sigma = _scalar(f"sigma_{view}", types.FLOAT)
+def resized_crop(image, recipe, view):
+    """(H, W, 3) uint8 -> (S, S, 3) float32 in 0..255, as are all that follow."""
     # Not resize's own region of interest: its filter reads pixels from outside the window.
     corner = fn.external_source(name=f"corner_{view}", dtype=types.INT32, ndim=1)
     extent = fn.external_source(name=f"extent_{view}", dtype=types.INT32, ndim=1)
     x = fn.slice(image, start=corner, shape=extent, axes=[0, 1])  # (h, w, 3) uint8
     size = [recipe.size, recipe.size]
-    x = _clip(fn.resize(x, size=size, interp_type=types.INTERP_CUBIC, antialias=True, dtype=types.FLOAT))  # (S, S, 3)
-    x = _exact_jitter(x, gpu, view) if recipe.jitter == "exact" else _affine_jitter(x, gpu, view)
+    return _clip(fn.resize(x, size=size, interp_type=types.INTERP_CUBIC, antialias=True, dtype=types.FLOAT))
+
+
+def coloured(x, recipe, gpu, view):
+    """Jitter and grayscale."""
+    return _exact_jitter(x, gpu, view) if recipe.jitter == "exact" else _affine_jitter(x, gpu, view)
+
+
+def blurred(x, recipe, view):
+    sigma = _scalar(f"sigma_{view}", types.FLOAT)
     if sigma > 0.0:
         x = fn.gaussian_blur(x, sigma=sigma, window_size=recipe.blur_window)
+    return x
+
+
+def packed(x, recipe, view):
+    """Flipped and normalised."""
     return fn.crop_mirror_normalize(
         x,
         mirror=_scalar(f"flip_{view}", types.INT32),  # the flip commutes with all since the crop, and is free here

@@ -88,19 +88,37 @@ def augment(images: list[Tensor], parameters: ViewParameters, recipe: Recipe) ->
 
     Which rows an operation touches is decided on the host, so nothing here waits for a GPU.
     """
+    x = resized_crops(images, parameters, recipe.size)
+    colour(x, parameters, recipe)
+    blur(x, parameters, recipe)
+    return pack(x, recipe)
+
+
+def resized_crops(images: list[Tensor], parameters: ViewParameters, size: int) -> Tensor:
+    """Window and flip of every view: n images (3, H, W) uint8 -> (V*n, 3, S, S) float32 in 0..1."""
     at = np.ndindex(parameters.flip.shape)
-    x = torch.stack(
-        [_resized_crop(images[i], parameters.crop[v, i], parameters.flip[v, i], recipe.size) for v, i in at]
-    )
+    return torch.stack([_resized_crop(images[i], parameters.crop[v, i], parameters.flip[v, i], size) for v, i in at])
+
+
+def colour(x: Tensor, parameters: ViewParameters, recipe: Recipe) -> None:
+    """Jitter and grayscale of (V*n, 3, S, S) in place."""
     if recipe.jitter == "exact":
         _exact_jitter(x, parameters)
     else:
         _affine_jitter(x, parameters)
+
+
+def blur(x: Tensor, parameters: ViewParameters, recipe: Recipe) -> None:
+    """Gaussian blur of (V*n, 3, S, S) in place."""
     sigma = parameters.sigma.ravel()  # (V*n,)
     rows = np.flatnonzero(sigma > 0)
     # Not gaussian_blur2d, which reads the sign of sigma back from where it is.
     kernel = get_gaussian_kernel1d(recipe.blur_window, torch.from_numpy(sigma[rows])[:, None])  # (rows, window)
     _change_rows(x, rows, filter2d_separable, kernel, kernel)
+
+
+def pack(x: Tensor, recipe: Recipe) -> Tensor:
+    """Normalised, in place, and channels-last."""
     mean, std = (torch.tensor(v)[:, None, None].to(x.device, non_blocking=True) for v in (recipe.mean, recipe.std))
     return x.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
 

@@ -1,15 +1,16 @@
 """The bench of the pipeline: what it renders, what it compares, and the arithmetic of its rows, on a few images."""
 
-from dataclasses import fields
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
 
 from bench import pipeline as bench
-from bench import plot
+from bench import plot, stages
+from pipeline.host_backend import resized_crop
 from pipeline.images import decode
-from pipeline.recipe import Recipe, ViewParameters, draw_views
+from pipeline.recipe import Recipe
 
 
 def test_rendered_photographs():
@@ -20,17 +21,6 @@ def test_rendered_photographs():
         assert image.std() > 25 and image.min() < 60 and image.max() > 190  # light and shade
     small = decode(bench.with_short_side(bench.photograph(1), 256))
     assert small.shape == (256, 320, 3)
-
-
-def test_leaving_stages_out():
-    drawn = draw_views(Recipe(), 0, 0, np.arange(50), np.full(50, 90), np.full(50, 80))
-    plain = bench.without(drawn, colour=True, blur=True)
-    assert not (plain.jittered.any() or plain.gray.any() or plain.sigma.any())
-    sharp = bench.without(drawn, blur=True)
-    changed = {
-        f.name for f in fields(ViewParameters) if not np.array_equal(getattr(sharp, f.name), getattr(drawn, f.name))
-    }
-    assert changed == {"sigma"}
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +40,12 @@ def test_rows(rows):
     assert len(named) == len(rows)  # none twice
     for name in ("host", "kornia", "loader"):
         assert {(name, "exact", "all"), (name, "affine", "all")} <= set(named)
-    for stage in (
-        ("", "read"),
-        ("", "decode"),
-        ("", "geometry"),
-        ("exact", "colour"),
-        ("affine", "pack"),
-        ("", "blur"),
-    ):
-        assert ("host", *stage) in named
+    backends = ["host", "kornia", *(["dali"] if find_spec("nvidia") and find_spec("nvidia.dali") else [])]
+    for name in backends:
+        assert {(name, "", "geometry"), (name, "exact", "colour"), (name, "affine", "colour")} <= set(named)
+        assert (name, "", "blur") in named and (name, "affine" if name == "host" else "", "pack") in named
+    assert {("host", "", "read"), ("host", "", "decode")} <= set(named)
+    assert ("dali" in backends) == (("dali", "", "decode by DALI") in named)
     assert ("torchvision", "exact", "all") in named
     for row in rows:
         assert row["runs"] == 3 and row["images"] in (2, 4) and row["workers"] == 2 and row["shards"] == "small"
@@ -76,3 +63,23 @@ def test_the_plot_comes_from_the_rows(rows, tmp_path, monkeypatch):
     monkeypatch.setattr(plot, "RESULTS", tmp_path)
     monkeypatch.setattr(plot, "read_rows", lambda name: [{k: str(v) for k, v in row.items()} for row in rows])
     assert plot.plot_pipeline().stat().st_size > 10_000
+
+
+def test_each_stage_of_dali_gets_what_the_one_before_it_makes(tmp_path):
+    """The crops of its geometry are those of the host's, and the other stages start from such."""
+    pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is there for Linux only")
+    images = [bench.with_short_side(bench.photograph(number), 64) for number in range(4)]
+    data = stages.Prepared(bench.make_shards(images, tmp_path), Recipe(size=48), 2, 4)
+    found = {(c.stage, c.jitter): c.call for c in stages.dali_stages(data, Recipe(size=48), 4)}
+    sizes = [file.shape for file in map(decode, data.encoded)]
+    assert [tuple(size) for size in found["decode by DALI", ""]()[0].shape()] == sizes
+    crops = np.array([crop for view in found["geometry", ""]() for crop in view.as_array()])
+    at = np.ndindex(2, 4)
+    expected = [
+        resized_crop(decode(data.encoded[i]), data.drawn, v, i, 48)[:, :: 1 - 2 * data.drawn.flip[v, i]] for v, i in at
+    ]
+    assert np.abs(crops - expected).mean() < 1
+    for stage in (("colour", "exact"), ("colour", "affine"), ("blur", ""), ("pack", "")):
+        outputs = found[stage]()
+        assert len(outputs) == 2 and all(output.as_array().shape == (4, 48, 48, 3) for output in outputs)
+    assert np.abs(found["pack", ""]()[0].as_array()).max() < 3 < np.abs(found["blur", ""]()[0].as_array()).max()
