@@ -3,12 +3,9 @@
 The tests of each backend hold it to the definition in float64; here are the bounds that a recipe can count on.
 """
 
-import gc
-import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -125,32 +122,3 @@ def test_central_views_and_a_partial_last_batch(photographs, name, jitter):
     assert all(part.is_contiguous(memory_format=torch.channels_last) for part in parts)
     expected = reference.reference_views(photographs, parameters, recipe)
     assert worst_view(reference.denormalise(torch.cat(parts), recipe), expected) < 0.5
-
-
-def held() -> tuple[float, int]:
-    """Resident memory of this process in MB, and how many files it has open."""
-    gc.collect()
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6, len(os.listdir("/proc/self/fd"))
-
-
-def growth(name: str, encoded: list[bytes], batches: int) -> tuple[float, int]:
-    """What `held` gains over so many batches of other views each, after a quarter as many that let it settle."""
-    recipe = Recipe(size=96)
-    backend = make_backend(name, recipe, CPU, len(encoded), 2, 2)
-    for seed in range(batches + batches // 4):
-        if seed == batches // 4:
-            before = held()
-        backend(encoded, reference.drawn_parameters(encoded, recipe, seed))
-    after = held()
-    backend.close()
-    return after[0] - before[0], after[1] - before[1]
-
-
-# a batch of five images is 1.1 MB: if one in two were kept it would show
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's account of this process")
-@pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("batches", [40, pytest.param(1500, marks=pytest.mark.soak)])
-def test_memory_and_open_files_stay_constant(photographs, name, batches):
-    memory_mb, files = growth(name, photographs[:5], batches)
-    assert memory_mb < 20 and files == 0

@@ -1,5 +1,6 @@
 """A web server on the loopback that fails as servers fail, and small shard sets for it to serve."""
 
+import multiprocessing
 import re
 import threading
 from collections import Counter
@@ -134,6 +135,26 @@ def serving(folder: Path, *faults: str, suffix: str = ".tar") -> Iterator[Server
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def serving_elsewhere(folder: Path) -> Iterator[str]:
+    """The URL of a faultless server in another process, whose memory and files are not those of this one."""
+    context = multiprocessing.get_context("spawn")
+    urls = context.SimpleQueue()
+    process = context.Process(target=_serve, args=(folder, urls), daemon=True)
+    process.start()
+    try:
+        yield urls.get()
+    finally:
+        process.terminate()
+        process.join()
+
+
+def _serve(folder: Path, urls) -> None:
+    server = Server(folder)
+    urls.put(server.url)
+    server.serve_forever()
 
 
 def cache_at(folder: Path, **options) -> ShardCache:
