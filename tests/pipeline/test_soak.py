@@ -103,10 +103,9 @@ def follow(batches: Iterator[Batch], every: int, limit: int | None = None, secon
     rows = np.array(rows)
     reached = rows[:, 0] / rows[-1, 0] if limit is None else rows[:, 1] / rows[-1, 1]
     account = Account(*rows[reached > 1 / 3, 1:].T)
-    ends = [f"{values[0]:.1f} to {values[-1]:.1f}" for values in (account.memory_mb, account.files)]
-    print(
-        f"{number} batches, after a third of them {ends[0]} MB (trend {account.grown_mb:+.2f}), {ends[1]} files open ({account.grown_files:+d})"
-    )
+    memory, files = (f"{values[0]:.1f} to {values[-1]:.1f}" for values in (account.memory_mb, account.files))
+    trends = f"trend {account.grown_mb:+.2f} MB, {account.grown_files:+d} files"
+    print(f"{number} batches; after a third of them {memory} MB, {files} open files, {trends}")
     return account
 
 
