@@ -17,6 +17,7 @@ from urllib.request import Request, urlopen
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.registry import known_implementations
 from fsspec.spec import AbstractFileSystem
 
 from errors import UserError
@@ -108,8 +109,13 @@ def filesystem(root: str, patience: Patience | None = None) -> tuple[AbstractFil
         return WebFileSystem((patience or Patience()).stall_s), root.rstrip("/")
     try:
         fs, path = fsspec.core.url_to_fs(root)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"{root} can't be opened: {error}") from error
+    except ImportError as error:
+        known = known_implementations.get(root.partition("://")[0], {"class": ""})
+        package = known["class"].partition(".")[0] or "the package that it names"
+        raise UserError(f"{root} can't be opened ({error}): pip install {package}.") from error
+    except ValueError as error:
+        cure = "give a folder, or a URL such as https://host/folder, s3://bucket/folder, gs://... or hf://..."
+        raise UserError(f"{root} can't be opened ({error}): {cure}.") from error
     return fs, path.rstrip("/")
 
 
