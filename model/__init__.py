@@ -2,7 +2,7 @@
 
 from model.batchnorm import synchronise_batchnorm
 from model.classifier import Classifier, fine_tuned, load_classifier, save_classifier
-from model.encoder import create_encoder, encoder_spec, load_encoder, representation_width, save_encoder
+from model.encoder import create_encoder, encoder_spec, load_encoder, read_spec, representation_width, save_encoder
 from model.head import load_head, projection_head, save_head
 from model.simclr import SimCLR
 
@@ -16,6 +16,7 @@ __all__ = [
     "load_encoder",
     "load_head",
     "projection_head",
+    "read_spec",
     "representation_width",
     "save_classifier",
     "save_encoder",

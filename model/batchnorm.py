@@ -72,11 +72,13 @@ class HostSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         mean = _SumOverRanks.apply(x.mean(axes)) / world_size
         centred = x - mean.view(shape)
         variance = _SumOverRanks.apply(centred.square().mean(axes)) / world_size
-        with torch.no_grad():
-            count = world_size * x.numel() // x.shape[1]
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_((variance * count / max(count - 1, 1)).to(self.running_var.dtype), self.momentum)
+        if self.track_running_stats:
+            with torch.no_grad():
+                count = world_size * x.numel() // x.shape[1]
+                unbiased = variance * count / max(count - 1, 1)
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
         normalised = centred * torch.rsqrt(variance + self.eps).view(shape)
         if self.affine:
             normalised = normalised * self.weight.view(shape) + self.bias.view(shape)

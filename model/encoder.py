@@ -12,7 +12,7 @@ from pathlib import Path
 
 import timm
 import torch
-from timm.models import register_model
+from timm.models import load_pretrained, register_model, resolve_pretrained_cfg
 from torch import nn
 
 from errors import UserError
@@ -44,22 +44,35 @@ def _simclr_resnet(base: str, small_stem: bool, width: float, selective_kernels:
 
 
 def _register(base: str) -> None:
+    name = f"simclr_{base}"
+
     def entrypoint(
         pretrained: bool = False,
+        pretrained_cfg: dict | None = None,
+        pretrained_cfg_overlay: dict | None = None,
+        pretrained_model_args: dict | None = None,  # what timm read from an exported folder: among the others too
+        cache_dir: str | None = None,
         small_stem: bool = False,
         width: float = 1.0,
         selective_kernels: bool = False,
         **kwargs,
     ) -> nn.Module:
-        if pretrained:
-            raise ValueError("there are no pretrained weights for SimCLR's small-image and wide ResNets")
-        kwargs = {name: value for name, value in kwargs.items() if not name.startswith("pretrained_")}
-        kwargs.pop("cache_dir", None)
         if selective_kernels and base not in BOTTLENECKS:
             raise ValueError(f"selective kernels are for {', '.join(BOTTLENECKS)}")
-        return _simclr_resnet(base, small_stem, width, selective_kernels, **kwargs)
+        exported = None
+        if pretrained_cfg or pretrained_cfg_overlay:
+            exported = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay).to_dict()
+            kwargs.setdefault("num_classes", exported["num_classes"])
+        if pretrained and not exported:
+            raise ValueError("there are no pretrained weights for SimCLR's small-image and wide ResNets")
+        encoder = _simclr_resnet(base, small_stem, width, selective_kernels, **kwargs)
+        if exported:
+            encoder.pretrained_cfg = encoder.default_cfg = exported
+        if pretrained:
+            load_pretrained(encoder, exported, encoder.num_classes, kwargs.get("in_chans", 3), cache_dir=cache_dir)
+        return encoder
 
-    entrypoint.__name__ = f"simclr_{base}"
+    entrypoint.__name__ = name
     entrypoint.__module__ = __name__
     register_model(entrypoint)
 
@@ -156,6 +169,15 @@ def load_encoder(path: Path) -> nn.Module:
     """
     metadata, state = read_weights(path, "timm_name")
     return load_strictly(create_encoder(spec_in(metadata)), state, path)
+
+
+def read_spec(path: Path) -> tuple[str, dict]:
+    """The spec of the encoder that `save_encoder` wrote.
+
+    Raises:
+        UserError: the file is missing, damaged or holds something else.
+    """
+    return spec_in(read_weights(path, "timm_name")[0])
 
 
 def spec_in(metadata: dict[str, str]) -> tuple[str, dict]:

@@ -1,0 +1,287 @@
+"""Take a trained encoder elsewhere.
+
+    python export.py RUN encoder.safetensors                        plain weights for timm
+    python export.py RUN resnet50.safetensors --format torchvision  weights for torchvision.models.resnet50
+    python export.py RUN my-encoder --format huggingface            a folder for timm and the Hugging Face hub
+
+RUN is a run folder of train.py, or an encoder.safetensors itself.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import timm
+import torch
+import torchvision
+import tyro
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from errors import UserError
+from model import load_encoder, read_spec
+
+TORCHVISION = [f"resnet{depth}" for depth in (18, 34, 50, 101, 152)]
+TORCHVISION += ["wide_resnet50_2", "wide_resnet101_2", "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"]
+"""Encoders that timm and torchvision build alike, under the same name and with the same names of weights."""
+RECIPE = ("encoder", "head", "views", "loss", "optim")
+"""Parts of a run's config.json that go onto the model card, after its plain options."""
+NOT_RECIPE = ("data", "out", "resume", "log_every", "timm_name", "timm_kwargs")
+
+
+@dataclass(frozen=True)
+class Export:
+    """Take a trained encoder elsewhere."""
+
+    source: tyro.conf.Positional[Path]
+    """Run folder, or its encoder.safetensors."""
+    out: tyro.conf.Positional[Path]
+    """New .safetensors file, for huggingface a new folder."""
+    format: Literal["timm", "torchvision", "huggingface"] = "timm"
+    """timm and torchvision: a state dict. huggingface: a folder with config.json, weights and model card."""
+
+
+def export(options: Export) -> None:
+    """Write what is asked for, whole or not at all.
+
+    Raises:
+        UserError: the source holds no encoder, `out` is taken, or the format can't hold this encoder.
+    """
+    file = options.source / "encoder.safetensors" if options.source.is_dir() else options.source
+    spec, encoder = read_spec(file), load_encoder(file)
+    out, run = options.out, file.parent
+    if out.exists() and not (options.format == "huggingface" and out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} is there already: choose another place or delete it.")
+    if options.format == "huggingface":
+        config = run_config(run)
+        record = huggingface_config(encoder, spec, config)
+        card = model_card(out.name, spec, config, run_scores(run), evaluations(run))
+        with _aside(out) as folder:
+            folder.mkdir()
+            (folder / "config.json").write_text(json.dumps(record, indent=2) + "\n")
+            (folder / "README.md").write_text(card, encoding="utf-8")
+            save_file(encoder.state_dict(), folder / "model.safetensors", {"format": "pt"})
+        return
+    if out.suffix != ".safetensors":
+        raise UserError(f"{out} would be a safetensors file: give it a name that ends in .safetensors.")
+    if options.format == "timm":
+        with _aside(out) as partial:
+            shutil.copyfile(file, partial)
+    else:
+        state = torchvision_state(encoder, spec)
+        with _aside(out) as partial:
+            save_file(state, partial, {"torchvision_name": spec[0]})
+
+
+@contextmanager
+def _aside(out: Path) -> Iterator[Path]:
+    """A path for a file or folder, which becomes `out` when it is whole and is gone if it fails."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+        yield Path(folder) / out.name
+        (Path(folder) / out.name).replace(out)
+
+
+def torchvision_state(encoder: nn.Module, spec: tuple[str, dict]) -> dict[str, Tensor]:
+    """The encoder's weights for the model of the same name in `torchvision.models`, without its classifier `fc`.
+
+    There `load_state_dict(state, strict=False)` misses `fc.weight` and `fc.bias` and nothing else.
+
+    Raises:
+        UserError: torchvision has no such model.
+    """
+    name, kwargs = spec
+    if name not in TORCHVISION or kwargs != {"num_classes": 0}:
+        raise UserError(
+            f"torchvision has no model for {name} with {kwargs}: only {', '.join(TORCHVISION)} with the standard stem "
+            "and width 1 fit, so give --format timm or huggingface."
+        )
+    state = encoder.state_dict()
+    with torch.device("meta"):
+        theirs = torchvision.models.get_model(name, weights=None).state_dict()
+    shapes = {key: tensor.shape for key, tensor in theirs.items() if not key.startswith("fc.")}
+    if {key: tensor.shape for key, tensor in state.items()} != shapes:
+        raise UserError(f"This torchvision's {name} differs from timm's: use another version or --format timm.")
+    return state
+
+
+def run_config(run: Path) -> dict[str, Any]:
+    """The config.json of a run folder.
+
+    Raises:
+        UserError: it is missing, or doesn't say how images are prepared.
+    """
+    try:
+        config = json.loads((run / "config.json").read_text())
+        for key in ("size", "mean", "std"):
+            config["views"][key]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{run} has no config.json of a run, which says how images are prepared: give the run folder."
+        ) from error
+    return config
+
+
+def huggingface_config(encoder: nn.Module, spec: tuple[str, dict], config: dict[str, Any]) -> dict[str, Any]:
+    """The config.json with which `timm.create_model("local-dir:FOLDER", pretrained=True)` builds the encoder.
+
+    Args:
+        config: a run's config.json, which knows size and normalisation of the views.
+    """
+    name, kwargs = spec
+    size = config["views"]["size"]
+    base = timm.get_pretrained_cfg(name.removeprefix("simclr_"))  # for facts of the architecture, not of its weights
+    deep_stem = name.startswith("simclr_") and isinstance(encoder.conv1, nn.Sequential)
+    return {
+        "architecture": name,
+        "num_classes": 0,
+        "num_features": encoder.num_features,
+        "model_args": {key: value for key, value in kwargs.items() if key != "num_classes"},
+        "pretrained_cfg": {
+            "input_size": [3, size, size],
+            "fixed_input_size": bool(base and base.fixed_input_size),
+            "interpolation": "bicubic",
+            "crop_pct": 1.0 if size <= 64 else 224 / 256,  # the window of `pipeline.recipe.central_view`
+            "crop_mode": "center",
+            "mean": config["views"]["mean"],
+            "std": config["views"]["std"],
+            "num_classes": 0,
+            "pool_size": None,
+            "first_conv": "conv1.0" if deep_stem else base and base.first_conv,
+            "classifier": base and base.classifier,
+        },
+    }
+
+
+def run_scores(run: Path) -> dict[str, dict[str, float]]:
+    """The report in a run's metrics.jsonl, {"trained": {"knn_top1": 0.7, ...}, ...}; {} if none was made."""
+    try:
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    except (OSError, ValueError):
+        return {}
+    return {row["features"]: _figures(row) for row in rows if "features" in row}
+
+
+def evaluations(run: Path) -> dict[str, dict[str, float]]:
+    """The figures at the top level of every `evaluation/NAME.json` in a run folder: {NAME: {figure: value}}."""
+    found = {}
+    for path in sorted((run / "evaluation").glob("*.json")):
+        try:
+            scores = json.loads(path.read_text())
+        except ValueError:
+            continue
+        if isinstance(scores, dict) and _figures(scores):
+            found[path.stem] = _figures(scores)
+    return found
+
+
+def _figures(record: dict[str, Any]) -> dict[str, float]:
+    """The numbers among a record's values, but for the step they were measured at."""
+    numbers = {key: value for key, value in record.items() if type(value) in (int, float)}
+    return {key: value for key, value in numbers.items() if key != "step"}
+
+
+def model_card(
+    title: str,
+    spec: tuple[str, dict],
+    config: dict[str, Any],
+    scores: dict[str, dict[str, float]],
+    further: dict[str, dict[str, float]],
+) -> str:
+    """Markdown with the hub's front matter: use, data, recipe and scores, and no figure that was not measured.
+
+    Args:
+        spec: of the encoder. config: a run's config.json. scores: `run_scores`. further: `evaluations`.
+    """
+    name, kwargs = spec
+    size = config["views"]["size"]
+    ours = (
+        "import model  # StreamCLR's, which makes the architecture known to timm\n"
+        if name.startswith("simclr_")
+        else ""
+    )
+    lines = [
+        "---",
+        "library_name: timm",
+        "pipeline_tag: image-feature-extraction",
+        "tags:",
+        *(f"- {tag}" for tag in ("timm", "simclr", "self-supervised-learning")),
+        "---",
+        f"# {title}",
+        "",
+        f"An image encoder, `{name}` with `{kwargs}`, trained without labels by SimCLR (arXiv 2002.05709) with "
+        "StreamCLR. It maps images to representations; there is no classifier.",
+        "",
+        "```python",
+        f"import timm\n{ours}",
+        f'encoder = timm.create_model("local-dir:{title}", pretrained=True, num_classes=0).eval()',
+        "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(encoder))",
+        f"h = encoder(transform(image).unsqueeze(0))  # (1, 3, {size}, {size}) -> (1, features)",
+        "```",
+        "",
+        "## Data",
+        "",
+        data_sentence(config.get("data")),
+        "",
+        "## Recipe",
+        "",
+        "| option | value |",
+        "|---|---|",
+    ]
+    for key, value in config.items():
+        if not isinstance(value, dict) and key not in NOT_RECIPE:
+            lines.append(f"| {key} | {value} |")
+    for part in RECIPE:
+        lines += [f"| {part}.{key} | {value} |" for key, value in config.get(part, {}).items()]
+    lines += ["", "## Scores", ""]
+    if scores:
+        names = list(dict.fromkeys(key for figures in scores.values() for key in figures))
+        lines += ["On frozen features, at the end of the run.", ""]
+        lines += ["| features | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+        for features, figures in scores.items():
+            cells = [_text(figures[key]) if key in figures else "not measured" for key in names]
+            lines.append(f"| {features} | " + " | ".join(cells) + " |")
+    else:
+        lines.append("kNN top-1: not measured. Linear top-1: not measured.")
+    if further:
+        lines += ["", "| evaluation | figure | value |", "|---|---|---|"]
+        lines += [
+            f"| {name} | {key} | {_text(value)} |"
+            for name, figures in further.items()
+            for key, value in figures.items()
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def data_sentence(data: str | None) -> str:
+    """What the encoder was trained on: the last part of its place, which may be private, and never a URL's query."""
+    if not data:
+        return "StreamCLR's built-in textures, which are drawn by a program."
+    name = urlsplit(data).path.rstrip("/").rsplit("/", 1)[-1]
+    return f"Images of the shards `{name}`, without their labels."
+
+
+def _text(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.4g}"
+
+
+def main() -> None:
+    try:
+        options = tyro.cli(Export, prog="export.py")
+        export(options)
+        print(f"{options.format}: {options.out}")
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
