@@ -60,7 +60,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Optim:
-    name: Literal["lars", "sgd", "adamw"] = "lars"
+    name: Literal["lars", "sgd", "nesterov", "adamw"] = "lars"
     lr: float = 0.3
     """Base learning rate: times B / 256 if linear, times sqrt(B) if sqrt, as it is if none."""
     scaling: Literal["linear", "sqrt", "none"] = "linear"
@@ -95,11 +95,9 @@ class Checkpointing:
 
 
 @dataclass(frozen=True)
-class Config:
-    """Train a SimCLR encoder on shards. A preset sets every option; what is given beside it wins."""
+class Common:
+    """What every kind of run has."""
 
-    preset: str = "textures"
-    """textures (needs no data), cifar10, stl10 or imagenet."""
     data: str = ""
     """Shards: a folder or URL with train/ (and test/ or val/), or one shard set. The textures preset makes its own."""
     out: str = ""
@@ -114,16 +112,30 @@ class Config:
     """Of initial weights, order and views."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 where the hardware computes in it."""
+    compile: bool = False
+    """Let torch.compile fuse the networks; the first steps take minutes."""
+    max_skipped: int = 5
+    """Steps in a row that may be skipped because a gradient is not finite; one more stops the run."""
     log_every: int = 10
     """Steps between rows of metrics.jsonl."""
     loading: Annotated[Data, tyro.conf.arg(name="data")] = field(default_factory=Data)
     views: Recipe = field(default_factory=Recipe)
+    optim: Optim = field(default_factory=Optim)
+    checkpoint: Checkpointing = field(default_factory=Checkpointing)
+
+
+@dataclass(frozen=True)
+class Config(Common):
+    """Train a SimCLR encoder on shards. A preset sets every option; what is given beside it wins."""
+
+    preset: str = "textures"
+    """textures (needs no data), cifar10, stl10 or imagenet."""
+    micro_batch: int = 0
+    """Images that a process encodes at a time, for batches larger than memory; 0 for all. Twice the forward passes."""
     encoder: Encoder = field(default_factory=Encoder)
     head: Head = field(default_factory=Head)
     loss: Loss = field(default_factory=Loss)
-    optim: Optim = field(default_factory=Optim)
     eval: Evaluation = field(default_factory=Evaluation)
-    checkpoint: Checkpointing = field(default_factory=Checkpointing)
 
 
 def textures() -> Config:
@@ -260,6 +272,8 @@ def _check(config: Config) -> None:
         "batch-size": (config.batch_size, 2),
         "seed": (config.seed, 0),
         "log-every": (config.log_every, 1),
+        "micro-batch": (config.micro_batch, 0),
+        "max-skipped": (config.max_skipped, 0),
         "data.workers": (config.loading.workers, 0),
         "data.prefetch": (config.loading.prefetch, 1),
         "data.max-bad": (config.loading.max_bad, 0),

@@ -4,35 +4,41 @@
     accelerate launch train.py --preset imagenet --data /data/imagenet  a real run
     python train.py --help                                              every option
 
-Read `pretrain` from top to bottom: the parts, one loop, the report.
+Read `pretrain` from top to bottom, then `fit`: the parts, one loop, the report.
 """
 
 import dataclasses
-import gc
 import hashlib
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
 
-from config import Config, check_same_run, parse
+from config import Common, Config, check_same_run, parse
 from engine import checkpoint
-from engine.metrics import MetricsFile, RunningMeans, StepClock
+from engine.gradcache import backward_in_slices
+from engine.guard import CollapseWatch, Guard
+from engine.metrics import MetricsFile, RunningMeans, StepClock, communication_s, verdict
 from engine.optim import create_optimizer, parameter_groups
+from engine.processes import failed_elsewhere, is_first_to_fail, leave_process_group
+from engine.run_folder import run_folder, start_run
 from engine.schedule import peak_learning_rate, warmup_cosine
 from errors import UserError
 from evaluation.features import raw_pixels
@@ -45,103 +51,125 @@ from model import (
     projection_head,
     representation_width,
     save_encoder,
+    save_head,
     synchronise_batchnorm,
 )
 from pipeline.cache import ShardCache
 from pipeline.convert import ensure_textures
-from pipeline.loader import ViewLoader, central_batches, choose_backend
+from pipeline.loader import Batch, ViewLoader, central_batches, choose_backend
 from pipeline.shards import ShardSet, open_splits
 
 TEXTURES = "data/textures"
 console = Console()
 
 
+@dataclass(frozen=True)
+class Run:
+    """Where a run takes place."""
+
+    accelerator: Accelerator
+    cores: int
+    """Of this process."""
+    bf16: bool
+    out: Path
+    begun_at: Path | None
+    """The checkpoint to go on from."""
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.bf16)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, and all that the loop has to know of it."""
+
+    module: nn.Module
+    loader: ViewLoader
+    optimizers: list[Optimizer]
+    learning_rate: Callable[[int], float]
+    """step -> rate of the first optimiser."""
+    backpropagate: Callable[[nn.Module, Batch], tuple[Tensor, ...]]
+    """(module as it is prepared for several processes, batch) -> figures (), the loss first."""
+    figures: tuple[str, ...]
+    """Their names."""
+    chance: float
+    """The loss of a network that tells nothing apart."""
+    validate: Callable[[], dict[str, float]] | None
+    """Scores in the course of the run; None for none."""
+    validate_every: int
+    """Epochs; 0 for never."""
+
+
+@dataclass
+class State:
+    """How far a run has come, beside weights and optimisers."""
+
+    step: int
+    means: RunningMeans
+    """Of the metrics row that has not been written yet."""
+    guard: Guard
+    report: dict[str, dict[str, float]] = field(default_factory=dict)
+    """The final table as far as it is known."""
+
+
 def pretrain(config: Config) -> None:
-    """One run, from shards to `encoder.safetensors`."""
-    accelerator = Accelerator(
-        mixed_precision="no",  # the loop opens autocast itself, around the forward pass alone
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-    )
-    device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
-    cores = max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    if device.type == "cpu":
-        torch.set_num_threads(cores)  # the launcher leaves one thread to each process
-    torch.backends.cudnn.benchmark = True  # every step has the same shapes
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and computes_in_bf16(device))
-    set_seed(config.seed)
-    out, begun_at = run_folder(config)
+    """SimCLR, from shards to `encoder.safetensors`."""
+    run = begin(config, config.preset)
+    accelerator = run.accelerator
+    rank, world_size = accelerator.process_index, accelerator.num_processes
 
     # ---- data: shards -> two views of every image
     if config.preset == "textures" and not config.data:
         ensure_textures(Path(TEXTURES))
         # the demonstration must run on any number of processes
         config = dataclasses.replace(config, batch_size=config.batch_size // world_size * world_size)
-    cache = ShardCache(limit_bytes=round(config.loading.cache_gb * 1e9))
-    train, test = open_splits(config.data or TEXTURES, cache)
-    backend = choose_backend(config.loading.backend, device)
-    loading = {"device": device, "backend": backend, "workers": config.loading.workers or cores}
-    loading |= {"max_bad": config.loading.max_bad, "quarantine": out / "quarantine.jsonl", "cache": cache}
-    loader = ViewLoader(
-        train,
-        config.views,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        rank=rank,
-        world_size=world_size,
-        node_groups=config.loading.node_groups,
-        prefetch=config.loading.prefetch,
-        epochs=config.epochs,
-        **loading,
-    )
+    loading = loading_options(run, config)
+    train, test = open_splits(config.data or TEXTURES, loading["cache"])
+    loader = view_loader(run, config, train, loading)
 
     # ---- model: views -> h -> z
     spec = encoder_spec(config.encoder.name, config.views.size, config.encoder.stem, config.encoder.width)
     encoder = create_encoder(spec)
     width = representation_width(encoder, config.views.size)
     head = projection_head(config.head.version, width, config.head.hidden, config.head.out)
-    simclr = SimCLR(encoder, head, width, classes=len(train.classes))
-    if world_size > 1:
-        simclr = synchronise_batchnorm(simclr, device)
-    simclr = simclr.to(device, memory_format=torch.channels_last)
+    simclr = to_device(run, config, SimCLR(encoder, head, width, classes=len(train.classes)))
 
-    # ---- optimisation; epochs become steps here and nowhere else
-    total_steps = config.epochs * len(loader)
-    warmup_steps = round(min(config.optim.warmup_epochs, config.epochs / 10) * len(loader))
-    peak = peak_learning_rate(config.optim.lr, config.batch_size, config.optim.scaling)
+    # ---- optimisation
     groups = parameter_groups([simclr.encoder, simclr.head], config.optim.weight_decay)
-    optimizer = create_optimizer(config.optim.name, groups, peak, config.optim.momentum)
-    optimizers = [optimizer]
+    learning_rate = schedule(config, len(loader))
+    optimizers = [create_optimizer(config.optim.name, groups, learning_rate(0), config.optim.momentum)]
     if simclr.probe is not None:  # it has its own, so that no setting of the encoder's touches the yardstick
-        optimizers.append(torch.optim.AdamW(simclr.probe.parameters(), 1e-3))
+        optimizers.append(torch.optim.AdamW(simclr.probe.parameters(), 1e-3, fused=True))
 
-    # ---- where an earlier part of the run stopped
-    step, report, means = 0, {}, RunningMeans()
-    sampled = {"samples": len(train), "shards": checksum_of(train)}
-    if begun_at is not None:
-        tensors, record = checkpoint.load(begun_at)
-        check_same_run(config, record["config"])
-        if record["data"] != sampled:
-            raise UserError(f"{begun_at} was trained on other shards than {train.root}: give the same --data.")
-        checkpoint.unpack(tensors, simclr, optimizers)
-        means.load_state_dict({name: tensors[f"means/{name}"] for name in record["means"]}, device)
-        loader.load_state_dict(record["loader"])
-        if rank == 0:  # which counts for all that went before
-            loader.quarantine.met, loader.quarantine.replaced = record["met"], record["replaced"]
-        step, report = record["step"], record["report"]
-    checkpoints = checkpoint.Checkpoints(out / "checkpoints", config.checkpoint.keep)
-    model = accelerator.prepare_model(simclr)
+    def encode(views: Tensor, through: nn.Module) -> tuple[Tensor, Tensor | None]:
+        with run.autocast():
+            return through(views)  # (2B, out), (2B, classes)
 
-    def save() -> None:
-        bad = torch.tensor([loader.quarantine.met, loader.quarantine.replaced], device=device)
-        met, replaced = accelerator.reduce(bad, "sum").tolist()
-        if accelerator.is_main_process:
-            own = means.state_dict()
-            if own:  # or the last good checkpoint would be followed by a bad one
-                check_finite(own["sums"][0].item(), step)
-            tensors = checkpoint.pack(simclr, optimizers) | {f"means/{name}": own[name].cpu() for name in own}
-            record = {"loader": loader.state_dict(), "means": list(own), "report": report, "data": sampled}
-            record |= {"met": met, "replaced": replaced, "config": dataclasses.asdict(config)}
-            checkpoints.save(step, tensors, record)
+    def backpropagate(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        contrast = partial(nt_xent, temperature=config.loss.temperature, impl=config.loss.impl)
+        if not 0 < config.micro_batch < len(batch.label):
+            z, scores = encode(batch.views, model)
+            loss = contrast(z)
+            probe_loss, probe_top1 = probe_objective(scores, batch.label, batch.label)
+            accelerator.backward(loss + probe_loss)
+            return loss, probe_top1
+        top1 = []
+
+        def probe_loss_of(scores: Tensor | None, part: slice) -> Tensor:
+            loss, share = probe_objective(scores, batch.label[part], batch.label)
+            top1.append(share)
+            return loss
+
+        loss = backward_in_slices(
+            lambda views: encode(views, model if torch.is_grad_enabled() else simclr),
+            simclr,
+            batch.views,
+            config.micro_batch,
+            contrast,
+            probe_loss_of,
+            no_sync=lambda: accelerator.no_sync(model),
+        )
+        return loss, sum(top1)
 
     # ---- evaluation on frozen features, before, during and after
     evaluate = None
@@ -160,149 +188,287 @@ def pretrain(config: Config) -> None:
     def represent(views: Tensor) -> Tensor:
         """(B, 3, S, S) -> h (B, features), in evaluation mode."""
         simclr.eval()
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with run.autocast():
             h = simclr.encoder(views)
         simclr.train()
         return h
 
-    # ---- the run folder, made only now that every part stands
-    if accelerator.is_main_process:
-        metrics = start_run(out, config, spec, step)
-        console.print(
-            f"{len(train):,} images, batch {config.batch_size} ({loader.order.dropped} left over each epoch), "
-            f"{total_steps:,} steps on {world_size} x {device.type} in {'bf16' if bf16 else 'fp32'}, "
-            f"views by {backend}, encoder {spec[0]} {spec[1]}"
-            + ("" if evaluate else "; no labelled test split beside the train split, so no kNN and no table")
-            + (f"; going on from {begun_at}" if begun_at else "")
-        )
-    accelerator.wait_for_everyone()
-    if evaluate and config.eval.baselines and not report:
-        report = {"raw pixels": evaluate(raw_pixels), "untrained": evaluate(represent)}
+    # ---- what is new of the run, or where an earlier part of it stopped
+    task = Task(
+        simclr,
+        loader,
+        optimizers,
+        learning_rate,
+        backpropagate,
+        figures=("loss", "probe_top1"),
+        chance=math.log(2 * config.batch_size - 1),
+        validate=evaluate and (lambda: evaluate(represent, linear=False)),
+        validate_every=config.eval.knn_every,
+    )
+    state = restore(run, config, task)
+    metrics = open_folder(run, config, task, state, {"timm_name": spec[0], "timm_kwargs": spec[1]})
+    if evaluate is None and accelerator.is_main_process:
+        console.print("There is no labelled test split beside the train split, so no kNN and no table.")
+    if evaluate and config.eval.baselines and not state.report:
+        state.report = {"raw pixels": evaluate(raw_pixels), "untrained": evaluate(represent)}
 
-    # ---- the loop
-    clock, saved_at, replaced, leaving = StepClock(), time.monotonic(), 0, False
+    closing = fit(run, config, task, state, metrics)
+    if closing is None:  # asked to stop
+        return
+
+    # ---- what came out; the encoder first, since nothing after it is worth a lost run
+    if accelerator.is_main_process:
+        save_encoder(simclr.encoder, spec, run.out / "encoder.safetensors")
+        save_head(simclr.head, run.out / "head.safetensors")
+    if evaluate:
+        state.report["trained"] = evaluate(represent)
+    if accelerator.is_main_process:
+        for name, scores in state.report.items():
+            metrics.write(step=state.step if name == "trained" else 0, features=name, **scores)
+        if state.report:
+            console.print(report_table(state.report))
+        finish(run, metrics, closing)
+
+
+def fit(run: Run, config: Common, task: Task, state: State, metrics: MetricsFile | None) -> list[str] | None:
+    """The loop: every step of a run that is still to come.
+
+    Returns:
+        Sentences for the end of the run; None if it was asked to stop before.
+    """
+    accelerator = run.accelerator
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    loader, optimizers, means, guard = task.loader, task.optimizers, state.means, state.guard
+    total_steps = config.epochs * len(loader)
+    model = accelerator.prepare_model(task.module)
+    clock, collapse, saved_at, replaced, leaving = StepClock(), CollapseWatch(task.chance), time.monotonic(), 0, False
     with progress_bar(total_steps, accelerator.is_main_process) as advance, checkpoint.StopSignal() as stop:
-        while not leaving and step < total_steps:
-            epoch = step // len(loader)
+        while not leaving and state.step < total_steps:
+            epoch = state.step // len(loader)
             for batch in clock.watch(loader):
-                torch.manual_seed((config.seed << 32) + step * world_size + rank)  # of dropout: nothing to be saved
-                lr = warmup_cosine(step, warmup_steps, total_steps, peak)
-                for group in optimizer.param_groups:
+                torch.manual_seed((config.seed << 32) + state.step * world_size + rank)  # of dropout: nothing to save
+                lr = task.learning_rate(state.step)
+                for group in optimizers[0].param_groups:
                     group["lr"] = lr
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    z, scores = model(batch.views)  # (2B, out), (2B, classes)
-                loss = nt_xent(z, config.loss.temperature, impl=config.loss.impl)
-                probe_loss, probe_top1 = probe_objective(scores, batch.label, loss)
-                accelerator.backward(loss + probe_loss)
+                guard.before_forward()
+                figures = task.backpropagate(model, batch)
+                taken, gradient_norm = guard.after_backward(state.step + 1)
                 for each in optimizers:
-                    each.step()
+                    each.step()  # leaves everything as it is if the step is not to be taken
                     each.zero_grad(set_to_none=True)
-                means.add(loss, probe_top1)
-                step += 1
-                epoch_ends = step % len(loader) == 0
-                knn_due = evaluate and epoch_ends and config.eval.knn_every and (epoch + 1) % config.eval.knn_every == 0
+                means.add(taken, *figures, gradient_norm)
+                state.step += 1
+                epoch_ends = state.step % len(loader) == 0
+                due = task.validate and epoch_ends and task.validate_every and (epoch + 1) % task.validate_every == 0
                 leaving = stop.received and world_size == 1
-                save_due = config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
-                if step % config.log_every == 0 or step == total_steps or knn_due:
+                save_due = config.checkpoint.every_steps and state.step % config.checkpoint.every_steps == 0
+                if state.step % config.log_every == 0 or state.step == total_steps or due:
                     # the one place where the host waits for the device, and where the ranks agree to stop or save
                     minutes = (time.monotonic() - saved_at) / 60
                     late = 0 < config.checkpoint.every_minutes <= minutes
-                    figures = accelerator.reduce(means.take(loader.quarantine.replaced, stop.received, late), "mean")
-                    mean_loss, mean_top1, replaced, stopped, late = figures.tolist()
-                    check_finite(mean_loss, step)
-                    row = {"step": step, "epoch": epoch + 1, "loss": mean_loss, "lr": lr, "probe_top1": mean_top1}
-                    row |= clock.window(config.batch_size) | {"replaced_images": round(replaced * world_size)}
+                    sums = torch.cat([means.take(loader.quarantine.replaced, stop.received, late), guard.counts])
+                    *averages, replaced, stopped, late, _, longest, skipped, last = accelerator.reduce(
+                        sums, "mean"
+                    ).tolist()
+                    if longest > config.max_skipped:
+                        raise diverged(run, task, round(longest), round(last))
+                    row = {"step": state.step, "epoch": epoch + 1, "lr": lr}
+                    row |= dict(zip((*task.figures, "gradient_norm"), averages, strict=True))
+                    row |= clock.window(config.batch_size)
+                    row |= {"replaced_images": round(replaced * world_size), "skipped_steps": round(skipped)}
+                    collapsed = collapse.collapsed(state.step, row["loss"])
                     if accelerator.is_main_process:
                         metrics.write(**row)
                         advance(row)
+                        if collapsed:
+                            console.print(
+                                f"The loss stands at {row['loss']:.4f}, which is what it is when the network tells no "
+                                "image from another (collapse): lower --optim.lr or lengthen --optim.warmup-epochs."
+                            )
                     leaving, save_due = stopped > 0, save_due or late > 0
                 if (save_due or leaving) and not epoch_ends:
-                    save()
+                    save(run, config, task, state)
                     saved_at = time.monotonic()
                 if leaving:
                     break
             if not epoch_ends:
                 break
-            if knn_due and step < total_steps:
-                knn = evaluate(represent, linear=False)
+            if due and state.step < total_steps:
+                scores = task.validate()
                 if accelerator.is_main_process:
-                    metrics.write(step=step, epoch=epoch + 1, **knn)
-                    console.print(f"epoch {epoch + 1}: loss {row['loss']:.3f}, kNN top-1 {knn['knn_top1']:.3f}")
+                    metrics.write(step=state.step, epoch=epoch + 1, **scores)
+                    shown = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
+                    console.print(f"epoch {epoch + 1}: loss {row['loss']:.3f}, {shown}")
                 clock.pause()
-            save()
+            save(run, config, task, state)
             saved_at = time.monotonic()
     loader.close()
-    if leaving and step < total_steps:
+    if leaving and state.step < total_steps:
         if accelerator.is_main_process:
             metrics.close()
-            console.print(f"Stopped after step {step} of {total_steps}: the same command with --out {out} goes on.")
-        return
-
-    # ---- what came out; the encoder first, since nothing after it is worth a lost run
-    if accelerator.is_main_process:
-        save_encoder(simclr.encoder, spec, out / "encoder.safetensors")
-    if evaluate:
-        report["trained"] = evaluate(represent)
-    if accelerator.is_main_process:
-        for name, figures in report.items():
-            metrics.write(step=step if name == "trained" else 0, features=name, **figures)
-        metrics.close()
-        if report:
-            console.print(report_table(report))
-        if replaced:
             console.print(
-                f"{round(replaced * world_size)} times another image took a bad one's place: {out}/quarantine.jsonl"
+                f"Stopped after step {state.step} of {total_steps}: the same command with --out {run.out} goes on."
             )
-        if clock.total_steps:
-            images_per_s, waiting = clock.summary(config.batch_size)
-            console.print(f"{images_per_s:,.0f} images/s, {waiting:.1%} of the time waiting for data")
-        console.print(f"run folder: {out}")
+        return None
+    closing = []
+    if replaced:
+        closing.append(
+            f"{round(replaced * world_size)} times another image took a bad one's place: {run.out}/quarantine.jsonl"
+        )
+    if clock.total_steps:
+        images_per_s, waiting = clock.summary(config.batch_size)
+        communicating = communication_s(model) * clock.total_steps / clock.total_s
+        faster = "--compile" if run.bf16 else "bf16 on hardware that computes in it, or --compile"
+        faster = "a larger --batch-size or faster hardware" if config.compile else faster
+        closing.append(f"{images_per_s:,.0f} images/s, {waiting:.1%} of the time waiting for data")
+        closing.append(verdict(waiting, communicating, faster))
+    return closing
 
 
-def run_folder(config: Config) -> tuple[Path, Path | None]:
-    """The run folder, and the checkpoint to go on from if there is one.
-
-    Raises:
-        UserError: the folder holds something else than a run that can go on.
-    """
-    if config.resume not in ("auto", "none"):
-        begun_at = checkpoint.find(Path(config.resume).resolve())
-        out = Path(config.out or begun_at.parents[1])
-        if is_new(out) or out.resolve() == begun_at.parents[1]:
-            return out, begun_at
-        raise UserError(f"{out} holds other files than the run that --resume names: choose another --out.")
-    out = Path(config.out or f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if is_new(out):
-        return out, None
-    begun_at = checkpoint.Checkpoints(out / "checkpoints", keep=1).latest()
-    names = set(os.listdir(out))
-    hardly_begun = "config.json" in names <= {"config.json", "metrics.jsonl", "quarantine.jsonl", "checkpoints"}
-    if config.resume == "none" or (begun_at is None and not hardly_begun):
-        raise UserError(f"{out} holds a run or other files already: choose another --out or delete it.")
-    return out, begun_at
+def begin(config: Common, name: str) -> Run:
+    """Processes, threads, seed and run folder."""
+    accelerator = Accelerator(
+        mixed_precision="no",  # the loop opens autocast itself, around the forward pass alone
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    device = accelerator.device
+    cores = max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if device.type == "cpu":
+        torch.set_num_threads(cores)  # the launcher leaves one thread to each process
+        if config.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
+            raise UserError("--compile needs a C++ compiler on a CPU: install g++ or leave it out.")
+    torch.backends.cudnn.benchmark = True  # every step has the same shapes
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and computes_in_bf16(device))
+    set_seed(config.seed)
+    return Run(accelerator, cores, bf16, *run_folder(config.out, config.resume, name))
 
 
-def is_new(out: Path) -> bool:
-    """Whether nothing is at `out` yet.
-
-    Raises:
-        UserError: a file is.
-    """
-    if out.is_file():
-        raise UserError(f"{out} is a file: choose another --out.")
-    return not (out.is_dir() and any(out.iterdir()))
-
-
-def checksum_of(shards: ShardSet) -> str:
-    """One checksum over those of all shards."""
-    return hashlib.sha256("".join(shard["sha256"] for shard in shards.manifest["shards"]).encode()).hexdigest()
+def loading_options(run: Run, config: Common) -> dict:
+    """What loaders for training and for evaluation have in common."""
+    device = run.accelerator.device
+    return {
+        "device": device,
+        "backend": choose_backend(config.loading.backend, device),
+        "workers": config.loading.workers or run.cores,
+        "max_bad": config.loading.max_bad,
+        "quarantine": run.out / "quarantine.jsonl",
+        "cache": ShardCache(limit_bytes=round(config.loading.cache_gb * 1e9)),
+    }
 
 
-def leave_process_group() -> None:
-    """End gloo's threads, which would abort the process if they outlived the interpreter."""
-    gc.collect()  # they end with the last reference to their group, and modules refer to it in cycles
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+def view_loader(run: Run, config: Common, shards: ShardSet, loading: dict, **options) -> ViewLoader:
+    """Augmented batches of this process."""
+    return ViewLoader(
+        shards,
+        config.views,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        rank=run.accelerator.process_index,
+        world_size=run.accelerator.num_processes,
+        node_groups=config.loading.node_groups,
+        prefetch=config.loading.prefetch,
+        epochs=config.epochs,
+        **loading,
+        **options,
+    )
+
+
+def to_device(run: Run, config: Common, module: nn.Module) -> nn.Module:
+    """The module where and how it will be trained: batch norm over all ranks, channels last, compiled if asked for."""
+    if run.accelerator.num_processes > 1:
+        module = synchronise_batchnorm(module, run.accelerator.device)
+    module = module.to(run.accelerator.device, memory_format=torch.channels_last)
+    if config.compile:
+        module.compile()  # in place: names in checkpoints stay as they are
+    return module
+
+
+def schedule(config: Common, steps_per_epoch: int) -> Callable[[int], float]:
+    """step -> learning rate; epochs become steps here and nowhere else."""
+    peak = peak_learning_rate(config.optim.lr, config.batch_size, config.optim.scaling)
+    warmup_epochs = min(config.optim.warmup_epochs, config.epochs / 10)
+    steps = {"warmup_steps": round(warmup_epochs * steps_per_epoch), "total_steps": config.epochs * steps_per_epoch}
+    return partial(warmup_cosine, **steps, peak=peak)
+
+
+def restore(run: Run, config: Common, task: Task) -> State:
+    """A new state, or that of the checkpoint to go on from, with the task's modules and optimisers put back."""
+    device = run.accelerator.device
+    guard = Guard(task.module, task.optimizers, device)
+    state = State(0, RunningMeans((*task.figures, "gradient_norm"), device), guard)
+    if run.begun_at is None:
+        return state
+    tensors, record = checkpoint.load(run.begun_at)
+    check_same_run(config, record["config"])
+    if record["data"] != identity(task.loader):
+        raise UserError(f"{run.begun_at} was trained on other shards than {task.loader.shards.root}: give its --data.")
+    checkpoint.unpack(tensors, task.module, task.optimizers)
+    state.means.sums, guard.counts = tensors["means"].to(device), tensors["guard"].to(device)
+    task.loader.load_state_dict(record["loader"])
+    if run.accelerator.is_main_process:  # which counts for all that went before
+        task.loader.quarantine.met, task.loader.quarantine.replaced = record["met"], record["replaced"]
+    state.step, state.report = record["step"], record["report"]
+    return state
+
+
+def save(run: Run, config: Common, task: Task, state: State) -> None:
+    """Write a checkpoint, unless the weights are not sound: the last good ones shall stay."""
+    quarantine = task.loader.quarantine
+    bad = torch.tensor([quarantine.met, quarantine.replaced], device=run.accelerator.device)
+    met, replaced = run.accelerator.reduce(bad, "sum").tolist()
+    if run.accelerator.is_main_process and state.guard.is_sound():
+        tensors = checkpoint.pack(task.module, task.optimizers)
+        tensors |= {"means": state.means.sums.cpu(), "guard": state.guard.counts.cpu()}
+        record = {"loader": task.loader.state_dict(), "report": state.report, "data": identity(task.loader)}
+        record |= {"met": met, "replaced": replaced, "config": dataclasses.asdict(config)}
+        checkpoint.Checkpoints(run.out / "checkpoints", config.checkpoint.keep).save(state.step, tensors, record)
+
+
+def identity(loader: ViewLoader) -> dict[str, int | str]:
+    """What the samples of a run are known by: their number, and one checksum over those of all shards."""
+    shards = loader.shards.manifest["shards"]
+    checksum = hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest()
+    return {"samples": len(loader.shards), "shards": checksum}
+
+
+def open_folder(run: Run, config: Common, task: Task, state: State, record: dict) -> MetricsFile | None:
+    """Make the run folder, only now that every part stands, and say what is about to be done; None on other ranks."""
+    accelerator, metrics = run.accelerator, None
+    if accelerator.is_main_process:
+        metrics = start_run(run.out, {**dataclasses.asdict(config), **record}, state.step)
+        order, total_steps = task.loader.order, config.epochs * len(task.loader)
+        console.print(
+            f"{order.dropped + len(task.loader) * config.batch_size:,} images, batch {config.batch_size} "
+            f"({order.dropped} left over each epoch), {total_steps:,} steps on {accelerator.num_processes} x "
+            f"{accelerator.device.type} in {'bf16' if run.bf16 else 'fp32'}, "
+            f"views by {choose_backend(config.loading.backend, accelerator.device)}, encoder {record['timm_name']} "
+            f"{record['timm_kwargs']}" + (f"; going on from {run.begun_at}" if run.begun_at else "")
+        )
+    accelerator.wait_for_everyone()
+    return metrics
+
+
+def finish(run: Run, metrics: MetricsFile, closing: list[str]) -> None:
+    """The last words of a run."""
+    metrics.close()
+    for sentence in closing:
+        console.print(sentence)
+    console.print(f"run folder: {run.out}")
+
+
+def diverged(run: Run, task: Task, in_a_row: int, step: int) -> UserError:
+    """The error of a run whose gradients were not finite too often; lists the images of the last such step."""
+    epoch, position = divmod(step - 1, len(task.loader))
+    index = task.loader.shards.index
+    samples = np.sort(task.loader.order.batch(epoch, position))
+    keys = [key.decode() for key in index["key"][samples]]
+    if run.accelerator.is_main_process:
+        (run.out / "diverged.json").write_text(json.dumps({"step": step, "images": keys}, indent=1) + "\n")
+    return UserError(
+        f"The gradient was not finite in {in_a_row} steps in a row, the last of them step {step} (images "
+        f"{', '.join(keys[:3])} and more, listed in {run.out}/diverged.json): lower --optim.lr, lengthen "
+        "--optim.warmup-epochs or use --precision fp32."
+    )
 
 
 def available_cores() -> int:
@@ -317,31 +483,21 @@ def computes_in_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 
-def check_finite(loss: float, step: int) -> None:
-    """Stop a run that has diverged."""
-    if not math.isfinite(loss):
-        raise UserError(
-            f"The loss became {loss} by step {step}: lower --optim.lr, lengthen --optim.warmup-epochs or use "
-            "--precision fp32."
-        )
+def probe_objective(scores: Tensor | None, label: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy () and top-1 () of the online probe, both as this part's share of the batch.
 
-
-def probe_objective(scores: Tensor | None, label: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy () and top-1 () of the online probe on both views (2B, classes), unlabelled images left out."""
+    Args:
+        scores: (2b, classes), both views of b images; None without a probe.
+        label: (b,) int64; images with -1, unlabelled ones, are left out.
+        whole: (B,) labels of the whole batch of this process.
+    """
     if scores is None:
-        return torch.zeros_like(like), torch.zeros_like(like)
-    label = label.repeat(2)  # (2B,)
-    known = (label >= 0).sum().clamp_min(1)
+        nothing = torch.zeros((), device=label.device)
+        return nothing, nothing
+    label = label.repeat(2)  # (2b,)
+    known = 2 * (whole >= 0).sum().clamp_min(1)
     top1 = (scores.argmax(1) == label).sum() / known
     return cross_entropy(scores.float(), label, ignore_index=-1, reduction="sum") / known, top1
-
-
-def start_run(out: Path, config: Config, spec: tuple[str, dict], step: int) -> MetricsFile:
-    """Make the run folder with its config.json and open its metrics, those of an earlier part until `step`."""
-    out.mkdir(parents=True, exist_ok=True)
-    record = {**dataclasses.asdict(config), "timm_name": spec[0], "timm_kwargs": spec[1]}
-    (out / "config.json").write_text(json.dumps(record, indent=2) + "\n")
-    return MetricsFile(out / "metrics.jsonl", step)
 
 
 @contextmanager
@@ -367,9 +523,14 @@ def main() -> None:
         pretrain(parse(arguments))
         leave_process_group()
     except (UserError, OSError) as error:  # an unwritable folder, a full disk
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error}" if is_first_to_fail(str(error)) else 1)
     except KeyboardInterrupt:
         sys.exit(130)  # the shell's code for a run that was interrupted
+    except RuntimeError as error:
+        if failed_elsewhere():  # which broke off what this process was waiting for
+            sys.exit(1)
+        is_first_to_fail(str(error))
+        raise
 
 
 if __name__ == "__main__":

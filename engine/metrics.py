@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 class StepClock:
@@ -59,29 +61,61 @@ class StepClock:
         return self.total_steps * batch_size / self.total_s, self.total_wait_s / self.total_s
 
 
+def communication_s(model: nn.Module) -> float:
+    """Seconds per step in which averaging the gradients was not hidden behind the backward pass, as DDP samples them.
+
+    Messages of synchronised batch norm and of the loss are not among them.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        return 0.0
+    sampled = model._get_ddp_logging_data()  # nanoseconds; absent before the first sample
+    exposed = sampled.get("avg_backward_comm_time", 0) - sampled.get("avg_backward_compute_comm_overlap_time", 0)
+    return max(exposed, 0) / 1e9
+
+
+def verdict(waiting: float, communicating: float, faster_step: str) -> str:
+    """One sentence on what a run was bound by.
+
+    Args:
+        waiting: share of the time spent waiting for data.
+        communicating: share of the time spent averaging gradients, where nothing else was done.
+        faster_step: what would make the step itself faster.
+    """
+    if waiting >= 0.05 and waiting >= communicating:
+        return (
+            f"Data-bound: {waiting:.1%} of the time went into waiting for data; more --data.workers, --views.jitter "
+            "affine or shards made with --short-side would help."
+        )
+    if communicating >= 0.1:
+        return (
+            f"Communication-bound: {communicating:.1%} of the time went into averaging gradients while nothing else "
+            "was done; a larger --batch-size or a faster network would help."
+        )
+    step = 1 - waiting - communicating
+    return f"Compute-bound: {step:.1%} of the time went into the step itself; {faster_step} would help."
+
+
 class RunningMeans:
-    """Means of scalars that live on a device; nothing is brought to the host before `take`."""
+    """Means of scalars that live on a device; nothing is brought to the host before `take`.
 
-    def __init__(self) -> None:
-        self.sums: torch.Tensor | None = None
-        self.count = 0
+    Args:
+        names: of the scalars, in the order in which `add` is given them.
+    """
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """What `take` has not taken yet."""
-        return {} if self.sums is None else {"sums": self.sums, "count": torch.tensor(self.count)}
+    def __init__(self, names: tuple[str, ...], device: torch.device):
+        self.names = names
+        self.sums = torch.zeros(len(names) + 1, device=device)
+        """The sums of the scalars, and how many of each there are."""
 
-    def load_state_dict(self, state: dict[str, torch.Tensor], device: torch.device) -> None:
-        if state:
-            self.sums, self.count = state["sums"].to(device), int(state["count"])
-
-    def add(self, *values: torch.Tensor) -> None:
-        row = torch.stack([value.detach().float() for value in values])
-        self.sums = row if self.sums is None else self.sums + row
-        self.count += 1
+    def add(self, taken: torch.Tensor, *values: torch.Tensor) -> None:
+        """Add one of each; nothing if `taken`, () bool, says that the step was skipped."""
+        row = torch.stack([*(value.detach().float() for value in values), torch.ones_like(self.sums[0])])
+        self.sums = self.sums + torch.where(taken, row, 0)  # nan times 0 would be nan
 
     def take(self, *also: float) -> torch.Tensor:
-        """The means since the last call, then `also` as they are, still on the device."""
-        means, self.sums, self.count = self.sums / self.count, None, 0
+        """The means since the last call (nan if there is none), then `also`, still on the device."""
+        means = self.sums[:-1] / self.sums[-1]
+        self.sums = torch.zeros_like(self.sums)
         return torch.cat([means, means.new_tensor(also)])
 
 
@@ -100,7 +134,8 @@ class MetricsFile:
         self.file = path.open("a", buffering=1)
 
     def write(self, **row: float) -> None:
-        self.file.write(json.dumps(row) + "\n")
+        known = {name: None if value != value else value for name, value in row.items()}  # JSON has no nan
+        self.file.write(json.dumps(known) + "\n")
 
     def close(self) -> None:
         self.file.close()

@@ -53,29 +53,45 @@ class LARS(Optimizer):
             weights = [w for w in group["params"] if w.grad is not None]
             if not weights:
                 continue
-            for w in weights:
-                if not self.state[w]:
-                    self.state[w]["momentum_buffer"] = torch.zeros_like(w)
+            _begin_at_rest(self, weights)
             buffers = [self.state[w]["momentum_buffer"] for w in weights]
             # the multi-tensor kernels take all layers at once: hundreds of launches become a handful
             gradients = torch._foreach_add([w.grad for w in weights], weights, alpha=group["weight_decay"])
             if group["adapt"]:
                 ratios = self._trust_ratios(weights, gradients, group["trust_coefficient"])
-                torch._foreach_mul_(gradients, ratios)
-            torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, gradients, alpha=group["lr"])
-            torch._foreach_sub_(weights, buffers)
+                torch._foreach_mul_(gradients, list((group["lr"] * ratios).unbind()))
+            else:
+                torch._foreach_mul_(gradients, group["lr"])
+            # SGD's kernel with lr = 1 does the last two lines at once, and nothing where `found_inf` is 1
+            torch._fused_sgd_(
+                weights,
+                gradients,
+                buffers,
+                weight_decay=0.0,
+                momentum=group["momentum"],
+                lr=1.0,
+                dampening=0.0,
+                nesterov=False,
+                maximize=False,
+                is_first_step=False,
+                grad_scale=None,
+                found_inf=getattr(self, "found_inf", None),
+            )
         return loss
 
     @staticmethod
-    def _trust_ratios(
-        weights: list[torch.Tensor], gradients: list[torch.Tensor], coefficient: float
-    ) -> list[torch.Tensor]:
+    def _trust_ratios(weights: list[torch.Tensor], gradients: list[torch.Tensor], coefficient: float) -> torch.Tensor:
         weight_norms = torch.stack(torch._foreach_norm(weights))
         gradient_norms = torch.stack(torch._foreach_norm(gradients))
         ratios = coefficient * weight_norms / gradient_norms
-        ratios = torch.where((weight_norms > 0) & (gradient_norms > 0), ratios, torch.ones_like(ratios))
-        return list(ratios.unbind())
+        return torch.where((weight_norms > 0) & (gradient_norms > 0), ratios, torch.ones_like(ratios))  # (layers,)
+
+
+def _begin_at_rest(optimizer: Optimizer, weights: Iterable[torch.Tensor]) -> None:
+    """Momentum 0 where there is none yet: made by the first step, it would be left unwritten if that is skipped."""
+    for w in weights:
+        if "momentum_buffer" not in optimizer.state[w]:
+            optimizer.state[w]["momentum_buffer"] = torch.zeros_like(w)
 
 
 def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict]:
@@ -91,10 +107,16 @@ def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[
 
 
 def create_optimizer(name: str, groups: list[dict], lr: float, momentum: float) -> Optimizer:
-    """`lars`, `sgd` (classic momentum) or `adamw` (betas 0.9, 0.95 as usual for large-batch self-supervision)."""
+    """`lars`, `sgd`, `nesterov` or `adamw` (betas 0.9, 0.95 as usual for large-batch self-supervision).
+
+    All of them skip a step where their attribute `found_inf` is 1 (see `engine.guard`).
+    """
     if name == "lars":
         return LARS(groups, lr, momentum)
     groups = [{key: value for key, value in group.items() if key != "adapt"} for group in groups]
-    if name == "sgd":
-        return torch.optim.SGD(groups, lr, momentum)
-    return torch.optim.AdamW(groups, lr, betas=(momentum, 0.95))
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr, betas=(momentum, 0.95), fused=True)
+    optimizer = torch.optim.SGD(groups, lr, momentum, nesterov=name == "nesterov", fused=True)
+    if momentum:
+        _begin_at_rest(optimizer, [w for group in optimizer.param_groups for w in group["params"]])
+    return optimizer

@@ -20,13 +20,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train
+from loss import nt_xent
 from pipeline import textures
 from pipeline.convert import folder_source, write_split
 
 ROOT = Path(__file__).parents[1]
 SHORT = ["--head.hidden", "32", "--head.out", "16", "--batch-size", "16", "--log-every", "1"]
 SMALL = ["--encoder.width", "0.125", *SHORT]
-ROW = {"step", "epoch", "loss", "lr", "probe_top1", "images_per_s", "data_wait_ms", "step_ms", "replaced_images"}
+ROW = {"step", "epoch", "loss", "lr", "probe_top1", "gradient_norm", "images_per_s", "data_wait_ms", "step_ms"}
+ROW |= {"replaced_images", "skipped_steps"}
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +81,7 @@ def rows(out):
 def test_a_run_leaves_what_it_promises(run_here, data, tmp_path, capsys):
     out = tmp_path / "run"
     run_here("pretrain", "--data", data, "--out", out, "--epochs", 2, "--eval.knn-every", 1, *SMALL)
-    left = ["checkpoints", "config.json", "encoder.safetensors", "metrics.jsonl"]
+    left = ["checkpoints", "config.json", "encoder.safetensors", "head.safetensors", "metrics.jsonl"]
     assert sorted(path.name for path in out.iterdir()) == left
     config = json.loads((out / "config.json").read_text())
     assert config["preset"] == "textures" and config["batch_size"] == 16 and config["encoder"]["width"] == 0.125
@@ -99,7 +101,7 @@ def test_a_run_leaves_what_it_promises(run_here, data, tmp_path, capsys):
     assert config["timm_name"] == metadata["timm_name"]
 
     printed = capsys.readouterr().out
-    for expected in ("raw pixels", "untrained", "trained", "images/s", "waiting for data", str(out)):
+    for expected in ("raw pixels", "untrained", "trained", "images/s", "waiting for data", "-bound: ", str(out)):
         assert expected in printed.replace("\n", "")
 
 
@@ -271,11 +273,39 @@ def test_other_parts_fit_as_well(run_here, data, tmp_path, options):
     assert len(losses) == 5 and all(0 < loss < 2 * math.log(31) for loss in losses)
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run(run_here, data, tmp_path):
-    explode = ["--optim.name", "sgd", "--optim.lr", "1e30", "--optim.warmup-epochs", "0"]
-    with pytest.raises(SystemExit, match=r"The loss became (nan|inf) by step \d: lower --optim.lr"):
-        run_here("--data", data, "--out", tmp_path / "run", "--eval.no-baselines", *explode, *SMALL)
-    assert not (tmp_path / "run" / "encoder.safetensors").exists()
+def test_a_run_that_diverges_skips_steps_then_stops_and_names_them(run_here, data, tmp_path):
+    out = tmp_path / "run"
+    explode = ["--optim.name", "sgd", "--optim.lr", "1e30", "--optim.warmup-epochs", "0", "--max-skipped", 3]
+    with pytest.raises(SystemExit, match=r"not finite in 4 steps in a row, the last of them step \d+ .*--optim\.lr"):
+        run_here("--data", data, "--out", out, "--eval.no-baselines", *explode, *SMALL)
+    assert not (out / "encoder.safetensors").exists()
+    skipped = [row["skipped_steps"] for row in rows(out)]
+    assert skipped[-3:] == [1, 2, 3] and rows(out)[-1]["loss"] is None
+    listed = json.loads((out / "diverged.json").read_text())
+    loader_images = {key.decode() for name in (data / "train").glob("*.npy") for key in np.load(name)["key"]}
+    assert listed["step"] == rows(out)[-1]["step"] + 1
+    assert len(listed["images"]) == 16 and set(listed["images"]) <= loader_images
+
+
+def test_collapse_is_reported(run_here, data, tmp_path, monkeypatch, capsys):
+    """Projections that are all alike, as if the network had collapsed: the loss is ln(2B - 1) from the beginning."""
+    monkeypatch.setattr(train, "nt_xent", lambda z, **options: nt_xent(0 * z + 1, **options))
+    options = ["--data", data, "--epochs", 25, "--eval.no-baselines", "--eval.knn-every", 0, *SMALL]
+    run_here(*options, "--out", tmp_path / "run")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count(f"The loss stands at {math.log(31):.4f}") == 1 and "(collapse)" in printed
+
+
+def test_micro_batches_keep_the_contrastive_batch(run_here, data, tmp_path):
+    """Slices of 5, 5, 5 and 1 images; without batch norm's own statistics nothing tells them from the whole."""
+    vit = ["--encoder.name", "convnext_atto", "--encoder.stem", "auto", "--encoder.width", 1, "--precision", "fp32"]
+    options = ["--data", data, "--epochs", 1, "--eval.no-baselines", *SHORT, *vit, "--optim.name", "sgd"]
+    losses = []
+    for name, sliced in (("whole", []), ("sliced", ["--micro-batch", 5])):
+        run_here(*options, "--optim.lr", 0.0, "--out", tmp_path / name, *sliced)
+        losses.append([row["loss"] for row in rows(tmp_path / name) if "loss" in row])
+    assert len(losses[0]) == 5 and losses[0] != losses[1], "the head's batch norm sees slices"
+    assert losses[1] == pytest.approx(losses[0], rel=0.25)
 
 
 def test_exit_codes_and_no_traceback(data, tmp_path):

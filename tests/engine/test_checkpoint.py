@@ -129,7 +129,15 @@ def test_another_model_is_refused():
         checkpoint.unpack(checkpoint.pack(nn.Linear(2, 2), []), nn.Linear(2, 3), [])
 
 
-def test_a_signal_is_noted_once_and_then_as_before():
+@pytest.fixture
+def ctrl_c():
+    """Python's own handling of Ctrl-C: a shell's background jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_is_noted_once_and_then_as_before(ctrl_c):
     with StopSignal() as stop:
         assert not stop.received
         signal.raise_signal(signal.SIGINT)

@@ -1,10 +1,12 @@
 import json
+import math
+import re
 import time
 
 import pytest
 import torch
 
-from engine.metrics import MetricsFile, RunningMeans, StepClock
+from engine.metrics import MetricsFile, RunningMeans, StepClock, verdict
 
 
 def test_the_clock_tells_waiting_from_working():
@@ -46,12 +48,41 @@ def test_a_pause_does_not_count():
 
 
 def test_running_means_start_anew_after_each_take():
-    means = RunningMeans()
+    means, taken = RunningMeans(("loss", "top1"), torch.device("cpu")), torch.tensor(True)
     for value in (1.0, 2.0, 6.0):
-        means.add(torch.tensor(value), torch.tensor(-value, dtype=torch.bfloat16))
+        means.add(taken, torch.tensor(value), torch.tensor(-value, dtype=torch.bfloat16))
     assert means.take().tolist() == [3.0, -3.0]
-    means.add(torch.tensor(5.0), torch.tensor(0.0))
+    means.add(taken, torch.tensor(5.0), torch.tensor(0.0))
     assert means.take(7).tolist() == [5.0, 0.0, 7.0]
+
+
+def test_skipped_steps_do_not_count_in_the_means():
+    means = RunningMeans(("loss",), torch.device("cpu"))
+    for value, taken in ((1.0, True), (math.nan, False), (3.0, True)):
+        means.add(torch.tensor(taken), torch.tensor(value))
+    assert means.take().tolist() == [2.0]
+    means.add(torch.tensor(False), torch.tensor(math.inf))
+    assert math.isnan(means.take().item())
+
+
+@pytest.mark.parametrize(
+    ("waiting", "communicating", "said"),
+    [
+        (0.30, 0.20, "Data-bound: 30.0% of the time .*--data.workers"),
+        (0.20, 0.30, "Communication-bound: 30.0% of the time .*larger --batch-size"),
+        (0.01, 0.02, "Compute-bound: 97.0% of the time .*; --compile would help"),
+        (0.049, 0.099, "Compute-bound: 85.2%"),
+    ],
+)
+def test_the_verdict_names_share_and_cure(waiting, communicating, said):
+    assert re.fullmatch(said + ".*", verdict(waiting, communicating, "--compile"))
+
+
+def test_a_mean_that_is_not_a_number_is_null(tmp_path):
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    metrics.write(step=1, loss=math.nan)
+    metrics.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null}\n'
 
 
 def test_rows_are_on_disk_at_once(tmp_path):

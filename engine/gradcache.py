@@ -1,0 +1,99 @@
+"""Contrastive batches larger than memory: encode in slices, contrast all of them, backpropagate slice by slice.
+
+Accumulating gradients of small batches would lose negatives: each image would be contrasted with its own slice alone.
+The loss depends on the weights only through z, so its gradient is the sum over slices of dz/dw^T dL/dz (Gao et al.
+2021, arXiv 2101.06983): z of all slices is computed without a graph, the loss gives dL/dz, and every slice is encoded
+once more, now with a graph. Two forward passes and one backward pass for the memory of one slice.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def backward_in_slices(
+    encode: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+    module: nn.Module,
+    views: Tensor,
+    micro_batch: int,
+    contrast: Callable[[Tensor], Tensor],
+    beside: Callable[[Tensor | None, slice], Tensor],
+    *,
+    no_sync: Callable[[], AbstractContextManager] = nullcontext,
+) -> Tensor:
+    """Add the gradient of `contrast(z) + the sum of beside` to the parameters, `micro_batch` images at a time.
+
+    Batch norm takes its statistics from each slice (over all ranks, where it is synchronised), in both passes alike. So
+    with batch norm the result is not that of the whole batch at once: without it, or in evaluation mode, it is. The
+    running statistics see each slice once, and k slices move them as far as one batch does: each by
+    1 - (1 - momentum)^(1/k).
+
+    Args:
+        encode: views (2b, 3, H, W) -> z (2b, D) and what `beside` wants of them; may synchronise gradients over ranks.
+        module: whose batch norms they are.
+        views: (2B, 3, H, W), views of image i at rows i and B + i.
+        micro_batch: images in a slice; the last one may have fewer.
+        contrast: z (2B, D) -> loss ().
+        beside: (second result of `encode`, the slice's images within the batch) -> loss () to be added.
+        no_sync: opened for all slices but the last, since gradients need to be synchronised but once.
+
+    Returns:
+        contrast(z), without a graph.
+    """
+    images = len(views) // 2
+    # both passes over a slice draw the same dropout: its seed comes from the generator as the caller left it
+    slices = [slice(first, min(first + micro_batch, images)) for first in range(0, images, micro_batch)]
+
+    seeds = torch.randint(2**62, (len(slices),)).tolist()
+
+    def views_of(part: slice) -> Tensor:
+        return torch.cat([views[part], views[images + part.start : images + part.stop]])
+
+    firsts, seconds = [], []
+    with torch.no_grad(), _statistics_stand_still(module):
+        for part, seed in zip(slices, seeds, strict=True):
+            torch.manual_seed(seed)
+            first, second = encode(views_of(part))[0].chunk(2)
+            firsts.append(first)
+            seconds.append(second)
+    z = torch.cat(firsts + seconds).requires_grad_()  # (2B, D)
+    with torch.enable_grad():
+        loss = contrast(z)
+    loss.backward()
+    with _statistics_move_as_once(module, len(slices)):
+        for part, seed in zip(slices, seeds, strict=True):
+            torch.manual_seed(seed)
+            with no_sync() if part.stop < images else nullcontext():
+                part_z, scores = encode(views_of(part))
+                gradient = torch.cat([z.grad[part], z.grad[images + part.start : images + part.stop]])
+                extra = beside(scores, part)
+                roots = [(part_z, gradient)] + ([(extra, None)] if extra.requires_grad else [])
+                torch.autograd.backward(*zip(*roots, strict=True))
+    return loss.detach()
+
+
+@contextmanager
+def _statistics_stand_still(module: nn.Module) -> Iterator[None]:
+    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False  # training mode goes on using the slice's own
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+@contextmanager
+def _statistics_move_as_once(module: nn.Module, slices: int) -> Iterator[None]:
+    momenta = {norm: norm.momentum for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.momentum}
+    for norm, momentum in momenta.items():
+        norm.momentum = 1 - (1 - momentum) ** (1 / slices)
+    try:
+        yield
+    finally:
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
