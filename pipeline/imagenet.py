@@ -11,6 +11,7 @@ from pathlib import Path
 
 from errors import UserError
 from pipeline.sources import (
+    NOT_PLAIN,
     CheckedMember,
     FolderReader,
     Item,
@@ -18,6 +19,7 @@ from pipeline.sources import (
     TarReader,
     files_below,
     image_members,
+    members,
     named,
     open_tar,
     unpacked,
@@ -36,7 +38,8 @@ def imagenet_sources(path: Path, labels: Path | None = None) -> dict[str, Source
         labels: of the validation images, as `validation_classes` takes them.
 
     Raises:
-        UserError: `path` is none of these or not whole, or the labels don't belong to the images.
+        UserError: `path` is none of these, not whole, or holds links or paths that lead out of it; or the labels don't
+            belong to the images.
     """
     if labels is not None:
         return {"val": _validation_source(path, labels)}
@@ -54,18 +57,18 @@ def _train_source(path: Path) -> Source:
 
     def images() -> Iterator[tuple[str, tuple]]:
         with open_tar(path) as outer:
-            for class_tar in outer:
+            for class_tar in members(outer, path):
                 if class_tar.name.endswith(".tar") and class_tar.isfile():
                     folder = posixpath.basename(class_tar.name).removesuffix(".tar")
                     try:
                         file = outer.extractfile(class_tar)
                         with tarfile.open(fileobj=file, mode="r:", tarinfo=CheckedMember) as inner:
-                            for image in image_members(inner, left_out):
+                            for image in image_members(inner, f"{path}:{class_tar.name}", left_out):
                                 yield f"{folder}/{image.name}", (class_tar.offset_data + image.offset_data, image.size)
                     except tarfile.TarError as error:
                         raise tarfile.ReadError(f"{class_tar.name} in it: {error}") from error
                 elif class_tar.name.endswith(".tar"):
-                    left_out.append((class_tar.name, "not a plain file, and links in a tar are not followed"))
+                    left_out.append((class_tar.name, NOT_PLAIN))
 
     items = _by_file_name(named(images()))
     if not items:
@@ -91,7 +94,7 @@ def _validation_source(path: Path, labels: Path) -> Source:
         items, read = named(files_below(path, left_out)), FolderReader(path)
     else:
         with open_tar(path) as tar:
-            images = image_members(tar, left_out, others)
+            images = image_members(tar, path, left_out, others)
             items = named((member.name, (member.offset_data, member.size)) for member in images)
         read = TarReader(path)
     if not items and any(name.endswith(".tar") for name in others):

@@ -20,7 +20,7 @@ from pipeline.images import IMAGE_SUFFIXES, DecodeError, inspect
 from pipeline.remote import Patience, WebFileSystem, filesystem, persistently
 from pipeline.shard_files import BLOCK_BYTES, HashedFile, index_rows, npy_bytes, shard_entry, write_manifest
 from pipeline.shards import FORMAT, ShardSet, find_tars, index_dtype, index_name, open_shards
-from pipeline.sources import CheckedMember
+from pipeline.sources import NOT_PLAIN, CheckedMember, is_plain
 
 
 def index_shards(root: str, cache: ShardCache | None = None) -> ShardSet:
@@ -123,7 +123,7 @@ def _index_tar(file: HashedFile) -> tuple[list[tuple], list[tuple[str, str]]]:
     with ThreadPoolExecutor(cores) as pool:
         try:
             # members of one sample follow each other: WebDataset's rule, which spares a tar's worth of memory
-            for key, members in groupby(_sample_files(file), key=lambda member: member[0]):
+            for key, members in groupby(_sample_files(file, refused), key=lambda member: member[0]):
                 image, label = None, -1
                 for _, extension, name, offset, content in members:
                     if extension != "cls":
@@ -145,13 +145,17 @@ def _index_tar(file: HashedFile) -> tuple[list[tuple], list[tuple[str, str]]]:
     return rows, refused
 
 
-def _sample_files(file: HashedFile) -> Iterator[tuple[str, str, str, int, bytes]]:
-    """(key, extension, name, offset, content) of the images and classes in a tar."""
+def _sample_files(file: HashedFile, refused: list) -> Iterator[tuple[str, str, str, int, bytes]]:
+    """(key, extension, name, offset, content) of the images and classes in a tar; links and the like are refused."""
     with tarfile.open(fileobj=file, mode="r|", bufsize=BLOCK_BYTES, tarinfo=CheckedMember) as tar:
         for member in tar:
             folder, _, base = member.name.rpartition("/")
             stem, _, extension = base.partition(".")  # WebDataset's rule: the key ends at the first dot
-            if stem and member.isfile() and extension.lower() in IMAGE_SUFFIXES | {"cls"}:
+            if not stem or member.isdir() or extension.lower() not in IMAGE_SUFFIXES | {"cls"}:
+                pass
+            elif not is_plain(member):
+                refused.append((member.name, NOT_PLAIN))
+            else:
                 key = f"{folder}/{stem}" if folder else stem
                 yield key, extension.lower(), member.name, member.offset_data, tar.extractfile(member).read()
             tar.members = []  # which tarfile would otherwise keep

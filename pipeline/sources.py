@@ -22,6 +22,7 @@ from pipeline import textures
 from pipeline.images import IMAGE_SUFFIXES
 from pipeline.shards import open_shards
 
+NOT_PLAIN = "not a plain file"
 Item = tuple[str | None, str, tuple]
 """(class or None, key, address of strings and integers) of one image."""
 
@@ -55,10 +56,11 @@ def textures_source(split: str, seed: int = 0) -> Source:
 def folder_source(path: Path) -> Source:
     """Class folders below a folder, or in an uncompressed tar: the class is the folder that holds the image.
 
-    Images at the top, in no folder, have no class. Links in a folder are followed, links in a tar never.
+    Images at the top, in no folder, have no class. Links in a folder are followed, links in a tar refused.
 
     Raises:
-        UserError: there is no such folder or tar, or two images would get the same key.
+        UserError: there is no such folder or tar, one that holds links or paths that lead out of it, or two images
+            would get the same key.
     """
     if not path.exists():
         raise UserError(f"{path} does not exist: give the folder or tar that holds the images.")
@@ -66,7 +68,7 @@ def folder_source(path: Path) -> Source:
     if path.is_dir():
         return Source(path.resolve().name, named(files_below(path, left_out)), FolderReader(path), left_out=left_out)
     with open_tar(path) as tar:
-        items = named((member.name, (member.offset_data, member.size)) for member in image_members(tar, left_out))
+        items = named((member.name, (member.offset_data, member.size)) for member in image_members(tar, path, left_out))
     return Source(path.stem, items, TarReader(path), left_out=left_out)
 
 
@@ -77,7 +79,8 @@ def webdataset_source(path: Path) -> Source:
     for names. Members of other kinds are not carried over.
 
     Raises:
-        UserError: no tars, one that is damaged, or a key that occurs twice in one tar.
+        UserError: no tars, one that is damaged or holds links or paths that lead out of it, or a key that occurs twice
+            in one tar.
     """
     if re.match(r"[a-z][a-z0-9+]+:/", str(path)):  # a Path has lost one of the slashes
         raise UserError(
@@ -108,22 +111,21 @@ def webdataset_source(path: Path) -> Source:
 def _webdataset_samples(path: Path, left_out: list) -> Iterator[tuple[str, tuple[int, int], str | None]]:
     """(key, (offset, size), class or None) of the samples in one tar that have an image."""
 
-    def members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tuple[int, int] | str]]:
-        for member in tar:
+    def parts_of_samples(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tuple[int, int] | str]]:
+        for member in members(tar, path):
             folder, _, base = member.name.removeprefix("./").rpartition("/")
             stem, _, extension = base.partition(".")  # WebDataset's rule: the key ends at the first dot
             if stem and not member.isdir() and extension.lower() in IMAGE_SUFFIXES | {"cls"}:
                 key = f"{folder}/{stem}" if folder else stem
-                if reason := _refusal(member):
-                    left_out.append((f"{path.name}:{member.name}", reason))
+                if not is_plain(member):
+                    left_out.append((f"{path.name}:{member.name}", NOT_PLAIN))
                 elif extension.lower() == "cls":
                     yield key, "cls", tar.extractfile(member).read().decode(errors="replace").strip()
                 else:
                     yield key, "image", (member.offset_data, member.size)
-            tar.members = []
 
     with open_tar(path) as tar:
-        for key, sample in groupby(members(tar), key=lambda member: member[0]):
+        for key, sample in groupby(parts_of_samples(tar), key=lambda member: member[0]):
             parts = {kind: content for _, kind, content in sample}
             if "image" in parts:
                 label = parts.get("cls")
@@ -248,36 +250,63 @@ def open_tar(path: Path) -> Iterator[tarfile.TarFile]:
         raise UserError(f"{path} is not a whole, uncompressed tar ({error}): {cure}.") from error
 
 
-def image_members(
-    tar: tarfile.TarFile, left_out: list[tuple[str, str]], others: list[str] | None = None
-) -> Iterator[tarfile.TarInfo]:
-    """The images in a tar that are plain files inside it; other images go to `left_out`, other names to `others`."""
+def members(tar: tarfile.TarFile, path: Path | str) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar, one after the other.
+
+    Args:
+        path: how to call the tar in an error.
+
+    Raises:
+        UserError: one is a link, or its path leads out of the tar.
+    """
     for member in tar:
-        if is_image(member.name) and not member.isdir():
-            if reason := _refusal(member):
-                left_out.append((member.name, reason))
-            else:
-                yield member
-        elif others is not None:
-            others.append(member.name)
+        _refuse_treachery(member, path)
+        yield member
         tar.members = []  # which tarfile would otherwise keep: 1 GB for a million images
 
 
-def _refusal(member: tarfile.TarInfo) -> str | None:
+def _refuse_treachery(member: tarfile.TarInfo, path: Path | str) -> None:
+    """Nothing is ever unpacked by its name, but whoever wrote such a tar meant other files than are in it."""
     if member.issym() or member.islnk():
-        return "a link, and links in a tar are not followed"
-    if not member.isfile() or member.issparse():
-        return "not a plain file"
+        raise UserError(
+            f"{path} holds {member.name}, a link to {member.linkname}, and links in a tar are not followed: "
+            "pack the files themselves, by `tar --dereference --hard-dereference`."
+        )
     if member.name.startswith("/") or ".." in member.name.split("/"):
-        return "its path leads out of the tar"
-    return None
+        raise UserError(
+            f"{path} holds {member.name}, a path that leads out of it: pack the folder anew from inside, "
+            "or get the archive from where it can be trusted."
+        )
+
+
+def image_members(
+    tar: tarfile.TarFile, path: Path | str, left_out: list[tuple[str, str]], others: list[str] | None = None
+) -> Iterator[tarfile.TarInfo]:
+    """The images in a tar that are plain files; other images go to `left_out`, other names to `others`.
+
+    Raises:
+        UserError: as `members`.
+    """
+    for member in members(tar, path):
+        if is_image(member.name) and not member.isdir():
+            if is_plain(member):
+                yield member
+            else:
+                left_out.append((member.name, NOT_PLAIN))
+        elif others is not None:
+            others.append(member.name)
+
+
+def is_plain(member: tarfile.TarInfo) -> bool:
+    return member.isfile() and not member.issparse()
 
 
 def unpacked(path: Path, names: Iterable[str], scratch: Path) -> dict[str, Path]:
     """Where the files of these base names lie: in a folder as they are, or unpacked from a tar, compressed or not.
 
     Raises:
-        UserError: there is no such folder or tar, it is damaged, or the disk for temporary files is full.
+        UserError: there is no such folder or tar, it is damaged, one of the files is a link or leads out of the tar, or
+            the disk for temporary files is full.
     """
     wanted = set(names)
     if path.is_dir():
@@ -290,6 +319,8 @@ def unpacked(path: Path, names: Iterable[str], scratch: Path) -> dict[str, Path]
         with tarfile.open(path, tarinfo=CheckedMember) as tar:
             for member in tar:
                 name = posixpath.basename(member.name)
+                if name in wanted:
+                    _refuse_treachery(member, path)
                 if name in wanted and member.isfile():
                     found[name] = scratch / name
                     with tar.extractfile(member) as packed, open(found[name], "wb") as file:

@@ -16,6 +16,7 @@ from errors import UserError
 from pipeline.imagenet import imagenet_sources, read_synsets
 from pipeline.images import DecodeError, decode, inspect, png
 from pipeline.pixel_sets import cifar_sources, stl10_sources
+from pipeline.shard_index import index_shards
 from pipeline.shards import open_shards, open_splits
 from pipeline.sources import FolderReader, folder_source, webdataset_source
 from pipeline.writer import write_split
@@ -314,54 +315,78 @@ def test_webdataset_names_and_repeated_keys(tmp_path):
         webdataset_source(tmp_path / "cut.tar")
 
 
-def treacherous_tar(path: Path, image: bytes, secret: Path) -> Path:
-    """Two images, and members that lead out of the tar or point elsewhere."""
-    with tarfile.open(path, "w") as tar:
-        for name in ("a/good.jpg", "./b/good.jpg", "../evil.jpg", "a/../../evil2.jpg", "/tmp/evil3.jpg"):
-            member = tarfile.TarInfo(name)
-            member.size = len(image)
-            tar.addfile(member, io.BytesIO(image))
-        for name, kind, target in (
-            ("a/soft.jpg", tarfile.SYMTYPE, str(secret)),
-            ("a/hard.jpg", tarfile.LNKTYPE, "a/good.jpg"),
-            ("a/pipe.jpg", tarfile.FIFOTYPE, ""),
-        ):
-            member = tarfile.TarInfo(name)
-            member.type, member.linkname = kind, target
-            tar.addfile(member)
+TREACHEROUS = {
+    "../evil.jpg": (tarfile.REGTYPE, "a path that leads out of it"),
+    "a/../../evil.jpg": (tarfile.REGTYPE, "a path that leads out of it"),
+    "/tmp/evil.jpg": (tarfile.REGTYPE, "a path that leads out of it"),
+    "../readme.txt": (tarfile.REGTYPE, "a path that leads out of it"),
+    "a/soft.jpg": (tarfile.SYMTYPE, "a link to /etc/passwd, and links in a tar are not followed"),
+    "a/hard.jpg": (tarfile.LNKTYPE, "a link to /etc/passwd, and links in a tar are not followed"),
+    "b": (tarfile.SYMTYPE, "a link to /etc/passwd, and links in a tar are not followed"),
+}
+
+
+def add_member(path: Path, name: str, kind: bytes, content: bytes) -> Path:
+    with tarfile.open(path, "a") as tar:
+        member = tarfile.TarInfo(name)
+        member.type, member.linkname = kind, "/etc/passwd" if kind != tarfile.REGTYPE else ""
+        member.size = len(content) if kind == tarfile.REGTYPE else 0
+        tar.addfile(member, io.BytesIO(content))
     return path
 
 
-@pytest.mark.parametrize("form", ["folder", "imagenet", "validation", "webdataset"])
-def test_what_leads_out_of_a_tar_is_left_out_and_counted(tmp_path, form):
-    image = pictures()["class_0/image_0.jpg"]
-    (tmp_path / "secret.jpg").write_bytes(pictures()["class_1/image_1.jpg"])
-    path = treacherous_tar(tmp_path / "in.tar", image, tmp_path / "secret.jpg")
-    if form == "imagenet":
-        path = write_tar(tmp_path / "outer.tar", {"n01.tar": path.read_bytes()})
-        with tarfile.open(path, "a") as tar:
-            link = tarfile.TarInfo("n02.tar")
-            link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-            tar.addfile(link)
-        source = imagenet_sources(path)["train"]
-    elif form == "validation":
-        (tmp_path / "labels").write_text("good.jpg n01\n")
-        source = imagenet_sources(path, tmp_path / "labels")["val"]
+@pytest.mark.parametrize("name", TREACHEROUS)
+@pytest.mark.parametrize("form", ["folder", "imagenet", "class tar", "validation", "webdataset"])
+def test_a_tar_with_a_link_or_a_path_that_leads_out_of_it_is_refused(tmp_path, form, name):
+    kind, message = TREACHEROUS[name]
+    files = pictures(classes=1)
+    image = next(iter(files.values()))
+    (tmp_path / "labels").write_text("".join(f"{file} n01\n" for file in (*files, name)))
+    if form == "class tar":
+        inner = add_member(write_tar(tmp_path / "inner.tar", files), name, kind, image)
+        path = write_tar(tmp_path / "in.tar", {"n01.tar": inner.read_bytes()})
+    elif form == "imagenet":
+        path = add_member(write_tar(tmp_path / "in.tar", {"n01.tar": tar_bytes(files)}), name, kind, image)
+    else:
+        path = add_member(write_tar(tmp_path / "in.tar", files), name, kind, image)
+    read = {"folder": folder_source, "webdataset": webdataset_source}.get(form, imagenet_sources)
+    arguments = (path, tmp_path / "labels") if form == "validation" else (path,)
+    with pytest.raises(UserError) as error:
+        read(*arguments)
+    where = f"{path}:n01.tar" if form == "class tar" else str(path)
+    assert str(error.value).startswith(f"{where} holds {name}, {message}: ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["../evil.jpg", "a/soft.jpg"])
+def test_nothing_is_written_of_a_tar_that_is_refused(tmp_path, name):
+    path = add_member(write_tar(tmp_path / "in.tar", pictures()), name, TREACHEROUS[name][0], b"")
+    result = run_module("pipeline.convert", "folder", path, tmp_path / "out")
+    assert result.returncode == 1 and f"{path} holds {name}, " in result.stderr and len(result.stderr.splitlines()) == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["in.tar"]
+
+
+def test_an_archive_of_pixels_with_a_link_in_it_is_refused(tmp_path):
+    files, _ = stl10_files(2)
+    labels = files.pop("stl10_binary/train_y.bin")
+    path = add_member(write_tar(tmp_path / "stl.tar", files), "stl10_binary/train_y.bin", tarfile.SYMTYPE, labels)
+    with pytest.raises(UserError, match=r"holds stl10_binary/train_y.bin, a link to /etc/passwd"):
+        stl10_sources(path)
+
+
+@pytest.mark.parametrize("form", ["folder", "webdataset", "index"])
+def test_what_is_no_plain_file_is_left_out_and_named(tmp_path, form):
+    (tmp_path / "in").mkdir()
+    path = add_member(write_tar(tmp_path / "in" / "in.tar", pictures()), "a/pipe.jpg", tarfile.FIFOTYPE, b"")
+    if form == "index":
+        (left_out,) = index_shards(str(tmp_path / "in")).manifest["left_out"]
+        assert left_out == {"name": "in.tar:a/pipe.jpg", "reason": "not a plain file"}
     else:
         source = {"folder": folder_source, "webdataset": webdataset_source}[form](path)
-    names = {name.split(":")[-1] for name, _ in source.left_out}
-    treacherous = {"../evil.jpg", "a/../../evil2.jpg", "/tmp/evil3.jpg", "a/soft.jpg", "a/hard.jpg", "a/pipe.jpg"}
-    assert names - {"n02.tar"} == treacherous and ("n02.tar" in names) == (form == "imagenet")
-    reasons = {name.split(":")[-1]: reason for name, reason in source.left_out}
-    assert "leads out" in reasons["../evil.jpg"] and "leads out" in reasons["/tmp/evil3.jpg"]
-    assert "a link" in reasons["a/soft.jpg"] and "a link" in reasons["a/hard.jpg"]
-    keys = [key for _, key, _ in source.items]
-    assert len(set(keys)) == 2 and all(".." not in key and not key.startswith("/") for key in keys)
-    if form == "folder":
         shards = write_split(source, tmp_path / "out", "train")
-        assert set(contents(shards)) == {"a/good", "b/good"} and shards.manifest["rejected"] == 6
-        assert rejected(shards).keys() == treacherous
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["in.tar", "out", "secret.jpg"]
+        assert {name.split(":")[-1]: reason for name, reason in rejected(shards).items()} == {
+            "a/pipe.jpg": "not a plain file"
+        }
+        assert len(shards) == 12 and shards.manifest["rejected"] == 1
 
 
 @pytest.mark.parametrize("damage", ["header", "cut"])
