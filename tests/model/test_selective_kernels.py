@@ -207,6 +207,14 @@ def test_bf16_and_channels_last_reach_the_next_convolution():
         assert x.dtype == torch.bfloat16 and x.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_an_attention_in_fp32_does_not_make_the_mixture_fp32(monkeypatch):
+    """As under autocast on CUDA, which computes a softmax in fp32."""
+    block = SelectiveKernels(nn.Conv2d(4, 8, 3, 1, 1)).bfloat16()
+    in_bf16 = block.attention
+    monkeypatch.setattr(block, "attention", lambda u: in_bf16(u).float())
+    assert block(torch.randn(2, 4, 5, 5, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("size", [32, 224])
 def test_everything_follows_the_views_device(size):
     encoder = model.create_encoder(model.encoder_spec("resnet50", size, width=0.25, selective_kernels=True))
