@@ -1,28 +1,51 @@
-"""Frozen features of a set of batches."""
+"""Frozen features of a set of images."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 
 @torch.no_grad()
-def embed(function: Callable[[Tensor], Tensor], batches: Iterable) -> tuple[Tensor, Tensor]:
-    """Features and labels of all batches.
+def embed(
+    function: Callable[[Tensor], Tensor],
+    central_batches: Callable[[np.ndarray], Iterable],
+    samples: np.ndarray,
+    gather: Callable[[Tensor], Tensor] = lambda part: part,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Features of `samples`, batch by batch and in their order; the ranks share the work and each gets all of it.
+
+    Where a bad image was replaced by another one, both its place and the replacement are left out, so that what comes
+    out does not depend on the number of ranks.
 
     Args:
         function: (B, 3, S, S) -> (B, D); an encoder in evaluation mode, or `raw_pixels`.
-        batches: objects with `views` (B, 3, S, S) and `label` (B,).
+        central_batches: samples -> batches with `views` (B, 3, S, S), `label` (B,) and `index` (B,), in their order.
+        samples: (N,) int64, places in the shard set.
+        gather: (n, ...) of each rank -> (W n, ...) of all, rank-major.
 
-    Returns:
-        features (N, D) float32 and labels (N,) int64, on the device of the batches.
+    Yields:
+        features (n, D) float32, labels (n,) int64 and samples (n,) int64, on the device of the batches.
     """
-    features, labels = [], []
-    for batch in batches:
-        features.append(function(batch.views).float())
-        labels.append(batch.label)
-    return torch.cat(features), torch.cat(labels)
+    count = len(samples)
+    padded = np.resize(samples, -(-count // world_size) * world_size)  # every rank the same number
+    begin = 0
+    for batch in central_batches(padded[rank::world_size]):
+        parts = function(batch.views).float(), batch.label, batch.index.to(batch.label.device)
+        features, label, index = (_interleave(gather(part.contiguous()), world_size) for part in parts)
+        due = torch.from_numpy(padded[begin : begin + len(index)][: count - begin]).to(index.device)
+        begin += len(index)
+        kept = index[: len(due)] == due
+        yield features[: len(due)][kept], label[: len(due)][kept], due[kept]
+
+
+def _interleave(gathered: Tensor, world_size: int) -> Tensor:
+    """(W n, ...) rank-major -> the order in which the samples were dealt to the ranks."""
+    return gathered.unflatten(0, (world_size, -1)).transpose(0, 1).flatten(0, 1)
 
 
 def raw_pixels(views: Tensor) -> Tensor:

@@ -1,26 +1,116 @@
-"""Weighted k-nearest-neighbour classification of frozen features."""
+"""Weighted k-nearest-neighbour classification of frozen features (Wu et al. 2018, arXiv 1805.01978, section 3.4)."""
 
+from collections.abc import Iterator, Sequence
+
+import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+
+from errors import UserError
+from evaluation.accuracy import classes_ahead, top_n
+
+QUERY_ROWS, BANK_ROWS = 512, 32_768
+"""Similarities are computed in tiles of this shape: 64 MB."""
+LOW = 2**32 - 1
+
+
+def knn_hits(
+    bank: Tensor,
+    bank_label: Tensor,
+    query: Tensor,
+    query_label: Tensor,
+    *,
+    k: Sequence[int],
+    temperature: Sequence[float],
+    classes: int,
+    device: torch.device,
+) -> dict[tuple[int, float], tuple[int, int]]:
+    """How many queries are classified rightly, for every (k, temperature), at top-1 and top-5.
+
+    The k bank features of highest cosine vote for their class with weight exp(cosine / temperature). A class without
+    any vote is never right.
+
+    Args:
+        bank: (N, D) float, on any device or mapped into memory. bank_label: (N,) int64 below `classes`.
+        query: (M, D). query_label: (M,).
+        k: 200 is usual for ImageNet, 20 for small sets.
+        device: where it is computed, in memory that does not grow with N.
+
+    Raises:
+        UserError: there are fewer than k bank features.
+    """
+    if max(k) > len(bank):
+        raise UserError(f"{max(k)} neighbours can't vote among {len(bank)} training images: give a smaller --k.")
+    hits = dict.fromkeys([(each, t) for each in k for t in temperature], (0, 0))
+    bank_label = bank_label.to(device)
+    for rows, (cosine, place) in nearest(bank, query, max(k), device):
+        label, truth = bank_label[place], query_label[rows].to(device)
+        for each, t in hits:
+            votes = class_votes(cosine[:, :each], label[:, :each], classes, t)
+            ahead = classes_ahead(votes, truth).masked_fill(votes.gather(1, truth[:, None])[:, 0] == 0, classes)
+            top1, top5 = hits[each, t]
+            hits[each, t] = top1 + int((ahead < 1).sum()), top5 + int((ahead < top_n(classes)).sum())
+    return hits
 
 
 def knn_top1(
     bank: Tensor, bank_label: Tensor, query: Tensor, query_label: Tensor, *, k: int = 20, temperature: float = 0.1
 ) -> float:
-    """Share of queries whose class is right (Wu et al. 2018, arXiv 1805.01978, section 3.4).
+    """Share of queries whose class is right by at most k neighbours: as many as there are in a smaller bank."""
+    classes = int(torch.maximum(bank_label.max(), query_label.max())) + 1
+    k = min(k, len(bank))
+    hits = knn_hits(
+        bank, bank_label, query, query_label, k=[k], temperature=[temperature], classes=classes, device=bank.device
+    )
+    return hits[k, temperature][0] / len(query)
 
-    The k bank features of highest cosine vote for their class with weight exp(cosine / temperature).
 
-    Args:
-        bank: (N, D) float. bank_label: (N,) int64. query: (M, D). query_label: (M,).
-        k: 200 is usual for ImageNet, 20 for small sets; at most N.
+def nearest(bank: Tensor, query: Tensor, k: int, device: torch.device) -> Iterator[tuple[slice, tuple[Tensor, Tensor]]]:
+    """The k bank features of highest cosine, in descending order; of equal ones that which comes first in the bank.
+
+    Only one tile of similarities exists at a time, and each query's best so far.
+
+    Yields:
+        (rows of `query`, (cosine (m, k) float32, place in the bank (m, k) int64)), on `device`.
     """
-    bank, query = normalize(bank.float(), dim=1), normalize(query.float(), dim=1)
-    classes = int(bank_label.max()) + 1
-    correct = 0
-    for rows, truth in zip(query.split(1024), query_label.split(1024), strict=True):
-        cosine, nearest = (rows @ bank.T).topk(min(k, len(bank)), dim=1)  # (m, k)
-        votes = cosine.new_zeros(len(rows), classes)  # (m, C)
-        votes.scatter_add_(1, bank_label[nearest], (cosine / temperature).exp())
-        correct += int((votes.argmax(1) == truth).sum())
-    return correct / len(query)
+    query_blocks = [slice(first, first + QUERY_ROWS) for first in range(0, len(query), QUERY_ROWS)]
+    best: list[Tensor | None] = [None] * len(query_blocks)
+    for first in range(0, len(bank), BANK_ROWS):  # outermost, since the bank is what is large and may lie on the disk
+        block = normalize(bank[first : first + BANK_ROWS].to(device).float(), dim=1)
+        place = torch.arange(first, first + len(block), device=device)
+        for number, rows in enumerate(query_blocks):
+            cosine = normalize(query[rows].to(device).float(), dim=1) @ block.T  # (m, n)
+            keys = _keys(cosine, place)
+            keys = keys.topk(min(k, len(block)), dim=1).values
+            if best[number] is not None:
+                keys = torch.cat([best[number], keys], 1)
+                keys = keys.topk(min(k, keys.shape[1]), dim=1).values
+            best[number] = keys
+    for rows, keys in zip(query_blocks, best, strict=True):
+        yield rows, _cosine_and_place(keys)
+
+
+def _keys(cosine: Tensor, place: Tensor) -> Tensor:
+    """(m, n) float32 and (n,) -> (m, n) int64, all different in a row: ordered by cosine, then the earliest place.
+
+    `topk` of the cosines alone would be free to choose among equal ones. The bits of a float are in the order of its
+    values, with those of negative ones reversed; adding 0 makes -0 and 0 the same.
+    """
+    bits = (cosine + 0.0).view(torch.int32).long()
+    return (torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) << 32) | (LOW - place)
+
+
+def _cosine_and_place(keys: Tensor) -> tuple[Tensor, Tensor]:
+    high = keys >> 32
+    cosine = torch.where(high < 0, high ^ 0x7FFFFFFF, high).int().view(torch.float32)
+    return cosine, LOW - (keys & LOW)
+
+
+def class_votes(cosine: Tensor, label: Tensor, classes: int, temperature: float) -> Tensor:
+    """(m, k) neighbours in descending order and their classes -> (m, classes) votes, the nearest one's being 1."""
+    weight = ((cosine - cosine[:, :1]) / temperature).exp()  # the largest taken out: small temperatures overflow
+    votes = cosine.new_zeros(len(cosine), classes)
+    rows = torch.arange(len(cosine), device=cosine.device)
+    for neighbour in range(cosine.shape[1]):  # one after the other: the order of a scattered sum varies on a GPU
+        votes[rows, label[:, neighbour]] += weight[:, neighbour]
+    return votes

@@ -1,16 +1,19 @@
-"""Scoring features on a train and a test split, and the table that is shown at the end of a run."""
+"""Scoring features on a train and a test split, and the tables that are shown."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from rich.table import Table
 from torch import Tensor
 
 from evaluation.features import embed
+from evaluation.intervals import mean_and_half_width, wilson
 from evaluation.knn import knn_top1
-from evaluation.linear import linear_top1
+from evaluation.sgd_probe import linear_top1
 
 
 @dataclass(frozen=True)
@@ -41,14 +44,12 @@ class Evaluator:
         return scores
 
     def _features(self, function: Callable[[Tensor], Tensor], split: Any, samples: np.ndarray) -> tuple[Tensor, Tensor]:
-        count = min(len(samples), self.max_bank)
-        chosen = samples[np.linspace(0, len(samples) - 1, count).astype(np.int64)]
-        padded = np.resize(chosen, -(-count // self.world_size) * self.world_size)  # every rank the same number
-        features, label = embed(function, self.central_batches(split, padded[self.rank :: self.world_size]))
-        return self._in_order(features)[:count], self._in_order(label)[:count]
-
-    def _in_order(self, part: Tensor) -> Tensor:
-        return self.gather(part).unflatten(0, (self.world_size, -1)).transpose(0, 1).flatten(0, 1)
+        chosen = samples[np.linspace(0, len(samples) - 1, min(len(samples), self.max_bank)).astype(np.int64)]
+        batches = partial(self.central_batches, split)
+        features, label, _ = zip(
+            *embed(function, batches, chosen, self.gather, self.rank, self.world_size), strict=True
+        )
+        return torch.cat(features), torch.cat(label)
 
 
 def report_table(report: dict[str, dict[str, float]]) -> Table:
@@ -56,4 +57,37 @@ def report_table(report: dict[str, dict[str, float]]) -> Table:
     table = Table("features", "kNN top-1", "linear top-1")
     for name, scores in report.items():
         table.add_row(name, f"{scores['knn_top1']:.3f}", f"{scores['linear_top1']:.3f}")
+    return table
+
+
+def scores(hits: tuple[int, int], total: int) -> dict[str, Any]:
+    """Shares of `total` test images from how many of them were right at top-1 and top-5."""
+    return {"top1": hits[0] / total, "top5": hits[1] / total, "top1_wilson_95": wilson(hits[0], total)}
+
+
+def over_seeds(results: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Mean of each figure over seeds, and half the width of its 95 % interval (see `evaluation.intervals`)."""
+    summary = {}
+    for figure in ("top1", "top5"):
+        mean, half_width = mean_and_half_width([result[figure] for result in results])
+        summary[figure] = {"mean": mean, "half_width_95": half_width}
+    return summary
+
+
+def scores_table(record: dict[str, Any]) -> Table:
+    """One line for each result that evaluate.py writes, and over all seeds if there are several."""
+    settings = [name for name in ("k", "temperature", "seed", "l2") if name in record["results"][0]]
+    top5 = f"top-{min(5, record['classes'])}"
+    table = Table(*settings, "top-1", "95 % over test images", top5)
+    for result in record["results"]:
+        low, high = result["top1_wilson_95"]
+        unsolved = "" if result.get("converged", True) else " (not converged)"
+        figures = (f"{result['top1']:.4f}{unsolved}", f"{low:.4f} to {high:.4f}", f"{result['top5']:.4f}")
+        table.add_row(*(f"{result[name]:.3g}" for name in settings), *figures)
+    if len(record["results"]) > 1 and "over_seeds" in record:
+        means = [
+            f"{of['mean']:.4f} ± {of['half_width_95']:.4f}" for of in map(record["over_seeds"].get, ("top1", "top5"))
+        ]
+        table.add_section()
+        table.add_row("mean ± 95 %", *[""] * (len(settings) - 1), means[0], "", means[1])
     return table

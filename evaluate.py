@@ -1,0 +1,371 @@
+"""Judge an encoder by what simple classifiers make of its frozen features.
+
+    python evaluate.py knn RUN                                      weighted nearest neighbours
+    python evaluate.py linear RUN --seeds 3                         a linear classifier on stored features
+    accelerate launch evaluate.py linear RUN --protocol simclr      the paper's, on cropped and flipped views
+    python evaluate.py embed RUN --data SHARDS --out FILE           the features themselves
+    python evaluate.py knn --help                                   every option
+
+RUN is the folder of a finished run, or an encoder.safetensors.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from hashlib import file_digest, sha256
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from errors import UserError
+from evaluation.cache import feature_name, load_features, save_features
+from evaluation.features import embed
+from evaluation.knn import knn_hits
+from evaluation.linear import L2_PATH, fast_protocol
+from evaluation.options import Embed, Knn, Linear, parse
+from evaluation.report import over_seeds, scores, scores_table
+from evaluation.sgd_probe import probe_hits, probe_layer, train_on_views
+from evaluation.subject import find_subject
+from model import load_encoder, representation_width
+from pipeline.cache import ShardCache
+from pipeline.loader import ViewLoader, central_batches, choose_backend
+from pipeline.recipe import Recipe
+from pipeline.shards import ShardSet, open_splits
+from train import TEXTURES, available_cores, computes_in_bf16, leave_process_group
+
+EMBEDDED_AT_ONCE = 256
+console = Console()
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What every command works with."""
+
+    accelerator: Accelerator
+    represent: Callable[[Tensor], Tensor]
+    """(B, 3, S, S) -> h (B, D), by the frozen encoder."""
+    width: int
+    """D."""
+    views: Recipe
+    splits: dict[str, ShardSet]
+    """The train split first, then that of the test."""
+    samples: dict[str, np.ndarray]
+    """Of each split, those in use."""
+    loading: dict[str, Any]
+    """How images are read, for ViewLoader and central_batches."""
+    made_by: dict[str, Any]
+    """What decides the features besides the images."""
+    folder: Path
+    """Where features are stored."""
+    record: dict[str, Any]
+    """What is written in the end."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    @property
+    def classes(self) -> int:
+        return len(next(iter(self.splits.values())).classes)
+
+
+def judge(options: Knn | Linear | Embed) -> None:
+    """One evaluation, from shards to a table and a file."""
+    begun = time.monotonic()
+    accelerator = Accelerator(mixed_precision="no")  # autocast is opened around the encoder alone
+    device = accelerator.device
+    cores = max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if device.type == "cpu":
+        torch.set_num_threads(cores)  # the launcher leaves one thread to each process
+    bf16 = options.precision == "bf16" or (options.precision == "auto" and computes_in_bf16(device))
+
+    # ---- what is judged
+    subject = find_subject(options)
+    encoder, views = load_encoder(subject.encoder), Recipe(**subject.views)
+    width = width_of(encoder, views.size)
+    encoder = encoder.eval().to(device, memory_format=torch.channels_last)
+
+    def represent(images: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            return encoder(images)
+
+    # ---- on what
+    shard_cache = ShardCache(limit_bytes=round(options.loading.cache_gb * 1e9))
+    splits = named_splits(*open_splits(subject.data or TEXTURES, shard_cache))
+    if isinstance(options, Embed):
+        samples = {name: np.arange(len(split)) for name, split in splits.items()}
+    else:
+        samples = labelled_samples(splits)
+    command = type(options).__name__.lower() + (f"-{options.protocol}" if isinstance(options, Linear) else "")
+    out = Path(options.out) if options.out else subject.folder / "evaluation" / f"{command}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    backend = choose_backend(options.loading.backend, device)
+    loading = {"device": device, "backend": backend, "workers": options.loading.workers or cores}
+    loading |= {"max_bad": options.loading.max_bad, "cache": shard_cache}
+    loading |= {"quarantine": out.with_suffix(".quarantine.jsonl")}
+
+    # ---- and how
+    made_by = {"encoder_sha256": digest_of(subject.encoder), "precision": "bf16" if bf16 else "fp32"}
+    made_by |= {"size": views.size, "mean": views.mean, "std": views.std, "device": device.type, "backend": backend}
+    record = {"what": command, "arguments": sys.argv[1:], "options": asdict(options), **made_by}
+    record |= {"encoder": str(subject.encoder), "processes": accelerator.num_processes, "torch": torch.__version__}
+    with feature_folder(options.cache) as folder:
+        parts = Parts(accelerator, represent, width, views, splits, samples, loading, made_by, folder, record)
+        if isinstance(options, Embed):
+            write_features(parts, out)
+            return
+        if isinstance(options, Knn):
+            results = knn(parts, options.k or (subject.k,), options.temperature)
+        elif options.protocol == "fast":
+            results = linear_fast(parts, options)
+        else:
+            results = linear_simclr(parts, options)
+    if results is None:  # the main process has them
+        return
+    record |= {"classes": parts.classes, "results": results, "seconds": round(time.monotonic() - begun, 3)}
+    if isinstance(options, Linear):
+        record["over_seeds"] = over_seeds(results)
+    replace_file(out, lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
+    console.print(scores_table(record))
+    console.print(f"written: {out}")
+
+
+def knn(parts: Parts, k: tuple[int, ...], temperature: tuple[float, ...]) -> list[dict[str, Any]] | None:
+    """A result for every k and temperature, on the main process."""
+    train, test = (features_of(parts, split) for split in parts.splits)
+    if not parts.is_main:
+        return None
+    right = knn_hits(*train, *test, k=k, temperature=temperature, classes=parts.classes, device=parts.device)
+    return [{"k": k, "temperature": t, **scores(hits, len(test[0]))} for (k, t), hits in right.items()]
+
+
+def linear_fast(parts: Parts, options: Linear) -> list[dict[str, Any]] | None:
+    """A result for every seed, on the main process: logistic regression on stored features."""
+    train, test = (features_of(parts, split) for split in parts.splits)
+    if not parts.is_main:
+        return None
+    with progress_bar("fitting", options.seeds * (len(L2_PATH) + 1), shown=True) as advance:
+        outcomes = fast_protocol(
+            train,
+            test,
+            classes=parts.classes,
+            seeds=options.seeds,
+            held_out=options.held_out,
+            max_iterations=options.max_iterations,
+            device=parts.device,
+            advance=advance,
+        )
+    return [outcome | scores(outcome.pop("hits"), len(test[0])) for outcome in outcomes]
+
+
+def linear_simclr(parts: Parts, options: Linear) -> list[dict[str, Any]] | None:
+    """A result for every seed, on the main process: SGD on random views, which all processes train together."""
+    (train, split), (test, _) = parts.splits.items()
+    tested = features_of(parts, test)
+    world_size = parts.accelerator.num_processes
+    batch_size = min(options.batch_size, len(parts.samples[train])) // world_size * world_size
+    recipe = replace(parts.views, jitter_p=0.0, gray_p=0.0, blur_p=0.0)  # what is left is crop and flip
+    parts.record.update({"batch_size": batch_size, "lr": 0.1 * batch_size / 256, "crop_area": recipe.crop_area})
+    probes, results = [], []
+    with progress_bar("training", options.seeds * options.epochs, parts.is_main) as advance:
+        for seed in range(options.seeds):
+            probe = probe_layer(parts.width, parts.classes, seed, parts.device)
+            loader = ViewLoader(
+                split,
+                recipe,
+                batch_size=batch_size,
+                seed=seed,
+                rank=parts.accelerator.process_index,
+                world_size=world_size,
+                epochs=options.epochs,
+                views_per_image=1,
+                samples=parts.samples[train],
+                **parts.loading,
+            )
+            epoch_losses = train_on_views(
+                probe,
+                parts.represent,
+                loader,
+                batch_size=batch_size,
+                epochs=options.epochs,
+                mean_over_ranks=partial(parts.accelerator.reduce, reduction="mean"),
+            )
+            for loss in epoch_losses:
+                last_loss = loss
+                advance(1)
+            loader.close()
+            probes.append(probe)
+            results.append({"seed": seed, "steps": options.epochs * len(loader), "train_loss": last_loss.item()})
+    if not parts.is_main:
+        return None
+    return [
+        result | scores(probe_hits(probe, *tested, parts.device), len(tested[0]))
+        for result, probe in zip(results, probes, strict=True)
+    ]
+
+
+def write_features(parts: Parts, out: Path) -> None:
+    """The features of every split in one file, mapped from one to the other instead of held in memory."""
+    found = {split: features_of(parts, split, with_index=True) for split in parts.splits}
+    if not parts.is_main:
+        return
+    tensors = {
+        f"{split}.{name}": tensor
+        for split, each in found.items()
+        for name, tensor in zip(("features", "label", "index"), each, strict=True)
+    }
+    about = {"record": json.dumps(parts.record)}
+    replace_file(out, lambda path: save_file(tensors, path, about))
+    console.print(f"written: {out}")
+
+
+def features_of(parts: Parts, name: str, with_index: bool = False) -> tuple[Tensor, ...] | None:
+    """Features (N, D), labels (N,) and, if wanted, samples (N,) of a split, on the host of the main process alone.
+
+    They are embedded by all processes together if they are not stored already.
+    """
+    split, samples, accelerator = parts.splits[name], parts.samples[name], parts.accelerator
+    made_from = parts.made_by | {"shards": checksum_of(split)}
+    made_from["samples"] = sha256(samples.astype("<i8").tobytes()).hexdigest()
+    path = parts.folder / feature_name(made_from)
+    found = load_features(path) if parts.is_main else None
+    # the main process decides: others may have another disk, or look a moment later
+    stored = accelerator.reduce(torch.tensor(float(found is not None), device=parts.device), "sum").item() > 0
+    begun = time.monotonic()
+    if not stored:
+        batches = partial(central_batches, split, parts.views, batch_size=EMBEDDED_AT_ONCE, **parts.loading)
+        rank, world_size = accelerator.process_index, accelerator.num_processes
+        with progress_bar(f"embedding {name}", len(samples), parts.is_main) as advance:
+            embedded = counted(embed(parts.represent, batches, samples, accelerator.gather, rank, world_size), advance)
+            if parts.is_main:
+                save_features(path, embedded, len(samples), made_from)
+                found = load_features(path)
+            else:
+                for _ in embedded:
+                    pass
+    if not parts.is_main:
+        return None
+    features, index = found
+    about = {"root": split.root, "sha256": made_from["shards"], "images": len(index), "from_cache": stored}
+    about["left_out"] = len(samples) - len(index)
+    if stored:
+        how = f"from the cache, {path}"
+    else:
+        about["embedding_s"] = round(time.monotonic() - begun, 3)
+        about["images_per_s"] = round(len(samples) / about["embedding_s"], 1)
+        how = f"in {parts.made_by['precision']} at {about['images_per_s']:,.0f} images/s"
+    bad = f"; {about['left_out']} bad images left out: {parts.loading['quarantine']}" if about["left_out"] else ""
+    console.print(f"{name}: {len(index):,} features of width {features.shape[1]} {how}{bad}")
+    parts.record.setdefault("data", {})[name] = about
+    label = torch.from_numpy(split.index["label"][index.numpy()])
+    return (features, label, index) if with_index else (features, label)
+
+
+def width_of(encoder: nn.Module, size: int) -> int:
+    """Width of h for views of `size` pixels."""
+    try:
+        return representation_width(encoder, size)
+    except UserError as error:
+        raise UserError(f"The encoder can't take views of {size} px: give another --size.") from error
+
+
+def named_splits(train: ShardSet, test: ShardSet | None) -> dict[str, ShardSet]:
+    if test is None:
+        return {train.manifest.get("split") or "data": train}
+    return {"train": train, "test": test}
+
+
+def labelled_samples(splits: dict[str, ShardSet]) -> dict[str, np.ndarray]:
+    """The labelled samples of a train and a test split.
+
+    Raises:
+        UserError: one has none, or there is only one split.
+    """
+    if len(splits) == 1:
+        (only,) = splits.values()
+        raise UserError(f"There is no test split in {only.root}: give a folder with train/ and test/ or val/.")
+    samples = {name: np.flatnonzero(split.index["label"] >= 0) for name, split in splits.items()}
+    for name, split in splits.items():
+        if not len(samples[name]):
+            raise UserError(f"No image of {split.root} has a label: give labelled shards.")
+    return samples
+
+
+def checksum_of(split: ShardSet) -> str:
+    """One checksum over those of all shards."""
+    return sha256("".join(shard["sha256"] for shard in split.manifest["shards"]).encode()).hexdigest()
+
+
+def digest_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def feature_folder(kept: bool) -> Iterator[Path]:
+    """Where features are stored: the cache, or a folder that goes when the command ends."""
+    if not kept:
+        with TemporaryDirectory(prefix="streamclr-features-") as folder:
+            yield Path(folder)
+        return
+    folder = ShardCache().folder / "features"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        cure = "point $STREAMCLR_CACHE to a folder that can be written, or give --no-cache"
+        raise UserError(f"{folder} can't keep features ({error}): {cure}.") from error
+    yield folder
+
+
+def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Written aside and renamed, so that whoever finds the file finds all of it."""
+    unfinished = path.with_name(f"{path.name}.partial")
+    write(unfinished)
+    unfinished.replace(path)
+
+
+@contextmanager
+def progress_bar(text: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A bar on the main process of a terminal; yields what advances it."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not (shown and console.is_terminal), transient=True) as progress:
+        task = progress.add_task(text, total=total)
+        yield partial(progress.advance, task)
+
+
+def counted(batches: Iterable, advance: Callable[[int], None]) -> Iterator:
+    """`batches`, each of which advances the bar by its samples."""
+    for batch in batches:
+        yield batch
+        advance(len(batch[0]))
+
+
+def main() -> None:
+    try:
+        judge(parse(sys.argv[1:], __doc__))
+        leave_process_group()
+    except (UserError, OSError) as error:  # an unwritable folder, a full disk
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)  # the shell's code for a run that was interrupted
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.neighbors import KNeighborsClassifier
+
+from errors import UserError
+from evaluation import knn
+from evaluation.accuracy import classes_ahead
+from evaluation.knn import class_votes, knn_hits, knn_top1, nearest
+from tests.evaluation.clusters import clusters
+
+CPU = torch.device("cpu")
+
+
+def knn_in_loops(bank, bank_label, query, query_label, k, temperature):
+    right = 0
+    for q, truth in zip(query.tolist(), query_label.tolist(), strict=True):
+
+        def cosine(b, q=q):
+            return sum(x * y for x, y in zip(b, q, strict=True)) / (math.hypot(*b) * math.hypot(*q))
+
+        neighbours = sorted(
+            ((cosine(b), c) for b, c in zip(bank.tolist(), bank_label.tolist(), strict=True)), reverse=True
+        )
+        votes = {}
+        for similarity, label in neighbours[:k]:
+            votes[label] = votes.get(label, 0) + math.exp(similarity / temperature)
+        right += max(votes, key=votes.get) == truth
+    return right / len(query)
+
+
+def test_knn_is_its_definition():
+    bank, query = clusters(60, 0, 1.2), clusters(50, 1, 1.2)
+    for k in (1, 7, 60):
+        expected = knn_in_loops(*bank, *query, k, 0.1)
+        assert knn_top1(*bank, *query, k=k) == expected
+        assert 0.3 < expected < 1
+    assert knn_top1(*bank, *query, k=200) == knn_top1(*bank, *query, k=60)
+
+
+def test_knn_ignores_length():
+    bank, query = clusters(60, 0, 0.5), clusters(50, 1, 0.5)
+    longer = (bank[0] * torch.arange(1, 61)[:, None], bank[1])
+    assert knn_top1(*longer, *query, k=5) == knn_top1(*bank, *query, k=5)
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.1), (5, 0.07), (20, 0.1), (150, 1.0)])
+def test_predictions_are_those_of_scikit_learn(k, temperature, monkeypatch):
+    """On every query whose two best classes differ by more than what float32 may turn round."""
+    monkeypatch.setattr(knn, "QUERY_ROWS", 37)
+    monkeypatch.setattr(knn, "BANK_ROWS", 41)
+    (bank, label), (query, _) = clusters(300, 0, 1.5, classes=7), clusters(200, 1, 1.5, classes=7)
+    peer = KNeighborsClassifier(k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / temperature))
+    peer.fit(bank.double().numpy(), label.numpy())
+    probability = torch.from_numpy(peer.predict_proba(query.double().numpy()))
+    top2 = probability.topk(2, dim=1).values
+    # a cosine is off by (D + 2) eps at most, its weight by that over the temperature; a vote is a sum of k
+    error = 2 * (16 + 2) * torch.finfo(torch.float32).eps / temperature + k * torch.finfo(torch.float32).eps
+    clear = top2[:, 0] - top2[:, 1] > 2 * error
+    assert clear.sum() >= 199, "nearly all are compared"
+    predicted = torch.cat(
+        [
+            class_votes(cosine, label[place], 7, temperature).argmax(1)
+            for _, (cosine, place) in nearest(bank, query, k, CPU)
+        ]
+    )
+    assert torch.equal(predicted[clear], probability.argmax(1)[clear])
+    assert 0.3 < (predicted == torch.arange(200) % 7).float().mean() < 0.99
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(st.integers(1, 90), st.integers(1, 30), st.integers(1, 40), st.integers(1, 40), st.integers(0, 99), st.data())
+def test_running_top_k_is_that_of_the_whole_matrix(bank_size, queries, bank_rows, query_rows, seed, data):
+    """On small whole numbers, which make many equal cosines: bit for bit, and of equal ones the first."""
+    k = data.draw(st.integers(1, bank_size))
+    random = torch.Generator().manual_seed(seed)
+    bank = torch.randint(-1, 2, (bank_size, 3), generator=random).float()
+    query = torch.randint(-1, 2, (queries, 3), generator=random).float()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(knn, "QUERY_ROWS", query_rows)
+        patch.setattr(knn, "BANK_ROWS", bank_rows)
+        found = list(nearest(bank, query, k, CPU))
+        cosine, place = (torch.cat(each) for each in zip(*(pair for _, pair in found), strict=True))
+        patch.setattr(knn, "QUERY_ROWS", 1000)
+        patch.setattr(knn, "BANK_ROWS", 1000)
+        ((_, (sorted_cosine, sorted_place)),) = nearest(bank, query, bank_size, CPU)
+    torch.testing.assert_close(cosine, sorted_cosine[:, :k], rtol=0, atol=1e-6)
+    assert (cosine[:, 1:] <= cosine[:, :-1]).all()
+    assert all(len(set(row)) == k for row in place.tolist())
+    own = (torch.nn.functional.normalize(query) @ torch.nn.functional.normalize(bank).T).gather(1, place)
+    torch.testing.assert_close(cosine, own, rtol=0, atol=1e-6)
+    equal = sorted_cosine[:, 1:] == sorted_cosine[:, :-1]
+    assert (sorted_place[:, 1:] > sorted_place[:, :-1])[equal].all()
+
+
+def test_of_equal_neighbours_the_first_votes():
+    bank = torch.tensor([[1.0, 0.0]]).repeat(50, 1)
+    ((_, (cosine, place)),) = nearest(bank, torch.tensor([[2.0, 0.0], [-1.0, 0.0], [0.0, 1.0]]), 3, CPU)
+    assert place.tolist() == [[0, 1, 2]] * 3 and cosine.tolist() == [[1.0] * 3, [-1.0] * 3, [0.0] * 3]
+
+
+def test_top_5_and_classes_without_a_vote():
+    bank, query = clusters(80, 0, 2.0, classes=8), clusters(80, 1, 2.0, classes=8)
+    hits = knn_hits(*bank, *query, k=[1, 40], temperature=[0.1, 0.5], classes=8, device=CPU)
+    assert list(hits) == [(1, 0.1), (1, 0.5), (40, 0.1), (40, 0.5)]
+    assert hits[1, 0.1][0] == hits[1, 0.1][1] == hits[1, 0.5][1], "a single vote names a single class"
+    assert hits[40, 0.5][0] < hits[40, 0.5][1] < 80
+    # with the vote of everyone, top-5 by its definition
+    ((_, (cosine, place)),) = nearest(bank[0], query[0], 80, CPU)
+    votes = class_votes(cosine, bank[1][place], 8, 0.5)
+    expected = sum(int(truth) in row for truth, row in zip(query[1], votes.topk(5).indices.tolist(), strict=True))
+    assert knn_hits(*bank, *query, k=[80], temperature=[0.5], classes=8, device=CPU)[80, 0.5][1] == expected
+
+
+def test_a_small_temperature_does_not_overflow():
+    bank, query = clusters(60, 0, 0.5), clusters(50, 1, 0.5)
+    assert knn_top1(*bank, *query, k=5, temperature=0.001) == knn_top1(*bank, *query, k=1)
+
+
+def test_more_neighbours_than_images_are_refused():
+    bank = clusters(10, 0, 1.0)
+    with pytest.raises(UserError, match="11 neighbours can't vote among 10 training images"):
+        knn_hits(*bank, *bank, k=[3, 11], temperature=[0.1], classes=4, device=CPU)
+
+
+def test_of_equal_scores_the_lower_class_comes_first():
+    scores = torch.tensor([[1.0, 3.0, 3.0, 0.0]]).repeat(4, 1)
+    assert classes_ahead(scores, torch.arange(4)).tolist() == [2, 0, 1, 3]
