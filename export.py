@@ -7,6 +7,7 @@
 RUN is a run folder of train.py, or an encoder.safetensors itself.
 """
 
+import hashlib
 import json
 import shutil
 import sys
@@ -62,7 +63,7 @@ def export(options: Export) -> None:
     if options.format == "huggingface":
         config = run_config(run)
         record = huggingface_config(encoder, spec, config)
-        card = model_card(out.name, spec, config, run_scores(run), evaluations(run))
+        card = model_card(out.name, spec, config, run_scores(run), evaluations(run, file))
         with _aside(out) as folder:
             folder.mkdir()
             (folder / "config.json").write_text(json.dumps(record, indent=2) + "\n")
@@ -169,17 +170,23 @@ def run_scores(run: Path) -> dict[str, dict[str, float]]:
     return {row["features"]: _figures(row) for row in rows if "features" in row}
 
 
-def evaluations(run: Path) -> dict[str, dict[str, float]]:
-    """The figures at the top level of every `evaluation/NAME.json` in a run folder: {NAME: {figure: value}}."""
-    found = {}
+def evaluations(run: Path, encoder: Path) -> list[tuple[str, dict[str, float]]]:
+    """What evaluate.py has left in the run folder: (name, {figure: value}) for every result in it.
+
+    Results of another encoder than the one in that file, such as an earlier one, are left out; so is a file that is
+    none of evaluate.py's. Of a file without "results", the figures at its top level are the result.
+    """
+    with open(encoder, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    found = []
     for path in sorted((run / "evaluation").glob("*.json")):
         try:
-            scores = json.loads(path.read_text())
+            record = json.loads(path.read_text())
         except ValueError:
             continue
-        if isinstance(scores, dict) and _figures(scores):
-            found[path.stem] = _figures(scores)
-    return found
+        if isinstance(record, dict) and record.get("encoder_sha256", digest) == digest:
+            found += [(path.stem, _figures(result)) for result in record.get("results", [record])]
+    return [(name, figures) for name, figures in found if figures]
 
 
 def _figures(record: dict[str, Any]) -> dict[str, float]:
@@ -193,7 +200,7 @@ def model_card(
     spec: tuple[str, dict],
     config: dict[str, Any],
     scores: dict[str, dict[str, float]],
-    further: dict[str, dict[str, float]],
+    further: list[tuple[str, dict[str, float]]],
 ) -> str:
     """Markdown with the hub's front matter: use, data, recipe and scores, and no figure that was not measured.
 
@@ -251,12 +258,9 @@ def model_card(
     else:
         lines.append("kNN top-1: not measured. Linear top-1: not measured.")
     if further:
-        lines += ["", "| evaluation | figure | value |", "|---|---|---|"]
-        lines += [
-            f"| {name} | {key} | {_text(value)} |"
-            for name, figures in further.items()
-            for key, value in figures.items()
-        ]
+        lines += ["", "| evaluation | result |", "|---|---|"]
+        for name, figures in further:
+            lines.append(f"| {name} | " + ", ".join(f"{key} {_text(value)}" for key, value in figures.items()) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,6 +1,7 @@
 """Encoders taken elsewhere: opened there, they give what they gave here."""
 
 import dataclasses
+import hashlib
 import json
 
 import numpy as np
@@ -125,8 +126,14 @@ def test_the_card_says_what_was_measured_and_nothing_else(tmp_path):
     ]
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "run" / "evaluation").mkdir()
-    scores = {"top1": 0.75, "classes": 4, "ok": True, "interval": [0.7, 0.8], "encoder": "x"}
-    (tmp_path / "run" / "evaluation" / "linear.json").write_text(json.dumps(scores))
+    digest = hashlib.sha256((tmp_path / "run" / "encoder.safetensors").read_bytes()).hexdigest()
+    records = {
+        "linear": {"top1": 0.75, "classes": 4, "ok": True, "interval": [0.7, 0.8], "encoder": "x"},
+        "knn": {"encoder_sha256": digest, "seconds": 3, "results": [{"k": 5, "top1": 0.8125}, {"k": 20, "top1": 0.5}]},
+        "of-another": {"encoder_sha256": "0" * 64, "results": [{"k": 5, "top1": 0.9999}]},
+    }
+    for name, record in records.items():
+        (tmp_path / "run" / "evaluation" / f"{name}.json").write_text(json.dumps(record))
     (tmp_path / "run" / "evaluation" / "broken.json").write_text("{")
     export(Export(tmp_path / "run", tmp_path / "birds-encoder", "huggingface"))
     card = (tmp_path / "birds-encoder" / "README.md").read_text()
@@ -134,17 +141,18 @@ def test_the_card_says_what_was_measured_and_nothing_else(tmp_path):
     assert "shards `birds`" in card and "someone" not in card
     assert "| epochs | 7 |" in card and "| views.size | 32 |" in card and "| loss.temperature | 0.1 |" in card
     tables = [line for line in card.splitlines() if line.startswith("|")]
-    assert tables[-8:] == [
+    assert tables[-9:] == [
         "| features | knn_top1 | linear_top1 |",
         "|---|---|---|",
         "| raw pixels | 0.25 | not measured |",
         "| trained | 0.5 | 0.625 |",
-        "| evaluation | figure | value |",
-        "|---|---|---|",
-        "| linear | top1 | 0.75 |",
-        "| linear | classes | 4 |",
+        "| evaluation | result |",
+        "|---|---|",
+        "| knn | k 5, top1 0.8125 |",
+        "| knn | k 20, top1 0.5 |",
+        "| linear | top1 0.75, classes 4 |",
     ]
-    assert "0.111" not in card and "1.25" not in card, "figures of training are no scores"
+    assert "0.111" not in card and "1.25" not in card and "0.9999" not in card, "figures of training are no scores"
 
 
 def test_the_card_of_a_run_without_a_report(tmp_path):
