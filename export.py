@@ -184,8 +184,10 @@ def evaluations(run: Path, encoder: Path) -> list[tuple[str, dict[str, float]]]:
             record = json.loads(path.read_text())
         except ValueError:
             continue
-        if isinstance(record, dict) and record.get("encoder_sha256", digest) == digest:
-            found += [(path.stem, _figures(result)) for result in record.get("results", [record])]
+        if not isinstance(record, dict) or record.get("encoder_sha256", digest) != digest:
+            continue
+        results = record.get("results", [record])
+        found += [(path.stem, _figures(result)) for result in results if isinstance(result, dict)]
     return [(name, figures) for name, figures in found if figures]
 
 
