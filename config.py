@@ -35,9 +35,12 @@ class Encoder:
     name: str = "resnet50"
     """Any timm model."""
     stem: Literal["auto", "small", "standard"] = "auto"
-    """Of a ResNet. small: 3x3, stride 1, no max-pool. auto: small for views of 64 px or less."""
+    """Of a ResNet. small: 3x3, stride 1, no max-pool. auto: small for views of 64 px or less. standard: 7x7 (three 3x3
+    with selective kernels), stride 2, max-pool."""
     width: float = 1.0
     """Multiplies all channel counts of a ResNet."""
+    selective_kernels: bool = False
+    """SimCLR v2's blocks in a ResNet of 50 layers or more, and with them ResNet-D's stem and shortcuts."""
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from engine.gradcache import backward_in_slices
 from engine.guard import CollapseWatch, Guard
 from engine.metrics import MetricsFile, RunningMeans, StepClock, communication_s, verdict
 from engine.optim import create_optimizer, parameter_groups
-from engine.processes import failed_elsewhere, is_first_to_fail, leave_process_group
+from engine.processes import is_first_to_fail, leave_process_group, was_left_alone
 from engine.run_folder import run_folder, start_run
 from engine.schedule import peak_learning_rate, warmup_cosine
 from errors import UserError
@@ -128,7 +128,7 @@ def pretrain(config: Config) -> None:
     loader = view_loader(run, config, train, loading)
 
     # ---- model: views -> h -> z
-    spec = encoder_spec(config.encoder.name, config.views.size, config.encoder.stem, config.encoder.width)
+    spec = encoder_spec(image_size=config.views.size, **dataclasses.asdict(config.encoder))
     encoder = create_encoder(spec)
     width = representation_width(encoder, config.views.size)
     head = projection_head(config.head.version, width, config.head.hidden, config.head.out)
@@ -522,14 +522,17 @@ def main() -> None:
     try:
         pretrain(parse(arguments))
         leave_process_group()
-    except (UserError, OSError) as error:  # an unwritable folder, a full disk
-        sys.exit(f"error: {error}" if is_first_to_fail(str(error)) else 1)
     except KeyboardInterrupt:
         sys.exit(130)  # the shell's code for a run that was interrupted
-    except RuntimeError as error:
-        if failed_elsewhere():  # which broke off what this process was waiting for
+    except Exception as error:
+        if not is_first_to_fail():
             sys.exit(1)
-        is_first_to_fail(str(error))
+        if isinstance(error, UserError | OSError):  # an unwritable folder, a full disk
+            sys.exit(f"error: {error}")
+        if was_left_alone(error):
+            sys.exit(
+                "error: Another process ended without a word, killed for want of memory perhaps: see the system log."
+            )
         raise
 
 

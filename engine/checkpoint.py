@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from errors import UserError
 
-FORMAT = "streamclr-checkpoint-1"
+FORMAT = "streamclr-checkpoint-2"
 
 
 class Checkpoints:

@@ -9,26 +9,22 @@ import torch.distributed as dist
 FAILURE = "streamclr/failure"
 
 
-def is_first_to_fail(message: str) -> bool:
+def is_first_to_fail() -> bool:
     """Whether no other process of the run has failed before this one, so that its words are the ones to be shown.
 
-    The others fail in its wake, as collectives break off, or are told so by the launcher.
+    The others fail in its wake, as what they wait for breaks off.
     """
-    store = _store()
-    if store is None:  # one process, or one of several that do not know of each other yet
-        return os.environ.get("RANK", "0") == "0"
-    rank = dist.get_rank()
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return os.environ.get("RANK", "0") == "0"  # one of several that do not know of each other yet: all fail alike
+    rank = str(dist.get_rank())
     with contextlib.suppress(RuntimeError):  # the store may have gone with the process that kept it
-        return store.compare_set(FAILURE, "", f"{rank}: {message}") == f"{rank}: {message}".encode()
+        return dist.distributed_c10d._get_default_store().compare_set(FAILURE, "", rank) == rank.encode()
     return True
 
 
-def failed_elsewhere() -> bool:
-    """Whether another process has announced a failure."""
-    store = _store()
-    with contextlib.suppress(RuntimeError):
-        return store is not None and store.check([FAILURE])
-    return False
+def was_left_alone(error: Exception) -> bool:
+    """Whether the error says that another process has gone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)  # gloo's have no type of their own
 
 
 def leave_process_group() -> None:
@@ -36,9 +32,3 @@ def leave_process_group() -> None:
     gc.collect()  # they end with the last reference to their group, and modules refer to it in cycles
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _store() -> dist.Store | None:
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return dist.distributed_c10d._get_default_store()
-    return None

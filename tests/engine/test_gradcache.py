@@ -5,9 +5,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 
 from engine.gradcache import backward_in_slices
 from loss import nt_xent
+from tests.ranks import run_ranks
 
 
 class Net(nn.Module):
@@ -116,3 +118,35 @@ def test_statistics_are_as_before_after_an_error():
         backward_in_slices(net, net, views, 4, lambda z: 1 / 0, lambda scores, part: torch.zeros(()))
     assert net.encoder[1].track_running_stats and net.encoder[1].momentum == 0.1
     assert math.isfinite(sliced(net, views, label, 4).item())
+
+
+def sliced_on_a_rank(rank, world_size):
+    net, views, label = make()
+    images = range(rank, 10, world_size)
+    rows = torch.tensor([*images, *(11 + image for image in images)])
+    model, synchronised = DistributedDataParallel(net), []
+    model.register_comm_hook(None, lambda _, bucket: synchronised.append(1) or _mean(bucket, world_size))
+
+    def beside(scores, part):
+        own = label[list(images)]
+        return cross_entropy(scores, own[part].repeat(2), reduction="sum") / (2 * len(own))
+
+    def encode(these):
+        return (model if torch.is_grad_enabled() else net)(these)
+
+    backward_in_slices(encode, net, views[rows], 2, lambda z: nt_xent(z, 0.2), beside, no_sync=model.no_sync)
+    return [w.grad for w in net.parameters()], len(synchronised)
+
+
+def _mean(bucket, world_size):
+    work = torch.distributed.all_reduce(bucket.buffer().div_(world_size), async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])
+
+
+def test_two_ranks_in_slices_are_one_process_without(tmp_path):
+    net, views, label = make()
+    whole(net, torch.cat([views[:10], views[11:21]]), label[:10])
+    for gradients, synchronised in run_ranks(2, tmp_path, sliced_on_a_rank):
+        assert synchronised == 1, "gradients cross the network once per step, not once per slice"
+        for expected, actual in zip(net.parameters(), gradients, strict=True):
+            torch.testing.assert_close(actual, expected.grad, rtol=1e-10, atol=1e-13)

@@ -1,0 +1,111 @@
+"""Several processes as `accelerate launch` starts them: four are one, and a failure of one ends all with its words."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline import textures
+from pipeline.convert import write_split
+from pipeline.sources import folder_source
+
+ROOT = Path(__file__).parents[1]
+OPTIONS = ["--encoder.width", "0.125", "--encoder.stem", "small", "--head.hidden", "32", "--head.out", "16"]
+OPTIONS += [
+    "--batch-size",
+    "16",
+    "--epochs",
+    "1",
+    "--log-every",
+    "1",
+    "--precision",
+    "fp32",
+    "--loss.temperature",
+    "0.5",
+]
+OPTIONS += ["--optim.name", "sgd", "--optim.lr", "0.02", "--eval.no-baselines"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """64 textures of ten classes, as shards of a train split alone."""
+    root = tmp_path_factory.mktemp("data")
+    for number in range(64):
+        folder = root / "images" / textures.CLASSES[number % 10]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.jpg").write_bytes(textures.render(0, "train", number))
+    write_split(folder_source(root / "images"), root / "shards", "train", samples_per_shard=32)
+    return root / "shards"
+
+
+def launch(processes, script, *arguments):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
+    command += ["--num_processes", str(processes), "--main_process_port", "0", script, *arguments]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "COLUMNS": "400", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300
+    )
+
+
+def losses(out):
+    rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def test_four_processes_equal_one(data, tmp_path):
+    """Four steps with AdamW's sensitivity to rounding left out: see the test of two."""
+    alone = subprocess.run(
+        list(map(str, [sys.executable, ROOT / "train.py", "--data", data, "--out", tmp_path / "one", *OPTIONS])),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert alone.returncode == 0, alone.stderr
+    done = launch(4, ROOT / "train.py", "--data", data, "--out", tmp_path / "four", *OPTIONS)
+    assert done.returncode == 0, done.stderr
+    assert "4 steps on 4 x cpu" in done.stdout and "-bound: " in done.stdout
+    one, four = losses(tmp_path / "one"), losses(tmp_path / "four")
+    assert len(one) == 4 and four == pytest.approx(one, abs=1e-5)
+    assert max(one) - min(one) > 0.01, "the weights moved"
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        ("raise UserError('The third step of this process goes wrong: mend it.')", "error: The third step of this"),
+        ("raise IndexError('a fault of the program')", "IndexError: a fault of the program"),
+        ("os.kill(os.getpid(), 9)", "error: Another process ended without a word"),
+    ],
+    ids=["an error", "a fault", "a kill"],
+)
+def test_a_failure_of_one_ends_all_with_its_words(data, tmp_path, failure, said):
+    script = tmp_path / "fails.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import os
+        import train
+        from errors import UserError
+
+        nt_xent, steps = train.nt_xent, []
+
+        def failing(*arguments, **options):
+            steps.append(1)
+            if len(steps) == 3 and os.environ["RANK"] == "1":
+                {failure}
+            return nt_xent(*arguments, **options)
+
+        train.nt_xent = failing
+        train.main()
+        """)
+    )
+    begun = time.monotonic()
+    done = launch(2, script, "--data", data, "--out", tmp_path / "run", *OPTIONS)
+    assert done.returncode != 0 and time.monotonic() - begun < 120, "no process waits for one that is gone"
+    assert said in done.stderr
+    assert "gloo" not in done.stderr, "what it did to the others is not shown"
+    assert not (tmp_path / "run" / "encoder.safetensors").exists()
