@@ -22,11 +22,15 @@ from filelock import FileLock, Timeout
 from fsspec.spec import AbstractFileSystem
 
 from errors import UserError
-from pipeline.remote import FINAL, Patience, download, is_local
+from pipeline.remote import FINAL, Patience, WrongSize, download, is_local
 
 DEFAULT_LIMIT_BYTES = 50 * 10**9
 FETCHES = 3  # of a file that arrives damaged
 FOLDERS = ("files", "leases", "locks", "copies")
+
+
+class LostFile(UserError):
+    """A file that its store has not, or has with other bytes; says nothing about the other files."""
 
 
 class ShardCache:
@@ -68,7 +72,8 @@ class ShardCache:
             patience: another than that of the cache.
 
         Raises:
-            UserError: it can't be had, or is not the file of this checksum; or the folder can't be written.
+            LostFile: it is not there, or not the file of this checksum.
+            UserError: the store can't be reached any more; the folder can't be written.
         """
         if not re.fullmatch("[0-9a-f]{64}", sha256):  # it comes from elsewhere and becomes the name of a file here
             raise UserError(f"dataset.json gives no SHA-256 for {path}: make the index anew.")
@@ -85,8 +90,12 @@ class ShardCache:
                     return None
                 try:
                     download(fs, path, partial, size, patience)
+                except UserError as error:
+                    if isinstance(error.__cause__, WrongSize):  # at the last attempt, too
+                        raise LostFile(str(error)) from error
+                    raise
                 except FINAL as error:
-                    raise UserError(f"{path} can't be read ({error}): copy it there again.") from error
+                    raise LostFile(f"{path} can't be read ({error}): copy it there again.") from error
                 with open(partial, "r+b") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
                     os.fsync(file.fileno())  # before it gets its name: after a crash of the machine, too, that vouches
@@ -95,7 +104,7 @@ class ShardCache:
                         os.replace(partial, target)
                         return target
                     partial.unlink()
-        raise UserError(
+        raise LostFile(
             f"{path} is not the file that dataset.json describes, {FETCHES} times fetched: copy it there again, or "
             "make the index anew by `python -m pipeline.shards index`."
         )

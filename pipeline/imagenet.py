@@ -22,6 +22,7 @@ from pipeline.sources import (
     members,
     named,
     open_tar,
+    refuse_url,
     unpacked,
 )
 
@@ -41,6 +42,7 @@ def imagenet_sources(path: Path, labels: Path | None = None) -> dict[str, Source
         UserError: `path` is none of these, not whole, or holds links or paths that lead out of it; or the labels don't
             belong to the images.
     """
+    refuse_url(path)
     if labels is not None:
         return {"val": _validation_source(path, labels)}
     if not path.is_dir():

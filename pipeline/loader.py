@@ -140,7 +140,7 @@ class _Producer:
         chosen, encoded = read.result()
         with torch.cuda.stream(self.stream):  # no effect without a CUDA device
             while True:
-                bad = {place: data.reason for place, data in enumerate(encoded) if isinstance(data, ReadFailure)}
+                bad = {place: data for place, data in enumerate(encoded) if isinstance(data, ReadFailure)}
                 if not bad:
                     try:
                         views = self.backend(encoded, parameters(epoch, chosen))
@@ -149,8 +149,10 @@ class _Producer:
                         places = error.args[1:] or self._undecodable(encoded, parameters(epoch, chosen))
                         if not places:
                             raise  # each can be decoded by itself: it is not the images
-                        bad = dict.fromkeys(places, "the image can't be decoded")
-                self.quarantine.add({int(chosen[place]): reason for place, reason in bad.items()})
+                        bad = dict.fromkeys(places, ReadFailure("the image can't be decoded"))
+                for until in (None, epoch):
+                    found = {place: data.reason for place, data in bad.items() if data.passing == (until is not None)}
+                    self.quarantine.add({int(chosen[place]): reason for place, reason in found.items()}, until)
                 renewed = self.quarantine.choose(samples, epoch)
                 changed = np.flatnonzero(renewed != chosen)
                 for place, data in zip(changed, self.reader.read(renewed[changed]), strict=True):

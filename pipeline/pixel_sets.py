@@ -135,7 +135,7 @@ def _source(
         (None if label is None else classes[label], f"{split}-{number:06d}", (number,))
         for number, label in enumerate(labels)
     ]
-    return Source(name, items, reader, classes, scratch=scratch)
+    return Source(name, items, reader, classes, encodes=True, scratch=scratch)
 
 
 def _load_pickle(path: Path) -> dict:

@@ -17,7 +17,8 @@ class Quarantine:
     """Keeps a run going where a few images are bad.
 
     What takes a bad sample's place is a function of (seed, epoch, sample): a run and its continuation put in the same,
-    on any rank. A sample known to be bad is not tried again.
+    on any rank. A sample known to be bad is not tried again, but for one that the disk failed to read: that is tried in
+    the next epoch.
 
     Args:
         shards: where the samples are.
@@ -41,6 +42,7 @@ class Quarantine:
         self.shards, self.seed, self.max_bad, self.least_met, self.path = shards, seed, max_bad, least_met, path
         self.population = population
         self.reasons: dict[int, str] = {}
+        self._tried_after: dict[int, int] = {}  # epochs
         self.met = self.replaced = 0
 
     def choose(self, samples: np.ndarray, epoch: int) -> np.ndarray:
@@ -53,22 +55,33 @@ class Quarantine:
             return samples
         return np.array([self._good(int(sample), epoch) for sample in samples], np.int64)
 
+    def _bad(self, sample: int, epoch: int) -> bool:
+        return sample in self.reasons and epoch <= self._tried_after.get(sample, epoch)
+
     def _good(self, sample: int, epoch: int) -> int:
-        if sample not in self.reasons:
+        if not self._bad(sample, epoch):
             return sample
         drawn = uniforms(self.seed, epoch, np.array([sample]), REPLACEMENT_STREAM, CANDIDATES)[0]
         count = len(self.shards) if self.population is None else len(self.population)
         for place in (drawn * count).astype(np.int64).tolist():
             candidate = place if self.population is None else int(self.population[place])
-            if candidate not in self.reasons:
+            if not self._bad(candidate, epoch):
                 return candidate
         raise UserError(
             f"An image of {self.shards.root} can't be used ({self.reasons[sample]}), nor can {CANDIDATES} others in "
             f"its place: see with `python -m pipeline.shards verify {self.shards.root}` what is wrong with the shards."
         )
 
-    def add(self, bad: dict[int, str]) -> None:
-        """Write down samples that turned out to be bad, each with one sentence that says why."""
+    def add(self, bad: dict[int, str], until: int | None = None) -> None:
+        """Write down samples that turned out to be bad, each with one sentence that says why.
+
+        Args:
+            until: the epoch after which they are tried again; None for never.
+        """
+        for sample in bad:
+            self._tried_after.pop(sample, None)
+            if until is not None:
+                self._tried_after[sample] = until
         bad = {sample: reason for sample, reason in bad.items() if sample not in self.reasons}
         rows = []
         for sample, reason in bad.items():

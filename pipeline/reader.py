@@ -1,12 +1,12 @@
 """Encoded bytes from shards, on the disk or elsewhere: one read per sample at the offset that the index gives."""
 
 import errno
+import logging
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -15,25 +15,30 @@ from typing import NamedTuple
 import numpy as np
 
 from errors import UserError
-from pipeline.cache import Lease, ShardCache
+from pipeline.cache import Lease, LostFile, ShardCache
 from pipeline.remote import FINAL, filesystem, is_local, persistently
 from pipeline.shards import ShardSet
 
 FETCHERS, RANGE_READERS = 8, 16  # threads that wait for the network
-RETRY_WAIT_S = 0.1
+RETRY_WAITS_S = (0.1, 0.5, 2.0)
+
+log = logging.getLogger(__name__)
 
 
 class ReadFailure(NamedTuple):
     """In the place of a sample's bytes: why they can't be had."""
 
     reason: str
+    passing: bool = False
+    """It may be read another time: the disk or the network file system failed, not the file."""
 
 
 class Reader:
     """Reads samples of a shard set by their index; any number of threads may call `read`.
 
     Local shards are opened once per call, and none stays open. Of a remote set, the shards that `prefetch` names are
-    fetched whole into the cache and read there; samples of others are read by byte ranges, all of a call at once.
+    fetched whole into the cache and read there; samples of others are read by byte ranges, all of a call at once. Byte
+    ranges also serve what is unharmed of a shard that is not the one of the manifest.
 
     Args:
         shards: what to read.
@@ -49,6 +54,7 @@ class Reader:
         self._patience = self.cache.patience
         self._lock = threading.Lock()
         self._wanted: list[int] | None = None
+        self._lost: set[int] = set()  # shards that are not worth a further fetch
         self._fetches: dict[int, Future[Path | None]] = {}
         self._fetchers: _Fetchers | None = None
         self._lease: Lease | None = None
@@ -69,7 +75,8 @@ class Reader:
         if self.local:
             return
         now, ahead = (np.asarray(shards, np.int64).tolist() for shards in (now, ahead))
-        wanted = list(dict.fromkeys([*now, *ahead]))
+        now = [shard for shard in now if shard not in self._lost]
+        wanted = [shard for shard in dict.fromkeys([*now, *ahead]) if shard not in self._lost]
         with self._lock:
             if wanted == self._wanted or set(wanted) == self._fetches.keys():
                 return
@@ -154,7 +161,8 @@ class Reader:
                     encoded[place] = data
             except OSError as error:
                 if self.local:
-                    failure = ReadFailure(f"A shard of {self.shards.root} can't be read ({error})")
+                    passing = not isinstance(error, FINAL)
+                    failure = ReadFailure(f"A shard of {self.shards.root} can't be read ({error})", passing)
                     for place in places:
                         encoded[place] = failure
                 else:  # not in the cache, or evicted from it
@@ -170,46 +178,54 @@ class Reader:
         return encoded
 
     def _cached(self, shard: int) -> Path | None:
-        """The local copy of a remote shard, waited for if it is on its way."""
+        """The local copy of a remote shard, waited for if it is on its way; None if there is none."""
         fetch = self._fetches.get(shard)
-        with suppress(CancelledError):  # no longer wanted by others
+        try:
             if fetch is not None:
                 return fetch.result()
+        except CancelledError:  # no longer wanted by others
+            pass
+        except LostFile:
+            return None
         entry = self.shards.manifest["shards"][shard]
         return self.cache.find(entry["bytes"], entry["sha256"])
 
     def _fetch(self, shard: int) -> Path | None:
         entry = self.shards.manifest["shards"][shard]
-        return self.cache.fetch(self.fs, self.paths[shard], entry["bytes"], entry["sha256"], self._patience)
+        try:
+            return self.cache.fetch(self.fs, self.paths[shard], entry["bytes"], entry["sha256"], self._patience)
+        except LostFile as error:
+            self._lost.add(shard)
+            log.warning("%s", error)
+            raise
 
-    def _range(self, shard: int, row: np.void) -> bytes:
+    def _range(self, shard: int, row: np.void) -> bytes | ReadFailure:
         path, start = self.paths[shard], int(row["offset"])
         end = start + int(row["size"])
         try:
             return persistently(lambda: self.fs.cat_file(path, start=start, end=end), path, self._patience)
-        except OSError as error:
-            raise UserError(f"A shard of {self.shards.root} can't be read ({error}): copy it there again.") from error
+        except OSError as error:  # the store has no such file
+            return ReadFailure(f"A shard of {self.shards.root} can't be read ({error})")
 
 
 def _read_tar(path: str | Path, rows: np.ndarray) -> list[bytes]:
-    """The samples of these rows; tried once more after an error that may pass, as network file systems have them.
+    """The samples of these rows; tried again for some seconds after an error that network file systems get over.
 
     Raises:
         FileNotFoundError, PermissionError, OSError: it can't be read.
         UserError: this process or the machine has too many files open.
     """
-    try:
-        return _read_tar_once(path, rows)
-    except FINAL:
-        raise
-    except OSError:
-        time.sleep(RETRY_WAIT_S)
-    try:
-        return _read_tar_once(path, rows)
-    except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE):  # which says nothing about the shard
-            raise UserError(f"{path} can't be opened, too many files are open: raise `ulimit -n`.") from error
-        raise
+    for wait_s in (*RETRY_WAITS_S, None):
+        try:
+            return _read_tar_once(path, rows)
+        except FINAL:
+            raise
+        except OSError as error:
+            if wait_s is None and error.errno in (errno.EMFILE, errno.ENFILE):  # which says nothing about the shard
+                raise UserError(f"{path} can't be opened, too many files are open: raise `ulimit -n`.") from error
+            if wait_s is None:
+                raise
+        time.sleep(wait_s)
 
 
 def _read_tar_once(path: str | Path, rows: np.ndarray) -> list[bytes]:

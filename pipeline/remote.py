@@ -52,6 +52,14 @@ class Patience:
         return not self.stop.wait(wait_s * random.Random().uniform(0.5, 1.5))
 
 
+class PastTheEnd(OSError):
+    """A range that begins where the file has ended."""
+
+
+class WrongSize(OSError):
+    """The store has another file than the one asked for, or for now a part of it."""
+
+
 class WebFileSystem(AbstractFileSystem):
     """What reading needs of http(s), so that it takes no further package; a path is the whole URL."""
 
@@ -74,12 +82,17 @@ class WebFileSystem(AbstractFileSystem):
         except HTTPError as error:
             error.close()
             kind = {404: FileNotFoundError, 410: FileNotFoundError, 401: PermissionError, 403: PermissionError}
+            kind[416] = PastTheEnd
             raise kind.get(error.code, OSError)(f"{path}: the server answers {error.code} {error.reason}") from error
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_) -> bytes:
         if start is not None and start == end:
             return b""  # for which there is no range
-        with self.request(path, start or 0, end) as answer:
+        try:
+            answer = self.request(path, start or 0, end)
+        except PastTheEnd:
+            return b""
+        with answer:
             content = answer.read()  # raises IncompleteRead where the connection breaks
             return content if answer.status == 206 else content[start or 0 : end]
 
@@ -215,7 +228,7 @@ def _whole_size(headers: HTTPMessage, status: int) -> int | None:
 
 def _copy(file: BinaryIO, out: BinaryIO, start: int, size: int | None, offered: int | None, patience: Patience) -> int:
     if size is not None and offered not in (None, size):
-        raise OSError(f"{offered} bytes are offered where {size} are expected")
+        raise WrongSize(f"{offered} bytes are offered where {size} are expected")
     try:
         out.truncate(start)
         out.seek(start)

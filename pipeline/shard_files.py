@@ -49,17 +49,19 @@ def write_shard(folder: Path, name: str, samples: Iterable[Sample]) -> dict[str,
                 add(f"{key}.cls", str(label).encode())
             rows.append((key.encode(), offset, len(encoded), height, width, label, zlib.crc32(encoded)))
             tar.members = []  # which tarfile would otherwise keep
-    index = npy_bytes(index_rows(rows))
+    rows = index_rows(rows)
+    index = npy_bytes(rows)
     (folder / index_name(name)).write_bytes(index)  # last: a shard with a whole index is a whole shard
     with open(folder / name, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return shard_entry(name, len(rows), file.tell(), digest, index)
+        return shard_entry(name, rows, file.tell(), digest, index)
 
 
-def shard_entry(name: str, samples: int, size: int, sha256: str, index: bytes) -> dict[str, Any]:
-    """What the manifest says of a shard; `index` is its index file."""
-    index_sha256 = hashlib.sha256(index).hexdigest()
-    return {"file": name, "samples": samples, "bytes": size, "sha256": sha256, "index_sha256": index_sha256}
+def shard_entry(name: str, rows: np.ndarray, size: int, sha256: str, index: bytes) -> dict[str, Any]:
+    """What the manifest says of a shard; `rows` are those of `index`, its index file."""
+    index_sha256, top_label = hashlib.sha256(index).hexdigest(), int(rows["label"].max(initial=-1))
+    entry = {"file": name, "samples": len(rows), "bytes": size, "sha256": sha256, "index_sha256": index_sha256}
+    return entry | {"top_label": top_label}  # so that a large set can be opened without a look at all labels
 
 
 def npy_bytes(array: np.ndarray) -> bytes:

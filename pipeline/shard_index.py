@@ -46,9 +46,8 @@ def index_shards(root: str, cache: ShardCache | None = None) -> ShardSet:
     for name in ("dataset.json", "index.npy"):  # which must not vouch for half of the new indexes
         if home.exists(f"{folder}/{name}"):
             home.rm_file(f"{folder}/{name}")
-    listed = previous["shards"] if isinstance(previous.get("shards"), list) else []
-    vouched = {shard.get("file"): shard.get("sha256") for shard in listed if isinstance(shard, dict)}
-    shards, left_out, top_label = [], [], -1
+    vouched = {shard.get("file"): shard.get("sha256") for shard in previous["shards"] if isinstance(shard, dict)}
+    shards, left_out = [], []
     for name in tars:
         with cache.whole_file(fs, f"{path}/{name}") as file:
             hashed = HashedFile(file)
@@ -63,22 +62,21 @@ def index_shards(root: str, cache: ShardCache | None = None) -> ShardSet:
                 }
             )
         rows = index_rows(rows)
-        top_label = max(top_label, int(rows["label"].max(initial=-1)))
         index = npy_bytes(rows)
         home.pipe_file(f"{folder}/{index_name(name)}", index)
-        shards.append(shard_entry(name, len(rows), hashed.size, hashed.digest.hexdigest(), index))
+        shards.append(shard_entry(name, rows, hashed.size, hashed.digest.hexdigest(), index))
     samples = sum(shard["samples"] for shard in shards)
     if not samples:
         raise UserError(f"No image could be read from the tars in {root}: they must hold <key>.jpg (and <key>.cls).")
-    classes = previous.get("classes", [])
+    count = 1 + max(shard["top_label"] for shard in shards)
     manifest = {
-        "name": previous.get("name", posixpath.basename(path)),
-        "split": previous.get("split", ""),
-        "classes": classes if len(classes) > top_label else [str(label) for label in range(top_label + 1)],
+        "name": previous["name"] or posixpath.basename(path),
+        "split": previous["split"],
+        "classes": previous["classes"] if len(previous["classes"]) >= count else [str(i) for i in range(count)],
         "samples": samples,
         "shards": shards,
         "left_out": left_out,
-        "made_by": previous.get("made_by", {"command": "pipeline.shards index"}),
+        "made_by": previous["made_by"] or {"command": "pipeline.shards index"},
     }
     write_manifest(home, folder, manifest)
     return open_shards(root, cache)
@@ -96,13 +94,16 @@ def _writable(fs: AbstractFileSystem, path: str) -> bool:
 
 
 def _previous_manifest(fs: AbstractFileSystem, path: str, patience: Patience) -> dict[str, Any]:
-    """The manifest of a set that is indexed anew, for its names of classes; empty if there is none to be read."""
+    """What is kept of the manifest of a set that is indexed anew; empty where there is none or it is damaged."""
     try:
         name = f"{path}/dataset.json"
-        manifest = json.loads(persistently(lambda: fs.cat_file(name), name, patience))
+        found = json.loads(persistently(lambda: fs.cat_file(name), name, patience))
     except (FileNotFoundError, PermissionError, ValueError):
-        return {}
-    return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT else {}
+        found = {}
+    found = found if isinstance(found, dict) and found.get("format") == FORMAT else {}
+    empty = {"name": "", "split": "", "classes": [], "shards": [], "made_by": {}}
+    kept = {name: found[name] if isinstance(found.get(name), type(none)) else none for name, none in empty.items()}
+    return kept if all(isinstance(name, str) for name in kept["classes"]) else kept | {"classes": []}
 
 
 def _index_tar(file: HashedFile) -> tuple[list[tuple], list[tuple[str, str]]]:

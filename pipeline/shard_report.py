@@ -13,9 +13,8 @@ from errors import UserError
 from pipeline.cache import ShardCache
 from pipeline.remote import filesystem
 from pipeline.shard_files import HashedFile
-from pipeline.shards import ShardSet, find_tars, index_name, label_fault, open_shards, split_roots
+from pipeline.shards import ROWS, ShardSet, find_tars, index_name, label_fault, open_shards, split_roots
 
-ROWS = 1 << 20  # of the index at a time: it may be larger than the memory
 SHOWN = 20
 BAR = 40
 SHORT_SIDE_PX = np.array([0, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048])
@@ -68,7 +67,7 @@ def verify_shards(root: str, cache: ShardCache | None = None) -> list[str]:
             problems += _compare(home, index, None, shard["index_sha256"], cache)
     if entry := shards.manifest.get("index"):
         problems += _compare(home, f"{folder}/index.npy", entry["bytes"], entry["sha256"], cache)
-    if fault := _label_fault(shards):
+    if fault := label_fault(shards.index, shards.classes):
         problems.append(f"{folder}/dataset.json is damaged ({fault}): copy it again or make the index anew.")
     known = {shard["file"] for shard in shards.manifest["shards"]}
     problems += [
@@ -77,10 +76,6 @@ def verify_shards(root: str, cache: ShardCache | None = None) -> list[str]:
         if name not in known
     ]
     return problems
-
-
-def _label_fault(shards: ShardSet) -> str:
-    return next((fault for rows in _parts(shards.index) if (fault := label_fault(rows, shards.classes))), "")
 
 
 def _compare(
@@ -114,7 +109,7 @@ def summarise(shards: ShardSet) -> list[Table]:
     Raises:
         UserError: there are labels without a class.
     """
-    if fault := _label_fault(shards):
+    if fault := label_fault(shards.index, shards.classes):
         raise UserError(f"{shards.index_root}/dataset.json is damaged ({fault}): copy it again or make the index anew.")
     classes = np.zeros(len(shards.classes) + 1, np.int64)  # the last one for unlabelled images
     sides, sizes = np.zeros(len(SHORT_SIDE_PX), np.int64), np.zeros(len(ENCODED_KB), np.int64)

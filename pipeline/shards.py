@@ -35,6 +35,8 @@ from pipeline.remote import FINAL, Patience, filesystem, is_local, persistently
 
 FORMAT = "streamclr-shards-1"
 SHARD_KEYS = {"file": str, "samples": int, "bytes": int, "sha256": str}
+ROWS = 1 << 20
+"""Of an index at a time: it may be larger than the memory."""
 READ_WHOLE = 16
 """Sets of at most so many shards have no common index: theirs are read at once and joined."""
 
@@ -132,6 +134,8 @@ def _manifest_fault(manifest: dict[str, Any]) -> str:
             return f"{name!r} is not the name of a file"
         if type(shard.get("index_sha256", "")) is not str:
             return f"no 'index_sha256' of shard {number}"
+        if type(shard.get("top_label", -1)) is not int:
+            return f"no 'top_label' of shard {number}"
     if "index" in manifest:
         if not isinstance(index, dict) or type(index.get("bytes")) is not int or type(index.get("sha256")) is not str:
             return "no size and checksum of the index"
@@ -173,7 +177,13 @@ def _map_index(fs: Any, path: str, manifest: dict[str, Any], cache: ShardCache, 
     samples = sum(shard["samples"] for shard in manifest["shards"])
     if samples != manifest["samples"] or not _is_index(rows, samples) or rows.offset + rows.nbytes != entry["bytes"]:
         raise UserError(f"{name} disagrees with dataset.json: {again}.")
-    return np.asarray(rows)  # a plain array on the mapping: np.memmap does more on every indexing
+    rows = np.asarray(rows)  # a plain array on the mapping: np.memmap does more on every indexing
+    known = [shard.get("top_label") for shard in manifest["shards"]]
+    # older sets do not say: then all rows are looked at
+    fault = label_fault(rows, manifest["classes"]) if None in known else _top_fault(max(known), manifest["classes"])
+    if fault:
+        raise UserError(f"{path}/dataset.json is damaged ({fault}): copy it again, or {again}.")
+    return rows
 
 
 def _join_indexes(fs: Any, path: str, manifest: dict[str, Any], cache: ShardCache, again: str) -> np.ndarray:
@@ -207,7 +217,11 @@ def _join_indexes(fs: Any, path: str, manifest: dict[str, Any], cache: ShardCach
 
 def label_fault(rows: np.ndarray, classes: list[str]) -> str:
     """Empty if every label has a class."""
-    top = int(rows["label"].max(initial=-1))
+    tops = (int(rows["label"][first : first + ROWS].max(initial=-1)) for first in range(0, len(rows), ROWS))
+    return _top_fault(max(tops, default=-1), classes)
+
+
+def _top_fault(top: int, classes: list[str]) -> str:
     return f"{len(classes)} classes, but an image of label {top}" if top >= len(classes) else ""
 
 

@@ -39,8 +39,16 @@ class Source:
     """In the order of their numbers; None: the classes of the items, sorted."""
     left_out: list[tuple[str, str]] = field(default_factory=list)
     """(name, reason) of what the listing met and refused."""
+    encodes: bool = False
+    """Whether `read` makes PNGs of pixels, of which another version of OpenCV may make other bytes."""
     scratch: tempfile.TemporaryDirectory | None = None
     """Holds what had to be unpacked; deleted together with the source."""
+
+
+def refuse_url(path: Path, cure: str = "copy it to a folder first") -> None:
+    """Images are converted from the local disk; WebDataset tars elsewhere need not be converted."""
+    if re.match(r"[a-z][a-z0-9+]+:/", str(path)):  # a Path has lost one of the slashes
+        raise UserError(f"A URL ({path}) is not taken here: {cure}.")
 
 
 def textures_source(split: str, seed: int = 0) -> Source:
@@ -50,7 +58,7 @@ def textures_source(split: str, seed: int = 0) -> Source:
         (classes[number % len(classes)], f"{split}-{number:06d}", (seed, split, number))
         for number in range(textures.SPLITS[split])
     ]
-    return Source(f"textures-{textures.VERSION}", items, textures.render, classes)
+    return Source(f"textures-{textures.VERSION}", items, textures.render, classes, encodes=True)
 
 
 def folder_source(path: Path) -> Source:
@@ -62,6 +70,7 @@ def folder_source(path: Path) -> Source:
         UserError: there is no such folder or tar, one that holds links or paths that lead out of it, or two images
             would get the same key.
     """
+    refuse_url(path)
     if not path.exists():
         raise UserError(f"{path} does not exist: give the folder or tar that holds the images.")
     left_out: list[tuple[str, str]] = []
@@ -82,11 +91,7 @@ def webdataset_source(path: Path) -> Source:
         UserError: no tars, one that is damaged or holds links or paths that lead out of it, or a key that occurs twice
             in one tar.
     """
-    if re.match(r"[a-z][a-z0-9+]+:/", str(path)):  # a Path has lost one of the slashes
-        raise UserError(
-            f"A URL ({path}) is not taken here: index it in place by `python -m pipeline.shards index`, "
-            "or copy it to a folder first."
-        )
+    refuse_url(path, "index it in place by `python -m pipeline.shards index`, or copy it to a folder first")
     tars = sorted(path.glob("*.tar")) if path.is_dir() else [path]
     if not tars:
         raise UserError(f"There is no .tar in {path}: give the folder that holds the shards.")
@@ -309,6 +314,7 @@ def unpacked(path: Path, names: Iterable[str], scratch: Path) -> dict[str, Path]
             the disk for temporary files is full.
     """
     wanted = set(names)
+    refuse_url(path)
     if path.is_dir():
         inside = sorted((file for file in path.rglob("*") if file.name in wanted and file.is_file()), reverse=True)
         return {file.name: file for file in inside}  # reversed, so that the first in the order of paths stays

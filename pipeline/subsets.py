@@ -7,11 +7,10 @@ import numpy as np
 
 from errors import UserError
 from pipeline.philox import uniforms
-from pipeline.shards import ShardSet
+from pipeline.shards import ROWS, ShardSet
 from pipeline.sources import clean_key, is_image
 
 SUBSET_STREAM = 2**32 - 5  # of random numbers: apart from order, views, conversion and replacements
-ROWS = 1 << 20  # of the index at a time: it may be larger than the memory
 
 
 def label_subset(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:

@@ -124,8 +124,10 @@ def _plan(
 ) -> dict[str, Any]:
     """The head of the manifest: all that the bytes depend on."""
     made_by: dict[str, Any] = {"command": "pipeline.convert", "seed": seed, "samples_per_shard": samples_per_shard}
-    if short_side is not None:  # OpenCV because another version may encode other bytes
-        made_by |= {"short_side": short_side, "quality": quality, "opencv": cv2.__version__}
+    if short_side is not None:
+        made_by |= {"short_side": short_side, "quality": quality}
+    if short_side is not None or source.encodes:  # another version may encode other bytes
+        made_by["opencv"] = cv2.__version__
     if not verify:
         made_by["verify"] = False
     listing = hashlib.sha256()

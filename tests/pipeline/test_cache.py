@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -170,28 +171,45 @@ def test_giving_up_names_cause_and_cure(small, tmp_path, caplog):
 
 
 def test_what_the_server_does_not_have_is_not_asked_for_again(small, tmp_path):
+    """Each sample of such a shard is a failure, and the shard is not fetched as a whole again."""
     with serving(Path(small.root)) as server:
         shards = open_shards(server.url, cache_at(tmp_path))
         tar = Path(small.root, "part-002.tar")
         tar.rename(tmp_path / "away")
-        for prefetched in ([], [2]):
-            reader = Reader(shards, cache_at(tmp_path))
-            reader.prefetch(prefetched)
-            with pytest.raises(UserError, match=r"can't be read \(.*part-002\.tar.*404.*\): copy it there again"):
-                reader.read(np.array([12]))
-            reader.close()
-        assert server.count["part-002.tar"] == 2
+        reader = Reader(shards, cache_at(tmp_path))
+        for now in ([2], [1, 2], [2, 3]):
+            reader.prefetch(now)
+            bad, good = reader.read(np.array([12, 6]))
+            assert isinstance(bad, ReadFailure) and re.search(r"can't be read \(.*part-002\.tar.*404", bad.reason)
+            assert [good] == Reader(small).read(np.array([6])) and not bad.passing
+        reader.close()
+        requests = [requested for name, requested in server.requests if name == "part-002.tar"]
+        assert requests.count(None) == 1 and len(requests) == 4  # whole, and then the sample each time
 
 
-def test_a_shard_that_is_not_the_one_of_the_manifest(small, tmp_path):
-    with serving(Path(small.root), "flip", "flip", "flip") as server:
+@pytest.mark.parametrize("harm", ["altered", "cut"])
+def test_of_a_shard_that_is_not_the_one_of_the_manifest_the_unharmed_samples_serve(small, tmp_path, caplog, harm):
+    expected, row = Reader(small).read(np.arange(6, 12)), small.index[8]
+    tar = Path(small.root, "part-001.tar")
+    content = bytearray(tar.read_bytes())
+    content[row["offset"] + 10] ^= 1
+    tar.write_bytes(content if harm == "altered" else content[: row["offset"] + 10])
+    with serving(Path(small.root)) as server:
         shards, cache = open_shards(server.url, cache_at(tmp_path)), cache_at(tmp_path)
         reader = Reader(shards, cache)
-        reader.prefetch([1])
-        with pytest.raises(UserError, match=r"part-001\.tar is not the file that dataset\.json describes, 3 times"):
-            reader.read(np.array([6]))
+        for now in ([1], [0, 1], [1, 2]):
+            reader.prefetch(now)
+            encoded = reader.read(np.arange(6, 12))
         reader.close()
-        assert cached_files(cache) == set()
+        fetched = [requested for name, requested in server.requests if name == "part-001.tar"].count(None)
+    assert fetched == (3 if harm == "altered" else QUICK.attempts)
+    kept = [True, True, False, *[harm == "altered"] * 3]
+    assert [data == due for data, due in zip(encoded, expected, strict=True)] == kept
+    reasons = [data.reason for data in encoded if isinstance(data, ReadFailure)]
+    assert len(reasons) == kept.count(False)
+    assert ("not those of the index" if harm == "altered" else "is shorter than its index says") in reasons[0]
+    assert sum("part-001.tar" in text and "attempt" not in text.split(":")[-1] for text in caplog.messages) == 1
+    assert small.manifest["shards"][1]["sha256"] not in cached_files(cache)
 
 
 def test_a_manifest_names_no_files_outside_of_the_cache(small, tmp_path):

@@ -1,9 +1,11 @@
 """Bad images: replaced by the same others whoever meets them, written down, counted, and too many of them refused."""
 
+import errno
 import json
 import shutil
 import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from pipeline.recipe import Recipe
 from pipeline.shards import ShardSet, open_shards
 from pipeline.sources import folder_source
 from tests.pipeline.image_sets import pictures, write_folder
+from tests.pipeline.web_server import cache_at, serving
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(size=16)
@@ -91,6 +94,54 @@ def test_a_lost_shard_is_replaced_too(whole, tmp_path):
     assert not set(torch.cat([batch.index for batch in batches]).tolist()) & set(range(12, 18))
     rows = recorded(tmp_path / "quarantine.jsonl")
     assert len(rows) == 6 and all(shard == "train-000002.tar" for shard, _ in rows.values())
+
+
+@pytest.mark.parametrize("harm", ["gone", "altered"])
+@pytest.mark.parametrize("part", [None, np.array([3, 8, 13, 21, 27])])
+def test_a_lost_or_damaged_shard_of_a_remote_set_stops_nothing(whole, tmp_path, harm, part):
+    """As for a local one: what can't be had is replaced and listed; also where samples are read one by one."""
+    spoilt = spoil(whole, tmp_path / "set", [13, 14], lost_shards=[2] if harm == "gone" else [], noticed=True)
+    options = {"samples": part, "batch_size": 4}
+    local = epochs(spoilt, **options)
+    with serving(tmp_path / "set") as server:
+        cache = cache_at(tmp_path, limit_bytes=10**6 if part is None else 0)
+        remote = open_shards(server.url, cache)
+        batches = epochs(remote, cache=cache, quarantine=tmp_path / "quarantine.jsonl", **options)
+    for batch, due in zip(batches, local, strict=True):
+        assert torch.equal(batch.index, due.index) and torch.equal(batch.views, due.views)
+    bad = set(range(12, 18) if harm == "gone" else [13, 14]) & set(range(30) if part is None else part.tolist())
+    assert not set(torch.cat([batch.index for batch in batches]).tolist()) & bad
+    rows = recorded(tmp_path / "quarantine.jsonl")
+    assert rows.keys() == {whole.index["key"][sample].decode() for sample in bad}
+    assert all(("404" if harm == "gone" else "not those of the index") in reason for _, reason in rows.values())
+
+
+def test_a_store_that_is_out_of_reach_stops_the_run(whole, tmp_path):
+    """It says nothing about the images."""
+    with serving(Path(whole.root)) as server:
+        remote = open_shards(server.url, cache_at(tmp_path))
+    with pytest.raises(UserError, match=r"can't be read after 6 attempts .*: see to the connection"):
+        epochs(remote, cache=cache_at(tmp_path))
+
+
+def test_what_the_disk_failed_to_read_is_tried_again_in_the_next_epoch(whole, tmp_path, monkeypatch):
+    failing = [True]
+
+    def fail(path, *arguments, **options):
+        if failing and path.endswith("train-000001.tar"):
+            raise OSError(errno.EIO, "Input/output error", path)
+        return open(path, *arguments, **options)
+
+    monkeypatch.setattr("pipeline.reader.open", fail, raising=False)
+    monkeypatch.setattr("pipeline.reader.RETRY_WAITS_S", (0.001,))
+    loader = ViewLoader(whole, RECIPE, batch_size=10, seed=0, device=CPU, backend="host", max_bad=0.5, epochs=3,
+                        prefetch=0, quarantine=tmp_path / "quarantine.jsonl")  # fmt: skip
+    seen = [set(torch.cat([batch.index for batch in loader]).tolist())]
+    failing.clear()
+    seen += [set(torch.cat([batch.index for batch in loader]).tolist()) for _ in range(2)]
+    loader.close()
+    assert not seen[0] & set(range(6, 12)) and seen[1] == seen[2] == set(range(30))
+    assert len(recorded(tmp_path / "quarantine.jsonl")) == 6 and loader.quarantine.replaced == 6
 
 
 def test_the_same_image_takes_the_place_on_any_rank_and_after_resuming(whole, tmp_path):

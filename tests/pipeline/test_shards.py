@@ -9,6 +9,7 @@ import tarfile
 import time
 import tracemalloc
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -283,14 +284,48 @@ def test_a_damaged_manifest_is_named(copy, case):
         open_shards(str(copy))
 
 
-def test_labels_without_a_class_are_found_where_the_index_is_not_read_whole(many, tmp_path):
-    copy = Path(shutil.copytree(many, tmp_path / "copy"))
+def with_manifest(root: Path, copy: Path, change: Callable[[dict], None]) -> Path:
+    shutil.copytree(root, copy)
     manifest = json.loads((copy / "dataset.json").read_text())
-    (copy / "dataset.json").write_text(json.dumps(manifest | {"classes": ["a"]}))
+    change(manifest)
+    (copy / "dataset.json").write_text(json.dumps(manifest))
+    return copy
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_labels_without_a_class_are_found_where_the_index_is_not_read_whole(many, tmp_path, recorded):
+    """By what the manifest records of each shard, or by a look at all rows where it is older."""
+
+    def change(manifest: dict) -> None:
+        assert {shard["top_label"] for shard in manifest["shards"]} == {1}
+        manifest["classes"] = ["a"]
+        for shard in manifest["shards"] if not recorded else ():
+            shard.pop("top_label")
+
+    with pytest.raises(UserError, match=r"dataset.json is damaged \(1 classes, but an image of label 1\)"):
+        open_shards(str(with_manifest(many, tmp_path / "copy", change)))
+
+
+def test_verify_and_show_look_at_every_label(many, tmp_path):
+    def change(manifest: dict) -> None:
+        manifest["classes"] = ["a"]
+        for shard in manifest["shards"]:
+            shard["top_label"] = 0  # which is not so
+
+    copy = with_manifest(many, tmp_path / "copy", change)
     (problem,) = verify_shards(str(copy))
     assert "dataset.json is damaged (1 classes, but an image of label 1)" in problem
     with pytest.raises(UserError, match="an image of label 1"):
         summarise(open_shards(str(copy)))
+
+
+@pytest.mark.parametrize("damage", [{"classes": 3}, {"classes": [1, 2, 3]}, {"name": 5, "split": []}, {"made_by": "x"}])
+def test_a_damaged_manifest_is_made_anew(original, tmp_path, damage):
+    copy = with_manifest(original, tmp_path / "copy", lambda manifest: manifest.update(damage))
+    shards = index_shards(str(copy))
+    assert len(shards) == 12 and len(shards.classes) == 3
+    assert (shards.classes == ["0", "1", "2"]) == ("classes" in damage)
+    assert shards.manifest["made_by"] and isinstance(shards.manifest["name"], str)
 
 
 def test_indexing_that_is_interrupted_leaves_no_shard_set(copy, monkeypatch):
@@ -457,6 +492,7 @@ def synthetic(root: Path, shards: int, each: int) -> int:
     sha256 = "0123456789abcdef" * 4
     entries = [
         {"file": f"train-{i:06d}.tar", "samples": each, "bytes": 1 << 27, "sha256": sha256, "index_sha256": sha256}
+        | {"top_label": 0}
         for i in range(shards)
     ]
     manifest = {"format": "streamclr-shards-1", "name": "large", "split": "train", "classes": ["a"]}

@@ -5,6 +5,7 @@ The long runs take $STREAMCLR_SOAK_S seconds each, 120 unless it is set:
     STREAMCLR_SOAK_S=3600 make soak
 """
 
+import ctypes
 import gc
 import os
 import time
@@ -91,6 +92,7 @@ def endless(loader: ViewLoader) -> Iterator[Batch]:
 def follow(batches: Iterator[Batch], every: int, limit: int | None = None, seconds: float = np.inf) -> Account:
     """Take so many batches, or for so long; the first third, in which caches fill and buffers grow, does not count."""
     gc.collect()
+    getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # or what grows would fill what other tests have left
     gc.freeze()  # what the modules hold: it need not be looked at again and again
     rows, begun = [], time.monotonic()
     for number in count(1):

@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -18,7 +19,7 @@ from pipeline.images import DecodeError, decode, inspect, png
 from pipeline.pixel_sets import cifar_sources, stl10_sources
 from pipeline.shard_index import index_shards
 from pipeline.shards import open_shards, open_splits
-from pipeline.sources import FolderReader, folder_source, webdataset_source
+from pipeline.sources import FolderReader, folder_source, textures_source, webdataset_source
 from pipeline.writer import write_split
 from tests.pipeline.image_sets import (
     cifar_files,
@@ -158,6 +159,25 @@ def test_oddities_of_imagenet(tmp_path):
     for name, encoded in odd.items():
         reference = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"), np.int64)
         assert np.abs(decode(encoded) - reference).max() <= 1, name
+
+
+@pytest.mark.parametrize("name", ["textures", "cifar", "stl10"])
+def test_pngs_of_another_opencv_are_not_mixed_in(tmp_path, monkeypatch, name):
+    """It may encode the same pixels to other bytes: an interrupted conversion goes on under the same version only."""
+    sources = {
+        "textures": lambda: {"train": textures_source("train")},
+        "cifar": lambda: cifar_sources(write_folder(tmp_path / "in", cifar_files(10, each=3)[0])),
+        "stl10": lambda: stl10_sources(write_folder(tmp_path / "in", stl10_files(3)[0])),
+    }
+    source = sources[name]()["train"]
+    source = replace(source, items=source.items[:3])
+    assert write_split(source, tmp_path / "out", "train", 0, 2, part=(1, 2)) is None
+    version = cv2.__version__
+    monkeypatch.setattr("pipeline.writer.cv2.__version__", "3.0")
+    with pytest.raises(UserError, match=rf"another plan \(its opencv is {version} instead of 3\.0\)"):
+        write_split(source, tmp_path / "out", "train", 0, 2)
+    monkeypatch.undo()
+    assert write_split(source, tmp_path / "out", "train", 0, 2).manifest["made_by"]["opencv"] == version
 
 
 @pytest.mark.parametrize("kind", [10, 100])
@@ -431,6 +451,9 @@ def test_a_refusal_names_the_cure(tmp_path):
     refused = {
         "class tars, which need no labels: leave --labels out": lambda: imagenet_sources(train, tmp_path / "labels"),
         "is not taken here: index it in place": lambda: webdataset_source(Path("http://127.0.0.1/set")),
+        "^A URL .s3:/bucket/x. is not taken here: copy it to a folder": lambda: folder_source(Path("s3://bucket/x")),
+        "https:/host/x.tar. is not taken here: copy it": lambda: imagenet_sources(Path("https://host/x.tar")),
+        "http:/host/cifar.tar.gz. is not taken here": lambda: cifar_sources(Path("http://host/cifar.tar.gz")),
         "is not a whole archive": lambda: stl10_sources(tmp_path / "text.gz"),
         "class_names.txt in .* is damaged": lambda: stl10_sources(write_tar(tmp_path / "stl.tar", stl)),
     }
