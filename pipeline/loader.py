@@ -1,41 +1,23 @@
 """From a shard set to batches on the device: order -> bytes -> views, a few batches ahead of the training loop."""
 
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from errors import UserError
 from pipeline.cache import ShardCache
-from pipeline.images import DecodeError
 from pipeline.order import Order
+from pipeline.producer import Batch, Producer, shards_of
 from pipeline.quarantine import Quarantine
-from pipeline.reader import Reader, ReadFailure
+from pipeline.reader import Reader
 from pipeline.recipe import Recipe, ViewParameters, central_view, draw_views
 from pipeline.shards import ShardSet
 
 BACKENDS = ("auto", "dali", "kornia", "host")
-
-
-class Batch(NamedTuple):
-    """What the training loop gets; B is this rank's share of the global batch, V the number of views per image."""
-
-    views: torch.Tensor
-    """(V B, 3, S, S) float32 on the device, channels-last, normalised; view v of sample i is row v B + i.
-
-    V is 2 for contrasting views of the same image, 1 for fine-tuning, distillation and evaluation: then (B, 3, S, S).
-    """
-    label: torch.Tensor
-    """(B,) int64 on the device; -1 for none."""
-    index: torch.Tensor
-    """(B,) int64 on the host: the sample's place in the shard set; of the replacement where the one due was bad."""
 
 
 def choose_backend(name: str, device: torch.device) -> str:
@@ -69,11 +51,6 @@ def make_backend(name: str, recipe: Recipe, device: torch.device, batch_size: in
     return Backend(recipe, device, batch_size, views, workers)
 
 
-def shards_of(shards: ShardSet, samples: np.ndarray) -> np.ndarray:
-    """The shards that hold `samples` ((n,) integers), ascending."""
-    return np.unique(np.searchsorted(shards.shard_starts, samples, side="right") - 1)
-
-
 def worth_whole_shards(shards: ShardSet, samples: np.ndarray, room: int = 0) -> bool:
     """Whether to fetch the shards of a remote set that hold `samples` whole: many are wanted, or all fit in `room`."""
     used = shards_of(shards, samples)
@@ -81,110 +58,6 @@ def worth_whole_shards(shards: ShardSet, samples: np.ndarray, room: int = 0) -> 
     return (
         4 * len(samples) >= np.diff(shards.shard_starts)[used].sum() or sum(entries[s]["bytes"] for s in used) <= room
     )
-
-
-class _Producer:
-    """Samples to batches, two stages of threads ahead of the consumer: bytes, then views."""
-
-    def __init__(
-        self,
-        shards: ShardSet,
-        recipe: Recipe,
-        device: torch.device,
-        quarantine: Quarantine,
-        reader: Reader,
-        *,
-        backend: str,
-        batch_size: int,
-        views: int,
-        workers: int,
-    ):
-        self.shards, self.device, self.quarantine, self.reader = shards, device, quarantine, reader
-        self.backend = make_backend(backend, recipe, device, batch_size, views, workers)
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def batches(
-        self,
-        plan: Iterator[tuple[int, np.ndarray, np.ndarray | None]],
-        parameters: Callable[[int, np.ndarray], ViewParameters],
-        prefetch: int,
-    ) -> Iterator[Batch]:
-        """One batch per (epoch, samples, shards that come next) in `plan`, in order.
-
-        Its views are those that `parameters` gives for (epoch, samples). Shards of a remote set are fetched whole and
-        ahead; where `plan` has None for them, samples are read one by one.
-        """
-        with ThreadPoolExecutor(2, "read") as readers, ThreadPoolExecutor(1, "augment") as augmenter:
-            ahead: deque = deque()
-            reading: deque = deque(maxlen=prefetch + 1)  # the shards of batches that may not have been read yet
-            try:
-                for epoch, samples, coming in plan:
-                    if coming is not None:
-                        reading.append(shards_of(self.shards, samples))
-                        self.reader.prefetch(np.unique(np.concatenate(reading)), coming)
-                    read = readers.submit(self._read, samples, epoch)
-                    ahead.append(augmenter.submit(self._augment, samples, epoch, read, parameters))
-                    if len(ahead) > prefetch:
-                        yield self._hand_over(*ahead.popleft().result())
-                while ahead:
-                    yield self._hand_over(*ahead.popleft().result())
-            finally:  # the consumer may stop early: what was not begun is not worth waiting for
-                augmenter.shutdown(wait=False, cancel_futures=True)
-                readers.shutdown(wait=False, cancel_futures=True)
-
-    def _read(self, samples: np.ndarray, epoch: int) -> tuple[np.ndarray, list[bytes | ReadFailure]]:
-        chosen = self.quarantine.choose(samples, epoch)
-        return chosen, self.reader.read(chosen)
-
-    def _augment(self, samples, epoch, read, parameters) -> tuple[Batch, torch.cuda.Event | None, int]:
-        chosen, encoded = read.result()
-        with torch.cuda.stream(self.stream):  # no effect without a CUDA device
-            while True:
-                bad = {place: data for place, data in enumerate(encoded) if isinstance(data, ReadFailure)}
-                if not bad:
-                    try:
-                        views = self.backend(encoded, parameters(epoch, chosen))
-                        break
-                    except DecodeError as error:
-                        places = error.args[1:] or self._undecodable(encoded, parameters(epoch, chosen))
-                        if not places:
-                            raise  # each can be decoded by itself: it is not the images
-                        bad = dict.fromkeys(places, ReadFailure("the image can't be decoded"))
-                for until in (None, epoch):
-                    found = {place: data.reason for place, data in bad.items() if data.passing == (until is not None)}
-                    self.quarantine.add({int(chosen[place]): reason for place, reason in found.items()}, until)
-                renewed = self.quarantine.choose(samples, epoch)
-                changed = np.flatnonzero(renewed != chosen)
-                for place, data in zip(changed, self.reader.read(renewed[changed]), strict=True):
-                    encoded[place] = data
-                chosen = renewed
-            label = torch.from_numpy(self.shards.index["label"][chosen]).to(self.device, non_blocking=True)
-            event = self.stream.record_event() if self.stream else None
-        return Batch(views, label, torch.from_numpy(chosen)), event, int((chosen != samples).sum())
-
-    def _undecodable(self, encoded: list[bytes], parameters: ViewParameters) -> list[int]:
-        """The places of the images that the backend refuses, each tried by itself: not every backend can tell."""
-        places = []
-        for place in range(len(encoded)):
-            one = {field.name: getattr(parameters, field.name)[:, [place]] for field in fields(parameters)}
-            try:
-                self.backend([encoded[place]], ViewParameters(**one))
-            except DecodeError:
-                places.append(place)
-        return places
-
-    def _hand_over(self, batch: Batch, event: torch.cuda.Event | None, replaced: int) -> Batch:
-        self.quarantine.count(len(batch.index), replaced)
-        if event is not None:  # ordered on the device, without waiting on the host
-            current = torch.cuda.current_stream(self.device)
-            current.wait_event(event)
-            batch.views.record_stream(current)
-            batch.label.record_stream(current)
-        return batch
-
-    def close(self) -> None:
-        self.reader.close()
-        self.backend.close()
 
 
 class ViewLoader:
@@ -258,17 +131,8 @@ class ViewLoader:
         self.quarantine = Quarantine(shards, seed, max_bad, population // world_size, quarantine, samples)
         self.reader = Reader(shards, cache)
         self.whole_shards = samples is None or worth_whole_shards(shards, samples, self.reader.cache.limit_bytes)
-        self.producer = _Producer(
-            shards,
-            recipe,
-            device,
-            self.quarantine,
-            self.reader,
-            backend=backend,
-            batch_size=batch_size // world_size,
-            views=views_per_image,
-            workers=workers,
-        )
+        made_by = make_backend(backend, recipe, device, batch_size // world_size, views_per_image, workers)
+        self.producer = Producer(shards, self.reader, made_by, device, self.quarantine)
         self._batches, self._next = iter(()), None  # what is being prepared, and from which position on
 
     def __len__(self) -> int:
@@ -361,17 +225,8 @@ def central_batches(
     A bad image is replaced by another one of `samples`, whose label comes with it.
     """
     replacements = Quarantine(shards, 0, max_bad, len(samples), quarantine, samples)
-    producer = _Producer(
-        shards,
-        recipe,
-        device,
-        replacements,
-        Reader(shards, cache),
-        backend=backend,
-        batch_size=batch_size,
-        views=1,
-        workers=workers,
-    )
+    made_by = make_backend(backend, recipe, device, batch_size, 1, workers)
+    producer = Producer(shards, Reader(shards, cache), made_by, device, replacements)
     whole = worth_whole_shards(shards, samples)
     plan = (
         (

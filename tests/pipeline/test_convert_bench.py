@@ -4,7 +4,7 @@ import pytest
 
 from bench import convert
 from pipeline.images import decode
-from pipeline.writer import ShardWriter
+from pipeline.shard_writer import ShardWriter
 
 
 def test_its_images_have_the_size_of_imagenets():

@@ -20,7 +20,8 @@ import pytest
 import torch
 
 from pipeline.convert import write_split
-from pipeline.loader import Batch, ViewLoader
+from pipeline.loader import ViewLoader
+from pipeline.producer import Batch
 from pipeline.recipe import Recipe
 from pipeline.shards import ShardSet, open_shards
 from pipeline.sources import folder_source
