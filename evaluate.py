@@ -30,6 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from engine.processes import is_first_to_fail, leave_process_group, was_left_alone
 from errors import UserError
 from evaluation.cache import feature_name, load_features, save_features
 from evaluation.features import embed
@@ -44,7 +45,7 @@ from pipeline.cache import ShardCache
 from pipeline.loader import ViewLoader, central_batches, choose_backend
 from pipeline.recipe import Recipe
 from pipeline.shards import ShardSet, open_splits
-from train import TEXTURES, available_cores, computes_in_bf16, leave_process_group
+from train import TEXTURES, available_cores, computes_in_bf16
 
 EMBEDDED_AT_ONCE = 256
 console = Console()
@@ -115,6 +116,8 @@ def judge(options: Knn | Linear | Embed) -> None:
         samples = labelled_samples(splits)
     command = type(options).__name__.lower() + (f"-{options.protocol}" if isinstance(options, Linear) else "")
     out = Path(options.out) if options.out else subject.folder / "evaluation" / f"{command}.json"
+    if out.resolve() == subject.encoder.resolve():
+        raise UserError(f"--out {out} is the encoder itself: give another file.")
     out.parent.mkdir(parents=True, exist_ok=True)
     backend = choose_backend(options.loading.backend, device)
     loading = {"device": device, "backend": backend, "workers": options.loading.workers or cores}
@@ -361,10 +364,16 @@ def main() -> None:
     try:
         judge(parse(sys.argv[1:], __doc__))
         leave_process_group()
-    except (UserError, OSError) as error:  # an unwritable folder, a full disk
-        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)  # the shell's code for a run that was interrupted
+    except Exception as error:
+        if not is_first_to_fail():
+            sys.exit(1)
+        if isinstance(error, UserError | OSError):  # an unwritable folder, a full disk
+            sys.exit(f"error: {error}")
+        if was_left_alone(error):
+            sys.exit("error: Another process ended without a word: see the system log, it may have lacked memory.")
+        raise
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ class Loading:
 class Options:
     """What all commands share."""
 
-    encoder: tyro.conf.Positional[str]
+    encoder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The folder of a finished run, or an encoder.safetensors."""
     data: str = ""
     """Shards: a folder or URL with train/ and test/ (or val/). Default: those of the run."""

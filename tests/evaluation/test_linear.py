@@ -50,9 +50,11 @@ def test_solution_is_that_of_scikit_learn(l2):
         return torch.cat([theta[:, :-1], theta[:, -1:] - theta[:, -1:].mean()], 1)
 
     def gradient(theta):
-        return torch.func.grad(objective)(theta, x, label, l2).norm()
+        theta = theta.clone().requires_grad_()
+        return torch.autograd.grad(objective(theta, x, label, l2), theta)[0].norm()
 
-    hessian = torch.func.hessian(objective)(fit.theta, x, label, l2).reshape(28, 28)
+    hessian = torch.autograd.functional.hessian(lambda theta: objective(theta, x, label, l2), fit.theta)
+    hessian = hessian.reshape(28, 28)
     shift = torch.zeros(4, 7, dtype=torch.float64)
     shift[:, -1] = 0.5
     curvature = torch.linalg.eigvalsh(hessian + shift.flatten()[:, None] * shift.flatten()).min()

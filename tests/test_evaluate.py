@@ -1,0 +1,340 @@
+"""evaluate.py as its users run it, on a few textures and an encoder that has learnt nothing."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
+
+import config
+import evaluate
+from evaluation import linear
+from evaluation.intervals import wilson
+from evaluation.knn import knn_top1
+from model import create_encoder, encoder_spec, load_encoder, save_encoder
+from pipeline import textures
+from pipeline.convert import write_split
+from pipeline.loader import central_batches
+from pipeline.shards import open_splits
+from pipeline.sources import folder_source
+
+ROOT = Path(__file__).parents[1]
+VIEWS = ["--size", 32, "--mean", 0.5, 0.5, 0.5, "--std", 0.25, 0.25, 0.25]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """80 train and 40 test textures of ten classes, as shards."""
+    root = tmp_path_factory.mktemp("data")
+    for split, count in (("train", 80), ("test", 40)):
+        for number in range(count):
+            folder = root / "images" / split / textures.CLASSES[number % 10]
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{number}.jpg").write_bytes(textures.render(0, split, number))
+        write_split(folder_source(root / "images" / split), root / "shards", split, samples_per_shard=32)
+    return root / "shards"
+
+
+@pytest.fixture
+def run(data, tmp_path):
+    """The folder of a run that has ended."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    torch.manual_seed(0)
+    spec = encoder_spec("resnet18", 32, "standard", 0.125)
+    save_encoder(create_encoder(spec), spec, folder / "encoder.safetensors")
+    options = dataclasses.replace(config.textures(), data=str(data))
+    record = {**dataclasses.asdict(options), "timm_name": spec[0], "timm_kwargs": spec[1]}
+    (folder / "config.json").write_text(json.dumps(record))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("STREAMCLR_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """Run evaluate.py in this process; returns what it prints, on one line."""
+    threads = torch.get_num_threads()
+
+    def run(*arguments):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+        evaluate.main()
+        return capsys.readouterr().out.replace("\n", " ")
+
+    yield run
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.set_num_threads(threads)
+
+
+def launch(processes, *arguments):
+    """As tests/test_train.py does."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
+    command += ["--num_processes", str(processes), "--main_process_port", "0", str(ROOT / "evaluate.py")]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "COLUMNS": "200"}
+    return subprocess.run(
+        [*command, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300
+    )
+
+
+def record_of(run, name):
+    return json.loads((run / "evaluation" / f"{name}.json").read_text())
+
+
+def embedded_by_hand(run, data):
+    """features and labels of both splits without anything of evaluate.py."""
+    encoder, views = load_encoder(run / "encoder.safetensors"), config.textures().views
+    found = []
+    for split in open_splits(str(data)):
+        batches = central_batches(split, views, np.arange(len(split)), batch_size=256, device=torch.device("cpu"))
+        with torch.no_grad():
+            parts = [(encoder(batch.views), batch.label) for batch in batches]
+        found.append(tuple(torch.cat(part) for part in zip(*parts, strict=True)))
+    return found
+
+
+def test_knn_writes_figures_and_what_they_were_made_from(run, data, run_here):
+    printed = run_here("knn", run, "--k", 3, 20, "--temperature", 0.1, 0.07, "--precision", "fp32")
+    train, test = embedded_by_hand(run, data)
+    record = record_of(run, "knn")
+    assert [(row["k"], row["temperature"]) for row in record["results"]] == [(3, 0.1), (3, 0.07), (20, 0.1), (20, 0.07)]
+    for row in record["results"]:
+        assert row["top1"] == pytest.approx(knn_top1(*train, *test, k=row["k"], temperature=row["temperature"]))
+        assert row["top1"] <= row["top5"] and row["top1_wilson_95"] == list(wilson(round(40 * row["top1"]), 40))
+        assert f"{row['top1']:.4f}" in printed
+    assert record["what"] == "knn" and record["precision"] == "fp32" and record["classes"] == 10
+    assert record["encoder_sha256"] == evaluate.digest_of(run / "encoder.safetensors")
+    assert (record["size"], record["mean"], record["std"]) == (32, [0.5] * 3, [0.25] * 3)
+    about = record["data"]
+    assert (about["train"]["images"], about["test"]["images"], about["test"]["left_out"]) == (80, 40, 0)
+    assert about["train"]["sha256"] != about["test"]["sha256"] and about["train"]["images_per_s"] > 0
+    assert record["seconds"] > 0 and record["processes"] == 1 and "--k" in record["arguments"]
+    assert [path.name for path in (run / "evaluation").iterdir()] == ["knn.json"]
+
+
+def test_features_are_embedded_once(run, data, run_here, tmp_path, monkeypatch):
+    assert "from the cache" not in run_here("knn", run)
+    first = record_of(run, "knn")
+    stored = sorted((tmp_path / "cache" / "features").iterdir())
+    assert len(stored) == 2
+    monkeypatch.setattr(evaluate, "central_batches", None)  # which nobody may need now
+    printed = run_here("knn", run)
+    again = record_of(run, "knn")
+    assert printed.count("from the cache") == 2 and again["data"]["test"]["from_cache"]
+    assert again["results"] == first["results"]
+    # a copy of the encoder elsewhere is the same encoder
+    shutil.copy(run / "encoder.safetensors", tmp_path / "other.safetensors")
+    out = tmp_path / "other.json"
+    run_here("knn", tmp_path / "other.safetensors", "--data", data, *VIEWS, "--out", out)
+    assert json.loads(out.read_text())["results"] == first["results"]
+    monkeypatch.undo()
+    monkeypatch.setenv("STREAMCLR_CACHE", str(tmp_path / "cache"))
+    # other views, another precision or another encoder are not
+    for change in (["--mean", 0.4, 0.5, 0.5], ["--precision", "bf16" if first["precision"] == "fp32" else "fp32"]):
+        assert "from the cache" not in run_here("knn", run, *change)
+    weights = load_file(run / "encoder.safetensors")
+    spec = encoder_spec("resnet18", 32, "standard", 0.125)
+    encoder = create_encoder(spec)
+    encoder.load_state_dict({name: 1.01 * each for name, each in weights.items()})
+    save_encoder(encoder, spec, run / "encoder.safetensors")
+    assert "from the cache" not in run_here("knn", run)
+
+
+def test_without_a_cache_nothing_is_left(run, run_here, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    run_here("knn", run)
+    kept = record_of(run, "knn")["results"]
+    (tmp_path / "cache").rename(tmp_path / "other cache")
+    run_here("knn", run, "--no-cache")
+    assert record_of(run, "knn")["results"] == kept
+    assert not (tmp_path / "cache" / "features").exists() and not list((tmp_path / "temporary").iterdir())
+
+
+def test_linear_fast_reports_every_seed_and_their_interval(run, run_here, monkeypatch):
+    monkeypatch.setattr(linear, "L2_PATH", (1.0, 0.1))
+    monkeypatch.setattr(linear.l2_path, "__defaults__", ((1.0, 0.1), 1000))
+    printed = run_here("linear", run, "--seeds", 3)
+    record = record_of(run, "linear-fast")
+    assert [row["seed"] for row in record["results"]] == [0, 1, 2]
+    assert all(row["converged"] and row["gradient"] <= 1e-6 and row["l2"] in (1.0, 0.1) for row in record["results"])
+    assert all(row["held_out_images"] == 20 and row["top1"] <= row["top5"] for row in record["results"])
+    mean = sum(row["top1"] for row in record["results"]) / 3
+    assert record["over_seeds"]["top1"]["mean"] == pytest.approx(mean) and f"{mean:.4f} ±" in printed
+    printed = run_here("linear", run, "--max-iterations", 1, "--held-out", 0.5)
+    assert "not converged" in printed and not record_of(run, "linear-fast")["results"][0]["converged"]
+
+
+def test_linear_simclr_in_two_processes_is_that_of_one(run, run_here, tmp_path):
+    """Also that two processes share the embedding, and that one of them writes the cache."""
+    options = ["linear", run, "--protocol", "simclr", "--epochs", 2, "--batch-size", 32, "--precision", "fp32"]
+    run_here(*options, "--seeds", 2)
+    one = record_of(run, "linear-simclr")
+    assert one["batch_size"] == 32 and one["lr"] == 0.0125 and one["results"][0]["steps"] == 4
+    assert one["results"][0]["train_loss"] != one["results"][1]["train_loss"]
+    (stored,) = (tmp_path / "cache" / "features").iterdir()
+    features = {name: tensor.clone() for name, tensor in load_file(stored).items()}  # not those of the file
+    stored.unlink()
+    done = launch(2, *options, "--seeds", 2)
+    assert done.returncode == 0, done.stderr
+    two = record_of(run, "linear-simclr")
+    assert two["processes"] == 2 and two["data"]["test"]["from_cache"] is False
+    again = load_file(stored)
+    assert torch.equal(again["index"], features["index"])
+    torch.testing.assert_close(again["features"], features["features"])
+    for alone, together in zip(one["results"], two["results"], strict=True):
+        assert together["train_loss"] == pytest.approx(alone["train_loss"], abs=1e-5)
+        assert together["top1"] == pytest.approx(alone["top1"], abs=0.026)  # one image may be a tie
+    assert done.stdout.count("written:") == 1
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("what", [["knn"], ["linear"], ["embed", "--out", "OUT"]])
+def test_two_processes_give_the_figures_of_one(run, run_here, tmp_path, what):
+    out = tmp_path / "features.safetensors"
+    name, *rest = [out if word == "OUT" else word for word in what]
+    options = [name, run, "--precision", "fp32", "--no-cache", *rest]
+
+    def outcome():
+        if name == "embed":
+            return load_file(out)
+        results = record_of(run, {"linear": "linear-fast"}.get(name, name))["results"]
+        return torch.tensor([[row["top1"], row["top5"]] for row in results])
+
+    run_here(*options)
+    alone = outcome()
+    done = launch(2, *options)
+    assert done.returncode == 0, done.stderr
+    # other shapes of batches round otherwise, so one of the 40 images may be judged otherwise
+    tolerance = {} if name == "embed" else {"rtol": 0, "atol": 0.026}
+    torch.testing.assert_close(outcome(), alone, **tolerance)
+
+
+def test_embed_writes_every_split_and_takes_one(run, data, run_here, tmp_path):
+    out = tmp_path / "features.safetensors"
+    run_here("embed", run, "--out", out, "--precision", "fp32")
+    written = load_file(out)
+    for split, (features, label) in zip(("train", "test"), embedded_by_hand(run, data), strict=True):
+        torch.testing.assert_close(written[f"{split}.features"], features)
+        assert torch.equal(written[f"{split}.label"], label)
+        assert written[f"{split}.index"].tolist() == list(range(len(label)))
+    run_here("embed", run, "--data", data / "train", "--out", out)
+    assert sorted(load_file(out)) == ["train.features", "train.index", "train.label"]
+
+
+def unlabel(data, tmp_path, split, count=None):
+    """A copy of the shards in which the first `count` samples of each shard of a split have no label."""
+    shutil.copytree(data, tmp_path / "unlabelled")
+    for index in (tmp_path / "unlabelled" / split).glob("*.npy"):
+        samples = np.load(index)
+        samples["label"][:count] = -1
+        np.save(index, samples)
+    return tmp_path / "unlabelled"
+
+
+def test_unlabelled_images_are_not_judged_but_embedded(run, data, run_here, tmp_path):
+    partly = unlabel(data, tmp_path, "train", 5)
+    run_here("knn", run, "--data", partly)
+    assert record_of(run, "knn")["data"]["train"]["images"] == 80 - 3 * 5
+    run_here("linear", run, "--data", partly, "--protocol", "simclr", "--epochs", 1)
+    assert record_of(run, "linear-simclr")["batch_size"] == 65
+    run_here("embed", run, "--data", partly, "--out", tmp_path / "f.safetensors")
+    assert (load_file(tmp_path / "f.safetensors")["train.label"] == -1).sum() == 15
+
+
+def test_a_bad_image_is_left_out_and_named(run, data, run_here, tmp_path):
+    shutil.copytree(data, tmp_path / "shards")
+    rows = np.load(tmp_path / "shards" / "test" / "test-000000.index.npy")
+    with open(tmp_path / "shards" / "test" / "test-000000.tar", "r+b") as tar:
+        tar.seek(int(rows["offset"][3]))
+        tar.write(bytes(100))
+    printed = run_here("knn", run, "--data", tmp_path / "shards", "--data.max-bad", 0.05)
+    record = record_of(run, "knn")
+    assert record["data"]["test"]["images"] == 39 and record["data"]["test"]["left_out"] == 1
+    assert "1 bad images left out" in printed
+    (bad,) = map(json.loads, (run / "evaluation" / "knn.quarantine.jsonl").read_text().splitlines())
+    assert bad["key"] == rows["key"][3].decode()
+
+
+def other_classes(data, tmp_path):
+    shutil.copytree(data, tmp_path / "shards")
+    manifest = tmp_path / "shards" / "test" / "dataset.json"
+    manifest.write_text(manifest.read_text().replace(f'"{textures.CLASSES[0]}"', '"something else"'))
+    return tmp_path / "shards"
+
+
+def not_finite(run):
+    weights = load_file(run / "encoder.safetensors")
+    weights["bn1.running_mean"][0] = float("nan")
+    spec = encoder_spec("resnet18", 32, "standard", 0.125)
+    metadata = {"timm_name": spec[0], "timm_kwargs": json.dumps(spec[1])}
+    save_file(weights, run / "encoder.safetensors", metadata)
+
+
+def unfinished(run):
+    (run / "encoder.safetensors").unlink()
+    (run / "checkpoints").mkdir()
+
+
+def test_what_cannot_be_judged_gets_one_sentence(run, data, run_here, tmp_path):
+    def refused(*arguments):
+        with pytest.raises(SystemExit) as stopped:
+            run_here(*arguments)
+        assert str(stopped.value).startswith("error: ") and "\n" not in str(stopped.value)
+        assert not (run / "evaluation" / "knn.json").exists()
+        return str(stopped.value)
+
+    encoder = run / "encoder.safetensors"
+    assert "There is nothing at" in refused("knn", tmp_path / "nowhere")
+    assert "give --data --size --mean --std as well" in refused("knn", encoder)
+    assert "give --mean as well" in refused("knn", encoder, "--data", data, *VIEWS[:2], *VIEWS[6:])
+    assert "No shards at" in refused("knn", run, "--data", tmp_path / "nowhere")
+    assert "There is no test split in" in refused("linear", run, "--data", data / "train")
+    assert "81 neighbours can't vote among 80" in refused("knn", run, "--k", 5, 81)
+    assert "--k is 0: give at least 1" in refused("knn", run, "--k", 0)
+    assert "--temperature is 0" in refused("knn", run, "--temperature", 0)
+    assert "--seeds is 0" in refused("linear", run, "--seeds", 0)
+    assert "--held-out is 1.0" in refused("linear", run, "--held-out", 1)
+    assert "--std is 0.0 1.0 1.0" in refused("knn", run, "--std", 0, 1, 1)
+    assert "embed needs --out" in refused("embed", run)
+    assert "is the encoder itself" in refused("embed", run, "--out", encoder)
+    assert "has other classes than" in refused("knn", run, "--data", other_classes(data, tmp_path))
+    assert "No image of" in refused("knn", run, "--data", unlabel(data, tmp_path, "test"))
+    (tmp_path / "blocked").touch()
+    os.environ["STREAMCLR_CACHE"] = str(tmp_path / "blocked")
+    assert "or give --no-cache" in refused("knn", run)
+    os.environ["STREAMCLR_CACHE"] = str(tmp_path / "cache")
+    not_finite(run)
+    assert "80 of 80 features hold values that are not finite" in refused("knn", run)
+    encoder.write_bytes(b"nothing")
+    assert "encoder.safetensors" in refused("knn", run)
+    unfinished(run)
+    assert "is not finished" in refused("knn", run)
+    (run / "checkpoints").rmdir()
+    assert "is not the folder of a finished run" in refused("knn", run)
+
+
+def test_a_config_without_its_views(run, run_here):
+    (run / "config.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"config\.json is missing or lacks something"):
+        run_here("knn", run)
+
+
+def test_help_names_commands_and_options(run_here, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_here("linear", "--help")
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 0
+    for option in ("--data", "--size", "--protocol", "--seeds", "--no-cache", "--data.workers"):
+        assert option in shown
