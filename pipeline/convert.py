@@ -123,7 +123,7 @@ def _add_options(command: argparse.ArgumentParser) -> None:
         "--verify",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="decode every image once and leave out what fails; --no-verify reads headers only, so that a truncated "
+        help="decode every image in full and leave out what fails; --no-verify reads headers only, so that a truncated "
         "image is met in training",
     )
     command.add_argument(

@@ -35,26 +35,29 @@ def write_shard(folder: Path, name: str, samples: Iterable[Sample]) -> dict[str,
         The shard's entry for the manifest.
     """
     rows = []
-    with tarfile.open(folder / name, "w", format=tarfile.GNU_FORMAT) as tar:
+    with open(folder / name, "wb") as file:
+        tar = HashedFile(file)
 
         def add(file_name: str, content: bytes) -> int:
             member = tarfile.TarInfo(file_name)  # time, owner and mode stay at their fixed defaults
             member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-            return tar.offset - -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE  # where the content starts
+            tar.write(member.tobuf(tarfile.GNU_FORMAT))
+            offset = tar.size
+            tar.write(content)
+            tar.write(bytes(-tar.size % tarfile.BLOCKSIZE))
+            return offset
 
         for key, (extension, height, width), encoded, label in samples:
             offset = add(f"{key}.{extension}", encoded)
             if label >= 0:
                 add(f"{key}.cls", str(label).encode())
             rows.append((key.encode(), offset, len(encoded), height, width, label, zlib.crc32(encoded)))
-            tar.members = []  # which tarfile would otherwise keep
+        tar.write(bytes(2 * tarfile.BLOCKSIZE))  # the end of a tar, filled up to a record
+        tar.write(bytes(-tar.size % tarfile.RECORDSIZE))
     rows = index_rows(rows)
     index = npy_bytes(rows)
     (folder / index_name(name)).write_bytes(index)  # last: a shard with a whole index is a whole shard
-    with open(folder / name, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return shard_entry(name, rows, file.tell(), digest, index)
+    return shard_entry(name, rows, tar.size, tar.digest.hexdigest(), index)
 
 
 def shard_entry(name: str, rows: np.ndarray, size: int, sha256: str, index: bytes) -> dict[str, Any]:

@@ -1,8 +1,11 @@
 """Images through the converter and back: their order, their classes, what can't be read, and what is refused."""
 
+import hashlib
+import io
 import os
 import subprocess
 import sys
+import tarfile
 import tracemalloc
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from errors import UserError
 from pipeline import textures
 from pipeline.convert import ensure_textures
 from pipeline.imagenet import imagenet_sources
+from pipeline.shard_files import Sample, write_shard
 from pipeline.shards import open_shards, open_splits
 from pipeline.sources import folder_source, named
 from pipeline.writer import write_split
@@ -250,3 +254,24 @@ def test_a_refusal_is_one_sentence_and_exit_code_1(refused_sources, tmp_path, ca
     result = run_module("pipeline.convert", kind, refused_sources / name, tmp_path / "out")
     assert result.returncode == 1 and message in result.stderr
     assert "Traceback" not in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_a_shard_is_byte_for_byte_as_tarfile_writes_it(tmp_path):
+    """Names that need more than one header among them, and sizes around a block."""
+    names = ["a", "k" * 99, "folder/" + "k" * 150, "ü/ñ"]
+    samples = [
+        Sample(f"{name}{size}", ("jpg", 2, 3), bytes(size), size % 2 - 1)
+        for name in names
+        for size in (0, 511, 512, 513)
+    ]
+    entry = write_shard(tmp_path, "ours.tar", samples)
+    with tarfile.open(tmp_path / "theirs.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for key, _, encoded, label in samples:
+            for name, content in ((f"{key}.jpg", encoded), (f"{key}.cls", str(label).encode())):
+                if name.endswith(".jpg") or label >= 0:
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    ours = (tmp_path / "ours.tar").read_bytes()
+    assert ours == (tmp_path / "theirs.tar").read_bytes()
+    assert (entry["bytes"], entry["sha256"]) == (len(ours), hashlib.sha256(ours).hexdigest())

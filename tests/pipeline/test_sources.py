@@ -496,7 +496,7 @@ def test_a_source_that_goes_away_stops_the_conversion(tmp_path):
 
 
 def test_a_jpeg_that_passes_is_one_that_decodes():
-    """What verifies decodes at an eighth of the size; damage of every kind must weigh the same as at full size."""
+    """To the size that is recorded, after damage of every kind."""
     random = np.random.default_rng(0)
     whole = [encode(smooth_field(1, n, 40 + n, 60), "JPEG", progressive=n % 2 == 1, quality=70 + n) for n in range(20)]
     passed = 0
