@@ -3,7 +3,10 @@
 import argparse
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -141,6 +144,60 @@ class Config(Common):
     eval: Evaluation = field(default_factory=Evaluation)
 
 
+@dataclass(frozen=True)
+class Labels:
+    """Which images are used with their labels."""
+
+    fraction: float = 1.0
+    """Share of the labelled images, as many of every class, drawn by --seed; 0.01 is part of 0.1."""
+    keys: str = ""
+    """A file that names the images instead, a line each, such as SimCLR's own lists of 1 % and 10 % of ImageNet."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the weights begin with."""
+
+    run: str = ""
+    """Run folder of a finished pretraining; empty for random weights."""
+    from_layer: int = 0
+    """Layers of its projection head to be kept below the new one: 0 goes on from h; SimCLR v2 keeps 1."""
+
+
+@dataclass(frozen=True)
+class FineTune(Common):
+    """Train a classifier on few labels, from a pretrained encoder or, as a baseline, from random weights."""
+
+    preset: str = "textures"
+    """textures (needs no data), or the papers' for ImageNet: v1-1, v1-10, v2-1, v2-10 (percent of the labels)."""
+    start: Start = field(default_factory=Start)
+    labels: Labels = field(default_factory=Labels)
+    encoder: Encoder = field(default_factory=Encoder)
+    """Of random weights; a pretrained one is what it is."""
+    validate_every: int = 10
+    """Epochs between scores on the test split; 0 for the end only."""
+
+
+@dataclass(frozen=True)
+class Distill(Common):
+    """Train a student to say what a fine-tuned teacher says, on images that need no labels."""
+
+    preset: str = "textures"
+    """textures (needs no data) or v2."""
+    teacher: str = ""
+    """Run folder of a fine-tuning or a distillation."""
+    temperature: float = 1.0
+    """The tau of both softmaxes: 0.1 for a student as large as its teacher, 1 for a smaller one."""
+    labelled_share: float = 0.0
+    """Weight of the cross-entropy with the labels of --labels; the teacher has the rest."""
+    start: Start = field(default_factory=Start)
+    labels: Labels = field(default_factory=Labels)
+    encoder: Encoder = field(default_factory=Encoder)
+    """The student's, if it begins with random weights."""
+    validate_every: int = 10
+    """Epochs between scores on the test split; 0 for the end only."""
+
+
 def textures() -> Config:
     """The built-in data set on a laptop: ResNet-18 at a quarter of its width, standard stem, 32 px.
 
@@ -216,23 +273,123 @@ def imagenet() -> Config:
     )
 
 
-PRESETS = {preset.__name__: preset for preset in (textures, cifar10, stl10, imagenet)}
+def crop_and_flip(size: int, crop_area: tuple[float, float] = (0.08, 1.0)) -> Recipe:
+    """What both papers augment labelled images with."""
+    return Recipe(size, crop_area, jitter_p=0.0, gray_p=0.0, blur_p=0.0)
 
 
-def parse(arguments: list[str]) -> Config:
+def fine_tune_textures() -> FineTune:
+    """A tenth of the built-in data set's labels: `train.py finetune --start.run RUN`; half a minute on two cores."""
+    start = textures()
+    return FineTune(
+        epochs=60,
+        batch_size=64,
+        views=replace(crop_and_flip(32, (0.2, 1.0)), mean=start.views.mean, std=start.views.std),
+        optim=Optim("adamw", lr=1e-3, scaling="none", weight_decay=1e-4, warmup_epochs=3),
+        labels=Labels(0.1),
+        encoder=start.encoder,
+        validate_every=20,
+    )
+
+
+def fine_tune_v1(percent: int) -> FineTune:
+    """ImageNet as in arXiv 2002.05709, appendix B.5: SGD with Nesterov momentum; its 48.3 % (1 % of the labels) and
+    65.6 % (10 %) with ResNet-50 come after 1000 epochs. Not run here."""
+    return FineTune(
+        preset=f"v1-{percent}",
+        epochs={1: 60, 10: 30}[percent],
+        batch_size=4096,
+        views=crop_and_flip(224),
+        optim=Optim("nesterov", lr=0.05, scaling="linear", weight_decay=0.0, warmup_epochs=0),
+        labels=Labels(percent / 100),
+    )
+
+
+def fine_tune_v2(percent: int) -> FineTune:
+    """ImageNet as in arXiv 2006.10029, section 3: LARS, from the head's first layer; its 57.9 % (1 % of the labels) and
+    68.4 % (10 %) are ResNet-50's. Not run here."""
+    return FineTune(
+        preset=f"v2-{percent}",
+        epochs={1: 60, 10: 30}[percent],
+        batch_size=1024,
+        views=crop_and_flip(224),
+        optim=Optim("lars", lr=0.005, scaling="sqrt", weight_decay=0.0, warmup_epochs=0),
+        start=Start(from_layer=1),
+        labels=Labels(percent / 100),
+    )
+
+
+def distill_textures() -> Distill:
+    """All images of the built-in data set without labels: `train.py distill --teacher RUN`; a minute on two cores."""
+    start = fine_tune_textures()
+    return Distill(
+        epochs=25,
+        batch_size=128,
+        views=start.views,
+        optim=Optim("adamw", lr=2e-3, scaling="none", weight_decay=1e-4, warmup_epochs=2),
+        encoder=start.encoder,
+        validate_every=10,
+    )
+
+
+def distill_v2() -> Distill:
+    """ImageNet with LARS and decay as in the pretraining of arXiv 2006.10029, section 3. Not run here."""
+    return Distill(
+        preset="v2",
+        epochs=400,
+        batch_size=4096,
+        views=crop_and_flip(224),
+        optim=Optim("lars", lr=0.1, scaling="sqrt", weight_decay=1e-4, warmup_epochs=20),
+    )
+
+
+PRESETS: dict[str, dict[str, Callable[[], Common]]] = {
+    "pretrain": {"textures": textures, "cifar10": cifar10, "stl10": stl10, "imagenet": imagenet},
+    "finetune": {
+        "textures": fine_tune_textures,
+        **{f"v1-{percent}": partial(fine_tune_v1, percent) for percent in (1, 10)},
+        **{f"v2-{percent}": partial(fine_tune_v2, percent) for percent in (1, 10)},
+    },
+    "distill": {"textures": distill_textures, "v2": distill_v2},
+}
+
+
+def parse(arguments: list[str]) -> Config | FineTune | Distill:
     """Command line to configuration: the preset first, then whatever is given beside it.
+
+    What goes on from another run sees images as that one did: its --views.size, mean and std are the default.
 
     Raises:
         UserError: unknown preset, or a value that can't work.
     """
+    stage = arguments[0] if arguments and arguments[0] in PRESETS else "pretrain"
+    arguments = arguments[1:] if arguments[:1] == [stage] else arguments
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="textures")
-    name = first.parse_known_args(arguments)[0].preset
-    if name not in PRESETS:
-        raise UserError(f"There is no preset {name!r}: choose one of {', '.join(PRESETS)}.")
-    config = tyro.cli(Config, prog="train.py [pretrain]", default=PRESETS[name](), args=arguments)
+    for option, default in (("--preset", "textures"), ("--teacher", ""), ("--start.run", "")):
+        first.add_argument(option, default=default)
+    given = vars(first.parse_known_args(arguments)[0])
+    presets, name = PRESETS[stage], given["preset"]
+    if name not in presets:
+        raise UserError(f"There is no preset {name!r}: choose one of {', '.join(presets)}.")
+    default = presets[name]()
+    if stage != "pretrain" and (before := given["teacher"] or given["start.run"]):
+        default = replace(default, views=replace(default.views, **views_of(Path(before))))
+    config = tyro.cli(type(default), prog=f"train.py {stage}", default=default, args=arguments)
     _check(config)
     return config
+
+
+def views_of(run: Path) -> dict[str, Any]:
+    """Size, mean and std of the views that a run was trained on.
+
+    Raises:
+        UserError: it is not the folder of a run.
+    """
+    try:
+        views = json.loads((run / "config.json").read_text())["views"]
+        return {"size": views["size"], "mean": tuple(views["mean"]), "std": tuple(views["std"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run} is not the folder of a run, for its config.json can't be read ({error!r}).") from error
 
 
 def check_same_run(config: Config, begun: dict[str, Any]) -> None:
@@ -245,7 +402,7 @@ def check_same_run(config: Config, begun: dict[str, Any]) -> None:
     Raises:
         UserError: names every option that differs, with both values.
     """
-    free = {"out", "resume", "data", "log_every", "loading", "eval", "checkpoint"}
+    free = {"out", "resume", "data", "log_every", "loading", "eval", "checkpoint", "validate_every", "max_skipped"}
     now = json.loads(json.dumps(asdict(config)))  # tuples become lists, as in the file
     differing = [
         f"--{name.replace('_', '-')} {before} (now {after})"
@@ -268,37 +425,44 @@ def _differences(name: str, before: Any, after: Any) -> list[tuple[str, Any, Any
     return [] if before == after else [(name, before, after)]
 
 
-def _check(config: Config) -> None:
+def _check(config: Config | FineTune | Distill) -> None:
     """Refuse values that would fail later, where the cause is no longer plain."""
     smallest = {
-        "epochs": (config.epochs, 1),
-        "batch-size": (config.batch_size, 2),
-        "seed": (config.seed, 0),
-        "log-every": (config.log_every, 1),
-        "micro-batch": (config.micro_batch, 0),
-        "max-skipped": (config.max_skipped, 0),
-        "data.workers": (config.loading.workers, 0),
-        "data.prefetch": (config.loading.prefetch, 1),
-        "data.max-bad": (config.loading.max_bad, 0),
-        "data.node-groups": (config.loading.node_groups, 1),
-        "data.cache-gb": (config.loading.cache_gb, 0),
-        "views.size": (config.views.size, 8),
-        "encoder.width": (config.encoder.width, 0.05),
-        "head.hidden": (config.head.hidden, 1),
-        "head.out": (config.head.out, 1),
-        "loss.temperature": (config.loss.temperature, 0.001),
-        "optim.lr": (config.optim.lr, 0),
-        "optim.warmup-epochs": (config.optim.warmup_epochs, 0),
-        "eval.knn-every": (config.eval.knn_every, 0),
-        "eval.k": (config.eval.k, 1),
-        "eval.max-bank": (config.eval.max_bank, 1),
-        "checkpoint.every-steps": (config.checkpoint.every_steps, 0),
-        "checkpoint.every-minutes": (config.checkpoint.every_minutes, 0),
-        "checkpoint.keep": (config.checkpoint.keep, 1),
+        "epochs": 1,
+        "batch-size": 2,
+        "seed": 0,
+        "micro-batch": 0,
+        "max-skipped": 0,
+        "log-every": 1,
+        "validate-every": 0,
+        "temperature": 0.001,
+        "labelled-share": 0,
+        "loading.workers": 0,
+        "loading.prefetch": 1,
+        "loading.max-bad": 0,
+        "loading.node-groups": 1,
+        "loading.cache-gb": 0,
+        "views.size": 8,
+        "encoder.width": 0.05,
+        "head.hidden": 1,
+        "head.out": 1,
+        "loss.temperature": 0.001,
+        "start.from-layer": 0,
+        "optim.lr": 0,
+        "optim.warmup-epochs": 0,
+        "eval.knn-every": 0,
+        "eval.k": 1,
+        "eval.max-bank": 1,
+        "checkpoint.every-steps": 0,
+        "checkpoint.every-minutes": 0,
+        "checkpoint.keep": 1,
     }
-    for option, (value, limit) in smallest.items():
+    for option, limit in smallest.items():
+        value: Any = config
+        for name in option.replace("-", "_").split("."):
+            value = getattr(value, name, limit)  # not every kind of run has every option
         if not value >= limit:
-            raise UserError(f"--{option} is {value}: give at least {limit}.")
+            raise UserError(f"--{option.replace('loading.', 'data.')} is {value}: give at least {limit}.")
     if config.seed >= 2**32:
         raise UserError(f"--seed is {config.seed}: give one below {2**32}.")
     if not math.isfinite(config.loading.cache_gb):
@@ -310,3 +474,14 @@ def _check(config: Config) -> None:
         )
     if config.preset != "textures" and not config.data:
         raise UserError(f"--preset {config.preset} needs shards: give --data, made by `python -m pipeline.convert`.")
+    if isinstance(config, FineTune | Distill) and not 0 < config.labels.fraction <= 1:
+        raise UserError(f"--labels.fraction is {config.labels.fraction}: give a share above 0 and at most 1.")
+    if isinstance(config, FineTune | Distill) and config.start.from_layer and not config.start.run:
+        raise UserError(
+            f"--start.from-layer is {config.start.from_layer}, but random weights have no projection head: give "
+            "--start.run or --start.from-layer 0."
+        )
+    if isinstance(config, Distill) and not config.teacher:
+        raise UserError("There is no teacher: give --teacher, the run folder of a fine-tuning.")
+    if isinstance(config, Distill) and not config.labelled_share <= 1:
+        raise UserError(f"--labelled-share is {config.labelled_share}: give a weight from 0 to 1.")

@@ -1,115 +1,76 @@
-"""StreamCLR: train a SimCLR encoder from shards.
+"""StreamCLR: train a SimCLR encoder from shards, fine-tune it on few labels, distil it into a student.
 
     accelerate launch train.py                                          the built-in demonstration
     accelerate launch train.py --preset imagenet --data /data/imagenet  a real run
-    python train.py --help                                              every option
+    accelerate launch train.py finetune --start.run runs/NAME           a classifier from its encoder
+    accelerate launch train.py distill --teacher runs/NAME              a student from the classifier
+    python train.py [finetune|distill] --help                           every option
 
-Read `pretrain` from top to bottom, then `fit`: the parts, one loop, the report.
+Read `pretrain` from top to bottom, then `fit`: the parts, one loop, the report. `finetune` and `distill` go through the
+same loop. What surrounds it (run folder, checkpoints, loaders) is in run.py.
 """
 
 import dataclasses
-import hashlib
-import json
 import math
-import os
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import set_seed
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim import Optimizer
 
-from config import Common, Config, check_same_run, parse
+from config import Common, Config, Distill, FineTune, Labels, parse
 from engine import checkpoint
 from engine.gradcache import backward_in_slices
-from engine.guard import CollapseWatch, Guard
-from engine.metrics import MetricsFile, RunningMeans, StepClock, communication_s, verdict
+from engine.guard import CollapseWatch
+from engine.metrics import MetricsFile, StepClock, communication_s, verdict
 from engine.optim import create_optimizer, parameter_groups
 from engine.processes import is_first_to_fail, leave_process_group, was_left_alone
-from engine.run_folder import run_folder, start_run
-from engine.schedule import peak_learning_rate, warmup_cosine
 from errors import UserError
+from evaluation.classify import classification
 from evaluation.features import raw_pixels
 from evaluation.report import Evaluator, report_table
-from loss import nt_xent
+from loss import distillation, labelled_cross_entropy, nt_xent
 from model import (
+    Classifier,
     SimCLR,
     create_encoder,
     encoder_spec,
+    fine_tuned,
+    load_classifier,
+    load_encoder,
+    load_head,
     projection_head,
+    read_spec,
     representation_width,
+    save_classifier,
     save_encoder,
     save_head,
-    synchronise_batchnorm,
 )
-from pipeline.cache import ShardCache
-from pipeline.convert import ensure_textures
-from pipeline.loader import Batch, ViewLoader, central_batches, choose_backend
-from pipeline.shards import ShardSet, open_splits
-
-TEXTURES = "data/textures"
-console = Console()
-
-
-@dataclass(frozen=True)
-class Run:
-    """Where a run takes place."""
-
-    accelerator: Accelerator
-    cores: int
-    """Of this process."""
-    bf16: bool
-    out: Path
-    begun_at: Path | None
-    """The checkpoint to go on from."""
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.bf16)
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is trained, and all that the loop has to know of it."""
-
-    module: nn.Module
-    loader: ViewLoader
-    optimizers: list[Optimizer]
-    learning_rate: Callable[[int], float]
-    """step -> rate of the first optimiser."""
-    backpropagate: Callable[[nn.Module, Batch], tuple[Tensor, ...]]
-    """(module as it is prepared for several processes, batch) -> figures (), the loss first."""
-    figures: tuple[str, ...]
-    """Their names."""
-    chance: float
-    """The loss of a network that tells nothing apart."""
-    validate: Callable[[], dict[str, float]] | None
-    """Scores in the course of the run; None for none."""
-    validate_every: int
-    """Epochs; 0 for never."""
-
-
-@dataclass
-class State:
-    """How far a run has come, beside weights and optimisers."""
-
-    step: int
-    means: RunningMeans
-    """Of the metrics row that has not been written yet."""
-    guard: Guard
-    report: dict[str, dict[str, float]] = field(default_factory=dict)
-    """The final table as far as it is known."""
+from pipeline.loader import Batch, ViewLoader, central_batches
+from pipeline.shards import ShardSet
+from pipeline.subsets import keys_subset, label_subset
+from run import (
+    Run,
+    State,
+    Task,
+    begin,
+    console,
+    diverged,
+    finish,
+    open_data,
+    open_folder,
+    progress_bar,
+    restore,
+    save,
+    schedule,
+    to_device,
+    view_loader,
+)
 
 
 def pretrain(config: Config) -> None:
@@ -119,12 +80,7 @@ def pretrain(config: Config) -> None:
     rank, world_size = accelerator.process_index, accelerator.num_processes
 
     # ---- data: shards -> two views of every image
-    if config.preset == "textures" and not config.data:
-        ensure_textures(Path(TEXTURES))
-        # the demonstration must run on any number of processes
-        config = dataclasses.replace(config, batch_size=config.batch_size // world_size * world_size)
-    loading = loading_options(run, config)
-    train, test = open_splits(config.data or TEXTURES, loading["cache"])
+    config, train, test, loading = open_data(run, config)
     loader = view_loader(run, config, train, loading)
 
     # ---- model: views -> h -> z
@@ -230,6 +186,23 @@ def pretrain(config: Config) -> None:
         finish(run, metrics, closing)
 
 
+def probe_objective(scores: Tensor | None, label: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy () and top-1 () of the online probe, both as this part's share of the batch.
+
+    Args:
+        scores: (2b, classes), both views of b images; None without a probe.
+        label: (b,) int64; images with -1, unlabelled ones, are left out.
+        whole: (B,) labels of the whole batch of this process.
+    """
+    if scores is None:
+        nothing = torch.zeros((), device=label.device)
+        return nothing, nothing
+    label = label.repeat(2)  # (2b,)
+    known = 2 * (whole >= 0).sum().clamp_min(1)
+    top1 = (scores.argmax(1) == label).sum() / known
+    return cross_entropy(scores.float(), label, ignore_index=-1, reduction="sum") / known, top1
+
+
 def fit(run: Run, config: Common, task: Task, state: State, metrics: MetricsFile | None) -> list[str] | None:
     """The loop: every step of a run that is still to come.
 
@@ -325,202 +298,154 @@ def fit(run: Run, config: Common, task: Task, state: State, metrics: MetricsFile
     return closing
 
 
-def begin(config: Common, name: str) -> Run:
-    """Processes, threads, seed and run folder."""
-    accelerator = Accelerator(
-        mixed_precision="no",  # the loop opens autocast itself, around the forward pass alone
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-    )
-    device = accelerator.device
-    cores = max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    if device.type == "cpu":
-        torch.set_num_threads(cores)  # the launcher leaves one thread to each process
-        if config.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
-            raise UserError("--compile needs a C++ compiler on a CPU: install g++ or leave it out.")
-    torch.backends.cudnn.benchmark = True  # every step has the same shapes
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and computes_in_bf16(device))
-    set_seed(config.seed)
-    return Run(accelerator, cores, bf16, *run_folder(config.out, config.resume, name))
+def finetune(config: FineTune) -> None:
+    """A classifier on labelled images: a pretrained encoder, some layers of its head, and a new linear layer."""
+    run = begin(config, f"finetune-{config.preset}")
+    config, train, test, loading = open_data(run, config)
+    samples = labelled_samples(config.labels, config.seed, train)
+    loader = view_loader(run, config, train, loading, samples=samples, views_per_image=1)
+    classifier, spec = classifier_from(config, len(train.classes))
+    classifier = to_device(run, config, classifier)
+
+    def backpropagate(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        with run.autocast():
+            logits = model(batch.views)  # (B, classes)
+        loss = cross_entropy(logits.float(), batch.label)
+        run.accelerator.backward(loss)
+        return loss, (logits.argmax(1) == batch.label).float().mean()
+
+    figures, classes = ("loss", "train_top1"), list(train.classes)
+    train_classifier(run, config, classifier, spec, classes, loader, test, loading, backpropagate, figures, {})
 
 
-def loading_options(run: Run, config: Common) -> dict:
-    """What loaders for training and for evaluation have in common."""
-    device = run.accelerator.device
-    return {
-        "device": device,
-        "backend": choose_backend(config.loading.backend, device),
-        "workers": config.loading.workers or run.cores,
-        "max_bad": config.loading.max_bad,
-        "quarantine": run.out / "quarantine.jsonl",
-        "cache": ShardCache(limit_bytes=round(config.loading.cache_gb * 1e9)),
-    }
+def distill(config: Distill) -> None:
+    """A student that learns from a teacher's probabilities, on all images, and from the labels of some if wanted."""
+    run = begin(config, f"distill-{config.preset}")
+    config, train, test, loading = open_data(run, config)
+    loader = view_loader(run, config, train, loading, views_per_image=1)
+    teacher, classes = load_classifier(Path(config.teacher) / "model.safetensors")
+    teacher = teacher.requires_grad_(False).to(run.accelerator.device, memory_format=torch.channels_last)
+    student, spec = classifier_from(config, len(classes))
+    student = to_device(run, config, student)
+    used = np.zeros(len(train), dtype=bool)  # whose labels may be looked at
+    if config.labelled_share:
+        if list(train.classes) != classes:
+            raise UserError(f"The classes of {train.root} are not those of the teacher: leave out --labelled-share.")
+        used[labelled_samples(config.labels, config.seed, train)] = True
+    used = torch.from_numpy(used)
+
+    def backpropagate(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        with run.autocast():
+            with torch.no_grad():
+                taught = teacher(batch.views)  # (B, classes), of the very views that the student sees
+            logits = model(batch.views)
+        loss = (1 - config.labelled_share) * distillation(logits, taught, config.temperature)
+        if config.labelled_share:
+            known = used[batch.index].to(batch.label.device, non_blocking=True)
+            loss = loss + config.labelled_share * labelled_cross_entropy(logits, batch.label.where(known, -1))
+        run.accelerator.backward(loss)
+        return loss, (logits.argmax(1) == taught.argmax(1)).float().mean()
+
+    figures, others = ("loss", "agreement"), {"teacher": teacher}
+    train_classifier(run, config, student, spec, classes, loader, test, loading, backpropagate, figures, others)
 
 
-def view_loader(run: Run, config: Common, shards: ShardSet, loading: dict, **options) -> ViewLoader:
-    """Augmented batches of this process."""
-    return ViewLoader(
-        shards,
-        config.views,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        rank=run.accelerator.process_index,
-        world_size=run.accelerator.num_processes,
-        node_groups=config.loading.node_groups,
-        prefetch=config.loading.prefetch,
-        epochs=config.epochs,
-        **loading,
-        **options,
-    )
+def classifier_from(config: FineTune | Distill, classes: int) -> tuple[Classifier, tuple[str, dict]]:
+    """(classifier in training mode, spec of its encoder) of what the configuration begins with."""
+    size, start = config.views.size, config.start
+    if not start.run:
+        spec = encoder_spec(image_size=size, **dataclasses.asdict(config.encoder))
+        encoder, head = create_encoder(spec), None
+    else:
+        file = Path(start.run) / "encoder.safetensors"
+        spec, encoder = read_spec(file), load_encoder(file)
+        head = load_head(Path(start.run) / "head.safetensors") if start.from_layer else None
+    return fine_tuned(encoder, head, start.from_layer, representation_width(encoder, size), classes), spec
 
 
-def to_device(run: Run, config: Common, module: nn.Module) -> nn.Module:
-    """The module where and how it will be trained: batch norm over all ranks, channels last, compiled if asked for."""
-    if run.accelerator.num_processes > 1:
-        module = synchronise_batchnorm(module, run.accelerator.device)
-    module = module.to(run.accelerator.device, memory_format=torch.channels_last)
-    if config.compile:
-        module.compile()  # in place: names in checkpoints stay as they are
-    return module
+def labelled_samples(labels: Labels, seed: int, train: ShardSet) -> np.ndarray:
+    """(n,) int64, ascending: the samples whose labels are used."""
+    if labels.keys:
+        return keys_subset(train, Path(labels.keys))
+    return label_subset(train.index["label"], labels.fraction, seed)
 
 
-def schedule(config: Common, steps_per_epoch: int) -> Callable[[int], float]:
-    """step -> learning rate; epochs become steps here and nowhere else."""
-    peak = peak_learning_rate(config.optim.lr, config.batch_size, config.optim.scaling)
-    warmup_epochs = min(config.optim.warmup_epochs, config.epochs / 10)
-    steps = {"warmup_steps": round(warmup_epochs * steps_per_epoch), "total_steps": config.epochs * steps_per_epoch}
-    return partial(warmup_cosine, **steps, peak=peak)
-
-
-def restore(run: Run, config: Common, task: Task) -> State:
-    """A new state, or that of the checkpoint to go on from, with the task's modules and optimisers put back."""
-    device = run.accelerator.device
-    guard = Guard(task.module, task.optimizers, device)
-    state = State(0, RunningMeans((*task.figures, "gradient_norm"), device), guard)
-    if run.begun_at is None:
-        return state
-    tensors, record = checkpoint.load(run.begun_at)
-    check_same_run(config, record["config"])
-    if record["data"] != identity(task.loader):
-        raise UserError(f"{run.begun_at} was trained on other shards than {task.loader.shards.root}: give its --data.")
-    checkpoint.unpack(tensors, task.module, task.optimizers)
-    state.means.sums, guard.counts = tensors["means"].to(device), tensors["guard"].to(device)
-    task.loader.load_state_dict(record["loader"])
-    if run.accelerator.is_main_process:  # which counts for all that went before
-        task.loader.quarantine.met, task.loader.quarantine.replaced = record["met"], record["replaced"]
-    state.step, state.report = record["step"], record["report"]
-    return state
-
-
-def save(run: Run, config: Common, task: Task, state: State) -> None:
-    """Write a checkpoint, unless the weights are not sound: the last good ones shall stay."""
-    quarantine = task.loader.quarantine
-    bad = torch.tensor([quarantine.met, quarantine.replaced], device=run.accelerator.device)
-    met, replaced = run.accelerator.reduce(bad, "sum").tolist()
-    if run.accelerator.is_main_process and state.guard.is_sound():
-        tensors = checkpoint.pack(task.module, task.optimizers)
-        tensors |= {"means": state.means.sums.cpu(), "guard": state.guard.counts.cpu()}
-        record = {"loader": task.loader.state_dict(), "report": state.report, "data": identity(task.loader)}
-        record |= {"met": met, "replaced": replaced, "config": dataclasses.asdict(config)}
-        checkpoint.Checkpoints(run.out / "checkpoints", config.checkpoint.keep).save(state.step, tensors, record)
-
-
-def identity(loader: ViewLoader) -> dict[str, int | str]:
-    """What the samples of a run are known by: their number, and one checksum over those of all shards."""
-    shards = loader.shards.manifest["shards"]
-    checksum = hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest()
-    return {"samples": len(loader.shards), "shards": checksum}
-
-
-def open_folder(run: Run, config: Common, task: Task, state: State, record: dict) -> MetricsFile | None:
-    """Make the run folder, only now that every part stands, and say what is about to be done; None on other ranks."""
-    accelerator, metrics = run.accelerator, None
-    if accelerator.is_main_process:
-        metrics = start_run(run.out, {**dataclasses.asdict(config), **record}, state.step)
-        order, total_steps = task.loader.order, config.epochs * len(task.loader)
-        console.print(
-            f"{order.dropped + len(task.loader) * config.batch_size:,} images, batch {config.batch_size} "
-            f"({order.dropped} left over each epoch), {total_steps:,} steps on {accelerator.num_processes} x "
-            f"{accelerator.device.type} in {'bf16' if run.bf16 else 'fp32'}, "
-            f"views by {choose_backend(config.loading.backend, accelerator.device)}, encoder {record['timm_name']} "
-            f"{record['timm_kwargs']}" + (f"; going on from {run.begun_at}" if run.begun_at else "")
-        )
-    accelerator.wait_for_everyone()
-    return metrics
-
-
-def finish(run: Run, metrics: MetricsFile, closing: list[str]) -> None:
-    """The last words of a run."""
-    metrics.close()
-    for sentence in closing:
-        console.print(sentence)
-    console.print(f"run folder: {run.out}")
-
-
-def diverged(run: Run, task: Task, in_a_row: int, step: int) -> UserError:
-    """The error of a run whose gradients were not finite too often; lists the images of the last such step."""
-    epoch, position = divmod(step - 1, len(task.loader))
-    index = task.loader.shards.index
-    samples = np.sort(task.loader.order.batch(epoch, position))
-    keys = [key.decode() for key in index["key"][samples]]
-    if run.accelerator.is_main_process:
-        (run.out / "diverged.json").write_text(json.dumps({"step": step, "images": keys}, indent=1) + "\n")
-    return UserError(
-        f"The gradient was not finite in {in_a_row} steps in a row, the last of them step {step} (images "
-        f"{', '.join(keys[:3])} and more, listed in {run.out}/diverged.json): lower --optim.lr, lengthen "
-        "--optim.warmup-epochs or use --precision fp32."
-    )
-
-
-def available_cores() -> int:
-    """Cores this process may use; not every system knows an affinity."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def computes_in_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies in bfloat16; emulation would be slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
-
-
-def probe_objective(scores: Tensor | None, label: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy () and top-1 () of the online probe, both as this part's share of the batch.
+def train_classifier(
+    run: Run,
+    config: FineTune | Distill,
+    classifier: Classifier,
+    spec: tuple[str, dict],
+    classes: list[str],
+    loader: ViewLoader,
+    test: ShardSet | None,
+    loading: dict,
+    backpropagate: Callable[[nn.Module, Batch], tuple[Tensor, ...]],
+    figures: tuple[str, ...],
+    others: dict[str, Classifier],
+) -> None:
+    """What fine-tuning and distillation share: optimiser, loop, scores on the test split, `model.safetensors`.
 
     Args:
-        scores: (2b, classes), both views of b images; None without a probe.
-        label: (b,) int64; images with -1, unlabelled ones, are left out.
-        whole: (B,) labels of the whole batch of this process.
+        others: classifiers to be scored beside it, by the name of their row.
     """
-    if scores is None:
-        nothing = torch.zeros((), device=label.device)
-        return nothing, nothing
-    label = label.repeat(2)  # (2b,)
-    known = 2 * (whole >= 0).sum().clamp_min(1)
-    top1 = (scores.argmax(1) == label).sum() / known
-    return cross_entropy(scores.float(), label, ignore_index=-1, reduction="sum") / known, top1
+    accelerator = run.accelerator
+    groups = parameter_groups([classifier.encoder, classifier.head], config.optim.weight_decay)
+    # as the official code has it, the new layer neither decays nor adapts
+    groups.append({"params": list(classifier.fc.parameters()), "weight_decay": 0.0, "adapt": False})
+    learning_rate = schedule(config, len(loader))
+    optimizer = create_optimizer(config.optim.name, groups, learning_rate(0), config.optim.momentum)
 
+    def score(subject: Classifier) -> dict[str, float]:
+        training = subject.training
+        subject.eval()
+        with run.autocast():
+            found = classification(
+                subject,
+                lambda samples: central_batches(test, config.views, samples, batch_size=256, **loading),
+                np.flatnonzero(test.index["label"] >= 0),
+                accelerator.gather,
+                accelerator.process_index,
+                accelerator.num_processes,
+            )
+        subject.train(training)
+        return found
 
-@contextmanager
-def progress_bar(total_steps: int, shown: bool) -> Iterator[Callable[[dict], None]]:
-    """A bar with loss, images/s and data wait on the main process of a terminal; yields what advances it."""
-    figures = "loss {task.fields[loss]:.3f}  {task.fields[images_per_s]:,.0f} images/s  wait {task.fields[wait]:.0%}"
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn(figures))
-    with Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as progress:
-        task = progress.add_task("", total=total_steps, loss=math.nan, images_per_s=0, wait=0)
-
-        def advance(row: dict) -> None:
-            wait = row["data_wait_ms"] / row["step_ms"]
-            progress.update(task, completed=row["step"], loss=row["loss"], images_per_s=row["images_per_s"], wait=wait)
-
-        yield advance
+    known = test is not None and list(test.classes) == classes and bool((test.index["label"] >= 0).any())
+    task = Task(
+        classifier,
+        loader,
+        [optimizer],
+        learning_rate,
+        backpropagate,
+        figures,
+        chance=math.log(len(classes)),
+        validate=(lambda: score(classifier)) if known else None,
+        validate_every=config.validate_every,
+    )
+    state = restore(run, config, task)
+    metrics = open_folder(run, config, task, state, {"timm_name": spec[0], "timm_kwargs": spec[1]})
+    if known and not state.report:
+        state.report = {name: score(other) for name, other in others.items()}
+    closing = fit(run, config, task, state, metrics)
+    if closing is None:
+        return
+    if accelerator.is_main_process:
+        save_classifier(classifier, spec, classes, run.out / "model.safetensors")
+        save_encoder(classifier.encoder, spec, run.out / "encoder.safetensors")
+    if known:
+        state.report[type(config).__name__.lower()] = score(classifier)
+    if accelerator.is_main_process:
+        for name, scores in state.report.items():
+            metrics.write(step=0 if name in others else state.step, features=name, **scores)
+        if state.report:
+            console.print(report_table(state.report))
+        finish(run, metrics, closing)
 
 
 def main() -> None:
-    arguments = sys.argv[1:]
-    if arguments[:1] == ["pretrain"]:
-        arguments = arguments[1:]
     try:
-        pretrain(parse(arguments))
+        config = parse(sys.argv[1:])
+        {Config: pretrain, FineTune: finetune, Distill: distill}[type(config)](config)
         leave_process_group()
     except KeyboardInterrupt:
         sys.exit(130)  # the shell's code for a run that was interrupted

@@ -53,10 +53,12 @@ class Evaluator:
 
 
 def report_table(report: dict[str, dict[str, float]]) -> Table:
-    """One line per kind of features: {"trained": {"knn_top1": 0.7, "linear_top1": 0.8}, ...}."""
-    table = Table("features", "kNN top-1", "linear top-1")
+    """One line per kind of features or classifier: {"trained": {"knn_top1": 0.7, "linear_top1": 0.8}, ...}."""
+    titles = {"knn_top1": "kNN top-1", "linear_top1": "linear top-1", "top1": "top-1", "top5": "top-5"}
+    figures = [name for name in titles if any(name in scores for scores in report.values())]
+    table = Table("classifier" if "top1" in figures else "features", *map(titles.get, figures))
     for name, scores in report.items():
-        table.add_row(name, f"{scores['knn_top1']:.3f}", f"{scores['linear_top1']:.3f}")
+        table.add_row(name, *(f"{scores[figure]:.3f}" for figure in figures))
     return table
 
 

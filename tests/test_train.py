@@ -19,6 +19,7 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import run
 import train
 from loss import nt_xent
 from pipeline import textures
@@ -49,12 +50,12 @@ def run_here(monkeypatch):
     """Run train.py in this process: fast, and enough for everything but exit codes."""
     threads = torch.get_num_threads()
 
-    def run(*arguments):
+    def run_train(*arguments):
         AcceleratorState._reset_state(reset_partial_state=True)
         monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
         train.main()
 
-    yield run
+    yield run_train
     AcceleratorState._reset_state(reset_partial_state=True)
     assert not PartialState._shared_state
     torch.set_num_threads(threads)
@@ -107,7 +108,7 @@ def test_a_run_leaves_what_it_promises(run_here, data, tmp_path, capsys):
 
 def test_a_terminal_gets_a_bar_with_loss_speed_and_wait(run_here, data, tmp_path, monkeypatch):
     terminal = Console(file=io.StringIO(), force_terminal=True, width=120)
-    monkeypatch.setattr(train, "console", terminal)
+    monkeypatch.setattr(run, "console", terminal)
     run_here("--data", data, "--out", tmp_path / "run", "--epochs", 1, "--eval.no-baselines", *SMALL)
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.file.getvalue())
     assert re.search(r"5/5 .* loss \d+\.\d{3}  [\d,]+ images/s  wait \d+%", shown), shown
