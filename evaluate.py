@@ -45,7 +45,7 @@ from pipeline.cache import ShardCache
 from pipeline.loader import ViewLoader, central_batches, choose_backend
 from pipeline.recipe import Recipe
 from pipeline.shards import ShardSet, open_splits
-from train import TEXTURES, available_cores, computes_in_bf16
+from run import TEXTURES, available_cores, computes_in_bf16
 
 EMBEDDED_AT_ONCE = 256
 console = Console()
