@@ -69,6 +69,7 @@ def run_here(monkeypatch, capsys):
 
     def run(*arguments):
         AcceleratorState._reset_state(reset_partial_state=True)
+        monkeypatch.setattr(evaluate, "available_cores", lambda: 1)  # threads would only wait for each other
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
         evaluate.main()
         return capsys.readouterr().out.replace("\n", " ")

@@ -1,4 +1,5 @@
 import math
+import threading
 from types import SimpleNamespace
 
 import torch
@@ -53,8 +54,6 @@ def test_two_ranks_take_the_same_steps_as_one():
     features, label = clusters(64, 0, 1.0)
     alone = probe_layer(16, 4, 0, CPU)
     list(train_on_views(alone, lambda x: x, loader_of(features, label, 16), batch_size=16, epochs=2))
-    import threading
-
     slots, meet = [None, None], threading.Barrier(2, timeout=30)
 
     def mean_of(rank):
