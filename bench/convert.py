@@ -3,7 +3,7 @@
     python -m bench.convert            writes bench/results/convert.csv
 
 Both take the same JPEGs of ImageNet's usual size, which are rendered here. The decoders have them in memory; the
-converter reads them from a tar, decodes each in full (`--verify`), hashes them and writes shards and indexes. The start
+converter reads them from a tar, decodes each (`--verify`), hashes them and writes shards and indexes. The start
 of the processes counts for both, and they take turns.
 """
 

@@ -123,8 +123,8 @@ def _add_options(command: argparse.ArgumentParser) -> None:
         "--verify",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="decode every image in full and leave out what fails; --no-verify reads headers only, so that a truncated "
-        "image is met in training",
+        help="decode every image to its last pixel (JPEGs in gray) and leave out what fails; --no-verify reads headers "
+        "only, so that a truncated image is met in training",
     )
     command.add_argument(
         "--workers", type=_positive, default=_cores(), help="processes (default: one per core, %(default)s here)"

