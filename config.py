@@ -357,7 +357,7 @@ PRESETS: dict[str, dict[str, Callable[[], Common]]] = {
 def parse(arguments: list[str]) -> Config | FineTune | Distill:
     """Command line to configuration: the preset first, then whatever is given beside it.
 
-    What goes on from another run sees images as that one did: its --views.size, mean and std are the default.
+    What goes on from another run sees the same images: that run's --data and --views.size, mean and std are the default.
 
     Raises:
         UserError: unknown preset, or a value that can't work.
@@ -373,21 +373,23 @@ def parse(arguments: list[str]) -> Config | FineTune | Distill:
         raise UserError(f"There is no preset {name!r}: choose one of {', '.join(presets)}.")
     default = presets[name]()
     if stage != "pretrain" and (before := given["teacher"] or given["start.run"]):
-        default = replace(default, views=replace(default.views, **views_of(Path(before))))
+        data, views = images_of(Path(before))
+        default = replace(default, data=data, views=replace(default.views, **views))
     config = tyro.cli(type(default), prog=f"train.py {stage}", default=default, args=arguments)
     _check(config)
     return config
 
 
-def views_of(run: Path) -> dict[str, Any]:
-    """Size, mean and std of the views that a run was trained on.
+def images_of(run: Path) -> tuple[str, dict[str, Any]]:
+    """--data of a run, and size, mean and std of its views.
 
     Raises:
         UserError: it is not the folder of a run.
     """
     try:
-        views = json.loads((run / "config.json").read_text())["views"]
-        return {"size": views["size"], "mean": tuple(views["mean"]), "std": tuple(views["std"])}
+        record = json.loads((run / "config.json").read_text())
+        data, views = record["data"], record["views"]
+        return data, {"size": views["size"], "mean": tuple(views["mean"]), "std": tuple(views["std"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{run} is not the folder of a run, for its config.json can't be read ({error!r}).") from error
 
