@@ -3,16 +3,20 @@
 import csv
 import hashlib
 import io
+import json
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
 import tarfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import webdataset
 
 from pipeline.shards import ShardSet
 from tests.pipeline.reference_views import encode, smooth_field
@@ -249,3 +253,25 @@ def devkit_files(wnids: list[str], numbers: list[int]) -> dict[str, bytes]:
         f"{data}/meta.mat": synsets_mat(wnids),
         "ILSVRC2012_devkit_t12/readme.txt": b"nothing",
     }
+
+
+def with_manifest(root: Path, copy: Path, change: Callable[[dict], None]) -> Path:
+    shutil.copytree(root, copy)
+    manifest = json.loads((copy / "dataset.json").read_text())
+    change(manifest)
+    (copy / "dataset.json").write_text(json.dumps(manifest))
+    return copy
+
+
+def in_form(tmp_path: Path, files: dict[str, bytes], form: str) -> Path:
+    """The archive as it is downloaded, or the folder unpacked from it."""
+    if form == "folder":
+        return write_folder(tmp_path / "unpacked", files)
+    return write_tar(tmp_path / f"archive.{form}", files, "w:gz" if form == "tar.gz" else "w")
+
+
+def read_by_webdataset(root: Path) -> dict[str, dict[str, bytes]]:
+    """key -> {extension: content}, as the webdataset library groups them."""
+    tars = [str(path) for path in sorted(root.glob("*.tar"))]
+    samples = webdataset.WebDataset(tars, shardshuffle=False, empty_check=False)
+    return {s["__key__"]: {k: v for k, v in s.items() if not k.startswith("_")} for s in samples}

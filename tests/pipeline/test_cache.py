@@ -1,8 +1,7 @@
-"""Shards from elsewhere: past every failure of a real web server to the same bytes, once per machine, within bounds."""
+"""The cache of remote shards: within its bound, shared by processes that may die at any moment."""
 
 import multiprocessing
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -12,21 +11,17 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pytest
 
 from errors import UserError
 from pipeline.cache import Lease, ShardCache
-from pipeline.order import Order
-from pipeline.reader import Reader, ReadFailure
-from pipeline.remote import Patience, WebFileSystem, download, filesystem, persistently
+from pipeline.reader import Reader
+from pipeline.remote import download, filesystem
 from pipeline.shard_report import verify_shards
-from pipeline.shards import ShardSet, open_shards, open_splits
+from pipeline.shards import ShardSet, open_shards
 from tests.pipeline.image_sets import ROOT
-from tests.pipeline.web_server import QUICK, cache_at, read_slices, serving, write_set
-
-FAULTS = ("503", "drop", "stall", "truncate", "flip", "whole")
+from tests.pipeline.web_server import QUICK, cache_at, cached_files, epoch, read_slices, serving, shard_entry, write_set
 
 
 @pytest.fixture(scope="module")
@@ -40,296 +35,11 @@ def small(tmp_path) -> ShardSet:
     return write_set(tmp_path / "small", shards=4)
 
 
-def epoch(shards: ShardSet, cache: ShardCache | None = None, epochs: int = 1) -> list:
-    """All bytes in the order of a run of eight samples per batch and four shards per block."""
-    order = Order(shards.shard_starts, 8, seed=3, block_shards=4)
-    reader, encoded = Reader(shards, cache), []
-    for number in range(epochs):
-        for step in range(order.steps_per_epoch):
-            reader.prefetch(order.upcoming_shards(number, step, step))
-            encoded += reader.read(order.batch(number, step))
-    reader.close()
-    return encoded
-
-
-def cached_files(cache: ShardCache) -> set[str]:
-    return {file.name for file in (cache.folder / "files").iterdir()}
-
-
-def shard_entry(shards: ShardSet, number: int) -> tuple[int, str]:
-    entry = shards.manifest["shards"][number]
-    return entry["bytes"], entry["sha256"]
-
-
-# ---- a web server that fails
-
-
-@pytest.mark.parametrize("fault", [*FAULTS, "all of them"])
-def test_the_same_bytes_from_a_server_that_fails(local, tmp_path, fault):
-    """Every shard's first fetch meets the fault, or the first six meet one each."""
-    faults = FAULTS if fault == "all of them" else (fault,) * (1 if fault in ("stall", "flip") else 2)
-    with serving(Path(local.root), *faults) as server:
-        shards = open_shards(server.url, cache_at(tmp_path))
-        assert epoch(shards, cache_at(tmp_path)) == epoch(local)
-        tars = {name for name, _ in server.requests if name.endswith(".tar")}
-        assert len(tars) == 24 and min(server.count[name] for name in tars) >= (1 if fault == "whole" else 2)
-
-
-def test_the_next_block_is_fetched_before_it_is_read_and_nothing_beyond_it(local, tmp_path):
-    with serving(Path(local.root)) as server:
-        shards = open_shards(server.url, cache_at(tmp_path))
-        order = Order(shards.shard_starts, 8, seed=3, block_shards=4)
-        reader = Reader(shards, cache_at(tmp_path))
-        upcoming = order.upcoming_shards(0, 0, 0)
-        reader.prefetch(upcoming)
-        reader.read(order.batch(0, 0))
-        deadline = time.monotonic() + 10
-        while len(cached_files(reader.cache)) < 1 + 8 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(0.05)  # in which more would come
-        fetched = {name for name, _ in server.requests if name.endswith(".tar")}
-        assert fetched == {local.manifest["shards"][shard]["file"] for shard in upcoming} and len(fetched) == 8
-        reader.close()
-
-
-def test_node_groups_share_the_fetching(local, tmp_path):
-    """Two nodes with a cache each fetch every shard once between them."""
-    order = Order(local.shard_starts, 8, seed=3, block_shards=4, node_groups=2)
-    with serving(Path(local.root)) as server:
-        for node in range(2):
-            shards = open_shards(server.url, cache_at(tmp_path / str(node)))
-            reader = Reader(shards, cache_at(tmp_path / str(node)))
-            for step in range(order.steps_per_epoch):
-                reader.prefetch(order.upcoming_shards(0, step, step, node, 2))
-                samples = order.batch(0, step, node, 2)
-                assert reader.read(samples) == Reader(local).read(samples)
-            reader.close()
-        tars = [server.count[entry["file"]] for entry in local.manifest["shards"]]
-        # the last block of an epoch looks ahead to the first of the next, which is dealt anew
-        assert min(tars) == 1 and sum(tars) <= 24 + 2 * 4
-
-
-@pytest.mark.parametrize("fault", ["503", "drop", "stall", "whole"])
-def test_single_samples_from_a_server_that_fails(small, tmp_path, fault):
-    """Without prefetch, by byte ranges; nothing goes to the cache."""
-    with serving(Path(small.root), fault, fault) as server:
-        reader = Reader(open_shards(server.url, cache_at(tmp_path)), cache_at(tmp_path))
-        samples = np.array([23, 0, 5, 5, 12])
-        assert reader.read(samples) == reader(samples) == Reader(small).read(samples)
-        assert reader.read(samples[:0]) == []
-        ranges = {requested for name, requested in server.requests if name == "part-003.tar"}
-        row = small.index[23]
-        assert ranges == {f"bytes={row['offset']}-{row['offset'] + row['size'] - 1}"}
-        assert not (tmp_path / "cache" / "files").exists()
-
-
-def test_an_altered_sample_of_a_range_is_named_and_spoils_no_other(small, tmp_path):
-    with serving(Path(small.root), "flip") as server:
-        reader = Reader(open_shards(server.url, cache_at(tmp_path)), cache_at(tmp_path))
-        first, second = reader.read(np.array([0])), reader.read(np.array([0]))
-        assert isinstance(first[0], ReadFailure) and "part-000.tar are not those of the index" in first[0].reason
-        assert second == Reader(small).read(np.array([0]))
-
-
-def test_a_broken_fetch_goes_on_where_it_broke_off(small, tmp_path):
-    size, _ = shard_entry(small, 0)
-    with serving(Path(small.root), "drop", "stall", "drop") as server:
-        target = tmp_path / "copy"
-        download(*filesystem(f"{server.url}/part-000.tar", QUICK), target, size, QUICK)
-        assert target.read_bytes() == Path(small.root, "part-000.tar").read_bytes()
-        begins = [int(r.removeprefix("bytes=").rstrip("-")) if r else 0 for _, r in server.requests]
-        assert begins == [0, size // 2, size // 2 + size // 4, size - size // 8]
-
-
-def test_a_server_that_disregards_ranges_is_read_from_the_beginning(small, tmp_path):
-    size, _ = shard_entry(small, 0)
-    with serving(Path(small.root), "drop", "whole") as server:
-        download(*filesystem(f"{server.url}/part-000.tar", QUICK), tmp_path / "copy", None, QUICK)
-        assert (tmp_path / "copy").read_bytes() == Path(small.root, "part-000.tar").read_bytes()
-        assert [requested for _, requested in server.requests] == [None, f"bytes={size // 2}-"]
-
-
-def test_giving_up_names_cause_and_cure(small, tmp_path, caplog):
-    with serving(Path(small.root), *["503"] * 6) as server:
-        shards, cache = open_shards(server.url, cache_at(tmp_path)), cache_at(tmp_path)
-        reader = Reader(shards, cache)
-        reader.prefetch([0])
-        with pytest.raises(
-            UserError, match=r"part-000\.tar can't be read after 6 attempts \(.*503.*\): see to the conn"
-        ):
-            reader.read(np.array([1]))
-        assert server.count["part-000.tar"] == 6
-        assert [record.getMessage()[-22:] for record in caplog.records[:2]] == [
-            "attempt 3 of 6 follows",
-            "attempt 4 of 6 follows",
-        ]
-        reader.prefetch([0, 1])  # tried anew, by when the server is well
-        assert reader.read(np.arange(6)) == Reader(small).read(np.arange(6))
-        reader.close()
-    with pytest.raises(UserError, match=r"can't be read after 6 attempts .*refused"):
-        open_shards(server.url, cache_at(tmp_path))
-
-
-def test_what_the_server_does_not_have_is_not_asked_for_again(small, tmp_path):
-    """Each sample of such a shard is a failure, and the shard is not fetched as a whole again."""
-    with serving(Path(small.root)) as server:
-        shards = open_shards(server.url, cache_at(tmp_path))
-        tar = Path(small.root, "part-002.tar")
-        tar.rename(tmp_path / "away")
-        reader = Reader(shards, cache_at(tmp_path))
-        for now in ([2], [1, 2], [2, 3]):
-            reader.prefetch(now)
-            bad, good = reader.read(np.array([12, 6]))
-            assert isinstance(bad, ReadFailure) and re.search(r"can't be read \(.*part-002\.tar.*404", bad.reason)
-            assert [good] == Reader(small).read(np.array([6])) and not bad.passing
-        reader.close()
-        requests = [requested for name, requested in server.requests if name == "part-002.tar"]
-        assert requests.count(None) == 1 and len(requests) == 4  # whole, and then the sample each time
-
-
-@pytest.mark.parametrize("harm", ["altered", "cut"])
-def test_of_a_shard_that_is_not_the_one_of_the_manifest_the_unharmed_samples_serve(small, tmp_path, caplog, harm):
-    expected, row = Reader(small).read(np.arange(6, 12)), small.index[8]
-    tar = Path(small.root, "part-001.tar")
-    content = bytearray(tar.read_bytes())
-    content[row["offset"] + 10] ^= 1
-    tar.write_bytes(content if harm == "altered" else content[: row["offset"] + 10])
-    with serving(Path(small.root)) as server:
-        shards, cache = open_shards(server.url, cache_at(tmp_path)), cache_at(tmp_path)
-        reader = Reader(shards, cache)
-        for now in ([1], [0, 1], [1, 2]):
-            reader.prefetch(now)
-            encoded = reader.read(np.arange(6, 12))
-        reader.close()
-        fetched = [requested for name, requested in server.requests if name == "part-001.tar"].count(None)
-    assert fetched == (3 if harm == "altered" else QUICK.attempts)
-    kept = [True, True, False, *[harm == "altered"] * 3]
-    assert [data == due for data, due in zip(encoded, expected, strict=True)] == kept
-    reasons = [data.reason for data in encoded if isinstance(data, ReadFailure)]
-    assert len(reasons) == kept.count(False)
-    assert ("not those of the index" if harm == "altered" else "is shorter than its index says") in reasons[0]
-    assert sum("part-001.tar" in text and "attempt" not in text.split(":")[-1] for text in caplog.messages) == 1
-    assert small.manifest["shards"][1]["sha256"] not in cached_files(cache)
-
-
 def test_a_manifest_names_no_files_outside_of_the_cache(small, tmp_path):
     fs, root = filesystem(small.root)
     for name in ("../../escaped", "", "0" * 63, "A" * 64):
         with pytest.raises(UserError, match="gives no SHA-256 for"):
             cache_at(tmp_path).fetch(fs, f"{root}/part-000.tar", 1, name)
-
-
-def test_waits_grow_and_vary(monkeypatch):
-    waits = []
-
-    class Stop(threading.Event):
-        def wait(self, timeout=None):
-            waits.append(timeout)
-            return False
-
-    for _ in range(50):
-        patience = Patience(attempts=6, first_wait_s=1, longest_wait_s=6, stop=Stop())
-        with pytest.raises(UserError, match="can't be read after 6 attempts"):
-            persistently(lambda: 1 / 0, "it", patience)
-    waits = np.array(waits).reshape(50, 5)
-    assert np.allclose(waits.mean(0), [1, 2, 4, 6, 6], rtol=0.15)
-    assert (waits >= np.array([1, 2, 4, 6, 6]) / 2).all() and (waits.std(0) > 0.2).all()
-
-
-def test_the_random_numbers_of_a_run_are_left_alone(small, tmp_path):
-    import random
-
-    random.seed(5)
-    expected = random.random()
-    random.seed(5)
-    with serving(Path(small.root), "503") as server:
-        download(*filesystem(f"{server.url}/part-000.tar", QUICK), tmp_path / "copy", None, QUICK)
-    assert random.random() == expected
-
-
-def test_a_process_ends_without_waiting_for_what_it_fetches(small, tmp_path):
-    program = (
-        "import sys; from pipeline.cache import *; from pipeline.reader import *; from pipeline.shards import *; "
-        "cache = ShardCache(sys.argv[1]); reader = Reader(open_shards(sys.argv[2], cache), cache); "
-        "reader.prefetch(range(4)); print('begun', flush=True); sys.exit('error: something else')"
-    )
-    with serving(Path(small.root), *["stall"] * 9) as server:
-        command = [sys.executable, "-c", program, str(tmp_path), server.url]
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            assert process.stdout.readline() == "begun\n"
-            begun = time.monotonic()
-            assert process.stderr.read() == "error: something else\n" and process.wait() == 1
-            assert time.monotonic() - begun < 3  # a connection is held to be stalled after thirty seconds
-
-
-def test_closing_ends_the_fetching_at_once(small, tmp_path):
-    before = set(threading.enumerate())
-    with serving(Path(small.root), *["stall"] * 3) as server:
-        slow = ShardCache(tmp_path / "cache", patience=Patience(stall_s=1, first_wait_s=60, longest_wait_s=60))
-        reader = Reader(open_shards(server.url, slow), slow)
-        reader.prefetch(range(4))
-        time.sleep(0.1)
-        begun = time.monotonic()
-        reader.close()
-        assert time.monotonic() - begun < 0.5
-        while any(thread.name.startswith("fetch") for thread in set(threading.enumerate()) - before):
-            assert time.monotonic() - begun < 5
-            time.sleep(0.02)
-        assert not list((tmp_path / "cache" / "leases").iterdir())
-
-
-# ---- other stores
-
-
-@pytest.fixture
-def in_memory(small):
-    fs = fsspec.filesystem("memory")
-    fs.put(small.root, "/cache-test/train", recursive=True)
-    yield "memory://cache-test"
-    fs.rm("/cache-test", recursive=True)
-
-
-def test_any_file_system_of_fsspec(small, in_memory, tmp_path):
-    cache = cache_at(tmp_path)
-    shards, _ = open_splits(in_memory, cache)
-    assert epoch(shards, cache) == epoch(small)
-    assert cached_files(cache) == {entry["sha256"] for entry in small.manifest["shards"]}
-
-
-def test_a_fetch_from_a_store_goes_on_where_it_broke_off(small, in_memory, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.remote.PIECE_BYTES", 1000)
-    fs, path = filesystem(f"{in_memory}/train/part-000.tar")
-    size, _ = shard_entry(small, 0)
-    asked = []
-
-    class Breaking:
-        def __init__(self, file):
-            self.file, self.size, self.left = file, size, 3
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
-
-        def seek(self, offset):
-            asked.append(offset)
-            self.file.seek(offset)
-
-        def read(self, count):
-            self.left -= 1
-            if self.left < 0:
-                raise RuntimeError("this store raises its own kind of error")
-            return self.file.read(count)
-
-    whole = type(fs).open
-    monkeypatch.setattr(type(fs), "open", lambda self, *a, **k: Breaking(whole(self, path, "rb")))
-    download(fs, path, tmp_path / "copy", size, QUICK)
-    assert (tmp_path / "copy").read_bytes() == Path(small.root, "part-000.tar").read_bytes()
-    assert asked == list(range(0, size, 3000))
-
-
-# ---- bounds
 
 
 def test_the_cache_stays_within_its_bound_and_the_least_recently_used_goes_first(small, tmp_path):
@@ -525,17 +235,3 @@ def test_a_process_killed_while_verifying_leaves_nothing_for_long(small, tmp_pat
         process.kill()
         process.wait()
         assert cache.fetch(*filesystem(url), *shard_entry(small, 0)) and not list(copies.iterdir())
-
-
-def test_a_web_file_system(small):
-    with serving(Path(small.root).parent) as server:
-        fs, root = filesystem(f"{server.url}/small/")
-        assert isinstance(fs, WebFileSystem) and not root.endswith("/")
-        assert fs.exists(f"{root}/dataset.json") and not fs.exists(f"{root}/nothing")
-        assert fs.glob(f"{root}/*.tar") == [f"{root}/part-{number:03d}.tar" for number in range(4)]
-        content = Path(small.root, "part-000.tar").read_bytes()
-        assert fs.cat_file(f"{root}/part-000.tar") == content
-        assert fs.cat_file(f"{root}/part-000.tar", 10, 300) == content[10:300]
-        assert fs.cat_file(f"{root}/part-000.tar", 10, 10) == b""
-        with pytest.raises(FileNotFoundError):
-            fs.cat_file(f"{root}/nothing")

@@ -1,295 +1,34 @@
-"""Published data sets, byte for byte as they are distributed, through the converter; and what an archive may hide."""
+"""Folders and tars of images and WebDataset tars as sources; what an archive may hide; what verifying finds."""
 
 import io
 import os
-import pickle
 import tarfile
-from dataclasses import replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import webdataset
-from PIL import Image
 
 from errors import UserError
-from pipeline.imagenet import imagenet_sources, read_synsets
-from pipeline.images import DecodeError, decode, inspect, png
+from pipeline.imagenet import imagenet_sources
+from pipeline.images import DecodeError, decode, inspect
 from pipeline.pixel_sets import cifar_sources, stl10_sources
 from pipeline.shard_index import index_shards
-from pipeline.shards import open_shards, open_splits
-from pipeline.sources import FolderReader, folder_source, textures_source, webdataset_source
+from pipeline.sources import FolderReader, folder_source, webdataset_source
 from pipeline.writer import write_split
 from tests.pipeline.image_sets import (
-    cifar_files,
-    cifar_pickle,
     contents,
-    devkit_files,
     pictures,
     rejected,
     run_module,
     stl10_files,
-    synsets_mat,
     tar_bytes,
     write_folder,
     write_imagenet,
     write_tar,
 )
 from tests.pipeline.reference_views import encode, smooth_field
-
-WNIDS = ["n01440764", "n01443537", "n01484850"]
-
-
-def in_form(tmp_path: Path, files: dict[str, bytes], form: str) -> Path:
-    """The archive as it is downloaded, or the folder unpacked from it."""
-    if form == "folder":
-        return write_folder(tmp_path / "unpacked", files)
-    return write_tar(tmp_path / f"archive.{form}", files, "w:gz" if form == "tar.gz" else "w")
-
-
-def validation_images(count: int = 6) -> dict[str, bytes]:
-    images = list(pictures().values())
-    return {f"ILSVRC2012_val_{number:08d}.JPEG": images[number - 1] for number in range(1, count + 1)}
-
-
-@pytest.mark.parametrize("form", ["tar.gz", "folder"])
-@pytest.mark.parametrize("images_form", ["tar", "folder"])
-def test_imagenet_validation_with_the_development_kit(tmp_path, form, images_form):
-    files = validation_images()
-    path = in_form(tmp_path, files, images_form)
-    devkit = devkit_files(WNIDS, [3, 1, 2, 2, 1, 3])
-    labels = (
-        write_folder(tmp_path / "kit", devkit) if form == "folder" else write_tar(tmp_path / "kit.gz", devkit, "w:gz")
-    )
-    sources = imagenet_sources(path, labels)
-    assert list(sources) == ["val"]
-    shards = write_split(sources["val"], tmp_path / "out", "val")
-    truth = [WNIDS[number - 1] for number in (3, 1, 2, 2, 1, 3)]
-    expected = {name[:-5]: (wnid, files[name]) for name, wnid in zip(files, truth, strict=True)}
-    assert contents(shards) == expected and shards.classes == WNIDS
-
-
-def test_imagenet_validation_with_texts_of_synsets(tmp_path):
-    files = validation_images()
-    path = write_tar(tmp_path / "val.tar", dict(reversed(files.items())))  # a tar need not be sorted
-    truth = [WNIDS[number % 3] for number in range(6)]
-    texts = {
-        "by number": "\n".join(truth) + "\n",
-        "by name": "".join(f"val/{name} {wnid}\n" for name, wnid in reversed(list(zip(files, truth, strict=True)))),
-    }
-    for name, text in texts.items():
-        (tmp_path / name).write_text(text)
-        shards = write_split(imagenet_sources(path, tmp_path / name)["val"], tmp_path / f"out {name}", "val")
-        assert {key: label for key, (label, _) in contents(shards).items()} == dict(
-            zip((name[:-5] for name in files), truth, strict=True)
-        )
-    kit = devkit_files(WNIDS, [1] * 6)
-    without_mat = {name: content for name, content in kit.items() if not name.endswith(".mat")}
-    write_folder(tmp_path / "kit", without_mat | {"data/synsets.txt": "\n".join(reversed(WNIDS)).encode()})
-    items = imagenet_sources(path, tmp_path / "kit")["val"].items
-    assert {label for label, _, _ in items} == {WNIDS[2]}
-
-
-def test_imagenet_labels_that_do_not_belong(tmp_path):
-    path = write_tar(tmp_path / "val.tar", validation_images())
-    kit = devkit_files(WNIDS, [1, 2, 3])
-    mat = "ILSVRC2012_devkit_t12/data/meta.mat"
-    cases = {
-        "too few": (write_folder(tmp_path / "few", kit), "names 3 images and ILSVRC2012_val_00000004 is none of them"),
-        "no meta": (write_folder(tmp_path / "no meta", dict(list(kit.items())[:1])), "holds no ILSVRC2012_validation"),
-        "meta cut": (write_folder(tmp_path / "cut", kit | {mat: kit[mat][:300]}), "class numbers in .* can't be read"),
-        "class 4": (write_folder(tmp_path / "4", devkit_files(WNIDS, [4] * 6)), "class numbers in .* can't be read"),
-        "kit cut": (tmp_path / "kit.tar.gz", "is not a whole archive"),
-        "missing": (tmp_path / "nowhere", "does not exist"),
-    }
-    (tmp_path / "kit.tar.gz").write_bytes(tar_bytes(kit, "w:gz")[:200])
-    for text, message in (("a b c\n", "must hold one"), ("a.JPEG n0\n", "lacks 6 images"), ("\xff", "names 1 images")):
-        (tmp_path / message).write_text(text)
-        cases[message] = tmp_path / message, message
-    for labels, message in cases.values():
-        with pytest.raises(UserError, match=message):
-            imagenet_sources(path, labels)
-
-
-def test_synsets_of_a_meta_file():
-    """The compressed form is the published one; scipy.io.loadmat gave the same on it."""
-    for compressed in True, False:
-        assert read_synsets(synsets_mat(WNIDS * 100, compressed)) == dict(enumerate(WNIDS * 100, start=1))
-
-
-def test_imagenet_folders(tmp_path):
-    files = {name.replace("class_", "n0000000"): content for name, content in pictures().items()}
-    val = {name: content for name, content in files.items() if name.startswith("n00000001")}
-    write_folder(tmp_path / "in", {f"train/{n}": c for n, c in files.items()} | {f"val/{n}": c for n, c in val.items()})
-    result = run_module("pipeline.convert", "imagenet", tmp_path / "in", tmp_path / "out", "--workers", "1")
-    assert result.returncode == 0, result.stderr
-    train, test = open_splits(str(tmp_path / "out"))
-    for shards, given in ((train, files), (test, val)):
-        expected = {name.split("/")[1].split(".")[0]: (name.split("/")[0], c) for name, c in given.items()}
-        assert contents(shards) == expected and shards.manifest["name"] == "imagenet"
-    write_folder(tmp_path / "flat", {f"val/{n.split('/')[1]}": c for n, c in val.items()})
-    with pytest.raises(UserError, match=r"lie in no class folder: give their classes by --labels"):
-        imagenet_sources(tmp_path / "flat")
-
-
-def test_oddities_of_imagenet(tmp_path):
-    """CMYK, gray, a PNG that is named .JPEG, a turned one: stored as they are, with the size that the decoder gives."""
-    picture = smooth_field(0, 3, 40, 60)
-    turned = Image.Exif()
-    turned[0x0112] = 6  # to be shown turned by 90 degrees
-    odd = {
-        "cmyk": encode(picture.convert("CMYK"), "JPEG"),
-        "gray": encode(picture.convert("L"), "JPEG"),
-        "png": encode(picture, "PNG"),
-        "turned": encode(picture, "JPEG", exif=turned),
-        "progressive": encode(picture, "JPEG", progressive=True),
-    }
-    jpeg = encode(picture, "JPEG")
-    cut = {"cut_by_one": jpeg[:-1], "cut_in_half": jpeg[: len(jpeg) // 2], "cut_header": jpeg[:30]}
-    path = write_imagenet(tmp_path / "in.tar", {f"n01/n01_{name}.JPEG": c for name, c in (odd | cut).items()})
-    shards = write_split(imagenet_sources(path)["train"], tmp_path / "out", "train")
-    stored = {key.removeprefix("n01_"): content for key, (_, content) in contents(shards).items()}
-    assert stored == odd
-    with tarfile.open(Path(shards.root, "train-000000.tar")) as tar:
-        assert {name for name in tar.getnames() if name.endswith(".png")} == {"n01_png.png"}
-    for row in shards.index:  # not turned: neither the backends nor torchvision's loader do
-        assert (row["height"], row["width"]) == (40, 60)
-    assert rejected(shards).keys() == {f"n01_{name}" for name in cut}
-    for name, encoded in odd.items():
-        reference = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"), np.int64)
-        assert np.abs(decode(encoded) - reference).max() <= 1, name
-
-
-@pytest.mark.parametrize("name", ["textures", "cifar", "stl10"])
-def test_pngs_of_another_opencv_are_not_mixed_in(tmp_path, monkeypatch, name):
-    """It may encode the same pixels to other bytes: an interrupted conversion goes on under the same version only."""
-    sources = {
-        "textures": lambda: {"train": textures_source("train")},
-        "cifar": lambda: cifar_sources(write_folder(tmp_path / "in", cifar_files(10, each=3)[0])),
-        "stl10": lambda: stl10_sources(write_folder(tmp_path / "in", stl10_files(3)[0])),
-    }
-    source = sources[name]()["train"]
-    source = replace(source, items=source.items[:3])
-    assert write_split(source, tmp_path / "out", "train", 0, 2, part=(1, 2)) is None
-    version = cv2.__version__
-    monkeypatch.setattr("pipeline.writer.cv2.__version__", "3.0")
-    with pytest.raises(UserError, match=rf"another plan \(its opencv is {version} instead of 3\.0\)"):
-        write_split(source, tmp_path / "out", "train", 0, 2)
-    monkeypatch.undo()
-    assert write_split(source, tmp_path / "out", "train", 0, 2).manifest["made_by"]["opencv"] == version
-
-
-@pytest.mark.parametrize("kind", [10, 100])
-@pytest.mark.parametrize("form", ["tar.gz", "folder"])
-def test_cifar(tmp_path, kind, form):
-    files, truth = cifar_files(kind, each=3)
-    assert pickle.loads(list(files.values())[2], encoding="bytes")[b"data"].shape == (3, 3072)  # as everyone reads it
-    sources = cifar_sources(in_form(tmp_path, files, form))
-    assert list(sources) == ["train", "test"]
-    for split, (pixels, labels) in truth.items():
-        shards = write_split(sources[split], tmp_path / "out", split)
-        assert shards.manifest["name"] == f"cifar{kind}" and shards.classes == [f"class {i:02d}" for i in range(kind)]
-        found = contents(shards)
-        assert len(found) == len(pixels)
-        for number, (image, label) in enumerate(zip(pixels, labels, strict=True)):
-            assert found[f"{split}-{number:06d}"][0] == label
-            encoded = found[f"{split}-{number:06d}"][1]
-            assert encoded.startswith(b"\x89PNG") and np.array_equal(np.asarray(Image.open(io.BytesIO(encoded))), image)
-
-
-class Malicious:
-    def __init__(self, function, *arguments):
-        self.function, self.arguments = function, arguments
-
-    def __reduce__(self):
-        return self.function, self.arguments
-
-
-@pytest.mark.parametrize("protocol", [0, 2, 4])
-@pytest.mark.parametrize("call", ["os.system", "eval", "numpy.load", "getattr"])
-def test_a_pickle_that_would_run_code_is_refused(tmp_path, protocol, call):
-    mark = tmp_path / "executed"
-    thing = {
-        "os.system": Malicious(os.system, f"touch {mark}"),
-        "eval": Malicious(eval, f"open({str(mark)!r}, 'w')"),
-        "numpy.load": Malicious(np.load, str(mark)),
-        "getattr": Malicious(getattr, Malicious(__import__, "os"), "system"),
-    }[call]
-    files, _ = cifar_files(10, each=1)
-    files["cifar-10-batches-py/data_batch_2"] = pickle.dumps({b"data": thing, b"labels": [0]}, protocol)
-    path = write_tar(tmp_path / "cifar.tar.gz", files, "w:gz")
-    with pytest.raises(UserError, match="which would run code"):
-        cifar_sources(path)
-    assert not mark.exists()
-    if (protocol, call) == (2, "os.system"):
-        result = run_module("pipeline.convert", "cifar", path, tmp_path / "out")
-        assert result.returncode == 1 and len(result.stderr.splitlines()) == 1 and "would run code" in result.stderr
-        assert not mark.exists() and not (tmp_path / "out").exists()
-
-
-def test_a_pickle_that_persists_elsewhere_is_refused(tmp_path):
-    files, _ = cifar_files(10, each=1)
-    files["cifar-10-batches-py/test_batch"] = b"\x80\x02X\x01\x00\x00\x00aQ."
-    with pytest.raises(UserError, match="refers to something outside"):
-        cifar_sources(write_folder(tmp_path / "in", files))
-
-
-def test_damaged_cifar(tmp_path):
-    files, _ = cifar_files(10, each=2)
-    batch, meta = "cifar-10-batches-py/data_batch_4", "cifar-10-batches-py/batches.meta"
-    floats = {b"data": np.zeros((2, 3072)), b"labels": [0, 0]}
-    row = np.zeros((1, 3072), np.uint8)
-    changes = {
-        "cut": {batch: files[batch][:900]},
-        "a list": {batch: cifar_pickle([1, 2])},
-        "label 10": {batch: cifar_pickle({b"data": row, b"labels": [10]})},
-        "one label too many": {batch: cifar_pickle({b"data": row, b"labels": [1, 2]})},
-        "floats": {batch: pickle.dumps(floats)},
-        "empty": {meta: b""},
-    }
-    for name, change in changes.items():
-        with pytest.raises(UserError, match=r"batches in .* are damaged|would run code"):
-            cifar_sources(write_folder(tmp_path / name, files | change))
-    with pytest.raises(UserError, match="lacks data_batch_4"):
-        cifar_sources(write_tar(tmp_path / "lacking.tar", {n: c for n, c in files.items() if n != batch}))
-    with pytest.raises(UserError, match="is not the python version of CIFAR"):
-        cifar_sources(write_folder(tmp_path / "other", {"a.txt": b""}))
-    (tmp_path / "cut.tar.gz").write_bytes(tar_bytes(files, "w:gz")[:-500])
-    with pytest.raises(UserError, match="is not a whole archive"):
-        cifar_sources(tmp_path / "cut.tar.gz")
-
-
-@pytest.mark.parametrize("form", ["tar.gz", "folder"])
-def test_stl10(tmp_path, form):
-    files, truth = stl10_files(each=4)
-    path = in_form(tmp_path, files, form)
-    result = run_module("pipeline.convert", "stl10", path, tmp_path / "out", "--workers", "1")
-    assert result.returncode == 0, result.stderr
-    for split, (pixels, labels) in truth.items():
-        shards = open_shards(str(tmp_path / "out" / split))
-        found = contents(shards)
-        for number, (image, label) in enumerate(zip(pixels, labels, strict=True)):
-            stored_label, encoded = found[f"{split}-{number:06d}"]
-            assert stored_label == label
-            assert np.array_equal(np.asarray(Image.open(io.BytesIO(encoded))), image)
-        assert len(shards.classes) == 10 and sum(shards.manifest["class_counts"]) == (0 if labels[0] is None else 4)
-
-
-def test_damaged_stl10(tmp_path):
-    files, _ = stl10_files(each=2)
-    pixels, labels = "stl10_binary/train_X.bin", "stl10_binary/train_y.bin"
-    changes = {"cut": {pixels: files[pixels][:-1]}, "label 0": {labels: b"\0\1"}, "label 11": {labels: b"\1\13"}}
-    for name, change in (changes | {"a label less": {labels: b"\1"}}).items():
-        with pytest.raises(UserError, match=r"The train images and labels in .* don't belong together"):
-            stl10_sources(write_folder(tmp_path / name, files | change))
-    with pytest.raises(UserError, match="is not the binary version of STL-10"):
-        stl10_sources(write_folder(tmp_path / "other", {"a.txt": b""}))
-
-
-def test_png_is_lossless_and_the_same_twice():
-    pixels = np.random.default_rng(0).integers(0, 256, (7, 9, 3), np.uint8)
-    assert png(pixels) == png(pixels) and np.array_equal(decode(png(pixels)), pixels)
 
 
 def webdataset_tar(path: Path, samples: dict[str, dict[str, bytes]]) -> Path:

@@ -172,3 +172,24 @@ def read_slices(url: str, folder: Path, rank: int, results) -> None:
         encoded.append(reader.read(order.batch(0, step, rank, 4)))
     reader.close()
     results.put((rank, encoded))
+
+
+def epoch(shards: ShardSet, cache: ShardCache | None = None, epochs: int = 1) -> list:
+    """All bytes in the order of a run of eight samples per batch and four shards per block."""
+    order = Order(shards.shard_starts, 8, seed=3, block_shards=4)
+    reader, encoded = Reader(shards, cache), []
+    for number in range(epochs):
+        for step in range(order.steps_per_epoch):
+            reader.prefetch(order.upcoming_shards(number, step, step))
+            encoded += reader.read(order.batch(number, step))
+    reader.close()
+    return encoded
+
+
+def cached_files(cache: ShardCache) -> set[str]:
+    return {file.name for file in (cache.folder / "files").iterdir()}
+
+
+def shard_entry(shards: ShardSet, number: int) -> tuple[int, str]:
+    entry = shards.manifest["shards"][number]
+    return entry["bytes"], entry["sha256"]
