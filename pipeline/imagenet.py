@@ -10,21 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from errors import UserError
-from pipeline.sources import (
-    NOT_PLAIN,
-    CheckedMember,
-    FolderReader,
-    Item,
-    Source,
-    TarReader,
-    files_below,
-    image_members,
-    members,
-    named,
-    open_tar,
-    refuse_url,
-    unpacked,
-)
+from pipeline.archives import NOT_PLAIN, CheckedMember, image_members, members, open_tar, refuse_url, unpacked
+from pipeline.sources import FolderReader, Item, Source, TarReader, files_below, named
 
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 META = "meta.mat"

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from errors import UserError
+from pipeline.archives import unpacked
 from pipeline.images import png
-from pipeline.sources import Source, raise_if_gone, unpacked
+from pipeline.sources import Source, raise_if_gone
 
 CIFAR_BATCHES = {
     10: {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]},

@@ -15,12 +15,12 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from errors import UserError
+from pipeline.archives import NOT_PLAIN, CheckedMember, is_plain
 from pipeline.cache import ShardCache
 from pipeline.images import IMAGE_SUFFIXES, DecodeError, inspect
 from pipeline.remote import Patience, WebFileSystem, filesystem, persistently
 from pipeline.shard_files import BLOCK_BYTES, HashedFile, index_rows, npy_bytes, shard_entry, write_manifest
 from pipeline.shards import FORMAT, ShardSet, find_tars, index_dtype, index_name, open_shards
-from pipeline.sources import NOT_PLAIN, CheckedMember, is_plain
 
 
 def index_shards(root: str, cache: ShardCache | None = None) -> ShardSet:
