@@ -357,7 +357,7 @@ PRESETS: dict[str, dict[str, Callable[[], Common]]] = {
 def parse(arguments: list[str]) -> Config | FineTune | Distill:
     """Command line to configuration: the preset first, then whatever is given beside it.
 
-    What goes on from another run sees the same images: that run's --data and --views.size, mean and std are the default.
+    What goes on from another run sees the same images: its --data and --views.size, mean and std are the default.
 
     Raises:
         UserError: unknown preset, or a value that can't work.
