@@ -1,0 +1,252 @@
+"""A training step, part by part and beside lightly's and a plain PyTorch loop's: `python -m bench.train_step`.
+
+    python -m bench.train_step                    bench/results/train_step.csv
+    python -m bench.train_step stl10 memory       these settings alone, in place of their rows in the CSV
+    python -m bench.train_step --quick            one round of few steps, no file written
+    make bench                                    installs lightly first
+
+The same encoder on the same images, and every run in a fresh process with all cores to itself: ours by its preset as it
+is (optimiser, probe, guard and metrics included), the peers as `bench/trainers.py` has them, with SGD. They take turns;
+a ratio is the median over the rounds, so a slow moment of the machine hits both its sides. The peers' DataLoader is
+tried with several numbers of workers in the first round and keeps the fastest. The steps that count begin and end while
+batches are being made: none was made before that the others have to make in time. "same batch" is the step without its
+data, on views that are in memory. `memory` is batch 4096 in slices: train.py --micro-batch.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench.harness import RESULTS, environment, read_rows, write_rows
+from bench.pipeline import encode, photograph
+from bench.trainers import PARTS, Turn
+from pipeline import textures
+from pipeline.convert import folder_source, write_split
+from pipeline.images import decode
+from run import available_cores
+
+ROOT = Path(__file__).parents[1]
+AHEAD = 5
+"""Batches that a loader makes ahead, at most: so many more than are taken there have to be."""
+console = Console()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained on what."""
+
+    arguments: list[str]
+    """train.py's, but for --data."""
+    batch: int
+    image: Callable[[int], bytes]
+    """number -> an encoded image."""
+    warm: int
+    """Steps that are not counted."""
+    steps: int
+    """Steps that are."""
+
+
+def texture(number: int) -> bytes:
+    """40 x 40."""
+    return textures.render(0, "train", number)
+
+
+@cache
+def tiles(number: int) -> list[bytes]:
+    """A rendered photograph cut into 20 tiles of 96 x 96, the size of STL-10's images."""
+    pixels = decode(photograph(number))[..., ::-1]
+    height, width = pixels.shape[:2]
+    corners = [(y, x) for y in range(0, height - 95, 96) for x in range(0, width - 95, 96)]
+    return [encode(np.ascontiguousarray(pixels[y : y + 96, x : x + 96])) for y, x in corners]
+
+
+def tile(number: int) -> bytes:
+    return tiles(number // 20)[number % 20]
+
+
+@cache
+def one_of_many_photographs(number: int) -> bytes:
+    return photograph(number % 100)
+
+
+SETTINGS = {
+    "textures": Setting(["--preset", "textures"], 128, texture, warm=10, steps=40),
+    "cifar10": Setting(["--preset", "cifar10"], 64, texture, warm=2, steps=5),
+    "stl10": Setting(["--preset", "stl10"], 64, tile, warm=3, steps=8),
+    "photographs at 96 px": Setting(["--preset", "stl10"], 64, one_of_many_photographs, warm=3, steps=8),
+}
+"""The demonstration, and ResNet-18 with the small stem, with the standard one, and on images that take decoding."""
+MEMORY = Setting(["--preset", "cifar10", "--data.prefetch", "1"], 4096, texture, warm=1, steps=1)
+SLICES = ((4096, 64), (64, 0))
+"""(batch, images that are encoded at a time; 0 for all)."""
+
+
+def make_images(folder: Path, setting: Setting, count: int) -> None:
+    """`count` images in class folders (folder/images), and as shards (folder/train)."""
+    for number in range(count):
+        place = folder / "images" / textures.CLASSES[number % 10]
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{number:06d}.jpg").write_bytes(setting.image(number))
+    write_split(folder_source(folder / "images"), folder, "train")
+
+
+def contestants(setting: Setting, folder: Path) -> list[Turn]:
+    """Everyone in every precision, once with its data and once without; the peers with every number of workers."""
+    arguments = [*setting.arguments, "--data", str(folder), "--batch-size", str(setting.batch)]
+    cores = available_cores()
+    peers = ["plain", *(["lightly"] if find_spec("lightly") else [])]
+    first = Turn("ours", "fp32", "images", arguments, str(folder / "images"), 0, setting.warm, setting.steps)
+    turns = []
+    for precision in ("bf16", "fp32"):
+        for source in ("images", "same batch"):
+            turns.append(replace(first, precision=precision, source=source))
+            for peer in peers:
+                counts = sorted({1, max(1, cores // 2), cores}) if source == "images" else [1]
+                turns += [replace(turns[-1], trainer=peer, workers=count) for count in counts]
+    return turns
+
+
+def in_a_process(turn: Turn, folder: Path) -> dict:
+    """`bench.trainers.take_turn` in a process of its own, so that none inherits threads, memory or caches."""
+    with tempfile.TemporaryDirectory(dir=folder) as out:
+        command = [sys.executable, "-m", "bench.trainers", json.dumps(asdict(turn)), f"{out}/run"]
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def in_turns(turns: list[Turn], take: Callable[[Turn], dict], seconds: float) -> list[tuple[Turn, list[dict]]]:
+    """Rounds of all, as many as `seconds` allow and at least one; from the second on, peers have their best workers."""
+    begun = time.perf_counter()
+    fastest: dict[tuple[str, ...], tuple[Turn, list[dict]]] = {}
+    for turn in turns:
+        who, result = (turn.trainer, turn.precision, turn.source), take(turn)
+        if who not in fastest or step_ms(result) < step_ms(fastest[who][1][0]):
+            fastest[who] = (turn, [result])
+    kept = list(fastest.values())
+    last_s = 0.0
+    while (started := time.perf_counter()) - begun + last_s < seconds:
+        for turn, results in kept:
+            results.append(take(turn))
+        last_s = time.perf_counter() - started
+    return kept
+
+
+def step_ms(result: dict) -> float:
+    """Milliseconds of a step, the mean: batches may come in bursts, and the whole time counts."""
+    return statistics.mean(sum(step.values()) for step in result["steps_ms"])
+
+
+def rows_of(name: str, setting: Setting, measured: list[tuple[Turn, list[dict]]], device: torch.device) -> list[dict]:
+    """A row for each: its round in the middle, whose parts add up to its step, and ratios over all the rounds."""
+    times = {(t.trainer, t.precision, t.source): [step_ms(result) for result in results] for t, results in measured}
+    rows = []
+    for turn, results in measured:
+        own = times[turn.trainer, turn.precision, turn.source]
+        middle = results[own.index(statistics.median_low(own))]
+        parts = {part: statistics.mean(step[part] for step in middle["steps_ms"]) for part in PARTS}
+        row = environment(device) | {"threads": available_cores()}
+        row |= {"setting": name, "batch": setting.batch, "source": turn.source, "trainer": turn.trainer}
+        row |= {"precision": turn.precision, "workers": turn.workers, "micro_batch": micro_batch(turn)}
+        row |= {"rounds": len(own), "steps": turn.steps}
+        row |= {"images_per_s": round(1000 * setting.batch / step_ms(middle), 2), "step_ms": round(step_ms(middle), 3)}
+        row |= {f"{part}_ms": round(ms, 3) for part, ms in parts.items()}
+        row |= {"peak_mb": round(max(result["peak_mb"] for result in results))}
+        for column, trainer, precision in (
+            ("ratio_to_lightly_fp32", "lightly", "fp32"),
+            ("ratio_to_lightly", "lightly", turn.precision),
+            ("ratio_to_plain", "plain", turn.precision),
+        ):
+            theirs = times.get((trainer, precision, turn.source))
+            row[column] = theirs and round(statistics.median(t / o for t, o in zip(theirs, own, strict=True)), 3)
+        rows.append(row)
+    return rows
+
+
+def micro_batch(turn: Turn) -> int:
+    given = dict(pairwise(turn.arguments)).get("--micro-batch", "0")
+    return int(given)
+
+
+def measure(name: str, setting: Setting, seconds: float, device: torch.device) -> list[dict]:
+    with tempfile.TemporaryDirectory() as folder:
+        make_images(Path(folder), setting, (setting.warm + setting.steps + AHEAD) * setting.batch)
+        turns = contestants(setting, Path(folder))
+        return rows_of(name, setting, in_turns(turns, lambda turn: in_a_process(turn, Path(folder)), seconds), device)
+
+
+def measure_memory(device: torch.device) -> list[dict]:
+    """Ours alone, for a few steps: an epoch is a step, so that a checkpoint is among what takes memory."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        make_images(Path(folder), MEMORY, MEMORY.batch)
+        for batch, at_a_time in SLICES:
+            setting = replace(MEMORY, batch=batch)
+            arguments = [*setting.arguments, "--epochs", "2", "--micro-batch", str(at_a_time)]
+            turns = contestants(replace(setting, arguments=arguments), Path(folder))
+            (turn,) = (t for t in turns if (t.trainer, t.precision, t.source) == ("ours", "bf16", "images"))
+            rows += rows_of("memory", setting, [(turn, [in_a_process(turn, Path(folder))])], device)
+    return rows
+
+
+def show(rows: list[dict]) -> None:
+    """Two tables: how fast each is, and where the time goes."""
+    who = {"setting": "setting", "source": "source", "trainer": "trainer", "precision": ""}
+    ratios = {f"ratio_to_{name}": f"of {name}" for name in ("lightly_fp32", "lightly", "plain")}
+    speed = who | {"micro_batch": "slices", "workers": "workers", "images_per_s": "images/s"} | ratios
+    parts = who | {"step_ms": "step, ms"} | {f"{part}_ms": part for part in PARTS} | {"peak_mb": "MB"}
+    for columns in (speed, parts):
+        table = Table(*(name.replace("_", " ") for name in columns.values()))
+        for row in rows:
+            rounded = {c: round(v) if c.endswith("_ms") else v for c, v in row.items() if c in columns}
+            table.add_row(*("" if rounded[c] is None else str(rounded[c]) for c in columns))
+        console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    everything = [*SETTINGS, "memory"]
+    parser.add_argument("settings", nargs="*", help=f"of {', '.join(map(repr, everything))} (default: all)")
+    parser.add_argument("--quick", action="store_true", help="one round of few steps, no file written")
+    parser.add_argument("--seconds", type=float, default=600, help="about how long each setting may take")
+    arguments = parser.parse_args()
+    chosen = arguments.settings or everything
+    if unknown := set(chosen) - set(everything):
+        sys.exit(f"There is no setting {min(unknown)!r}: choose among {', '.join(everything)}.")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = []
+    for name in chosen:
+        console.print(f"{name} ...")
+        if name == "memory":
+            rows += measure_memory(device)
+            continue
+        setting = SETTINGS[name]
+        if arguments.quick:
+            setting = replace(setting, warm=1, steps=2)
+        rows += measure(name, setting, 0 if arguments.quick else arguments.seconds, device)
+    show(rows)
+    if not arguments.quick:
+        kept = read_rows("train_step") if (RESULTS / "train_step.csv").exists() else []
+        rows += [row for row in kept if row["setting"] not in chosen]
+        rows.sort(key=lambda row: everything.index(row["setting"]))
+        console.print(f"written: {write_rows('train_step', rows)}")
+    if not find_spec("lightly"):
+        console.print("lightly is not installed, so it was left out: `make bench` installs it.")
+
+
+if __name__ == "__main__":
+    main()
