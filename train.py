@@ -390,8 +390,9 @@ def train_classifier(
     """
     accelerator = run.accelerator
     groups = parameter_groups([classifier.encoder, classifier.head], config.optim.weight_decay)
-    # as the official code has it, the new layer neither decays nor adapts
-    groups.append({"params": list(classifier.fc.parameters()), "weight_decay": 0.0, "adapt": False})
+    # as the official code has it, the new layer decays and does not adapt
+    groups.append({"params": [classifier.fc.weight], "weight_decay": config.optim.weight_decay, "adapt": False})
+    groups.append({"params": [classifier.fc.bias], "weight_decay": 0.0, "adapt": False})
     learning_rate = schedule(config, len(loader))
     optimizer = create_optimizer(config.optim.name, groups, learning_rate(0), config.optim.momentum)
 

@@ -15,7 +15,8 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor
         temperature: tau of both.
 
     Returns:
-        () float32. No factor tau^2 as in arXiv 1503.02531: the gradient grows as tau falls.
+        () float32. As in the equation there is no factor tau^2, which arXiv 1503.02531 and the official code's
+        notebook have: the gradient grows as tau falls.
     """
     target = (teacher.detach().float() / temperature).softmax(1)
     return -(target * log_softmax(student.float() / temperature, 1)).sum(1).mean()
