@@ -1,12 +1,16 @@
 # make demo   train on the built-in textures and show what SimCLR learnt
+# make demo-v2   and fine-tune on few labels, and distil
 # make test   the fast tests; make soak: the long ones; make lint: ruff; make bench: loss and views against their peers
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test soak bench lint clean
+.PHONY: demo demo-v2 test soak bench lint clean
 
 demo: .venv/installed
 	$(BIN)/accelerate launch train.py
+
+demo-v2: .venv/installed
+	$(BIN)/python -m bench.demo_v2
 
 test: .venv/installed
 	$(BIN)/pytest

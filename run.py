@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -102,7 +103,8 @@ def begin(config: Common, name: str) -> Run:
     torch.backends.cudnn.benchmark = True  # every step has the same shapes
     bf16 = config.precision == "bf16" or (config.precision == "auto" and computes_in_bf16(device))
     set_seed(config.seed)
-    return Run(accelerator, cores, bf16, *run_folder(config.out, config.resume, name))
+    default = broadcast_object_list([f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"])[0]  # the ranks' clocks differ
+    return Run(accelerator, cores, bf16, *run_folder(config.out, config.resume, default))
 
 
 def loading_options(run: Run, config: Common) -> dict:

@@ -62,7 +62,7 @@ class LARS(Optimizer):
                 torch._foreach_mul_(gradients, list((group["lr"] * ratios).unbind()))
             else:
                 torch._foreach_mul_(gradients, group["lr"])
-            # SGD's kernel with lr = 1 does the last two lines at once, and nothing where `found_inf` is 1
+            # SGD's kernel with lr = 1 does the formula's last two lines at once, and nothing where `found_inf` is 1
             torch._fused_sgd_(
                 weights,
                 gradients,

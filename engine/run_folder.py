@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,12 @@ from engine.metrics import MetricsFile
 from errors import UserError
 
 
-def run_folder(out: str, resume: str, name: str) -> tuple[Path, Path | None]:
+def run_folder(out: str, resume: str, default: str) -> tuple[Path, Path | None]:
     """The run folder, and the checkpoint to go on from if there is one.
 
     Args:
-        out: as given by the user; "" for runs/<name>-<time>.
+        out: as given by the user; "" for the default, or for the folder of the run that `resume` names.
         resume: "auto" to go on with what `out` holds, "none" if it has to be new, else a run folder or a checkpoint.
-        name: of the kind of run.
 
     Raises:
         UserError: the folder holds something else than a run that can go on.
@@ -28,7 +26,7 @@ def run_folder(out: str, resume: str, name: str) -> tuple[Path, Path | None]:
         if _is_new(folder) or folder.resolve() == begun_at.parents[1]:
             return folder, begun_at
         raise UserError(f"{folder} holds other files than the run that --resume names: choose another --out.")
-    folder = Path(out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    folder = Path(out or default)
     if _is_new(folder):
         return folder, None
     begun_at = checkpoint.Checkpoints(folder / "checkpoints", keep=1).latest()

@@ -3,8 +3,11 @@
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from engine.guard import Guard
+from engine.metrics import RunningMeans
+from engine.optim import create_optimizer, parameter_groups
 from loss import nt_xent
 from model import SimCLR, create_encoder, encoder_spec, projection_head, representation_width
 
@@ -47,3 +50,32 @@ def test_a_tensor_left_on_the_cpu_fails():
         pytest.raises((AssertionError, RuntimeError), match=r"device|convert all Tensors"),
     ):
         forward_on_cuda(Stray(), (2, 4, 1, 1))
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+def test_a_step_asks_the_device_for_nothing(name, monkeypatch):
+    """Guard, means and optimiser: a fake tensor has no numbers, so reading one on the host would fail."""
+
+    def fused_sgd(weights, gradients, buffers, found_inf, **_):  # torch's own has no fake form
+        assert {tensor.device.type for tensor in [*weights, *gradients, *buffers, found_inf]} == {"cuda"}
+
+    monkeypatch.setattr(torch, "_fused_sgd_", fused_sgd)
+    device = torch.device("cuda")
+    with FakeTensorMode():
+        with device:
+            net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 2))
+        optimizer = create_optimizer(name, parameter_groups([net], 1e-4), 0.1, 0.9)
+        guard, means = Guard(net, [optimizer], device), RunningMeans(("loss", "gradient_norm"), device)
+        for step in (1, 2):
+            guard.before_forward()
+            loss = net(torch.empty(8, 3, 5, 5, device=device)).square().mean()
+            for w in net.parameters():  # for a backward pass autograd wants the device itself
+                w.grad = torch.empty_like(w)
+            taken, norm = guard.after_backward(step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            means.add(taken, loss, norm)
+        assert {w.device.type for w in net.parameters()} == {guard.counts.device.type} == {means.sums.device.type}
+        assert guard.counts.device.type == "cuda"
+        with pytest.raises(DataDependentOutputException):
+            norm.item()

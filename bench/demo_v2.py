@@ -1,0 +1,60 @@
+"""SimCLR v2's three stages on the built-in textures, one command each, beside a classifier trained on the labels alone.
+
+python -m bench.demo_v2     pretrain, fine-tune on a tenth of the labels, distil; writes bench/results/demo_v2.csv
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench.harness import environment, write_rows
+
+ROOT = Path(__file__).parents[1]
+STAGES = {
+    "pretrain": ["--head.version", "v2", "--eval.no-baselines"],
+    "supervised": ["finetune"],
+    "finetune": ["finetune", "--start.run", "pretrain", "--start.from-layer", "1"],
+    "distill": ["distill", "--teacher", "finetune"],
+}
+"""Arguments of train.py; each stage's run folder has its name."""
+SHOWN = {
+    "supervised": "from random weights on a tenth of the labels",
+    "finetune": "pretrained without labels, fine-tuned on the same",
+    "distill": "a student of that one, on all images",
+}
+console = Console()
+
+
+def main() -> None:
+    scores, wall_s = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for stage, arguments in STAGES.items():
+            command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "train.py"), *arguments]
+            console.print(f"accelerate launch train.py {' '.join(arguments)} --out {stage}", style="bold")
+            begun = time.perf_counter()
+            environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+            subprocess.run([*command, "--out", stage], cwd=folder, env=environ, check=True)
+            wall_s[stage] = time.perf_counter() - begun
+            rows = [json.loads(line) for line in (Path(folder) / stage / "metrics.jsonl").read_text().splitlines()]
+            scores[stage] = {k: v for k, v in rows[-1].items() if k in ("top1", "top5", "knn_top1", "linear_top1")}
+    table = Table("classifier", "top-1", "top-5", "s")
+    for stage, title in SHOWN.items():
+        table.add_row(title, f"{scores[stage]['top1']:.3f}", f"{scores[stage]['top5']:.3f}", f"{wall_s[stage]:.0f}")
+    console.print(table)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    blank = dict.fromkeys(("top1", "top5", "knn_top1", "linear_top1"), "")
+    where = environment(device)
+    rows = [where | {"stage": stage, "wall_s": round(wall_s[stage], 1)} | blank | scores[stage] for stage in STAGES]
+    console.print(f"pretraining took {wall_s['pretrain']:.0f} s; {write_rows('demo_v2', rows)}")
+
+
+if __name__ == "__main__":
+    main()
