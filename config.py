@@ -1,20 +1,14 @@
-"""What a run is: dataclasses for the options, plain functions for the presets."""
+"""What a run is: dataclasses for the options of every stage, and which values can't work."""
 
-import argparse
 import json
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from errors import UserError
 from pipeline.recipe import Recipe
-
-CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
 @dataclass(frozen=True)
@@ -198,202 +192,6 @@ class Distill(Common):
     """Epochs between scores on the test split; 0 for the end only."""
 
 
-def textures() -> Config:
-    """The built-in data set on a laptop: ResNet-18 at a quarter of its width, standard stem, 32 px.
-
-    `accelerate launch train.py` takes two to four minutes on two CPU cores; the README shows what it reaches. Jitter at
-    full strength is what makes the pattern, not the colours, the cheapest thing that two views have in common.
-    """
-    return Config(
-        preset="textures",
-        epochs=50,
-        batch_size=128,
-        views=Recipe(size=32, crop_area=(0.2, 1.0), gray_p=0.3, blur_p=0.0, mean=(0.5,) * 3, std=(0.25,) * 3),
-        encoder=Encoder("resnet18", stem="standard", width=0.25),
-        head=Head("v1", hidden=128, out=64),
-        loss=Loss(temperature=0.2),
-        optim=Optim("adamw", lr=6e-3, scaling="none", weight_decay=1e-4, warmup_epochs=2),
-        eval=Evaluation(knn_every=10, k=20),
-    )
-
-
-def cifar10() -> Config:
-    """CIFAR-10 with augmentation and temperature of arXiv 2002.05709, appendix B.9, and ResNet-18 for its ResNet-50.
-
-    `accelerate launch train.py --preset cifar10 --data CIFAR` on shards made by `pipeline.convert`. Neither hours nor
-    accuracy have been measured here; ResNet-18 is commonly reported at about 91 % linear after 1000 epochs.
-    """
-    return Config(
-        preset="cifar10",
-        epochs=1000,
-        batch_size=512,
-        views=Recipe(size=32, jitter_strength=0.5, blur_p=0.0, mean=CIFAR_MEAN, std=CIFAR_STD),
-        encoder=Encoder("resnet18"),
-        head=Head("v1", hidden=512, out=128),
-        loss=Loss(temperature=0.5),
-        optim=Optim("lars", lr=1.0, scaling="linear", weight_decay=1e-4, warmup_epochs=10),
-        eval=Evaluation(knn_every=20, k=200),
-    )
-
-
-def stl10() -> Config:
-    """STL-10 at 96 px with ResNet-18 and a head 512 -> 64, as small-scale SimCLR is usually run.
-
-    `accelerate launch train.py --preset stl10 --data STL`; neither hours nor accuracy have been measured here.
-    """
-    return Config(
-        preset="stl10",
-        epochs=200,
-        batch_size=256,
-        views=Recipe(size=96),
-        encoder=Encoder("resnet18"),
-        head=Head("v1", hidden=512, out=64),
-        loss=Loss(temperature=0.5),
-        optim=Optim("adamw", lr=3e-4, scaling="none", weight_decay=1e-4, warmup_epochs=10),
-        eval=Evaluation(knn_every=20, k=20),
-    )
-
-
-def imagenet() -> Config:
-    """ImageNet as in arXiv 2002.05709: ResNet-50, batch 4096, LARS 4.8, 100 epochs: 64.6 % linear top-1 (table B.1).
-
-    `accelerate launch train.py --preset imagenet --data IMAGENET` on as many GPUs as hold 4096 images at 224 px; hours
-    have not been measured.
-    """
-    return Config(
-        preset="imagenet",
-        epochs=100,
-        batch_size=4096,
-        views=Recipe(size=224),
-        encoder=Encoder("resnet50"),
-        head=Head("v1", hidden=2048, out=128),
-        loss=Loss(temperature=0.1),
-        optim=Optim("lars", lr=0.3, scaling="linear", weight_decay=1e-6, warmup_epochs=10),
-        eval=Evaluation(knn_every=10, k=200, baselines=False),
-    )
-
-
-def crop_and_flip(size: int, crop_area: tuple[float, float] = (0.08, 1.0)) -> Recipe:
-    """What both papers augment labelled images with."""
-    return Recipe(size, crop_area, jitter_p=0.0, gray_p=0.0, blur_p=0.0)
-
-
-def fine_tune_textures() -> FineTune:
-    """A tenth of the built-in data set's labels: `train.py finetune --start.run RUN`; half a minute on two cores."""
-    start = textures()
-    return FineTune(
-        epochs=60,
-        batch_size=64,
-        views=replace(crop_and_flip(32, (0.2, 1.0)), mean=start.views.mean, std=start.views.std),
-        optim=Optim("adamw", lr=1e-3, scaling="none", weight_decay=1e-4, warmup_epochs=3),
-        labels=Labels(0.1),
-        encoder=start.encoder,
-        validate_every=20,
-    )
-
-
-def fine_tune_v1(percent: int) -> FineTune:
-    """ImageNet as in arXiv 2002.05709, appendix B.5: SGD with Nesterov momentum; its 48.3 % (1 % of the labels) and
-    65.6 % (10 %) with ResNet-50 come after 1000 epochs. Not run here."""
-    return FineTune(
-        preset=f"v1-{percent}",
-        epochs={1: 60, 10: 30}[percent],
-        batch_size=4096,
-        views=crop_and_flip(224),
-        optim=Optim("nesterov", lr=0.05, scaling="linear", weight_decay=0.0, warmup_epochs=0),
-        labels=Labels(percent / 100),
-    )
-
-
-def fine_tune_v2(percent: int) -> FineTune:
-    """ImageNet as in arXiv 2006.10029, section 3: LARS, from the head's first layer; its 57.9 % (1 % of the labels) and
-    68.4 % (10 %) are ResNet-50's. Not run here."""
-    return FineTune(
-        preset=f"v2-{percent}",
-        epochs={1: 60, 10: 30}[percent],
-        batch_size=1024,
-        views=crop_and_flip(224),
-        optim=Optim("lars", lr=0.005, scaling="sqrt", weight_decay=0.0, warmup_epochs=0),
-        start=Start(from_layer=1),
-        labels=Labels(percent / 100),
-    )
-
-
-def distill_textures() -> Distill:
-    """All images of the built-in data set without labels: `train.py distill --teacher RUN`; a minute on two cores."""
-    start = fine_tune_textures()
-    return Distill(
-        epochs=25,
-        batch_size=128,
-        views=start.views,
-        optim=Optim("adamw", lr=2e-3, scaling="none", weight_decay=1e-4, warmup_epochs=2),
-        encoder=start.encoder,
-        validate_every=10,
-    )
-
-
-def distill_v2() -> Distill:
-    """ImageNet with LARS and decay as in the pretraining of arXiv 2006.10029, section 3. Not run here."""
-    return Distill(
-        preset="v2",
-        epochs=400,
-        batch_size=4096,
-        views=crop_and_flip(224),
-        optim=Optim("lars", lr=0.1, scaling="sqrt", weight_decay=1e-4, warmup_epochs=20),
-    )
-
-
-PRESETS: dict[str, dict[str, Callable[[], Common]]] = {
-    "pretrain": {"textures": textures, "cifar10": cifar10, "stl10": stl10, "imagenet": imagenet},
-    "finetune": {
-        "textures": fine_tune_textures,
-        **{f"v1-{percent}": partial(fine_tune_v1, percent) for percent in (1, 10)},
-        **{f"v2-{percent}": partial(fine_tune_v2, percent) for percent in (1, 10)},
-    },
-    "distill": {"textures": distill_textures, "v2": distill_v2},
-}
-
-
-def parse(arguments: list[str]) -> Config | FineTune | Distill:
-    """Command line to configuration: the preset first, then whatever is given beside it.
-
-    What goes on from another run sees the same images: its --data and --views.size, mean and std are the default.
-
-    Raises:
-        UserError: unknown preset, or a value that can't work.
-    """
-    stage = arguments[0] if arguments and arguments[0] in PRESETS else "pretrain"
-    arguments = arguments[1:] if arguments[:1] == [stage] else arguments
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for option, default in (("--preset", "textures"), ("--teacher", ""), ("--start.run", "")):
-        first.add_argument(option, default=default)
-    given = vars(first.parse_known_args(arguments)[0])
-    presets, name = PRESETS[stage], given["preset"]
-    if name not in presets:
-        raise UserError(f"There is no preset {name!r}: choose one of {', '.join(presets)}.")
-    default = presets[name]()
-    if stage != "pretrain" and (before := given["teacher"] or given["start.run"]):
-        data, views = images_of(Path(before))
-        default = replace(default, data=data, views=replace(default.views, **views))
-    config = tyro.cli(type(default), prog=f"train.py {stage}", default=default, args=arguments)
-    _check(config)
-    return config
-
-
-def images_of(run: Path) -> tuple[str, dict[str, Any]]:
-    """--data of a run, and size, mean and std of its views.
-
-    Raises:
-        UserError: it is not the folder of a run.
-    """
-    try:
-        record = json.loads((run / "config.json").read_text())
-        data, views = record["data"], record["views"]
-        return data, {"size": views["size"], "mean": tuple(views["mean"]), "std": tuple(views["std"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run} is not the folder of a run, for its config.json can't be read ({error!r}).") from error
-
-
 def check_same_run(config: Config, begun: dict[str, Any]) -> None:
     """Refuse to go on with a run under other options than it was begun with, but for those that change no result.
 
@@ -427,7 +225,7 @@ def _differences(name: str, before: Any, after: Any) -> list[tuple[str, Any, Any
     return [] if before == after else [(name, before, after)]
 
 
-def _check(config: Config | FineTune | Distill) -> None:
+def check_values(config: Config | FineTune | Distill) -> None:
     """Refuse values that would fail later, where the cause is no longer plain."""
     smallest = {
         "epochs": 1,

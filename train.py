@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from config import Common, Config, Distill, FineTune, Labels, parse
+from config import Common, Config, Distill, FineTune, Labels
 from engine import checkpoint
 from engine.gradcache import backward_in_slices
 from engine.guard import CollapseWatch
@@ -54,6 +54,7 @@ from model import (
 from pipeline.loader import Batch, ViewLoader, central_batches
 from pipeline.shards import ShardSet
 from pipeline.subsets import keys_subset, label_subset
+from presets import parse
 from run import (
     Run,
     State,

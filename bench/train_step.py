@@ -88,9 +88,9 @@ SETTINGS = {
     "textures": Setting(["--preset", "textures"], 128, texture, warm=10, steps=40),
     "cifar10": Setting(["--preset", "cifar10"], 64, texture, warm=2, steps=5),
     "stl10": Setting(["--preset", "stl10"], 64, tile, warm=3, steps=8),
-    "photographs at 96 px": Setting(["--preset", "stl10"], 64, one_of_many_photographs, warm=3, steps=8),
+    "imagenet": Setting(["--preset", "imagenet"], 16, one_of_many_photographs, warm=2, steps=4),
 }
-"""The demonstration, and ResNet-18 with the small stem, with the standard one, and on images that take decoding."""
+"""The presets, in batches that a CPU takes a second or a few for. Each weighs data and step otherwise."""
 MEMORY = Setting(["--preset", "cifar10", "--data.prefetch", "1"], 4096, texture, warm=1, steps=1)
 SLICES = ((4096, 64), (64, 0))
 """(batch, images that are encoded at a time; 0 for all)."""
@@ -222,7 +222,9 @@ def main() -> None:
     everything = [*SETTINGS, "memory"]
     parser.add_argument("settings", nargs="*", help=f"of {', '.join(map(repr, everything))} (default: all)")
     parser.add_argument("--quick", action="store_true", help="one round of few steps, no file written")
-    parser.add_argument("--seconds", type=float, default=600, help="about how long each setting may take")
+    parser.add_argument(
+        "--seconds", type=float, default=900, help="about how long each setting may take (default: 900)"
+    )
     arguments = parser.parse_args()
     chosen = arguments.settings or everything
     if unknown := set(chosen) - set(everything):

@@ -30,9 +30,10 @@ from torchvision.datasets import ImageFolder
 import train
 from bench.harness import peak_resident_mb
 from bench.implementations import dense
-from config import Config, parse
+from config import Config
 from model import SimCLR, create_encoder, encoder_spec, projection_head, representation_width
 from pipeline.loader import ViewLoader
+from presets import parse
 
 PARTS = ("wait", "forward", "loss", "backward", "optimizer", "other")
 

@@ -4,10 +4,10 @@ import cv2
 import numpy as np
 import torch
 
-from config import textures as preset
 from pipeline import textures
 from pipeline.host_backend import HostBackend
 from pipeline.recipe import draw_views
+from presets import textures as preset
 
 COLUMNS, SIDE, GAP = 10, 72, 6
 

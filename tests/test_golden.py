@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from config import imagenet
 from engine.optim import create_optimizer, parameter_groups
 from engine.schedule import peak_learning_rate, warmup_cosine
 from loss import nt_xent
+from presets import imagenet
 from run import schedule
 
 PI = Decimal("3.14159265358979323846264338327950288419716939937511")

@@ -11,12 +11,13 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import train
-from config import FineTune, parse
+from config import FineTune
 from errors import UserError
 from model import load_classifier, load_encoder, load_head
 from pipeline import textures
 from pipeline.convert import write_split
 from pipeline.sources import folder_source
+from presets import parse
 
 SMALL = ["--batch-size", "16", "--log-every", "1", "--precision", "fp32"]
 
