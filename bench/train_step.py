@@ -222,9 +222,7 @@ def main() -> None:
     everything = [*SETTINGS, "memory"]
     parser.add_argument("settings", nargs="*", help=f"of {', '.join(map(repr, everything))} (default: all)")
     parser.add_argument("--quick", action="store_true", help="one round of few steps, no file written")
-    parser.add_argument(
-        "--seconds", type=float, default=900, help="about how long each setting may take (default: 900)"
-    )
+    parser.add_argument("--seconds", type=float, default=900, help="about how long for each setting (default: 900)")
     arguments = parser.parse_args()
     chosen = arguments.settings or everything
     if unknown := set(chosen) - set(everything):
