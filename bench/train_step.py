@@ -92,7 +92,7 @@ SETTINGS = {
 }
 """The presets, in batches that a CPU takes a second or a few for. Each weighs data and step otherwise."""
 MEMORY = Setting(["--preset", "cifar10", "--data.prefetch", "1"], 4096, texture, warm=1, steps=1)
-SLICES = ((4096, 64), (64, 0))
+SLICES = ((4096, 64), (128, 0))
 """(batch, images that are encoded at a time; 0 for all)."""
 
 
