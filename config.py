@@ -101,7 +101,7 @@ class Common:
     data: str = ""
     """Shards: a folder or URL with train/ (and test/ or val/), or one shard set. The textures preset makes its own."""
     out: str = ""
-    """Run folder; default runs/<preset>-<time>."""
+    """Run folder; default runs/<preset>-<time>, after the stage's name if that is not pretraining."""
     resume: str = "auto"
     """auto: go on where --out stopped, if it did. none: --out must be new. Else a run folder or a checkpoint."""
     epochs: int = 100
@@ -249,6 +249,8 @@ def check_values(config: Config | FineTune | Distill) -> None:
         "loss.temperature": 0.001,
         "start.from-layer": 0,
         "optim.lr": 0,
+        "optim.momentum": 0,
+        "optim.weight-decay": 0,
         "optim.warmup-epochs": 0,
         "eval.knn-every": 0,
         "eval.k": 1,
@@ -267,6 +269,10 @@ def check_values(config: Config | FineTune | Distill) -> None:
         raise UserError(f"--seed is {config.seed}: give one below {2**32}.")
     if not math.isfinite(config.loading.cache_gb):
         raise UserError(f"--data.cache-gb is {config.loading.cache_gb}: give the number of GB that shards may take.")
+    if not config.optim.momentum < 1 or (config.optim.name == "nesterov" and not config.optim.momentum):
+        raise UserError(f"--optim.momentum is {config.optim.momentum}: give one below 1, and above 0 for nesterov.")
+    if not min(config.views.std) > 0:
+        raise UserError(f"--views.std is {' '.join(map(str, config.views.std))}: give three numbers above 0.")
     low, high = config.views.crop_area
     if not 0 < low <= high <= 1:
         raise UserError(
@@ -283,5 +289,7 @@ def check_values(config: Config | FineTune | Distill) -> None:
         )
     if isinstance(config, Distill) and not config.teacher:
         raise UserError("There is no teacher: give --teacher, the run folder of a fine-tuning.")
+    if isinstance(config, Distill) and not config.labelled_share and config.labels != Labels():
+        raise UserError("--labels are given but --labelled-share is 0, so none would be used: give it a weight.")
     if isinstance(config, Distill) and not config.labelled_share <= 1:
         raise UserError(f"--labelled-share is {config.labelled_share}: give a weight from 0 to 1.")

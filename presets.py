@@ -207,7 +207,9 @@ def parse(arguments: list[str]) -> Config | FineTune | Distill:
     if stage != "pretrain" and (before := given["teacher"] or given["start.run"]):
         data, views = images_of(Path(before))
         default = replace(default, data=data, views=replace(default.views, **views))
-    config = tyro.cli(type(default), prog=f"train.py {stage}", default=default, args=arguments)
+    others = "" if stage != "pretrain" else " Other stages: train.py finetune --help, train.py distill --help."
+    about = (type(default).__doc__ or "") + others
+    config = tyro.cli(type(default), prog=f"train.py {stage}", description=about, default=default, args=arguments)
     check_values(config)
     return config
 

@@ -74,6 +74,8 @@ class Task:
     """Scores in the course of the run; None for none."""
     validate_every: int
     """Epochs; 0 for never."""
+    inputs: dict[str, str] = field(default_factory=dict)
+    """Checksums of what else the result depends on."""
 
 
 @dataclass
@@ -129,7 +131,7 @@ def open_data(run: Run, config: Common) -> tuple[Common, ShardSet, ShardSet | No
     if config.preset == "textures" and not config.data:
         ensure_textures(Path(TEXTURES))
         processes = run.accelerator.num_processes
-        config = dataclasses.replace(config, batch_size=config.batch_size // processes * processes)
+        config = dataclasses.replace(config, batch_size=max(config.batch_size // processes, 1) * processes)
     loading = loading_options(run, config)
     return config, *open_splits(config.data or TEXTURES, loading["cache"]), loading
 
@@ -180,6 +182,14 @@ def restore(run: Run, config: Common, task: Task) -> State:
     check_same_run(config, record["config"])
     if record["data"] != identity(task.loader):
         raise UserError(f"{run.begun_at} was trained on other shards than {task.loader.shards.root}: give its --data.")
+    if record["inputs"] != task.inputs:
+        raise UserError(
+            f"{' and '.join(name for name in task.inputs if task.inputs[name] != record['inputs'].get(name))} changed "
+            f"since {run.begun_at} was written: begin anew with another --out."
+        )
+    if record["bf16"] != run.bf16:
+        before = "bf16" if record["bf16"] else "fp32"
+        raise UserError(f"{run.begun_at} was trained in {before}: go on where that runs, or with --precision {before}.")
     checkpoint.unpack(tensors, task.module, task.optimizers)
     state.means.sums, guard.counts = tensors["means"].to(device), tensors["guard"].to(device)
     task.loader.load_state_dict(record["loader"])
@@ -194,10 +204,12 @@ def save(run: Run, config: Common, task: Task, state: State) -> None:
     quarantine = task.loader.quarantine
     bad = torch.tensor([quarantine.met, quarantine.replaced], device=run.accelerator.device)
     met, replaced = run.accelerator.reduce(bad, "sum").tolist()
+    sums = run.accelerator.reduce(state.means.sums, "mean")  # the ranks have different ones, and all go on from these
     if run.accelerator.is_main_process and state.guard.is_sound():
         tensors = checkpoint.pack(task.module, task.optimizers)
-        tensors |= {"means": state.means.sums.cpu(), "guard": state.guard.counts.cpu()}
+        tensors |= {"means": sums.cpu(), "guard": state.guard.counts.cpu()}
         record = {"loader": task.loader.state_dict(), "report": state.report, "data": identity(task.loader)}
+        record |= {"inputs": task.inputs, "bf16": run.bf16}
         record |= {"met": met, "replaced": replaced, "config": dataclasses.asdict(config)}
         checkpoint.Checkpoints(run.out / "checkpoints", config.checkpoint.keep).save(state.step, tensors, record)
 
@@ -245,7 +257,7 @@ def diverged(run: Run, task: Task, in_a_row: int, step: int) -> UserError:
     return UserError(
         f"The gradient was not finite in {in_a_row} steps in a row, the last of them step {step} (images "
         f"{', '.join(keys[:3])} and more, listed in {run.out}/diverged.json): lower --optim.lr, lengthen "
-        "--optim.warmup-epochs or use --precision fp32."
+        "--optim.warmup-epochs or use --precision fp32, in a new --out; or allow more by --max-skipped."
     )
 
 

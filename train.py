@@ -11,6 +11,7 @@ same loop. What surrounds it (run folder, checkpoints, loaders) is in run.py.
 """
 
 import dataclasses
+import hashlib
 import math
 import sys
 import time
@@ -166,7 +167,7 @@ def pretrain(config: Config) -> None:
     metrics = open_folder(run, config, task, state, {"timm_name": spec[0], "timm_kwargs": spec[1]})
     if evaluate is None and accelerator.is_main_process:
         console.print("There is no labelled test split beside the train split, so no kNN and no table.")
-    if evaluate and config.eval.baselines and not state.report:
+    if evaluate and config.eval.baselines and not state.step:  # later it is untrained no more
         state.report = {"raw pixels": evaluate(raw_pixels), "untrained": evaluate(represent)}
 
     closing = fit(run, config, task, state, metrics)
@@ -267,6 +268,8 @@ def fit(run: Run, config: Common, task: Task, state: State, metrics: MetricsFile
                     break
             if not epoch_ends:
                 break
+            if leaving:  # who asked may not wait for the scores
+                save(run, config, task, state)
             if due and state.step < total_steps:
                 scores = task.validate()
                 if accelerator.is_main_process:
@@ -281,7 +284,8 @@ def fit(run: Run, config: Common, task: Task, state: State, metrics: MetricsFile
         if accelerator.is_main_process:
             metrics.close()
             console.print(
-                f"Stopped after step {state.step} of {total_steps}: the same command with --out {run.out} goes on."
+                f"Stopped after step {state.step} of {total_steps}: the same command with --out {run.out}"
+                f"{'' if config.resume == 'auto' else ' --resume auto'} goes on."
             )
         return None
     closing = []
@@ -316,7 +320,8 @@ def finetune(config: FineTune) -> None:
         return loss, (logits.argmax(1) == batch.label).float().mean()
 
     figures, classes = ("loss", "train_top1"), list(train.classes)
-    train_classifier(run, config, classifier, spec, classes, loader, test, loading, backpropagate, figures, {})
+    chance = math.log(len(classes))
+    train_classifier(run, config, classifier, spec, classes, loader, test, loading, backpropagate, figures, chance)
 
 
 def distill(config: Distill) -> None:
@@ -324,8 +329,10 @@ def distill(config: Distill) -> None:
     run = begin(config, f"distill-{config.preset}")
     config, train, test, loading = open_data(run, config)
     loader = view_loader(run, config, train, loading, views_per_image=1)
-    teacher, classes = load_classifier(Path(config.teacher) / "model.safetensors")
-    teacher = teacher.requires_grad_(False).to(run.accelerator.device, memory_format=torch.channels_last)
+    weights = Path(config.teacher) / "model.safetensors"
+    teacher, classes = load_classifier(weights)
+    representation_width(teacher.encoder, config.views.size)  # can it take these views?
+    teacher = teacher.eval().requires_grad_(False).to(run.accelerator.device, memory_format=torch.channels_last)
     student, spec = classifier_from(config, len(classes))
     student = to_device(run, config, student)
     used = np.zeros(len(train), dtype=bool)  # whose labels may be looked at
@@ -342,13 +349,28 @@ def distill(config: Distill) -> None:
             logits = model(batch.views)
         loss = (1 - config.labelled_share) * distillation(logits, taught, config.temperature)
         if config.labelled_share:
-            known = used[batch.index].to(batch.label.device, non_blocking=True)
+            known = used[batch.index]  # on the host, as the index is
+            known = (known.pin_memory() if batch.label.is_cuda else known).to(batch.label.device, non_blocking=True)
             loss = loss + config.labelled_share * labelled_cross_entropy(logits, batch.label.where(known, -1))
         run.accelerator.backward(loss)
         return loss, (logits.argmax(1) == taught.argmax(1)).float().mean()
 
-    figures, others = ("loss", "agreement"), {"teacher": teacher}
-    train_classifier(run, config, student, spec, classes, loader, test, loading, backpropagate, figures, others)
+    inputs = {"--teacher": digest_of(weights), "--labels": hashlib.sha256(used.numpy().tobytes()).hexdigest()}
+    train_classifier(
+        run,
+        config,
+        student,
+        spec,
+        classes,
+        loader,
+        test,
+        loading,
+        backpropagate,
+        figures=("loss", "agreement"),
+        chance=math.nan,  # a teacher that is unsure teaches just that
+        others={"teacher": teacher},
+        inputs=inputs,
+    )
 
 
 def classifier_from(config: FineTune | Distill, classes: int) -> tuple[Classifier, tuple[str, dict]]:
@@ -364,10 +386,19 @@ def classifier_from(config: FineTune | Distill, classes: int) -> tuple[Classifie
     return fine_tuned(encoder, head, start.from_layer, representation_width(encoder, size), classes), spec
 
 
+def digest_of(path: Path) -> str:
+    """Checksum of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def labelled_samples(labels: Labels, seed: int, train: ShardSet) -> np.ndarray:
     """(n,) int64, ascending: the samples whose labels are used."""
     if labels.keys:
-        return keys_subset(train, Path(labels.keys))
+        samples = keys_subset(train, Path(labels.keys))
+        if bare := int((train.index["label"][samples] < 0).sum()):
+            raise UserError(f"{labels.keys} names {bare} images of {train.root} that have no label: leave them out.")
+        return samples
     return label_subset(train.index["label"], labels.fraction, seed)
 
 
@@ -382,14 +413,17 @@ def train_classifier(
     loading: dict,
     backpropagate: Callable[[nn.Module, Batch], tuple[Tensor, ...]],
     figures: tuple[str, ...],
-    others: dict[str, Classifier],
+    chance: float,
+    others: dict[str, Classifier] | None = None,
+    inputs: dict[str, str] | None = None,
 ) -> None:
     """What fine-tuning and distillation share: optimiser, loop, scores on the test split, `model.safetensors`.
 
     Args:
+        chance, inputs: see `Task`.
         others: classifiers to be scored beside it, by the name of their row.
     """
-    accelerator = run.accelerator
+    accelerator, others = run.accelerator, others or {}
     groups = parameter_groups([classifier.encoder, classifier.head], config.optim.weight_decay)
     # as the official code has it, the new layer decays and does not adapt
     groups.append({"params": [classifier.fc.weight], "weight_decay": config.optim.weight_decay, "adapt": False})
@@ -420,12 +454,15 @@ def train_classifier(
         learning_rate,
         backpropagate,
         figures,
-        chance=math.log(len(classes)),
+        chance=chance,
         validate=(lambda: score(classifier)) if known else None,
         validate_every=config.validate_every,
+        inputs=inputs or {},
     )
     state = restore(run, config, task)
     metrics = open_folder(run, config, task, state, {"timm_name": spec[0], "timm_kwargs": spec[1]})
+    if not known and accelerator.is_main_process:
+        console.print("There is no labelled test split of the same classes beside the train split, so no scores.")
     if known and not state.report:
         state.report = {name: score(other) for name, other in others.items()}
     closing = fit(run, config, task, state, metrics)

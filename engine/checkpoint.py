@@ -47,7 +47,8 @@ class Checkpoints:
             return target
         partial = self.folder / f".{target.name}.partial"
         try:
-            shutil.rmtree(partial, ignore_errors=True)
+            for left in self.folder.glob(".step-*.partial"):  # by a save or a deletion that was killed
+                shutil.rmtree(left, ignore_errors=True)
             partial.mkdir(parents=True)
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "state.safetensors")
             record = {"format": FORMAT, "step": step, "sha256": _digest(partial / "state.safetensors"), **record}

@@ -22,8 +22,11 @@ def run_folder(out: str, resume: str, default: str) -> tuple[Path, Path | None]:
     """
     if resume not in ("auto", "none"):
         begun_at = checkpoint.find(Path(resume).resolve())
-        folder = Path(out or begun_at.parents[1])
-        if _is_new(folder) or folder.resolve() == begun_at.parents[1]:
+        own = begun_at.parents[1] if begun_at.parent.name == "checkpoints" else None
+        if not out and own is None:
+            raise UserError(f"{begun_at} lies in no run folder: give --out as well.")
+        folder = Path(out or own)
+        if _is_new(folder) or folder.resolve() == own:
             return folder, begun_at
         raise UserError(f"{folder} holds other files than the run that --resume names: choose another --out.")
     folder = Path(out or default)

@@ -208,14 +208,20 @@ def test_a_stopped_fine_tuning_goes_on_bit_for_bit(run, pretrained, tmp_path):
         (["distill", "--data", "DATA"], "There is no teacher: give --teacher"),
         (["distill", "--teacher", "RUN"], "There is no file"),
         (["distill", "--teacher", "RUN", "--labelled-share", "2"], "--labelled-share is 2.0"),
+        (["distill", "--teacher", "RUN", "--labels.fraction", "0.1"], "--labelled-share is 0"),
+        (
+            ["finetune", "--data", "DATA", "--optim.name", "nesterov", "--optim.momentum", "0"],
+            "--optim.momentum is 0.0",
+        ),
+        (["finetune", "--data", "DATA", "--views.std", "0", "1", "1"], "--views.std is 0.0 1.0 1.0"),
     ],
 )
 def test_what_is_typed_wrong_gets_one_sentence(pretrained, data, tmp_path, monkeypatch, arguments, message):
     places = {"DATA": str(data), "RUN": str(pretrained)}
     out = tmp_path / "run"
     AcceleratorState._reset_state(reset_partial_state=True)
-    monkeypatch.setattr(sys, "argv", ["train.py", *[places.get(word, word) for word in arguments], "--out", str(out)])
-    monkeypatch.setattr(sys, "argv", sys.argv + ([] if "--batch-size" in arguments else ["--batch-size", "16"]))
+    given = [places.get(word, word) for word in arguments]
+    monkeypatch.setattr(sys, "argv", ["train.py", *given, "--out", str(out), "--batch-size", "16"])
     with pytest.raises(SystemExit) as stopped:
         train.main()
     assert message in str(stopped.value) and "\n" not in str(stopped.value)

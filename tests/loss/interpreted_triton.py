@@ -106,8 +106,10 @@ def test_both_sides_of_the_online_switch(tile, tau):
     tile(32, 32, 64, 64)
     z = trained_like(66, 48)
     z[5] = -z[4]  # cosine -1, the other end of the range
+    # Normalising two rows and adding up their product rounds a cosine near 1 by some 2^-24 each, not alike in forward
+    # and backward: numpy, which stands in for the tensor cores, multiplies tiles of other shapes in another order.
     for true_norm, error in errors(z, tau).values():
-        assert error <= (5e-7 + 2e-8 / tau) * true_norm
+        assert error <= (5e-7 + 4 * 2**-24 / tau) * true_norm
 
 
 def test_a_larger_batch(tile):
