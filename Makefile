@@ -1,6 +1,6 @@
 # make demo   train on the built-in textures and show what SimCLR learnt
 # make demo-v2   and fine-tune on few labels, and distil
-# make test   the fast tests; make soak: the long ones; make lint: ruff; make bench: loss and views against their peers
+# make test   the fast tests; make soak: the long ones; make lint: ruff; make bench: loss, views and step against their peers
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -22,6 +22,7 @@ bench: .venv/installed
 	$(BIN)/python -m pip install --quiet --requirement requirements-bench.lock
 	$(BIN)/python bench/loss_kernel.py
 	$(BIN)/python bench/pipeline.py
+	$(BIN)/python -m bench.train_step
 
 lint: .venv/installed
 	$(BIN)/ruff check .

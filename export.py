@@ -34,7 +34,7 @@ TORCHVISION += ["wide_resnet50_2", "wide_resnet101_2", "resnext50_32x4d", "resne
 """Encoders that timm and torchvision build alike, under the same name and with the same names of weights."""
 RECIPE = ("encoder", "head", "views", "loss", "optim")
 """Parts of a run's config.json that go onto the model card, after its plain options."""
-NOT_RECIPE = ("data", "out", "resume", "log_every", "timm_name", "timm_kwargs")
+NOT_RECIPE = ("data", "out", "resume", "log_every", "teacher", "timm_name", "timm_kwargs")
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ def model_card(
         "---",
         f"# {title}",
         "",
-        f"An image encoder, `{name}` with `{kwargs}`, trained without labels by SimCLR (arXiv 2002.05709) with "
+        f"An image encoder, `{name}` with `{kwargs}`, {trained_how(config)}, with "
         "StreamCLR. It maps images to representations; there is no classifier.",
         "",
         "```python",
@@ -237,7 +237,7 @@ def model_card(
         "",
         "## Data",
         "",
-        data_sentence(config.get("data")),
+        data_sentence(config.get("data"), labelled="labels" in config),
         "",
         "## Recipe",
         "",
@@ -247,12 +247,13 @@ def model_card(
     for key, value in config.items():
         if not isinstance(value, dict) and key not in NOT_RECIPE:
             lines.append(f"| {key} | {value} |")
-    for part in RECIPE:
+    begun = config.get("start", {}).get("run")  # whose encoder it is then, not the one of the options
+    for part in (each for each in RECIPE if not (each == "encoder" and begun)):
         lines += [f"| {part}.{key} | {value} |" for key, value in config.get(part, {}).items()]
     lines += ["", "## Scores", ""]
     if scores:
         names = list(dict.fromkeys(key for figures in scores.values() for key in figures))
-        lines += ["On frozen features, at the end of the run.", ""]
+        lines += [f"{'Of classifiers' if 'labels' in config else 'On frozen features'}, at the end of the run.", ""]
         lines += ["| features | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
         for features, figures in scores.items():
             cells = [_text(figures[key]) if key in figures else "not measured" for key in names]
@@ -266,12 +267,22 @@ def model_card(
     return "\n".join(lines) + "\n"
 
 
-def data_sentence(data: str | None) -> str:
+def trained_how(config: dict[str, Any]) -> str:
+    """What kind of run it comes from: only pretraining knows no labels."""
+    if "teacher" in config:
+        return "distilled from a fine-tuned teacher (arXiv 2006.10029)"
+    if "labels" in config:
+        begun = "a pretrained encoder" if config["start"]["run"] else "random weights"
+        return f"trained with labels, from {begun}"
+    return "trained without labels by SimCLR (arXiv 2002.05709)"
+
+
+def data_sentence(data: str | None, labelled: bool) -> str:
     """What the encoder was trained on: the last part of its place, which may be private, and never a URL's query."""
     if not data:
         return "StreamCLR's built-in textures, which are drawn by a program."
     name = urlsplit(data).path.rstrip("/").rsplit("/", 1)[-1]
-    return f"Images of the shards `{name}`, without their labels."
+    return f"Images of the shards `{name}`" + (" and labels of them." if labelled else ", without their labels.")
 
 
 def _text(value: float) -> str:

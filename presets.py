@@ -114,10 +114,10 @@ def fine_tune_textures() -> FineTune:
     """A tenth of the built-in data set's labels: `train.py finetune --start.run RUN`; half a minute on two cores."""
     start = textures()
     return FineTune(
-        epochs=60,
+        epochs=100,
         batch_size=64,
         views=replace(crop_and_flip(32, (0.2, 1.0)), mean=start.views.mean, std=start.views.std),
-        optim=Optim("adamw", lr=1e-3, scaling="none", weight_decay=1e-4, warmup_epochs=3),
+        optim=Optim("adamw", lr=3e-3, scaling="none", weight_decay=1e-4, warmup_epochs=3),
         labels=Labels(0.1),
         encoder=start.encoder,
         validate_every=20,
@@ -157,6 +157,7 @@ def distill_textures() -> Distill:
     return Distill(
         epochs=25,
         batch_size=128,
+        temperature=0.1,
         views=start.views,
         optim=Optim("adamw", lr=2e-3, scaling="none", weight_decay=1e-4, warmup_epochs=2),
         encoder=start.encoder,

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import model
-from config import Config
+from config import Config, Distill, FineTune, Start
 from errors import UserError
 from export import TORCHVISION, Export, data_sentence, export, main, torchvision_state
 from pipeline.recipe import Recipe, central_view
@@ -21,7 +21,7 @@ from pipeline.recipe import Recipe, central_view
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
 
-def a_run(folder, spec, size, **options):
+def a_run(folder, spec, size, kind=Config, **options):
     """A run folder as train.py leaves it, and its encoder, with statistics such as training leaves."""
     torch.manual_seed(0)
     encoder = model.create_encoder(spec)
@@ -31,7 +31,7 @@ def a_run(folder, spec, size, **options):
                 nn.init.uniform_(tensor, 0.5, 1.5)
     folder.mkdir()
     model.save_encoder(encoder, spec, folder / "encoder.safetensors")
-    config = Config(views=Recipe(size=size, mean=MEAN, std=STD), **options)
+    config = kind(views=Recipe(size=size, mean=MEAN, std=STD), **options)
     record = {**dataclasses.asdict(config), "timm_name": spec[0], "timm_kwargs": spec[1]}
     (folder / "config.json").write_text(json.dumps(record))
     return encoder.eval()
@@ -162,9 +162,25 @@ def test_the_card_of_a_run_without_a_report(tmp_path):
     assert "kNN top-1: not measured. Linear top-1: not measured." in card and "built-in textures" in card
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        (FineTune, {"start": Start("/home/someone/runs/wide", 1)}, "trained with labels, from a pretrained encoder"),
+        (FineTune, {}, "trained with labels, from random weights"),
+        (Distill, {"teacher": "/home/someone/runs/tuned"}, "distilled from a fine-tuned teacher"),
+    ],
+)
+def test_the_card_of_a_run_that_has_seen_labels_says_so(tmp_path, kind, options, said):
+    small_run(tmp_path / "run", kind=kind, data="birds", **options)
+    export(Export(tmp_path / "run", tmp_path / "out", "huggingface"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert said in card and "without" not in card and "someone" not in card
+    assert ("| encoder.name |" in card) == (not options.get("start")), "an option that was not used is no recipe"
+
+
 def test_a_card_keeps_no_secret_of_an_address():
-    assert data_sentence("s3://bucket/birds/train?key=secret").count("`train`") == 1
-    assert "secret" not in data_sentence("https://user:secret@host/birds?token=secret")
+    assert data_sentence("s3://bucket/birds/train?key=secret", False).count("`train`") == 1
+    assert "secret" not in data_sentence("https://user:secret@host/birds?token=secret", True)
 
 
 @pytest.mark.parametrize(
