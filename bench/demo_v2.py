@@ -30,6 +30,7 @@ SHOWN = {
     "finetune": "pretrained without labels, fine-tuned on the same",
     "distill": "a student of that one, on all images",
 }
+SCORES = ("top1", "top5", "knn_top1", "linear_top1")
 console = Console()
 
 
@@ -44,13 +45,13 @@ def main() -> None:
             subprocess.run([*command, "--out", stage], cwd=folder, env=environ, check=True)
             wall_s[stage] = time.perf_counter() - begun
             rows = [json.loads(line) for line in (Path(folder) / stage / "metrics.jsonl").read_text().splitlines()]
-            scores[stage] = {k: v for k, v in rows[-1].items() if k in ("top1", "top5", "knn_top1", "linear_top1")}
+            scores[stage] = {name: round(rows[-1][name], 4) for name in SCORES if name in rows[-1]}
     table = Table("classifier", "top-1", "top-5", "s")
     for stage, title in SHOWN.items():
         table.add_row(title, f"{scores[stage]['top1']:.3f}", f"{scores[stage]['top5']:.3f}", f"{wall_s[stage]:.0f}")
     console.print(table)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    blank = dict.fromkeys(("top1", "top5", "knn_top1", "linear_top1"), "")
+    blank = dict.fromkeys(SCORES, "")
     where = environment(device)
     rows = [where | {"stage": stage, "wall_s": round(wall_s[stage], 1)} | blank | scores[stage] for stage in STAGES]
     console.print(f"pretraining took {wall_s['pretrain']:.0f} s; {write_rows('demo_v2', rows)}")
