@@ -14,8 +14,8 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
-import config
 import evaluate
+import presets
 from evaluation import linear
 from evaluation.intervals import wilson
 from evaluation.knn import knn_top1
@@ -51,7 +51,7 @@ def run(data, tmp_path):
     torch.manual_seed(0)
     spec = encoder_spec("resnet18", 32, "standard", 0.125)
     save_encoder(create_encoder(spec), spec, folder / "encoder.safetensors")
-    options = dataclasses.replace(config.textures(), data=str(data))
+    options = dataclasses.replace(presets.textures(), data=str(data))
     record = {**dataclasses.asdict(options), "timm_name": spec[0], "timm_kwargs": spec[1]}
     (folder / "config.json").write_text(json.dumps(record))
     return folder
@@ -95,7 +95,7 @@ def record_of(run, name):
 
 def embedded_by_hand(run, data):
     """features and labels of both splits without anything of evaluate.py."""
-    encoder, views = load_encoder(run / "encoder.safetensors"), config.textures().views
+    encoder, views = load_encoder(run / "encoder.safetensors"), presets.textures().views
     found = []
     for split in open_splits(str(data)):
         batches = central_batches(split, views, np.arange(len(split)), batch_size=256, device=torch.device("cpu"))
