@@ -301,6 +301,18 @@ def test_collapse_is_reported(run_here, data, tmp_path, monkeypatch, capsys):
     assert printed.count(f"The loss stands at {math.log(31):.4f}") == 1 and "(collapse)" in printed
 
 
+@pytest.mark.soak
+def test_compiled_networks_train_as_they_are(run_here, data, tmp_path):
+    """Two minutes of compiling; the losses differ by rounding, which AdamW would magnify."""
+    options = ["--data", data, "--epochs", 1, "--precision", "fp32", "--eval.no-baselines", *SMALL]
+    options += ["--optim.name", "sgd", "--optim.lr", 0.02, "--encoder.stem", "small", "--loss.temperature", 0.5]
+    losses = {}
+    for name, also in (("plain", []), ("compiled", ["--compile"])):
+        run_here(*options, *also, "--out", tmp_path / name)
+        losses[name] = [row["loss"] for row in rows(tmp_path / name) if "loss" in row]
+    assert losses["compiled"] == pytest.approx(losses["plain"], abs=1e-5) and len(losses["plain"]) == 5
+
+
 def test_micro_batches_keep_the_contrastive_batch(run_here, data, tmp_path):
     """Slices of 5, 5, 5 and 1 images; without batch norm's own statistics nothing tells them from the whole."""
     vit = ["--encoder.name", "convnext_atto", "--encoder.stem", "auto", "--encoder.width", 1, "--precision", "fp32"]
