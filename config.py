@@ -203,6 +203,7 @@ def check_same_run(config: Config, begun: dict[str, Any]) -> None:
         UserError: names every option that differs, with both values.
     """
     free = {"out", "resume", "data", "log_every", "loading", "eval", "checkpoint", "validate_every", "max_skipped"}
+    free |= {"precision"}  # what came of it is in the checkpoint by itself
     now = json.loads(json.dumps(asdict(config)))  # tuples become lists, as in the file
     differing = [
         f"--{name.replace('_', '-')} {before} (now {after})"

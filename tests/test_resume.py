@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,6 +141,20 @@ def test_other_options_are_refused_by_name(pretrain, whole, data):
         pretrain("--data", data, "--out", whole.parent / "mine", "--epochs", 2, "--resume", begun_at)
     with pytest.raises(UserError, match="holds a run or other files already"):
         pretrain("--data", data, "--out", whole, "--epochs", 2, "--resume", "none")
+
+
+def test_another_precision_is_refused_and_its_cure_works(pretrain, whole, data, tmp_path):
+    begun_at = whole / "checkpoints" / "step-00000008"
+    options = ["--data", data, "--epochs", 2, "--resume", begun_at]
+    with pytest.raises(UserError, match=r"was trained in fp32: .* or with --precision fp32"):
+        train.pretrain(train.parse([*map(str, options), "--out", str(tmp_path / "a"), *OPTIONS, "--precision", "bf16"]))
+    copy = tmp_path / "checkpoints" / begun_at.name
+    shutil.copytree(begun_at, copy)
+    record = json.loads((copy / "record.json").read_text())
+    record["config"]["precision"] = "auto"  # as on hardware whose automatic choice it was
+    (copy / "record.json").write_text(json.dumps(record))
+    pretrain("--data", data, "--epochs", 2, "--resume", copy, "--out", tmp_path / "b")
+    assert rows(tmp_path / "b")[0] == next(row for row in rows(whole) if row["step"] > 8)
 
 
 def test_other_shards_are_refused(pretrain, whole, data, tmp_path):
