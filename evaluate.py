@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from engine.processes import is_first_to_fail, leave_process_group, was_left_alone
+from engine.processes import ending_together
 from errors import UserError
 from evaluation.cache import feature_name, load_features, save_features
 from evaluation.features import embed
@@ -45,7 +45,7 @@ from pipeline.cache import ShardCache
 from pipeline.loader import ViewLoader, central_batches, choose_backend
 from pipeline.recipe import Recipe
 from pipeline.shards import ShardSet, open_splits
-from run import TEXTURES, available_cores, computes_in_bf16
+from run import TEXTURES, available_cores, checksum_of, computes_in_bf16, digest_of
 
 EMBEDDED_AT_ONCE = 256
 console = Console()
@@ -311,16 +311,6 @@ def labelled_samples(splits: dict[str, ShardSet]) -> dict[str, np.ndarray]:
     return samples
 
 
-def checksum_of(split: ShardSet) -> str:
-    """One checksum over those of all shards."""
-    return sha256("".join(shard["sha256"] for shard in split.manifest["shards"]).encode()).hexdigest()
-
-
-def digest_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return file_digest(file, "sha256").hexdigest()
-
-
 @contextmanager
 def feature_folder(kept: bool) -> Iterator[Path]:
     """Where features are stored: the cache, or a folder that goes when the command ends."""
@@ -361,19 +351,8 @@ def counted(batches: Iterable, advance: Callable[[int], None]) -> Iterator:
 
 
 def main() -> None:
-    try:
+    with ending_together():
         judge(parse(sys.argv[1:], __doc__))
-        leave_process_group()
-    except KeyboardInterrupt:
-        sys.exit(130)  # the shell's code for a run that was interrupted
-    except Exception as error:
-        if not is_first_to_fail():
-            sys.exit(1)
-        if isinstance(error, UserError | OSError):  # an unwritable folder, a full disk
-            sys.exit(f"error: {error}")
-        if was_left_alone(error):
-            sys.exit("error: Another process ended without a word: see the system log, it may have lacked memory.")
-        raise
 
 
 if __name__ == "__main__":

@@ -216,9 +216,18 @@ def save(run: Run, config: Common, task: Task, state: State) -> None:
 
 def identity(loader: ViewLoader) -> dict[str, int | str]:
     """What the samples of a run are known by: their number, and one checksum over those of all shards."""
-    shards = loader.shards.manifest["shards"]
-    checksum = hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest()
-    return {"samples": len(loader.shards), "shards": checksum}
+    return {"samples": len(loader.shards), "shards": checksum_of(loader.shards)}
+
+
+def checksum_of(shards: ShardSet) -> str:
+    """One checksum over those of all shards."""
+    return hashlib.sha256("".join(shard["sha256"] for shard in shards.manifest["shards"]).encode()).hexdigest()
+
+
+def digest_of(path: Path) -> str:
+    """Checksum of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_folder(run: Run, config: Common, task: Task, state: State, record: dict) -> MetricsFile | None:

@@ -30,7 +30,7 @@ from engine.gradcache import backward_in_slices
 from engine.guard import CollapseWatch
 from engine.metrics import MetricsFile, StepClock, communication_s, verdict
 from engine.optim import create_optimizer, parameter_groups
-from engine.processes import is_first_to_fail, leave_process_group, was_left_alone
+from engine.processes import ending_together
 from errors import UserError
 from evaluation.classify import classification
 from evaluation.features import raw_pixels
@@ -62,6 +62,7 @@ from run import (
     Task,
     begin,
     console,
+    digest_of,
     diverged,
     finish,
     open_data,
@@ -387,12 +388,6 @@ def classifier_from(config: FineTune | Distill, classes: int) -> tuple[Classifie
     return fine_tuned(encoder, head, start.from_layer, representation_width(encoder, size), classes), spec
 
 
-def digest_of(path: Path) -> str:
-    """Checksum of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def labelled_samples(labels: Labels, seed: int, train: ShardSet) -> np.ndarray:
     """(n,) int64, ascending: the samples whose labels are used."""
     if labels.keys:
@@ -483,22 +478,9 @@ def train_classifier(
 
 
 def main() -> None:
-    try:
+    with ending_together():
         config = parse(sys.argv[1:])
         {Config: pretrain, FineTune: finetune, Distill: distill}[type(config)](config)
-        leave_process_group()
-    except KeyboardInterrupt:
-        sys.exit(130)  # the shell's code for a run that was interrupted
-    except Exception as error:
-        if not is_first_to_fail():
-            sys.exit(1)
-        if isinstance(error, UserError | OSError):  # an unwritable folder, a full disk
-            sys.exit(f"error: {error}")
-        if was_left_alone(error):
-            sys.exit(
-                "error: Another process ended without a word, killed for want of memory perhaps: see the system log."
-            )
-        raise
 
 
 if __name__ == "__main__":

@@ -3,8 +3,12 @@
 import contextlib
 import gc
 import os
+import sys
+from collections.abc import Iterator
 
 import torch.distributed as dist
+
+from errors import UserError
 
 FAILURE = "streamclr/failure"
 
@@ -32,3 +36,21 @@ def leave_process_group() -> None:
     gc.collect()  # they end with the last reference to their group, and modules refer to it in cycles
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+    """What a script does in it ends all processes with the same words: one sentence for what a user or a disk did."""
+    try:
+        yield
+        leave_process_group()
+    except KeyboardInterrupt:
+        sys.exit(130)  # the shell's code for a run that was interrupted
+    except Exception as error:
+        if not is_first_to_fail():
+            sys.exit(1)
+        if isinstance(error, UserError | OSError):  # an unwritable folder, a full disk
+            sys.exit(f"error: {error}")
+        if was_left_alone(error):
+            sys.exit("error: Another process ended without a word, killed for want of memory perhaps: see its log.")
+        raise

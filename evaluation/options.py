@@ -98,6 +98,7 @@ def parse(arguments: list[str], description: str) -> Knn | Linear | Embed:
 def _check(options: Options) -> None:
     """Refuse values that would fail later, where the cause is no longer plain."""
     smallest = {"data.workers": (options.loading.workers, 0), "data.max-bad": (options.loading.max_bad, 0)}
+    smallest["data.cache-gb"] = (options.loading.cache_gb, 0)  # nor is nan at least 0
     if options.size is not None:
         smallest["size"] = (options.size, 8)
     if isinstance(options, Knn):

@@ -21,10 +21,9 @@ from evaluation.intervals import wilson
 from evaluation.knn import knn_top1
 from model import create_encoder, encoder_spec, load_encoder, save_encoder
 from pipeline import textures
-from pipeline.convert import write_split
 from pipeline.loader import central_batches
 from pipeline.shards import open_splits
-from pipeline.sources import folder_source
+from tests.small_sets import texture_shards
 
 ROOT = Path(__file__).parents[1]
 VIEWS = ["--size", 32, "--mean", 0.5, 0.5, 0.5, "--std", 0.25, 0.25, 0.25]
@@ -33,14 +32,7 @@ VIEWS = ["--size", 32, "--mean", 0.5, 0.5, 0.5, "--std", 0.25, 0.25, 0.25]
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """80 train and 40 test textures of ten classes, as shards."""
-    root = tmp_path_factory.mktemp("data")
-    for split, count in (("train", 80), ("test", 40)):
-        for number in range(count):
-            folder = root / "images" / split / textures.CLASSES[number % 10]
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{number}.jpg").write_bytes(textures.render(0, split, number))
-        write_split(folder_source(root / "images" / split), root / "shards", split, samples_per_shard=32)
-    return root / "shards"
+    return texture_shards(tmp_path_factory.mktemp("data"), train=80, test=40)
 
 
 @pytest.fixture

@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import textures
-from pipeline.convert import write_split
-from pipeline.sources import folder_source
+from tests.small_sets import texture_shards
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = ["--encoder.width", "0.125", "--encoder.stem", "small", "--head.hidden", "32", "--head.out", "16"]
@@ -34,13 +32,7 @@ OPTIONS += ["--optim.name", "sgd", "--optim.lr", "0.02", "--eval.no-baselines"]
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """64 textures of ten classes, as shards of a train split alone."""
-    root = tmp_path_factory.mktemp("data")
-    for number in range(64):
-        folder = root / "images" / textures.CLASSES[number % 10]
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{number}.jpg").write_bytes(textures.render(0, "train", number))
-    write_split(folder_source(root / "images"), root / "shards", "train", samples_per_shard=32)
-    return root / "shards"
+    return texture_shards(tmp_path_factory.mktemp("data"), train=64)
 
 
 def launch(processes, script, *arguments):

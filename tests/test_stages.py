@@ -18,6 +18,7 @@ from pipeline import textures
 from pipeline.convert import write_split
 from pipeline.sources import folder_source
 from presets import parse
+from tests.small_sets import texture_shards
 
 SMALL = ["--batch-size", "16", "--log-every", "1", "--precision", "fp32"]
 
@@ -25,14 +26,7 @@ SMALL = ["--batch-size", "16", "--log-every", "1", "--precision", "fp32"]
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """80 train and 20 test textures of ten classes, as shards."""
-    root = tmp_path_factory.mktemp("data")
-    for split, count in (("train", 80), ("test", 20)):
-        for number in range(count):
-            folder = root / "images" / split / textures.CLASSES[number % 10]
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{number}.jpg").write_bytes(textures.render(0, split, number))
-        write_split(folder_source(root / "images" / split), root / "shards", split, samples_per_shard=32)
-    return root / "shards"
+    return texture_shards(tmp_path_factory.mktemp("data"), train=80, test=20)
 
 
 @pytest.fixture(scope="module")

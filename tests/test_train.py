@@ -26,6 +26,7 @@ from engine.guard import CollapseWatch
 from loss import nt_xent
 from pipeline import textures
 from pipeline.convert import folder_source, write_split
+from tests.small_sets import texture_shards
 
 ROOT = Path(__file__).parents[1]
 SHORT = ["--head.hidden", "32", "--head.out", "16", "--batch-size", "16", "--log-every", "1"]
@@ -37,14 +38,7 @@ ROW |= {"replaced_images", "skipped_steps"}
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """80 train and 40 test textures of ten classes, as shards."""
-    root = tmp_path_factory.mktemp("data")
-    for split, count in (("train", 80), ("test", 40)):
-        for number in range(count):
-            folder = root / "images" / split / textures.CLASSES[number % 10]
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{number}.jpg").write_bytes(textures.render(0, split, number))
-        write_split(folder_source(root / "images" / split), root / "shards", split, samples_per_shard=32)
-    return root / "shards"
+    return texture_shards(tmp_path_factory.mktemp("data"), train=80, test=40)
 
 
 @pytest.fixture
