@@ -33,6 +33,8 @@ class LARS(Optimizer):
         weight_decay: float = 0.0,
         trust_coefficient: float = 0.001,
     ):
+        if not (lr >= 0 and 0 <= momentum < 1 and weight_decay >= 0):  # nan is refused as well
+            raise ValueError(f"lr {lr}, momentum {momentum} or weight_decay {weight_decay} is out of range")
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -53,8 +55,10 @@ class LARS(Optimizer):
             weights = [w for w in group["params"] if w.grad is not None]
             if not weights:
                 continue
-            _begin_at_rest(self, weights)
-            buffers = [self.state[w]["momentum_buffer"] for w in weights]
+            buffers = []  # the kernel refuses any where there is no momentum
+            if group["momentum"]:
+                _begin_at_rest(self, weights)
+                buffers = [self.state[w]["momentum_buffer"] for w in weights]
             # the multi-tensor kernels take all layers at once: hundreds of launches become a handful
             gradients = torch._foreach_add([w.grad for w in weights], weights, alpha=group["weight_decay"])
             if group["adapt"]:

@@ -19,19 +19,20 @@ def lars_in_loops(w, gradients, rates, *, momentum, decay, trust, adapt):
     return w
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("decay", [0.0, 1e-2])
 @pytest.mark.parametrize("adapt", [True, False])
-def test_lars_is_the_official_form(decay, adapt):
+def test_lars_is_the_official_form(decay, adapt, momentum):
     random = np.random.default_rng(0)
     w, gradients = random.normal(size=(5, 4)), random.normal(size=(6, 5, 4))
     rates = [0.0, 0.5, 1.0, 4.8, 2.0, 0.1]  # it changes, so that the place of the rate in the momentum matters
     parameter = nn.Parameter(torch.tensor(w))
-    optimizer = LARS([{"params": [parameter], "adapt": adapt}], lr=0.0, momentum=0.9, weight_decay=decay)
+    optimizer = LARS([{"params": [parameter], "adapt": adapt}], lr=0.0, momentum=momentum, weight_decay=decay)
     for gradient, lr in zip(gradients, rates, strict=True):
         optimizer.param_groups[0]["lr"] = lr
         parameter.grad = torch.tensor(gradient)
         optimizer.step()
-    expected = lars_in_loops(w, gradients, rates, momentum=0.9, decay=decay, trust=0.001, adapt=adapt)
+    expected = lars_in_loops(w, gradients, rates, momentum=momentum, decay=decay, trust=0.001, adapt=adapt)
     np.testing.assert_allclose(parameter.detach().numpy(), expected, rtol=1e-12)
 
 
@@ -63,12 +64,13 @@ def test_norms_and_biases_neither_decay_nor_adapt():
     assert plain["weight_decay"] == 0 and plain["adapt"] is False
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
-def test_every_optimizer_goes_downhill_and_resumes(name):
+def test_every_optimizer_goes_downhill_and_resumes(name, momentum):
     def run(steps, state=None):
         torch.manual_seed(0)
         net = nn.Linear(6, 3)
-        optimizer = create_optimizer(name, parameter_groups([net], 1e-4), lr=0.05, momentum=0.9)
+        optimizer = create_optimizer(name, parameter_groups([net], 1e-4), lr=0.05, momentum=momentum)
         if state:
             net.load_state_dict(state[0])
             optimizer.load_state_dict(state[1])
@@ -86,3 +88,11 @@ def test_every_optimizer_goes_downhill_and_resumes(name):
     rest, _ = run(3, state)
     assert whole[-1] < whole[0]
     assert first + rest == whole
+
+
+@pytest.mark.parametrize(
+    "values", [{"lr": -0.1}, {"lr": np.nan}, {"momentum": 1.0}, {"momentum": -0.1}, {"weight_decay": -1}]
+)
+def test_lars_refuses_what_torchs_optimizers_refuse(values):
+    with pytest.raises(ValueError, match="out of range"):
+        LARS([nn.Parameter(torch.ones(2, 2))], **{"lr": 0.1, **values})
