@@ -1,6 +1,7 @@
 """Measuring a run without slowing it: sums stay on the device until a row is written."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -120,30 +121,38 @@ class RunningMeans:
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object per row, written out at once.
+    """metrics.jsonl: one JSON object per row, written immediately.
 
-    A run that goes on from `step` drops the rows that it wrote after it and will write again.
+    A run that continues from `step` drops the rows that it wrote after that step and will write again.
     """
 
     def __init__(self, path: Path, step: int = 0):
+        self.damaged = 0
+        """Rows of an earlier part that could not be read and were dropped; the last one may be cut short by a kill."""
         if path.exists():
-            rows = [line for line in path.read_text().splitlines() if _is_of_run_until(line, step)]
-            beside = path.with_name(f".{path.name}.partial")
-            beside.write_text("".join(f"{row}\n" for row in rows))
-            os.replace(beside, path)
+            *lines, last = path.read_bytes().split(b"\n")
+            rows = [(line, _step_of(line)) for line in lines if line]
+            self.damaged = sum(at is None for _, at in rows)
+            kept = [line for line, at in [*rows, (last, _step_of(last))] if at is not None and at <= step]
+            partial = path.with_name(f".{path.name}.partial")
+            partial.write_bytes(b"".join(line + b"\n" for line in kept))
+            os.replace(partial, path)
         self.file = path.open("a", buffering=1)
 
     def write(self, **row: float) -> None:
-        known = {name: None if value != value else value for name, value in row.items()}  # JSON has no nan
-        self.file.write(json.dumps(known) + "\n")
+        def known(value: float) -> float | None:
+            return None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no nan or inf
+
+        self.file.write(json.dumps({name: known(value) for name, value in row.items()}) + "\n")
 
     def close(self) -> None:
         self.file.close()
 
 
-def _is_of_run_until(line: str, step: int) -> bool:
+def _step_of(line: bytes) -> float | None:
+    """Step of a row; infinite for the table at the end of a run, None for a damaged row."""
     try:
         row = json.loads(line)
-    except ValueError:  # cut short by a kill
-        return False
-    return row["step"] <= step and "features" not in row  # the table comes at the end of a run
+        return math.inf if "features" in row else float(row["step"])
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -90,3 +90,34 @@ def test_rows_are_on_disk_at_once(tmp_path):
     metrics.write(step=1, loss=0.5)
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 0.5}
     metrics.close()
+
+
+def test_a_damaged_row_stops_no_resume(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    good = b'{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.4}\n{"step": 3, "loss": 0.3}\n'
+    for place in range(len(good)):
+        for bit in (0, 7):
+            path.write_bytes(good[:place] + bytes([good[place] ^ 1 << bit]) + good[place + 1 :])
+            MetricsFile(path, step=9).close()
+            kept = path.read_bytes().splitlines()
+            assert 1 <= len(kept) <= 3 and all(isinstance(json.loads(row)["step"], int) for row in kept)
+
+
+def test_damaged_rows_are_counted_and_later_ones_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [
+        b'{"step": 1}',
+        b'{"step": 2, "x": "\xff"}',
+        b"[3]",
+        b"{}",
+        b'{"step": null}',
+        b'{"step": 4}',
+        b'{"step": 5}',
+    ]
+    path.write_bytes(b"\n".join([*rows, b'{"step": 5, "features": "trained"}', b'{"step": 4, "lo']))
+    metrics = MetricsFile(path, step=4)
+    assert metrics.damaged == 4
+    metrics.write(step=5, loss=math.inf, features="text")
+    metrics.close()
+    expected = '{"step": 1}\n{"step": 4}\n{"step": 5, "loss": null, "features": "text"}\n'
+    assert path.read_text() == expected
