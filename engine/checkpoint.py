@@ -50,9 +50,11 @@ class Checkpoints:
             for left in self.folder.glob(".step-*.partial"):  # by a save or a deletion that was killed
                 shutil.rmtree(left, ignore_errors=True)
             partial.mkdir(parents=True)
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "state.safetensors")
-            record = {"format": FORMAT, "step": step, "sha256": _digest(partial / "state.safetensors"), **record}
-            (partial / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+            record_file, state_file = partial / "record.json", partial / "state.safetensors"
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, state_file)
+            record = {"format": FORMAT, "step": step, "sha256": _digest(state_file), **record}
+            record_file.write_text(json.dumps({**record, "checksum": _checksum(record)}, indent=1) + "\n")
+            state_file.chmod(record_file.stat().st_mode)  # safetensors writes for the owner alone, whatever the umask
             for path in (*partial.iterdir(), partial):
                 _to_disk(path)
             os.rename(partial, target)
@@ -103,6 +105,9 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"{path}/record.json is damaged: {cure}.") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise UserError(f"{path} is not of format {FORMAT}: {cure}.")
+    expected = record.pop("checksum", None)  # absent in checkpoints of the first version
+    if expected is not None and expected != _checksum(record):
+        raise UserError(f"{path}/record.json is damaged: {cure}.")
     file = path / "state.safetensors"
     try:
         if _digest(file) != record["sha256"]:
@@ -167,6 +172,11 @@ class StopSignal:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    as_read = json.loads(json.dumps(record))  # tuples become lists, and keys text
+    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
 
 
 def _to_disk(path: Path) -> None:

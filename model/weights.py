@@ -19,7 +19,10 @@ def write_weights(module: nn.Module, metadata: dict, path: Path) -> None:
     """The module's state at `path`, whole or not at all; `metadata` is kept as JSON, strings as they are."""
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
     partial = path.with_suffix(".partial")
+    partial.write_bytes(b"")
+    mode = partial.stat().st_mode
     save_file({key: value.contiguous() for key, value in module.state_dict().items()}, partial, texts)
+    partial.chmod(mode)  # safetensors writes for the owner alone, whatever the umask
     partial.replace(path)
 
 

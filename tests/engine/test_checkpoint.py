@@ -1,7 +1,9 @@
 """Checkpoints: only whole ones are seen, nothing is unpickled, and what is put back is what was taken."""
 
 import json
+import os
 import pickle
+import re
 import signal
 from pathlib import Path
 
@@ -74,6 +76,7 @@ def test_another_file_is_refused_and_never_unpickled(tmp_path, monkeypatch, cont
     if forged:  # with a checksum that belongs to it
         record = json.loads((path / "record.json").read_text())
         record["sha256"] = checkpoint._digest(path / "state.safetensors")
+        del record["checksum"]
         (path / "record.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match=r"can't be read|is not as it was written"):
         checkpoint.load(path)
@@ -88,6 +91,38 @@ def test_a_foreign_record_is_refused(tmp_path, content):
         checkpoint.load(path)
     with pytest.raises(UserError, match="There is no checkpoint in"):
         checkpoint.find(tmp_path / "elsewhere")
+
+
+def test_every_flipped_byte_of_a_record_is_noticed(tmp_path):
+    path = (
+        Checkpoints(tmp_path, keep=1).save(7, TENSORS, {"loader": {"epoch": 2}, "lr": 0.1, 1: (2, 3)}) / "record.json"
+    )
+    whole = path.read_bytes()
+    assert checkpoint.load(path.parent)[1]["1"] == [2, 3]
+    before = json.loads(whole)
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            _, record = checkpoint.load(path.parent)
+        except UserError as error:
+            assert re.search(r"damaged|not of format|not as it was written", str(error))
+            continue
+        assert {name: record[name] for name in before if name != "checksum"} == {
+            name: before[name] for name in before if name != "checksum"
+        }
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_files_have_the_mode_that_the_umask_asks_for(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        path = Checkpoints(tmp_path, keep=1).save(1, TENSORS, {})
+    finally:
+        os.umask(before)
+    assert {file.name: file.stat().st_mode & 0o777 for file in path.iterdir()} == {
+        "state.safetensors": 0o666 & ~umask,
+        "record.json": 0o666 & ~umask,
+    }
 
 
 def network() -> nn.Module:
