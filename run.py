@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from config import Common, check_same_run
-from engine import checkpoint
+from engine import checkpoint, run_lock
 from engine.guard import Guard
 from engine.metrics import MetricsFile, RunningMeans
 from engine.run_folder import run_folder, start_run
@@ -105,8 +105,21 @@ def begin(config: Common, name: str) -> Run:
     torch.backends.cudnn.benchmark = True  # every step has the same shapes
     bf16 = config.precision == "bf16" or (config.precision == "auto" and computes_in_bf16(device))
     set_seed(config.seed)
-    default = broadcast_object_list([f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"])[0]  # the ranks' clocks differ
-    return Run(accelerator, cores, bf16, *run_folder(config.out, config.resume, default))
+    return Run(accelerator, cores, bf16, *chosen_folder(accelerator, config, name))
+
+
+def chosen_folder(accelerator: Accelerator, config: Common, name: str) -> tuple[Path, Path | None]:
+    """Run folder and checkpoint, chosen by the main process for all: clocks and views of a network folder differ."""
+    chosen: list = [None]
+    if accelerator.is_main_process:
+        try:
+            chosen = [run_folder(config.out, config.resume, f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")]
+        except (UserError, OSError) as error:
+            chosen = [error]
+    chosen = broadcast_object_list(chosen)
+    if isinstance(chosen[0], Exception):
+        raise chosen[0]
+    return chosen[0]
 
 
 def loading_options(run: Run, config: Common) -> dict:
@@ -206,6 +219,7 @@ def save(run: Run, config: Common, task: Task, state: State) -> None:
     met, replaced = run.accelerator.reduce(bad, "sum").tolist()
     sums = run.accelerator.reduce(state.means.sums, "mean")  # the ranks have different ones, and all go on from these
     if run.accelerator.is_main_process and state.guard.is_sound():
+        run_lock.check(run.out)
         tensors = checkpoint.pack(task.module, task.optimizers)
         tensors |= {"means": sums.cpu(), "guard": state.guard.counts.cpu()}
         record = {"loader": task.loader.state_dict(), "report": state.report, "data": identity(task.loader)}
@@ -235,6 +249,10 @@ def open_folder(run: Run, config: Common, task: Task, state: State, record: dict
     accelerator, metrics = run.accelerator, None
     if accelerator.is_main_process:
         metrics = start_run(run.out, {**dataclasses.asdict(config), **record}, state.step)
+        if metrics.damaged:
+            console.print(
+                f"{run.out}/metrics.jsonl: {metrics.damaged} damaged row(s) of the earlier part were dropped."
+            )
         order, total_steps = task.loader.order, config.epochs * len(task.loader)
         console.print(
             f"{order.dropped + len(task.loader) * config.batch_size:,} images, batch {config.batch_size} "
@@ -253,6 +271,7 @@ def finish(run: Run, metrics: MetricsFile, closing: list[str]) -> None:
     for sentence in closing:
         console.print(sentence)
     console.print(f"run folder: {run.out}")
+    run_lock.release(run.out)
 
 
 def diverged(run: Run, task: Task, in_a_row: int, step: int) -> UserError:

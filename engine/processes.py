@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch.distributed as dist
 
+from engine import run_lock
 from errors import UserError
 
 FAILURE = "streamclr/failure"
@@ -54,3 +55,5 @@ def ending_together() -> Iterator[None]:
         if was_left_alone(error):
             sys.exit("error: Another process ended without a word, killed for want of memory perhaps: see its log.")
         raise
+    finally:
+        run_lock.release_all()

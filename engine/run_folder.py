@@ -1,53 +1,70 @@
-"""The folder of a run: which one, whether a run in it goes on, and what it holds from the beginning."""
+"""The run folder: which one, whether a run in it continues, and the files it holds from the start."""
 
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-from engine import checkpoint
+from engine import checkpoint, run_lock
 from engine.metrics import MetricsFile
 from errors import UserError
 
+PARTIAL_CONFIG = ".config.json.partial"
+BEFORE_FIRST_CHECKPOINT = {"config.json", "metrics.jsonl", "quarantine.jsonl", "checkpoints", "diverged.json"}
+BEFORE_FIRST_CHECKPOINT |= {".metrics.jsonl.partial"}
+"""Files of a run that was stopped or killed before its first checkpoint; it starts again from step 0."""
+
 
 def run_folder(out: str, resume: str, default: str) -> tuple[Path, Path | None]:
-    """The run folder, and the checkpoint to go on from if there is one.
+    """Lock the run folder for this process, and decide how to start.
 
     Args:
-        out: as given by the user; "" for the default, or for the folder of the run that `resume` names.
-        resume: "auto" to go on with what `out` holds, "none" if it has to be new, else a run folder or a checkpoint.
+        out: folder chosen by the user; "" for the default, or for the folder of the run that `resume` names.
+        resume: "auto" to continue what `out` holds, "none" if it must be new, else a run folder or a checkpoint.
+
+    Returns:
+        The run folder, and the checkpoint to continue from if there is one.
 
     Raises:
-        UserError: the folder holds something else than a run that can go on.
+        UserError: another process uses the folder, or it holds something else than a run that can continue.
     """
+    start = own = None
     if resume not in ("auto", "none"):
-        begun_at = checkpoint.find(Path(resume).resolve())
-        own = begun_at.parents[1] if begun_at.parent.name == "checkpoints" else None
+        start = checkpoint.find(Path(resume).resolve())
+        own = start.parents[1] if start.parent.name == "checkpoints" else None
         if not out and own is None:
-            raise UserError(f"{begun_at} lies in no run folder: give --out as well.")
-        folder = Path(out or own)
-        if _is_new(folder) or folder.resolve() == own:
-            return folder, begun_at
-        raise UserError(f"{folder} holds other files than the run that --resume names: choose another --out.")
+            raise UserError(f"{start} is not inside a run folder; set --out as well.")
+        out = out or str(own)
     folder = Path(out or default)
-    if _is_new(folder):
-        return folder, None
-    begun_at = checkpoint.Checkpoints(folder / "checkpoints", keep=1).latest()
-    names = set(os.listdir(folder))
-    hardly_begun = "config.json" in names <= {"config.json", "metrics.jsonl", "quarantine.jsonl", "checkpoints"}
-    if resume == "none" or (begun_at is None and not hardly_begun):
-        raise UserError(f"{folder} holds a run or other files already: choose another --out or delete it.")
-    return folder, begun_at
-
-
-def _is_new(folder: Path) -> bool:
     if folder.is_file():
-        raise UserError(f"{folder} is a file: choose another --out.")
-    return not (folder.is_dir() and any(folder.iterdir()))
+        raise UserError(f"{folder} is a file; choose another --out.")
+    run_lock.acquire(folder)
+    try:
+        if start is None:
+            return folder, _latest(folder, resume)
+        if _files(folder) and folder.resolve() != own:
+            raise UserError(f"{folder} holds other files than the run that --resume names; choose another --out.")
+        return folder, start
+    except BaseException:
+        run_lock.release(folder)
+        raise
+
+
+def _files(folder: Path) -> set[str]:
+    return set(os.listdir(folder)) - {run_lock.NAME, PARTIAL_CONFIG}
+
+
+def _latest(folder: Path, resume: str) -> Path | None:
+    """The newest checkpoint of the run in the folder; None for a run that starts."""
+    names, latest = _files(folder), checkpoint.Checkpoints(folder / "checkpoints", keep=1).latest()
+    starts = not names or "config.json" in names <= BEFORE_FIRST_CHECKPOINT
+    if (names and resume == "none") or (latest is None and not starts):
+        raise UserError(f"{folder} holds a run or other files already; choose another --out or delete it.")
+    return latest
 
 
 def start_run(out: Path, record: dict[str, Any], step: int) -> MetricsFile:
-    """Make the run folder with its config.json and open its metrics, those of an earlier part until `step`."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(record, indent=2) + "\n")
+    """Write config.json into the run folder and open its metrics, keeping the rows of an earlier part until `step`."""
+    (out / PARTIAL_CONFIG).write_text(json.dumps(record, indent=2) + "\n")
+    os.replace(out / PARTIAL_CONFIG, out / "config.json")  # the one of an earlier part must survive a full disk
     return MetricsFile(out / "metrics.jsonl", step)

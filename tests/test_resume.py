@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import train
+from engine import run_lock
 from errors import UserError
 from pipeline.convert import write_split
 from pipeline.sources import folder_source
@@ -119,6 +120,38 @@ def test_a_finished_run_stays_as_it_is(pretrain, whole, data):
     assert rows(whole) == before
 
 
+def test_a_run_in_use_is_refused(pretrain, whole, data):
+    lock = "import sys, pathlib; from engine import run_lock; run_lock.acquire(pathlib.Path(sys.argv[1])); input()"
+    run_lock.release_all()  # of the runs in this process
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", lock, str(whole)], cwd=ROOT, **pipes) as other:
+        deadline = time.monotonic() + 60
+        while not (whole / ".lock").exists() or not (whole / ".lock").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        with pytest.raises(UserError, match=rf"is in use by process {other.pid} on .*, started \d s ago"):
+            pretrain("--data", data, "--out", whole, "--epochs", 2)
+        other.kill()
+    pretrain("--data", data, "--out", whole, "--epochs", 2)
+    assert not (whole / ".lock").exists()
+
+
+def test_files_of_a_run_have_the_mode_that_the_umask_asks_for(whole, tmp_path):
+    (tmp_path / "plain").touch()
+    mode = (tmp_path / "plain").stat().st_mode
+    assert {path.name for path in whole.rglob("*") if path.is_file() and path.stat().st_mode != mode} == set()
+
+
+def test_a_damaged_row_of_the_metrics_stops_no_resume(pretrain, whole, data, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    first, *others = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_bytes(b"".join([first.replace(b"loss", b"l\xefss"), *others]))
+    pretrain("--data", data, "--out", out, "--epochs", 2)
+    assert rows(out) == rows(whole)[1:]
+    assert "1 damaged row(s)" in capsys.readouterr().out
+
+
 def test_other_options_are_refused_by_name(pretrain, whole, data):
     for options, said in (
         (["--seed", 1], r"--seed 0 \(now 1\)"),
@@ -145,6 +178,7 @@ def test_another_precision_is_refused_and_its_cure_works(pretrain, whole, data, 
     shutil.copytree(begun_at, copy)
     record = json.loads((copy / "record.json").read_text())
     record["config"]["precision"] = "auto"  # as on hardware whose automatic choice it was
+    del record["checksum"]
     (copy / "record.json").write_text(json.dumps(record))
     pretrain("--data", data, "--epochs", 2, "--resume", copy, "--out", tmp_path / "b")
     assert rows(tmp_path / "b")[0] == next(row for row in rows(whole) if row["step"] > 8)
