@@ -55,8 +55,28 @@ class Recipe:
     """Divided by per channel."""
 
     def __post_init__(self):
-        if self.jitter not in get_args(Jitter):
-            raise UserError(f"There is no jitter {self.jitter!r}: choose {' or '.join(get_args(Jitter))}.")
+        def require(holds: bool, field: str, expected: str) -> None:
+            if not holds:
+                value = getattr(self, field)
+                shown = value if isinstance(value, str) or not np.iterable(value) else " ".join(map(str, value))
+                raise UserError(f"--views.{field.replace('_', '-')} is {shown}; it must be {expected}.")
+
+        # written so that nan fails every comparison
+        require(self.size >= 8, "size", "at least 8 pixels")
+        low, high = self.crop_area
+        require(0 < low <= high <= 1, "crop_area", "two shares of the image, 0 < smallest <= largest <= 1")
+        low, high = self.crop_aspect
+        require(0 < low <= high < np.inf, "crop_aspect", "two ratios of width to height, 0 < smallest <= largest")
+        for field in ("flip_p", "jitter_p", "gray_p", "blur_p"):
+            require(0 <= getattr(self, field) <= 1, field, "a probability from 0 to 1")
+        require(0 <= self.jitter_strength <= 2.5, "jitter_strength", "from 0 to 2.5, where the hue reaches every color")
+        require(self.jitter in get_args(Jitter), "jitter", " or ".join(get_args(Jitter)))
+        low, high = self.blur_sigma
+        expected = "two standard deviations in pixels, 0 < smallest <= largest; use --views.blur-p 0 for no blur"
+        require(0 < low <= high < np.inf, "blur_sigma", expected)
+        scale = "for an image in 0..1, not 0..255"
+        require(all(0 <= value <= 1 for value in self.mean), "mean", f"three numbers from 0 to 1, {scale}")
+        require(all(1e-3 <= value <= 1 for value in self.std), "std", f"three numbers from 0.001 to 1, {scale}")
 
     @property
     def blur_window(self) -> int:
@@ -141,6 +161,7 @@ def _random_crop(recipe: Recipe, u: np.ndarray, height: np.ndarray, width: np.nd
     windows = np.stack([top, left, h, w], 1)
     aspect = np.clip(width / height, *recipe.crop_aspect)
     h, w = np.rint(np.minimum(height, width / aspect)), np.rint(np.minimum(width, height * aspect))
+    h, w = np.maximum(h, 1), np.maximum(w, 1)  # where the image has not enough pixels for an allowed aspect
     central = np.stack([(height - h) // 2, (width - w) // 2, h, w], 1)
     return np.where(fits.any(1)[:, None], windows, central).astype(np.int32)
 

@@ -1,6 +1,7 @@
 """The drawn parameters against the numbers of the paper, and against what others have got wrong."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import fields, replace
 
@@ -13,6 +14,7 @@ from torchvision import transforms
 
 from errors import UserError
 from pipeline.recipe import LUMA, ORDERS, Recipe, ViewParameters, affine_jitter, central_view, draw_views
+from presets import parse
 
 N = 20_000
 PEER_DRAWS = 8_000
@@ -321,9 +323,46 @@ def test_the_affine_hue_turns_as_the_colour_wheel_does():
     np.testing.assert_allclose(np.linalg.matrix_power(third, 3), np.eye(3), atol=1e-5)
 
 
-def test_an_unknown_jitter_is_refused():
-    with pytest.raises(UserError, match="no jitter 'fast': choose exact or affine"):
-        Recipe(jitter="fast")
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("size", [0, -224, 7, math.nan]),
+        ("crop_area", [(0, 1), (-1, 1), (0.5, 0.4), (0.5, 1.1), (math.nan, 1), (0.1, math.nan)]),
+        ("crop_aspect", [(0, 1), (-1, 1), (2, 1), (1, math.inf), (math.nan, 1), (1, math.nan)]),
+        *[(name, [-0.1, 1.1, math.nan, math.inf]) for name in ("flip_p", "jitter_p", "gray_p", "blur_p")],
+        ("jitter_strength", [-0.1, 2.6, math.nan, math.inf]),
+        ("jitter", ["fast", ""]),
+        ("blur_sigma", [(0, 2), (-1, 2), (2, 1), (0.1, math.inf), (math.nan, 1), (1, math.nan)]),
+        ("mean", [(-0.1, 0, 0), (123.675, 116.28, 103.53), (0, math.nan, 0)]),
+        ("std", [(0, 1, 1), (1, -1, 1), (58.395, 57.12, 57.375), (1, 1, math.nan), (1, 1e-40, 1)]),
+    ],
+)
+def test_every_field_is_checked_and_named(field, values):
+    for value in values:
+        shown = value if isinstance(value, str) or not isinstance(value, tuple) else " ".join(map(str, value))
+        said = re.escape(f"--views.{field.replace('_', '-')} is {shown}; it must be ")
+        with pytest.raises(UserError, match=said):
+            Recipe(**{field: value})
+
+
+def test_the_limits_themselves_are_allowed():
+    probabilities = {"flip_p": 1, "jitter_p": 0, "gray_p": 1, "blur_p": 0}
+    Recipe(size=8, crop_area=(1, 1), crop_aspect=(1, 1), jitter_strength=0, blur_sigma=(2, 2), **probabilities)
+    Recipe(mean=(0, 0, 1), std=(1, 1 / 255, 1))
+
+
+def test_the_command_line_refuses_a_field_in_one_sentence():
+    for arguments in (["--views.crop-aspect", "0", "1"], ["--views.blur-sigma", "-1", "2"], ["--views.gray-p", "2"]):
+        with pytest.raises(UserError, match=rf"^{arguments[0]} is .*; it must be [^.]*"):
+            parse(arguments)
+
+
+@pytest.mark.parametrize("aspects", [(100, 200), (1e300, 1e308), (1e-5, 1e-4)])
+def test_a_crop_has_a_pixel_whatever_the_aspect(aspects):
+    sizes = np.array([[40, 50], [1, 1], [3, 500], [500, 3]])
+    with np.errstate(over="ignore"):
+        drawn = draw_views(Recipe(crop_aspect=aspects), 0, 0, np.arange(4), *sizes.T)
+    assert (drawn.crop[..., 2:] >= 1).all() and (drawn.crop[..., :2] + drawn.crop[..., 2:] <= sizes).all()
 
 
 def test_both_kinds_of_jitter_draw_the_same():
