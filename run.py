@@ -205,6 +205,9 @@ def restore(run: Run, config: Common, task: Task) -> State:
         raise UserError(f"{run.begun_at} was trained in {before}: go on where that runs, or with --precision {before}.")
     checkpoint.unpack(tensors, task.module, task.optimizers)
     state.means.sums, guard.counts = tensors["means"].to(device), tensors["guard"].to(device)
+    guard.counts[1] = guard.counts[
+        0
+    ]  # what an earlier part was allowed by another --max-skipped is not held against it
     task.loader.load_state_dict(record["loader"])
     if run.accelerator.is_main_process:  # which counts for all that went before
         task.loader.quarantine.met, task.loader.quarantine.replaced = record["met"], record["replaced"]

@@ -9,6 +9,7 @@ A folder is written under another name and renamed when it is complete and on th
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Iterable
@@ -34,7 +35,13 @@ class Checkpoints:
 
     def latest(self) -> Path | None:
         """The newest one; None if there is none."""
-        return max(self._complete(), default=None)
+        return max(self._complete(), key=_step_of, default=None)
+
+    def discard_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps, which a run that continues from `step` writes again."""
+        for path in list(self._complete()):
+            if _step_of(path) > step:
+                self._discard(path)
 
     def save(self, step: int, tensors: dict[str, Tensor], record: dict[str, Any]) -> Path:
         """Write the checkpoint of a step, then delete the oldest ones.
@@ -66,14 +73,24 @@ class Checkpoints:
                 f"The checkpoint of step {step} can't be written to {self.folder} ({error}): see to space and "
                 f"permissions and go on with the same command from {latest.name if latest else 'the beginning'}."
             ) from error
-        for old in sorted(self._complete())[: -self.keep]:
-            discarded = old.with_name(f".{old.name}.partial")
-            os.rename(old, discarded)  # first out of sight: a kill may come at any time
-            shutil.rmtree(discarded, ignore_errors=True)
+        for old in sorted(self._complete(), key=_step_of)[: -self.keep]:
+            self._discard(old)
         return target
 
     def _complete(self) -> Iterable[Path]:
-        return (path for path in self.folder.glob("step-*") if path.is_dir())
+        return (
+            path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()
+        )
+
+    @staticmethod
+    def _discard(path: Path) -> None:
+        discarded = path.with_name(f".{path.name}.partial")
+        os.rename(path, discarded)  # first out of sight: a kill may come at any time
+        shutil.rmtree(discarded, ignore_errors=True)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def find(path: Path) -> Path:
@@ -96,11 +113,11 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         UserError: it is not a checkpoint, or not as it was written.
     """
-    cure = "delete it to go on from the one before, or begin anew with --resume none"
+    cure = "delete this checkpoint to continue from the one before, or start again with another --out"
     try:
         record = json.loads((path / "record.json").read_text())
     except OSError as error:
-        raise UserError(f"{path} is no checkpoint ({error}): give a run folder or one of its checkpoints.") from error
+        raise UserError(f"{path} is not a whole checkpoint ({error}): {cure}.") from error
     except ValueError as error:
         raise UserError(f"{path}/record.json is damaged: {cure}.") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
@@ -145,6 +162,13 @@ def unpack(tensors: dict[str, Tensor], module: nn.Module, optimizers: list[Optim
             if name.startswith(prefix):
                 index, field = name.removeprefix(prefix).split("/")
                 states.setdefault(int(index), {})[field] = tensor
+        parameters = [w for group in optimizer.param_groups for w in group["params"]]
+        for index, state in states.items():
+            if index >= len(parameters) or any(v.ndim and v.shape != parameters[index].shape for v in state.values()):
+                raise UserError(
+                    "The checkpoint holds optimizer states of other parameters, written by another version of timm or "
+                    "StreamCLR perhaps; continue with that version, or start again with another --out."
+                )
         optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
         for parameter, state in optimizer.state.items():
             for field, value in state.items():

@@ -64,7 +64,8 @@ def _latest(folder: Path, resume: str) -> Path | None:
 
 
 def start_run(out: Path, record: dict[str, Any], step: int) -> MetricsFile:
-    """Write config.json into the run folder and open its metrics, keeping the rows of an earlier part until `step`."""
+    """Write config.json into the run folder and open its metrics; rows and checkpoints after `step` are dropped."""
     (out / PARTIAL_CONFIG).write_text(json.dumps(record, indent=2) + "\n")
     os.replace(out / PARTIAL_CONFIG, out / "config.json")  # the one of an earlier part must survive a full disk
+    checkpoint.Checkpoints(out / "checkpoints", keep=1).discard_after(step)
     return MetricsFile(out / "metrics.jsonl", step)

@@ -198,6 +198,8 @@ def test_a_damaged_checkpoint_is_named(pretrain, whole, data, tmp_path):
         folder.mkdir(parents=True)
         for file in (whole / "checkpoints" / folder.name).iterdir():
             (folder / file.name).write_bytes(file.read_bytes()[: 1000 if step == 6 else None])
-    with pytest.raises(UserError, match=r"step-00000006/.* damaged|not as it was written.*delete it to go on"):
+    with pytest.raises(
+        UserError, match=r"step-00000006/.* damaged|not as it was written.*delete this checkpoint to continue"
+    ):
         pretrain("--data", data, "--out", tmp_path, "--epochs", 2)
     assert (tmp_path / "checkpoints" / "step-00000004" / "state.safetensors").exists()

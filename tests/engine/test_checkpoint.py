@@ -35,6 +35,22 @@ def test_the_last_ones_are_kept(tmp_path):
     assert checkpoints.save(10, {}, {}) and checkpoint.load(checkpoints.folder / "step-00000010")[0]
 
 
+def test_steps_are_compared_as_numbers_and_copies_of_a_user_do_not_count(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    (tmp_path / "step-99999999 copy").mkdir()
+    for step in (99_999_998, 99_999_999, 100_000_000):
+        assert checkpoints.save(step, TENSORS, {}) == checkpoints.latest()
+    assert names(tmp_path) == ["step-100000000", "step-99999999", "step-99999999 copy"]
+
+
+def test_later_checkpoints_are_discarded_when_an_earlier_one_is_continued(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=9)
+    for step in (1, 2, 3):
+        checkpoints.save(step, TENSORS, {})
+    checkpoints.discard_after(2)
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+
+
 @pytest.mark.parametrize("fails", ["save_file", "_to_disk", "_digest"])
 def test_a_full_disk_leaves_the_last_good_one(tmp_path, monkeypatch, fails):
     checkpoints = Checkpoints(tmp_path, keep=1)
@@ -162,6 +178,27 @@ def test_training_goes_on_bit_for_bit(tmp_path, name):
 def test_another_model_is_refused():
     with pytest.raises(UserError, match=r"holds another model: .*weight"):
         checkpoint.unpack(checkpoint.pack(nn.Linear(2, 2), []), nn.Linear(2, 3), [])
+
+
+@pytest.mark.parametrize("made", [lambda: nn.Linear(3, 2), lambda: nn.Linear(2, 2, bias=False)])
+def test_optimizer_states_of_other_parameters_are_refused(made):
+    def optimizer_of(net):
+        optimizer = create_optimizer("lars", [{"params": list(net.parameters())}], 0.1, 0.9)
+        for w in net.parameters():
+            w.grad = torch.ones_like(w)
+        optimizer.step()
+        return optimizer
+
+    tensors = checkpoint.pack(nn.Module(), [optimizer_of(nn.Linear(2, 2))])
+    with pytest.raises(UserError, match="optimizer states of other parameters"):
+        checkpoint.unpack(tensors, nn.Module(), [optimizer_of(made())])
+
+
+def test_a_checkpoint_without_its_record_is_named(tmp_path):
+    path = Checkpoints(tmp_path, keep=1).save(7, TENSORS, {})
+    (path / "record.json").unlink()
+    with pytest.raises(UserError, match=r"step-00000007 is not a whole checkpoint .*delete this checkpoint"):
+        checkpoint.load(path)
 
 
 @pytest.fixture
