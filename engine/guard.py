@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from engine.optim import laid_out_as
+
 
 class Guard:
     """Skips a step whose gradient is not finite: weights, optimiser states and running statistics stay as they were.
@@ -45,8 +47,7 @@ class Guard:
             gradients = []
             for w in self.parameters:
                 if w.grad is not None:
-                    if w.grad.stride() != w.stride():  # torch's fused kernels on a CPU would pair the wrong elements
-                        w.grad = torch.empty_like(w).copy_(w.grad)
+                    w.grad = laid_out_as(w, w.grad)
                     gradients.append(w.grad)
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
             taken = norm.isfinite()

@@ -60,7 +60,8 @@ class LARS(Optimizer):
                 _begin_at_rest(self, weights)
                 buffers = [self.state[w]["momentum_buffer"] for w in weights]
             # the multi-tensor kernels take all layers at once: hundreds of launches become a handful
-            gradients = torch._foreach_add([w.grad for w in weights], weights, alpha=group["weight_decay"])
+            gradients = [laid_out_as(w, w.grad) for w in weights]
+            gradients = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])
             if group["adapt"]:
                 ratios = self._trust_ratios(weights, gradients, group["trust_coefficient"])
                 torch._foreach_mul_(gradients, list((group["lr"] * ratios).unbind()))
@@ -89,6 +90,11 @@ class LARS(Optimizer):
         gradient_norms = torch.stack(torch._foreach_norm(gradients))
         ratios = coefficient * weight_norms / gradient_norms
         return torch.where((weight_norms > 0) & (gradient_norms > 0), ratios, torch.ones_like(ratios))  # (layers,)
+
+
+def laid_out_as(weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """The gradient with the weight's strides: torch's fused kernels on a CPU would pair the wrong elements."""
+    return gradient if gradient.stride() == weight.stride() else torch.empty_like(weight).copy_(gradient)
 
 
 def _begin_at_rest(optimizer: Optimizer, weights: Iterable[torch.Tensor]) -> None:

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 
+import torch
 import torch.distributed as dist
 
 from engine import run_lock
@@ -32,6 +33,10 @@ def was_left_alone(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error)  # gloo's have no type of their own
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def leave_process_group() -> None:
     """End gloo's threads, which would abort the process if they outlived the interpreter."""
     gc.collect()  # they end with the last reference to their group, and modules refer to it in cycles
@@ -54,6 +59,11 @@ def ending_together() -> Iterator[None]:
             sys.exit(f"error: {error}")
         if was_left_alone(error):
             sys.exit("error: Another process ended without a word, killed for want of memory perhaps: see its log.")
+        if is_out_of_memory(error):
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else "the host"
+            sys.exit(
+                f"error: Out of memory ({reason}); use a smaller batch or encoder, or --micro-batch in pretraining."
+            )
         raise
     finally:
         run_lock.release_all()

@@ -9,7 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from engine import run_lock
+from engine.processes import ending_together
+from errors import UserError
 from tests.small_sets import texture_shards
 
 ROOT = Path(__file__).parents[1]
@@ -101,3 +105,25 @@ def test_a_failure_of_one_ends_all_with_its_words(data, tmp_path, failure, said)
     assert said in done.stderr
     assert "gloo" not in done.stderr, "what it did to the others is not shown"
     assert not (tmp_path / "run" / "encoder.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        MemoryError(),
+    ],
+)
+def test_lack_of_memory_is_said_in_one_sentence(error):
+    said = r"^error: Out of memory \(.*\); use a smaller batch or encoder.*\.$"
+    with pytest.raises(SystemExit, match=said), ending_together():
+        raise error
+
+
+def test_a_run_folder_is_unlocked_however_a_script_ends(tmp_path):
+    for error in (UserError("no"), KeyboardInterrupt()):
+        with pytest.raises(SystemExit), ending_together():
+            run_lock.acquire(tmp_path / "run")
+            raise error
+        assert not (tmp_path / "run").exists()

@@ -55,6 +55,16 @@ def test_zero_norms_give_the_ratio_one():
     torch.testing.assert_close(still.detach(), torch.ones(2, 2))
 
 
+@pytest.mark.parametrize("shape", [(4, 3, 2, 2), (3, 5)])
+def test_lars_pairs_gradients_and_weights_that_are_laid_out_differently(shape):
+    start, gradient = torch.randn(2, *shape, dtype=torch.float64).unbind()
+    weight = nn.Parameter(start.clone().transpose(0, 1).contiguous().transpose(0, 1))
+    weight.grad = gradient.clone()
+    assert weight.stride() != gradient.stride()
+    LARS([{"params": [weight], "adapt": False}], lr=1.0).step()
+    torch.testing.assert_close(weight.detach(), start - gradient)
+
+
 def test_norms_and_biases_neither_decay_nor_adapt():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
     net[2].weight.requires_grad_(False)
