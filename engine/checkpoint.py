@@ -117,7 +117,9 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         record = json.loads((path / "record.json").read_text())
     except OSError as error:
-        raise UserError(f"{path} is not a whole checkpoint ({error}): {cure}.") from error
+        raise UserError(
+            f"{path} is not a whole checkpoint, or not on a folder that every node sees ({error}): {cure}."
+        ) from error
     except ValueError as error:
         raise UserError(f"{path}/record.json is damaged: {cure}.") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:

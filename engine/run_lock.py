@@ -104,9 +104,13 @@ class _Lock:
                 proven = is_new or (enforced and holder is not None and holder["machine"] == self.holder["machine"])
                 if not proven and _is_touched(self.path):
                     raise _in_use(self.path.parent, _read(self.path) or holder)
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, json.dumps(self.holder).encode(), 0)
-                os.fsync(descriptor)
+                try:
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, json.dumps(self.holder).encode(), 0)
+                    os.fsync(descriptor)
+                except OSError:  # a full disk; a lock without a holder would make the next job watch it
+                    self.path.unlink()
+                    raise
                 if not proven:  # another machine may have watched the same lock: the last to write has it
                     time.sleep(SILENCE_S / 10)
                     if (holder := _read(self.path)) is None or holder["token"] != self.holder["token"]:

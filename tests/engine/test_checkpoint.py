@@ -197,7 +197,7 @@ def test_optimizer_states_of_other_parameters_are_refused(made):
 def test_a_checkpoint_without_its_record_is_named(tmp_path):
     path = Checkpoints(tmp_path, keep=1).save(7, TENSORS, {})
     (path / "record.json").unlink()
-    with pytest.raises(UserError, match=r"step-00000007 is not a whole checkpoint .*delete this checkpoint"):
+    with pytest.raises(UserError, match=r"step-00000007 is not a whole checkpoint, .*delete this checkpoint"):
         checkpoint.load(path)
 
 

@@ -142,3 +142,14 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"The run folder .*file/run cannot be written .*choose another --out"):
         run_lock.acquire(tmp_path / "file" / "run")
+
+
+def test_a_full_disk_leaves_no_lock(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_lock.os, "fsync", full)
+    for folder in (tmp_path, tmp_path / "new"):
+        with pytest.raises(UserError, match=r"cannot be written .*No space left"):
+            run_lock.acquire(folder)
+    assert not list(tmp_path.iterdir())
