@@ -112,10 +112,14 @@ def chosen_folder(accelerator: Accelerator, config: Common, name: str) -> tuple[
     """Run folder and checkpoint, chosen by the main process for all: clocks and views of a network folder differ."""
     chosen: list = [None]
     if accelerator.is_main_process:
-        try:
-            chosen = [run_folder(config.out, config.resume, f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")]
-        except (UserError, OSError) as error:
-            chosen = [error]
+        default = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        is_named = config.out or config.resume not in ("auto", "none")
+        for number in range(1, 2 if is_named else 100):  # jobs of a sweep may start in the same second
+            try:
+                chosen = [run_folder(config.out, config.resume, default if number == 1 else f"{default}-{number}")]
+                break
+            except (UserError, OSError) as error:
+                chosen = [error]
     chosen = broadcast_object_list(chosen)
     if isinstance(chosen[0], Exception):
         raise chosen[0]
