@@ -6,6 +6,7 @@
     ROOT/index.npy               the rows of all shards, if they are more than a few: memory-mapped instead of read
 
 A folder without `dataset.json` is not a shard set, so one that was interrupted while being written is never trusted.
+Opening a set compares the indexes with their checksums; see `ShardCache.is_intact` for when a large one is read again.
 
     python -m pipeline.shards index ROOT    make the index of WebDataset tars from elsewhere
     python -m pipeline.shards verify ROOT   compare every file with the checksums of the original
@@ -16,6 +17,7 @@ The index of a set that can't be written to, at an http:// address say, is kept 
 """
 
 import argparse
+import hashlib
 import io
 import json
 import posixpath
@@ -149,27 +151,28 @@ def _manifest_fault(manifest: dict[str, Any]) -> str:
 
 def find_tars(fs: Any, path: str, patience: Patience) -> list[str]:
     """Names of the tars in a folder, sorted; none if there is no such folder, or one that may not be listed."""
-    try:
-        found = persistently(lambda: fs.glob(f"{path}/*.tar"), path, patience)
+    try:  # not a glob, in which a bracket of the folder's name would be a pattern
+        found = persistently(lambda: fs.ls(path, detail=False), path, patience)
     except FINAL:
         return []
-    return sorted(posixpath.basename(name) for name in found)
+    names = (name.rstrip("/") for name in found if name.strip("/") != path.strip("/"))  # a file lists itself
+    return sorted(posixpath.basename(name) for name in names if name.endswith(".tar"))
 
 
 def _map_index(fs: Any, path: str, manifest: dict[str, Any], cache: ShardCache, again: str) -> np.ndarray:
     """(N,) rows of ROOT/index.npy, mapped into memory: opening takes as long for many samples as for few."""
     name, entry = f"{path}/index.npy", manifest["index"]
-    if is_local(fs):
-        file = Path(name)
-    elif not (file := cache.fetch(fs, name, entry["bytes"], entry["sha256"])):
-        raise UserError(
-            f"The cache {cache.folder} has no room for {name} ({entry['bytes'] / 1e9:.1f} GB): raise its limit of "
-            f"{cache.limit_bytes / 1e9:.1f} GB."
-        )
+    file = Path(name) if is_local(fs) else _fetch_index(fs, name, entry, cache)
     try:
-        if file.stat().st_size != entry["bytes"]:
-            raise ValueError("size")
+        intact = cache.is_intact(file, entry["bytes"], entry["sha256"])
+        if not intact and not is_local(fs) and cache.drop_damaged(entry["sha256"]):  # damaged since it was fetched
+            file = _fetch_index(fs, name, entry, cache)
+            intact = cache.is_intact(file, entry["bytes"], entry["sha256"])
+        if not intact:
+            raise ValueError("checksum")
         rows = np.load(file, mmap_mode="r", allow_pickle=False)
+    except UserError:
+        raise
     except FileNotFoundError as error:
         raise UserError(f"{name} is missing: {again}.") from error
     except Exception as error:  # numpy parses the header as Python, which fails in many ways
@@ -184,6 +187,15 @@ def _map_index(fs: Any, path: str, manifest: dict[str, Any], cache: ShardCache, 
     if fault:
         raise UserError(f"{path}/dataset.json is damaged ({fault}): copy it again, or {again}.")
     return rows
+
+
+def _fetch_index(fs: Any, name: str, entry: dict[str, Any], cache: ShardCache) -> Path:
+    if file := cache.fetch(fs, name, entry["bytes"], entry["sha256"]):
+        return file
+    raise UserError(
+        f"The cache {cache.folder} has no room for {name} ({entry['bytes'] / 1e9:.1f} GB): raise its limit of "
+        f"{cache.limit_bytes / 1e9:.1f} GB."
+    )
 
 
 def _join_indexes(fs: Any, path: str, manifest: dict[str, Any], cache: ShardCache, again: str) -> np.ndarray:
@@ -203,11 +215,14 @@ def _join_indexes(fs: Any, path: str, manifest: dict[str, Any], cache: ShardCach
         # fetched by many threads but parsed by one: numpy has Python parse the header, and Python 3.11's parser fails
         # now and then where two threads are in it
         for name, content, shard in zip(names, pool.map(fetch, names), manifest["shards"], strict=True):
+            sha256 = hashlib.sha256(content).hexdigest()
+            if shard.get("index_sha256", sha256) != sha256:  # older sets have none
+                raise UserError(f"{name} is damaged: {again}.")
             try:
                 parts.append(np.load(io.BytesIO(content), allow_pickle=False))
             except Exception as error:  # as above
                 raise UserError(f"{name} is damaged: {again}.") from error
-            if not _is_index(parts[-1], shard["samples"]):
+            if not _is_index(parts[-1], shard["samples"]) or not _fits(parts[-1], shard["bytes"]):
                 raise UserError(f"{name} disagrees with dataset.json: {again}.")
     rows = np.concatenate(parts)
     if fault := label_fault(rows, manifest["classes"]):
@@ -228,6 +243,12 @@ def _top_fault(top: int, classes: list[str]) -> str:
 def _is_index(rows: np.ndarray, samples: int) -> bool:
     fields = rows.dtype.fields or {}
     return rows.shape == (samples,) and "key" in fields and rows.dtype == index_dtype(rows.dtype["key"].itemsize)
+
+
+def _fits(rows: np.ndarray, tar_bytes: int) -> bool:
+    """Whether every sample lies inside its tar and has a size in pixels and a label: what reading relies on."""
+    inside = (rows["offset"] >= 0) & (rows["size"] >= 0) & (rows["size"] <= tar_bytes - rows["offset"])
+    return bool((inside & (rows["height"] > 0) & (rows["width"] > 0) & (rows["label"] >= -1)).all())
 
 
 def open_splits(root: str, cache: ShardCache | None = None) -> tuple[ShardSet, ShardSet | None]:

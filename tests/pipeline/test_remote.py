@@ -16,7 +16,7 @@ from pipeline.cache import ShardCache
 from pipeline.order import Order
 from pipeline.reader import Reader, ReadFailure
 from pipeline.remote import Patience, WebFileSystem, download, filesystem, persistently
-from pipeline.shards import ShardSet, open_shards, open_splits
+from pipeline.shards import ShardSet, find_tars, index_name, open_shards, open_splits
 from tests.pipeline.image_sets import ROOT
 from tests.pipeline.web_server import QUICK, cache_at, cached_files, epoch, serving, shard_entry, write_set
 
@@ -79,7 +79,7 @@ def test_node_groups_share_the_fetching(local, tmp_path):
         assert min(tars) == 1 and sum(tars) <= 24 + 2 * 4
 
 
-@pytest.mark.parametrize("fault", ["503", "drop", "stall", "whole"])
+@pytest.mark.parametrize("fault", ["503", "drop", "stall", "shift", "truncate"])
 def test_single_samples_from_a_server_that_fails(small, tmp_path, fault):
     """Without prefetch, by byte ranges; nothing goes to the cache."""
     with serving(Path(small.root), fault, fault) as server:
@@ -294,10 +294,104 @@ def test_a_web_file_system(small):
         fs, root = filesystem(f"{server.url}/small/")
         assert isinstance(fs, WebFileSystem) and not root.endswith("/")
         assert fs.exists(f"{root}/dataset.json") and not fs.exists(f"{root}/nothing")
-        assert fs.glob(f"{root}/*.tar") == [f"{root}/part-{number:03d}.tar" for number in range(4)]
+        assert find_tars(fs, root, QUICK) == [f"part-{number:03d}.tar" for number in range(4)]
         content = Path(small.root, "part-000.tar").read_bytes()
         assert fs.cat_file(f"{root}/part-000.tar") == content
         assert fs.cat_file(f"{root}/part-000.tar", 10, 300) == content[10:300]
         assert fs.cat_file(f"{root}/part-000.tar", 10, 10) == b""
         with pytest.raises(FileNotFoundError):
             fs.cat_file(f"{root}/nothing")
+
+
+@pytest.mark.parametrize("answer", [400, 403, 405, 501])
+def test_a_server_that_refuses_head_is_asked_by_get(small, tmp_path, answer):
+    (tmp_path / "set" / "empty").mkdir(parents=True)
+    Path(small.root).rename(tmp_path / "set" / "train")
+    (tmp_path / "set" / "nothing").write_bytes(b"")
+    with serving(tmp_path / "set") as server:
+        server.head, server.lists = answer, False
+        train, test = open_splits(server.url, cache_at(tmp_path))
+        assert len(train) == 24 and test is None
+        fs, root = filesystem(server.url, QUICK)
+        assert fs.exists(f"{root}/nothing") and not fs.exists(f"{root}/not there")
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_from_a_server_without_ranges_a_shard_is_fetched_once(small, tmp_path, room):
+    """And not once for each of its samples; unless the cache has no room for it."""
+    samples, size = np.random.default_rng(0).permutation(24), shard_entry(small, 0)[0]
+    with serving(Path(small.root)) as server:
+        server.ranges = False
+        cache = cache_at(tmp_path, limit_bytes=10**6 if room else size - 1)
+        reader = Reader(open_shards(server.url, cache), cache)
+        server.sent_bytes = 0
+        for part in np.split(samples, 6):
+            assert reader.read(part) == Reader(small).read(part)
+        reader.close()
+        assert len(cached_files(cache)) == (4 if room else 0)
+        if room:
+            assert [requested for _, requested in server.requests[-4:]].count(None) == 4
+            assert sum(requested is None for name, requested in server.requests if name.endswith(".tar")) == 4
+
+
+def test_a_damaged_shard_of_a_server_without_ranges_still_gives_what_is_unharmed(small, tmp_path):
+    expected = Reader(small).read(np.arange(6))
+    with open(Path(small.root, "part-000.tar"), "r+b") as tar:
+        tar.seek(int(small.index["offset"][2]))
+        tar.write(b"damage")
+    with serving(Path(small.root)) as server:
+        server.ranges = False
+        reader = Reader(open_shards(server.url, cache_at(tmp_path)), cache_at(tmp_path))
+        encoded = reader.read(np.arange(6))
+        reader.close()
+    assert isinstance(encoded.pop(2), ReadFailure) and expected.pop(2) and encoded == expected
+
+
+def test_names_are_quoted_and_the_url_is_not(tmp_path):
+    """A percent sign, a hash or a question mark in a file's name is part of it; in a URL it means what it means."""
+    local = write_set(tmp_path / "a #1 [50%25]" / "train", shards=2)
+    for number, name in enumerate(["100%.tar", "a#b?c%20d [x].tar"]):
+        Path(local.root, f"part-{number:03d}.tar").rename(Path(local.root, name))
+        Path(local.root, f"part-{number:03d}.index.npy").rename(Path(local.root, index_name(name)))
+    manifest = Path(local.root, "dataset.json")
+    text = manifest.read_text().replace("part-000.tar", "100%.tar").replace("part-001.tar", "a#b?c%20d [x].tar")
+    manifest.write_text(text)
+    with serving(tmp_path) as server:
+        shards, _ = open_splits(f"{server.url}/a%20%231%20[50%2525]", cache_at(tmp_path))
+        reader = Reader(shards, cache_at(tmp_path))
+        assert reader.read(np.arange(12)) == Reader(open_shards(local.root)).read(np.arange(12))
+        reader.prefetch([0, 1])
+        assert reader.read(np.arange(12)) == Reader(open_shards(local.root)).read(np.arange(12))
+        reader.close()
+        for root in (shards.root, local.root):
+            assert find_tars(*filesystem(root), QUICK) == ["100%.tar", "a#b?c%20d [x].tar"]
+
+
+def test_a_file_is_no_folder_of_tars(small):
+    assert find_tars(*filesystem(f"{small.root}/part-000.tar"), QUICK) == []
+    assert find_tars(*filesystem(f"{small.root}/nothing"), QUICK) == []
+
+
+def test_redirects_are_followed(small, tmp_path):
+    with serving(Path(small.root)) as server:
+        server.redirects = True
+        shards = open_shards(server.url, cache_at(tmp_path))
+        assert epoch(shards, cache_at(tmp_path)) == epoch(small)
+        samples = np.array([23, 0])
+        assert Reader(shards, cache_at(tmp_path / "other")).read(samples) == Reader(small).read(samples)
+
+
+def test_a_server_that_compresses(small, tmp_path):
+    """Text is decompressed; tars are refused, since offsets in them mean the plain bytes."""
+    with serving(Path(small.root)) as server:
+        server.compressed = ".json"
+        shards = open_shards(server.url, cache_at(tmp_path))
+        server.compressed = ".tar"
+        reader = Reader(shards, cache_at(tmp_path))
+        with pytest.raises(UserError, match=r"compresses .*part-000\.tar \(gzip\).*turn off the compression"):
+            reader.read(np.array([0]))
+        reader.prefetch([0])
+        with pytest.raises(UserError, match=r"compresses .*part-000\.tar"):
+            reader.read(np.array([0]))
+        reader.close()
+        assert server.count["part-000.tar"] == 2  # it would be compressed again

@@ -105,7 +105,7 @@ DAMAGE = {
     "cut": ("train-000001.index.npy", lambda content: content[:200], "is damaged"),
     "empty": ("train-000001.index.npy", lambda content: b"", "is damaged"),
     "gone": ("train-000001.index.npy", None, "is missing"),
-    "of another shard": ("train-000002.index.npy", "train-000001.index.npy", "disagrees with dataset.json"),
+    "of another shard": ("train-000002.index.npy", "train-000001.index.npy", "is damaged"),
     "half a manifest": ("dataset.json", lambda content: content[:100], "dataset.json is damaged"),
     "another format": ("dataset.json", lambda content: b'{"format": "x"}', "is not of format"),
     "no object": ("dataset.json", lambda content: b"[]", "is not of format"),
