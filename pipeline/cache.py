@@ -133,8 +133,11 @@ class ShardCache:
                 return found
             partial = target.with_name(f"{sha256}.{size}.partial")
             for _ in range(FETCHES):
-                if not self._make_room(partial, size):
-                    return None
+                try:
+                    if not self._make_room(partial, size):
+                        return None
+                except OSError as error:
+                    raise self._unusable(error) from error
                 try:
                     download(fs, path, partial, size, patience)
                 except UserError as error:
@@ -143,14 +146,19 @@ class ShardCache:
                     raise
                 except FINAL as error:
                     raise LostFile(f"{path} can't be read ({error}): copy it there again.") from error
-                with open(partial, "r+b") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-                    os.fsync(file.fileno())  # before it gets its name: after a crash of the machine, too, that vouches
-                with self._locked("lock"):  # while nobody is adding up the files
-                    if digest == sha256:
-                        os.replace(partial, target)
-                        return target
-                    partial.unlink()
+                try:
+                    with open(partial, "r+b") as file:
+                        digest = hashlib.file_digest(file, "sha256").hexdigest()
+                        os.fsync(file.fileno())  # before it gets its name, which vouches for it even after a crash
+                    with self._locked("lock"):  # while nobody is adding up the files
+                        if digest == sha256:
+                            os.replace(partial, target)
+                            return target
+                        partial.unlink()
+                except FileNotFoundError:  # somebody is emptying the cache
+                    continue
+                except OSError as error:
+                    raise self._unusable(error) from error
         raise LostFile(
             f"{path} is not the file that dataset.json describes, {FETCHES} times fetched: copy it there again, or "
             "make the index anew by `python -m pipeline.shards index`."
@@ -199,12 +207,15 @@ class ShardCache:
                 if patience and patience.stop.is_set():
                     raise UserError(f"{lock.lock_file} was waited for and given up.") from None
             except OSError as error:
-                cure = "point $STREAMCLR_CACHE to a folder that can be written"
-                raise UserError(f"{self.folder} can't be used as a cache ({error}): {cure}.") from error
+                raise self._unusable(error) from error
         try:
             yield
         finally:
             lock.release()
+
+    def _unusable(self, error: OSError) -> UserError:
+        cure = "point $STREAMCLR_CACHE to a folder that can be written"
+        return UserError(f"{self.folder} can't be used as a cache ({error}): {cure}.")
 
     def _make_room(self, partial: Path, size: int) -> bool:
         """Reserve the room of a file by its empty `partial`, evicting what was not used for longest and is not held."""
@@ -274,7 +285,8 @@ class ShardCache:
             try:
                 lock.acquire(timeout=0)
             except Timeout:  # whoever holds it lives
-                held |= set(path.read_text().split())
+                with suppress(FileNotFoundError):  # somebody is emptying the cache
+                    held |= set(path.read_text().split())
             else:
                 path.unlink(missing_ok=True)
                 lock.release()

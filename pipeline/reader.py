@@ -326,6 +326,9 @@ class _Threads:
         self._tasks.put((future, function, arguments))
         return future
 
+    def __del__(self):  # of a reader that was never closed
+        self.close()
+
     def close(self) -> None:
         """Each thread ends after its current task; those that are waiting, at once."""
         for _ in range(self._count):

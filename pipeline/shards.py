@@ -162,15 +162,8 @@ def find_tars(fs: Any, path: str, patience: Patience) -> list[str]:
 def _map_index(fs: Any, path: str, manifest: dict[str, Any], cache: ShardCache, again: str) -> np.ndarray:
     """(N,) rows of ROOT/index.npy, mapped into memory: opening takes as long for many samples as for few."""
     name, entry = f"{path}/index.npy", manifest["index"]
-    file = Path(name) if is_local(fs) else _fetch_index(fs, name, entry, cache)
     try:
-        intact = cache.is_intact(file, entry["bytes"], entry["sha256"])
-        if not intact and not is_local(fs) and cache.drop_damaged(entry["sha256"]):  # damaged since it was fetched
-            file = _fetch_index(fs, name, entry, cache)
-            intact = cache.is_intact(file, entry["bytes"], entry["sha256"])
-        if not intact:
-            raise ValueError("checksum")
-        rows = np.load(file, mmap_mode="r", allow_pickle=False)
+        rows = _load_local(Path(name), entry, cache) if is_local(fs) else _load_cached(fs, name, entry, cache)
     except UserError:
         raise
     except FileNotFoundError as error:
@@ -189,13 +182,26 @@ def _map_index(fs: Any, path: str, manifest: dict[str, Any], cache: ShardCache, 
     return rows
 
 
-def _fetch_index(fs: Any, name: str, entry: dict[str, Any], cache: ShardCache) -> Path:
-    if file := cache.fetch(fs, name, entry["bytes"], entry["sha256"]):
-        return file
-    raise UserError(
-        f"The cache {cache.folder} has no room for {name} ({entry['bytes'] / 1e9:.1f} GB): raise its limit of "
-        f"{cache.limit_bytes / 1e9:.1f} GB."
-    )
+def _load_local(file: Path, entry: dict[str, Any], cache: ShardCache) -> np.ndarray:
+    if not cache.is_intact(file, entry["bytes"], entry["sha256"]):
+        raise ValueError("checksum")
+    return np.load(file, mmap_mode="r", allow_pickle=False)
+
+
+def _load_cached(fs: Any, name: str, entry: dict[str, Any], cache: ShardCache) -> np.ndarray:
+    for attempts_left in (2, 1, 0):
+        file = cache.fetch(fs, name, entry["bytes"], entry["sha256"])
+        if not file:
+            raise UserError(
+                f"The cache {cache.folder} has no room for {name} ({entry['bytes'] / 1e9:.1f} GB): raise its limit of "
+                f"{cache.limit_bytes / 1e9:.1f} GB."
+            )
+        try:
+            return _load_local(file, entry, cache)
+        except (FileNotFoundError, ValueError):  # evicted by another process, or damaged since it was fetched
+            if not attempts_left:
+                raise
+            cache.drop_damaged(entry["sha256"])
 
 
 def _join_indexes(fs: Any, path: str, manifest: dict[str, Any], cache: ShardCache, again: str) -> np.ndarray:
