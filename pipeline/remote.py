@@ -89,22 +89,17 @@ class WebFileSystem(AbstractFileSystem):
         return path.rstrip("/")
 
     def request(self, path: str, start: int = 0, end: int | None = None, method: str = "GET"):
-        """The server's answer, as a file; one that ignores the range has status 200 and holds the whole file."""
+        """The server's answer, as a file; it may ignore the range, see `_first_byte`."""
         headers = {"Range": f"bytes={start}-{'' if end is None else end - 1}"} if start or end is not None else {}
         known = len(self.root) if path.startswith(self.root) else len(path)
         url = quote(path[:known], safe="/:?&=%#@+,;~!*'()[]$") + quote(path[known:])
         try:
-            answer = urlopen(Request(url, None, headers, method=method), timeout=self.stall_s)
+            return urlopen(Request(url, None, headers, method=method), timeout=self.stall_s)
         except HTTPError as error:
             error.close()
             kind = {404: FileNotFoundError, 410: FileNotFoundError, 401: PermissionError, 403: PermissionError}
             kind |= {416: PastTheEnd} | dict.fromkeys((400, 405, 501), MethodRefused)
             raise kind.get(error.code, OSError)(f"{path}: the server answers {error.code} {error.reason}") from error
-        sent = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range", "")) if answer.status == 206 else None
-        if sent and int(sent[1]) != start:
-            answer.close()
-            raise OSError(f"{path}: the server sends bytes from {sent[1]} on where those from {start} on are requested")
-        return answer
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_) -> bytes:
         """The content of a file or of a range of it.
@@ -121,7 +116,7 @@ class WebFileSystem(AbstractFileSystem):
         with answer:
             if start or end is not None:
                 _refuse_compression(answer, path)
-                if answer.status != 206:
+                if _first_byte(answer, start or 0) != (start or 0) or answer.status != 206:
                     raise NoRanges(path)
             content = answer.read()  # raises IncompleteRead where the connection breaks
             whole = _whole_size(answer.headers, answer.status)
@@ -129,7 +124,7 @@ class WebFileSystem(AbstractFileSystem):
                 raise ConnectionError(f"{path}: {len(content)} bytes are sent where {end - (start or 0)} are requested")
         if answer.headers.get("Content-Encoding") in ("gzip", "x-gzip"):
             return gzip.decompress(content)  # some servers compress text without having been asked to
-        return content
+        return content if end is None else content[: end - (start or 0)]
 
     def cat_past(self, path: str, start: int, end: int) -> bytes:
         """As `cat_file`, from a server without ranges: reads and discards everything before the range."""
@@ -156,6 +151,14 @@ class WebFileSystem(AbstractFileSystem):
         page = self.cat_file(f"{path}/").decode(errors="replace")
         links = map(html.unescape, re.findall(r"""href=["']?([^"'?#\s>]+)""", page, re.I))
         return [f"{path}/{name}" for name in sorted({posixpath.basename(unquote(link)) for link in links}) if name]
+
+
+def _first_byte(answer, requested: int) -> int:
+    """Where in the file the answer to a request for the bytes from `requested` on starts."""
+    if answer.status != 206:
+        return 0
+    sent = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range", ""))
+    return int(sent[1]) if sent else requested
 
 
 def _refuse_compression(answer, path: str) -> None:
@@ -271,8 +274,10 @@ def _append(fs: AbstractFileSystem, path: str, out: BinaryIO, size: int | None, 
     if isinstance(fs, WebFileSystem):
         with fs.request(path, start) as answer:
             _refuse_compression(answer, path)
-            if answer.status != 206:
-                start = 0  # the server knows no ranges: once more from the beginning
+            first = _first_byte(answer, start)
+            if first > start:
+                raise OSError(f"the server sends bytes from {first} on where those from {start} on are requested")
+            start = first  # a server without ranges sends everything again
             return _copy(answer, out, start, size, _whole_size(answer.headers, answer.status), patience)
     with fs.open(path, "rb", block_size=PIECE_BYTES, cache_type="none") as file:
         file.seek(start)
