@@ -206,14 +206,14 @@ class ShardCache:
             except Timeout:
                 if patience and patience.stop.is_set():
                     raise UserError(f"{lock.lock_file} was waited for and given up.") from None
-            except OSError as error:
+            except (OSError, NotImplementedError) as error:  # the file system knows no locks, for the latter
                 raise self._unusable(error) from error
         try:
             yield
         finally:
             lock.release()
 
-    def _unusable(self, error: OSError) -> UserError:
+    def _unusable(self, error: Exception) -> UserError:
         cure = "point $STREAMCLR_CACHE to a folder that can be written"
         return UserError(f"{self.folder} can't be used as a cache ({error}): {cure}.")
 

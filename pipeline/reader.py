@@ -5,23 +5,21 @@ import logging
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable
-from concurrent.futures import CancelledError, Future, wait
+from collections.abc import Iterable
+from concurrent.futures import CancelledError, Future
 from dataclasses import replace
 from pathlib import Path
-from queue import SimpleQueue
 from typing import NamedTuple
 
 import numpy as np
 
 from errors import UserError
 from pipeline.cache import Lease, LostFile, ShardCache
-from pipeline.remote import FINAL, NoRanges, Patience, filesystem, is_local, persistently
+from pipeline.remote import FINAL, DaemonThreads, NoRanges, Patience, filesystem, is_local, persistently, result
 from pipeline.shards import ShardSet
 
 FETCHERS, RANGE_READERS = 8, 32  # threads that wait for the network
 RETRY_WAITS_S = (0.1, 0.5, 2.0)
-STOP_POLL_S = 0.1  # how often a read that waits for the network looks whether it was told to stop
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +57,8 @@ class Reader:
         self._wanted: list[int] | None = None
         self._lost: set[int] = set()  # shards that are not worth a further fetch
         self._fetches: dict[int, Future[Path | None]] = {}
-        self._fetchers: _Threads | None = None
-        self._range_readers: _Threads | None = None
+        self._fetchers: DaemonThreads | None = None
+        self._range_readers: DaemonThreads | None = None
         self._ranges = True
         self._lease: Lease | None = None
 
@@ -95,7 +93,7 @@ class Reader:
                         f"{self.cache.folder}, {limit / 1e9:.3g} GB: raise it or make smaller shards."
                     )
                 self._patience = replace(self.cache.patience, stop=threading.Event())
-                self._fetchers, self._lease = _Threads(FETCHERS, "fetch"), Lease(self.cache)
+                self._fetchers, self._lease = DaemonThreads(FETCHERS, "fetch"), Lease(self.cache)
             held = wanted[: int(np.searchsorted(filled, limit, side="right"))]
             self._lease.hold([entries[shard]["sha256"] for shard in held])  # before any is looked for
             fetches = {}
@@ -201,12 +199,12 @@ class Reader:
         """Fill in `encoded` at `places` from the store, by requests at the same time."""
         with self._lock:
             if self._range_readers is None:
-                self._range_readers = _Threads(RANGE_READERS, "range")
+                self._range_readers = DaemonThreads(RANGE_READERS, "range")
             submit = self._range_readers.submit
         requests = [submit(self._range, int(numbers[place]), rows[place], patience) for place in places]
         try:
             for place, request in zip(places, requests, strict=True):
-                encoded[place] = self._checked(self._result(request, patience), int(numbers[place]), rows[place])
+                encoded[place] = self._checked(result(request, patience.stop), int(numbers[place]), rows[place])
         finally:
             for request in requests:
                 request.cancel()
@@ -225,20 +223,13 @@ class Reader:
         fetch = self._fetches.get(shard)
         try:
             if fetch is not None:
-                return self._result(fetch, patience)
+                return result(fetch, patience.stop)
         except CancelledError:  # no longer wanted by others
             pass
         except LostFile:
             return None
         entry = self.shards.manifest["shards"][shard]
         return self.cache.find(entry["bytes"], entry["sha256"])
-
-    def _result(self, future: Future, patience: Patience):
-        """The result of another thread, which may hang in a call to the network; this one can be stopped."""
-        while not wait([future], timeout=STOP_POLL_S).done:
-            if patience.stop.is_set():
-                raise UserError(f"Reading {self.shards.root} was stopped.")
-        return future.result()
 
     def _fetch(self, shard: int, patience: Patience) -> Path | None:
         entry = self.shards.manifest["shards"][shard]
@@ -311,36 +302,3 @@ def _read_tar_once(path: str | Path, rows: np.ndarray) -> list[bytes]:
             tar.seek(offset)
             encoded.append(tar.read(size))
     return encoded
-
-
-class _Threads:
-    """Daemon threads: a process does not wait for them when it ends, as it would for those of an executor."""
-
-    def __init__(self, count: int, name: str):
-        self._tasks, self._count = SimpleQueue(), count
-        for _ in range(count):
-            threading.Thread(target=self._work, args=(self._tasks,), name=name, daemon=True).start()
-
-    def submit(self, function: Callable, *arguments) -> Future:
-        future: Future = Future()
-        self._tasks.put((future, function, arguments))
-        return future
-
-    def __del__(self):  # of a reader that was never closed
-        self.close()
-
-    def close(self) -> None:
-        """Each thread ends after its current task; those that are waiting, at once."""
-        for _ in range(self._count):
-            self._tasks.put(None)
-
-    @staticmethod
-    def _work(tasks: SimpleQueue) -> None:
-        while task := tasks.get():
-            future, function, arguments = task
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(function(*arguments))
-                except BaseException as error:  # for whoever asks for the result
-                    future.set_exception(error)
-            del task, future, function, arguments  # which would keep the reader alive

@@ -8,9 +8,11 @@ import random
 import re
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from http.client import HTTPMessage
 from pathlib import Path
+from queue import SimpleQueue
 from typing import BinaryIO, TypeVar
 from urllib.error import HTTPError
 from urllib.parse import quote, unquote, urlsplit
@@ -25,6 +27,7 @@ from errors import UserError
 
 log = logging.getLogger(__name__)
 PIECE_BYTES = 4 << 20
+STOP_POLL_S = 0.1  # how often a thread that waits for another one looks whether it was told to stop
 FINAL = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
 """Errors of a store that are not worth retrying."""
 T = TypeVar("T")
@@ -197,6 +200,8 @@ def _check_host(url: str) -> None:
         parts.port, (parts.hostname or "").encode("idna")  # raise what is wrong with them
         if not parts.hostname or re.search(r"\s", url.split("/")[2]):
             raise ValueError("no name of a server")
+        if parts.username is not None:  # http.client would take it for a part of the server's name
+            raise ValueError("user names and passwords are not supported")
     except ValueError as error:
         raise UserError(f"{url} is no web address ({error}): correct it, as in https://host/folder.") from error
 
@@ -244,7 +249,7 @@ def download(fs: AbstractFileSystem, path: str, target: Path, size: int | None, 
     attempt = 0
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with open(target, "ab") as out:
+        with open(target, "ab", buffering=0) as out:  # what a buffer still holds would fail on closing
             while size is None or out.tell() != size:
                 begun = out.tell()
                 try:
@@ -255,7 +260,6 @@ def download(fs: AbstractFileSystem, path: str, target: Path, size: int | None, 
                 except (*FINAL, UserError, _DiskError):
                     raise
                 except Exception as error:  # every kind of store raises its own
-                    out.flush()
                     attempt = 0 if out.tell() > begun else attempt
                     _wait_or_give_up(path, error, attempt, patience)
                     attempt += 1
@@ -301,7 +305,9 @@ def _copy(file: BinaryIO, out: BinaryIO, start: int, size: int | None, offered: 
     read = getattr(file, "read1", file.read)  # what has come, so that it is kept if the connection breaks
     while piece := read(PIECE_BYTES):
         try:
-            out.write(piece)
+            left = memoryview(piece)
+            while left:
+                left = left[out.write(left) :]
         except OSError as error:
             raise _DiskError(error) from error
         if patience.stop.is_set():
@@ -310,3 +316,51 @@ def _copy(file: BinaryIO, out: BinaryIO, start: int, size: int | None, offered: 
     if expected is not None and out.tell() < expected:
         raise ConnectionError(f"the connection ended after {out.tell()} of {expected} bytes")
     return out.tell()
+
+
+class DaemonThreads:
+    """Threads for calls to the network, which may hang: unlike an executor's, nothing waits for them to end.
+
+    `result` waits for the result of one of them, until an event is set or Ctrl-C is pressed.
+    """
+
+    def __init__(self, count: int, name: str):
+        self._tasks, self._count = SimpleQueue(), count
+        for _ in range(count):
+            threading.Thread(target=self._work, args=(self._tasks,), name=name, daemon=True).start()
+
+    def submit(self, function: Callable, *arguments) -> Future:
+        future: Future = Future()
+        self._tasks.put((future, function, arguments))
+        return future
+
+    def __del__(self):  # of a reader that was never closed
+        self.close()
+
+    def close(self) -> None:
+        """Each thread ends after its current task; those that are waiting, at once."""
+        for _ in range(self._count):
+            self._tasks.put(None)
+
+    @staticmethod
+    def _work(tasks: SimpleQueue) -> None:
+        while task := tasks.get():
+            future, function, arguments = task
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function(*arguments))
+                except BaseException as error:  # for whoever asks for the result
+                    future.set_exception(error)
+            del task, future, function, arguments  # which would keep the reader alive
+
+
+def result(future: Future[T], stop: threading.Event) -> T:
+    """The result of another thread, which may hang in a call to the network.
+
+    Raises:
+        UserError: `stop` was set; and whatever the other thread raised.
+    """
+    while not wait([future], timeout=STOP_POLL_S).done:
+        if stop.is_set():
+            raise UserError("Reading was stopped.")
+    return future.result()

@@ -22,8 +22,8 @@ import io
 import json
 import posixpath
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from errors import UserError
 from pipeline.cache import ShardCache
-from pipeline.remote import FINAL, Patience, filesystem, is_local, persistently
+from pipeline.remote import FINAL, DaemonThreads, Patience, filesystem, is_local, persistently, result
 
 FORMAT = "streamclr-shards-1"
 SHARD_KEYS = {"file": str, "samples": int, "bytes": int, "sha256": str}
@@ -207,20 +207,23 @@ def _load_cached(fs: Any, name: str, entry: dict[str, Any], cache: ShardCache) -
 def _join_indexes(fs: Any, path: str, manifest: dict[str, Any], cache: ShardCache, again: str) -> np.ndarray:
     """(N,) rows of the shards' own indexes, read all at once: one after the other takes long from an object store."""
     names = [f"{path}/{index_name(shard['file'])}" for shard in manifest["shards"]]
+    patience = replace(cache.patience, stop=threading.Event())
 
     def fetch(name: str) -> bytes:
         try:
-            return persistently(lambda: fs.cat_file(name), name, cache.patience)
+            return persistently(lambda: fs.cat_file(name), name, patience)
         except FileNotFoundError as error:
             raise UserError(f"{name} is missing: {again}.") from error
         except OSError as error:
             raise UserError(f"{name} can't be read ({error}): see to the connection and the permissions.") from error
 
-    parts = []
-    with ThreadPoolExecutor(16) as pool:
+    parts, threads = [], DaemonThreads(min(len(names), READ_WHOLE), "index")
+    contents = [threads.submit(fetch, name) for name in names]
+    try:
         # fetched by many threads but parsed by one: numpy has Python parse the header, and Python 3.11's parser fails
         # now and then where two threads are in it
-        for name, content, shard in zip(names, pool.map(fetch, names), manifest["shards"], strict=True):
+        for name, content, shard in zip(names, contents, manifest["shards"], strict=True):
+            content = result(content, patience.stop)
             sha256 = hashlib.sha256(content).hexdigest()
             if shard.get("index_sha256", sha256) != sha256:  # older sets have none
                 raise UserError(f"{name} is damaged: {again}.")
@@ -230,6 +233,11 @@ def _join_indexes(fs: Any, path: str, manifest: dict[str, Any], cache: ShardCach
                 raise UserError(f"{name} is damaged: {again}.") from error
             if not _is_index(parts[-1], shard["samples"]) or not _fits(parts[-1], shard["bytes"]):
                 raise UserError(f"{name} disagrees with dataset.json: {again}.")
+    finally:  # after Ctrl-C or an error: do not wait for the others
+        patience.stop.set()
+        for content in contents:
+            content.cancel()
+        threads.close()
     rows = np.concatenate(parts)
     if fault := label_fault(rows, manifest["classes"]):
         raise UserError(f"{path}/dataset.json is damaged ({fault}): copy it again, or {again}.")

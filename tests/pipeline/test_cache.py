@@ -159,6 +159,15 @@ def test_a_cache_that_cannot_be_written(small, tmp_path):
             assert server.count["part-000.tar"] == 1  # which no further attempt would have mended
 
 
+def test_a_cache_on_a_file_system_without_locks_is_refused(small, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise NotImplementedError("FileLock is not supported on this filesystem")
+
+    monkeypatch.setattr("pipeline.cache.FileLock.acquire", refuse)
+    with pytest.raises(UserError, match=r"can't be used as a cache \(.*not supported.*\): point \$STREAMCLR_CACHE to"):
+        cache_at(tmp_path).fetch(*filesystem(f"{small.root}/part-000.tar"), *shard_entry(small, 0))
+
+
 def test_verify_blames_the_cache_for_its_own_faults(small, tmp_path):
     (tmp_path / "file").write_text("")
     with serving(Path(small.root)) as server:

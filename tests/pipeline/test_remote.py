@@ -1,6 +1,7 @@
 """Shards from elsewhere: past every failure of a real web server to the same bytes."""
 
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -383,6 +384,22 @@ def test_names_are_quoted_and_the_url_is_not(tmp_path):
 def test_a_file_is_no_folder_of_tars(small):
     assert find_tars(*filesystem(f"{small.root}/part-000.tar"), QUICK) == []
     assert find_tars(*filesystem(f"{small.root}/nothing"), QUICK) == []
+
+
+def test_a_url_with_a_password_is_refused():
+    with pytest.raises(UserError, match="user names and passwords are not supported"):
+        filesystem("https://someone:secret@host/folder")
+
+
+def test_ctrl_c_while_opening_waits_for_no_server(small, tmp_path):
+    """Four indexes are read at the same time, and the server stalls on all of them."""
+    slow = ShardCache(tmp_path / "cache", patience=Patience(stall_s=30))
+    with serving(Path(small.root), *["stall"] * 9, suffix=".npy") as server:
+        threading.Timer(0.3, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+        begun = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            open_shards(server.url, slow)
+        assert time.monotonic() - begun < 1.5
 
 
 def test_redirects_are_followed(small, tmp_path):
