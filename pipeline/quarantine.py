@@ -41,7 +41,7 @@ class Quarantine:
         self.reasons: dict[int, str] = {}
         self._tried_after: dict[int, int] = {}  # epochs
         self.replaced = 0
-        """By this process; the first one of a resumed run starts from the count of all processes before."""
+        """Replacements by this process; in a resumed run, rank 0 starts from the total of all ranks."""
 
     def __len__(self) -> int:
         """Samples of an epoch."""
@@ -110,10 +110,10 @@ class Quarantine:
         self.check(self.replaced, epoch)
 
     def check(self, replaced: int, epoch: int) -> None:
-        """Check a number of replacements up to this epoch, of one process or the sum over all of them.
+        """Compare a number of replacements up to this epoch, of one process or the sum over all, with the limit.
 
-        The limit grows by whole epochs, not by batches: which of the ranks meets the bad images of an epoch, and
-        whether early or late, is chance, and a share that is allowed must not stop a run by chance.
+        The limit grows by whole epochs, not by batches. Otherwise an allowed share of bad images would stop a run
+        whose order, or whose division among the ranks, happens to put many of them first.
 
         Raises:
             UserError: they are more than `max_bad` of the samples.
@@ -127,6 +127,6 @@ class Quarantine:
                 break
             raise UserError(
                 f"{replaced} of {samples} images of {self.shards.root} were bad{where}{last}, which is more than "
-                f"--data.max-bad {self.max_bad:g} allows: see with `python -m pipeline.shards verify "
-                f"{self.shards.root}` whether shards were damaged and copy them again, or allow more."
+                f"--data.max-bad {self.max_bad:g} allows: run `python -m pipeline.shards verify {self.shards.root}` to "
+                "find damaged shards and copy them again, or raise --data.max-bad."
             )

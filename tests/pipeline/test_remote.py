@@ -402,6 +402,18 @@ def test_ctrl_c_while_opening_waits_for_no_server(small, tmp_path):
         assert time.monotonic() - begun < 1.5
 
 
+def test_the_threads_of_a_reader_end_with_it(small, tmp_path):
+    before = set(threading.enumerate())
+    with serving(Path(small.root)) as server:
+        reader = Reader(open_shards(server.url, cache_at(tmp_path)), cache_at(tmp_path))
+        reader.read(np.arange(24))
+        del reader  # which nobody closed
+        deadline = time.monotonic() + 5
+        while any(thread.name == "range" for thread in set(threading.enumerate()) - before):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
 def test_redirects_are_followed(small, tmp_path):
     with serving(Path(small.root)) as server:
         server.redirects = True
