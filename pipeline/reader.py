@@ -16,7 +16,7 @@ import numpy as np
 from errors import UserError
 from pipeline.cache import Lease, LostFile, ShardCache
 from pipeline.remote import FINAL, DaemonThreads, NoRanges, Patience, filesystem, is_local, persistently, result
-from pipeline.shards import ShardSet
+from pipeline.shards import ShardSet, lies_inside
 
 FETCHERS, RANGE_READERS = 8, 32  # threads that wait for the network
 RETRY_WAITS_S = (0.1, 0.5, 2.0)
@@ -123,7 +123,7 @@ class Reader:
         encoded: list[bytes | ReadFailure] = [b""] * len(numbers)
         by_range: list[int] = []
         for shard in np.unique(numbers).tolist():
-            inside = _inside(rows, self.shards.manifest["shards"][shard]["bytes"])
+            inside = lies_inside(rows, self.shards.manifest["shards"][shard]["bytes"])
             for place in np.flatnonzero((numbers == shard) & ~inside).tolist():
                 encoded[place] = ReadFailure(f"its row in the index of {self.paths[shard]} is damaged")
             places = np.flatnonzero((numbers == shard) & inside).tolist()
@@ -268,11 +268,6 @@ class Reader:
             return persistently(lambda: self.fs.cat_past(path, start, end), path, patience)
         except OSError as error:  # the store has no such file
             return ReadFailure(f"A shard of {self.shards.root} can't be read ({error})")
-
-
-def _inside(rows: np.ndarray, tar_bytes: int) -> np.ndarray:
-    """(n,) whether each sample lies inside its tar: a flipped bit in a size would ask for more than the memory."""
-    return (rows["offset"] >= 0) & (rows["size"] >= 0) & (rows["size"] <= tar_bytes - rows["offset"])
 
 
 def _read_tar(path: str | Path, rows: np.ndarray) -> list[bytes]:

@@ -129,7 +129,7 @@ def _manifest_fault(manifest: dict[str, Any]) -> str:
         return "no list of shards"
     for number, shard in enumerate(shards):
         for key, kind in SHARD_KEYS.items():
-            if type(shard.get(key)) is not kind or (kind is int and shard[key] < 0):
+            if type(shard.get(key)) is not kind or (kind is int and not 0 <= shard[key] < 2**63):
                 return f"no {key!r} of shard {number}"
         name = shard["file"]
         if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
@@ -261,8 +261,13 @@ def _is_index(rows: np.ndarray, samples: int) -> bool:
 
 def _fits(rows: np.ndarray, tar_bytes: int) -> bool:
     """Whether every sample lies inside its tar and has a size in pixels and a label: what reading relies on."""
-    inside = (rows["offset"] >= 0) & (rows["size"] >= 0) & (rows["size"] <= tar_bytes - rows["offset"])
-    return bool((inside & (rows["height"] > 0) & (rows["width"] > 0) & (rows["label"] >= -1)).all())
+    sound = (rows["height"] > 0) & (rows["width"] > 0) & (rows["label"] >= -1)
+    return bool((sound & lies_inside(rows, tar_bytes)).all())
+
+
+def lies_inside(rows: np.ndarray, tar_bytes: int) -> np.ndarray:
+    """(n,) whether each sample lies inside its tar: a flipped bit in a size would ask for more than the memory."""
+    return (rows["offset"] >= 0) & (rows["size"] >= 0) & (rows["size"] <= tar_bytes - rows["offset"])
 
 
 def open_splits(root: str, cache: ShardCache | None = None) -> tuple[ShardSet, ShardSet | None]:

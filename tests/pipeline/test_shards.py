@@ -136,6 +136,7 @@ MANIFEST_DAMAGE = {
     "classes in numbers": lambda manifest: manifest.update(classes=[0, 1, 2]),
     "no samples": lambda manifest: manifest["shards"][0].pop("samples"),
     "negative samples": lambda manifest: manifest["shards"][0].update(samples=-1),
+    "more bytes than can be": lambda manifest: manifest["shards"][1].update(bytes=10**30),
     "samples in words": lambda manifest: manifest["shards"][1].update(samples="5"),
     "a shard in words": lambda manifest: manifest["shards"].append("train-000003.tar"),
     "no checksum": lambda manifest: manifest["shards"][0].pop("sha256"),
