@@ -214,16 +214,15 @@ def restore(run: Run, config: Common, task: Task) -> State:
     ]  # what an earlier part was allowed by another --max-skipped is not held against it
     task.loader.load_state_dict(record["loader"])
     if run.accelerator.is_main_process:  # which counts for all that went before
-        task.loader.quarantine.met, task.loader.quarantine.replaced = record["met"], record["replaced"]
+        task.loader.quarantine.replaced = record["replaced"]
     state.step, state.report = record["step"], record["report"]
     return state
 
 
 def save(run: Run, config: Common, task: Task, state: State) -> None:
     """Write a checkpoint, unless the weights are not sound: the last good ones shall stay."""
-    quarantine = task.loader.quarantine
-    bad = torch.tensor([quarantine.met, quarantine.replaced], device=run.accelerator.device)
-    met, replaced = run.accelerator.reduce(bad, "sum").tolist()
+    replaced = torch.tensor(task.loader.quarantine.replaced, device=run.accelerator.device)
+    replaced = int(run.accelerator.reduce(replaced, "sum"))
     sums = run.accelerator.reduce(state.means.sums, "mean")  # the ranks have different ones, and all go on from these
     if run.accelerator.is_main_process and state.guard.is_sound():
         run_lock.check(run.out)
@@ -231,7 +230,7 @@ def save(run: Run, config: Common, task: Task, state: State) -> None:
         tensors |= {"means": sums.cpu(), "guard": state.guard.counts.cpu()}
         record = {"loader": task.loader.state_dict(), "report": state.report, "data": identity(task.loader)}
         record |= {"inputs": task.inputs, "bf16": run.bf16}
-        record |= {"met": met, "replaced": replaced, "config": dataclasses.asdict(config)}
+        record |= {"replaced": replaced, "config": dataclasses.asdict(config)}
         checkpoint.Checkpoints(run.out / "checkpoints", config.checkpoint.keep).save(state.step, tensors, record)
 
 

@@ -10,6 +10,7 @@ Read `pretrain` from top to bottom, then `fit`: the parts, one loop, the report.
 same loop. What surrounds it (run folder, checkpoints, loaders) is in run.py.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -218,7 +219,8 @@ def fit(run: Run, config: Common, task: Task, state: State, metrics: MetricsFile
     total_steps = config.epochs * len(loader)
     model = accelerator.prepare_model(task.module)
     clock, collapse, saved_at, replaced, leaving = StepClock(), CollapseWatch(task.chance), time.monotonic(), 0, False
-    with progress_bar(total_steps, accelerator.is_main_process) as advance, checkpoint.StopSignal() as stop:
+    progress = progress_bar(total_steps, accelerator.is_main_process)
+    with progress as advance, checkpoint.StopSignal() as stop, contextlib.closing(loader):
         while not leaving and state.step < total_steps:
             epoch = state.step // len(loader)
             for batch in clock.watch(loader):
@@ -246,6 +248,7 @@ def fit(run: Run, config: Common, task: Task, state: State, metrics: MetricsFile
                     *averages, replaced, stopped, late, _, longest, skipped, last = accelerator.reduce(
                         sums, "mean"
                     ).tolist()
+                    loader.quarantine.check(round(replaced * world_size), epoch)  # on all ranks alike
                     if longest > config.max_skipped:
                         raise diverged(run, task, round(longest), round(last))
                     row = {"step": state.step, "epoch": epoch + 1, "lr": lr}
@@ -280,7 +283,6 @@ def fit(run: Run, config: Common, task: Task, state: State, metrics: MetricsFile
                 clock.pause()
             save(run, config, task, state)
             saved_at = time.monotonic()
-    loader.close()
     if leaving and state.step < total_steps:
         if accelerator.is_main_process:
             metrics.close()

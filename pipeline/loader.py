@@ -64,7 +64,7 @@ class ViewLoader:
     """Epochs of batches of random views, one after the other; the whole state is a position.
 
     Iterating yields what is left of the current epoch and then moves on to the next one, whose first batches are
-    already being prepared.
+    already being prepared. After the last one of `epochs` it yields nothing.
 
     Args:
         shards: where the samples are.
@@ -78,7 +78,8 @@ class ViewLoader:
         workers: threads for decoding and augmenting.
         prefetch: batches that are prepared ahead.
         epochs: how many there will be, so that nothing is prepared beyond; None for any number.
-        max_bad: share of the images that may be bad, see `Quarantine`.
+        max_bad: share of the images that may be bad, see `Quarantine`; with several ranks the caller has to check
+            the sum over all of them (`Quarantine.check`), since each counts its own.
         quarantine: the file that lists them; None for none.
         cache: where the shards of a remote set are kept; None for the default one.
         views_per_image: V. View 0 of a sample is the same whether there is another one or not.
@@ -128,7 +129,7 @@ class ViewLoader:
         self.order = Order(shards.shard_starts, batch_size, seed, node_groups=node_groups, samples=samples)
         self.rank, self.world_size, self.prefetch, self.epochs = rank, world_size, prefetch, epochs
         self.epoch, self.step = 0, 0
-        self.quarantine = Quarantine(shards, seed, max_bad, population // world_size, quarantine, samples)
+        self.quarantine = Quarantine(shards, seed, max_bad, quarantine, samples)
         self.reader = Reader(shards, cache)
         self.whole_shards = samples is None or worth_whole_shards(shards, samples, self.reader.cache.limit_bytes)
         made_by = make_backend(backend, recipe, device, batch_size // world_size, views_per_image, workers)
@@ -141,11 +142,17 @@ class ViewLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         self.epoch, self.step = self._position()
+        if self.epochs is not None and self.epoch >= self.epochs:
+            return
         while self.step < len(self):
             if self._next != (self.epoch, self.step):
                 self._stop()
                 self._batches = self.producer.batches(self._plan(), self._parameters, self.prefetch)
-            batch = next(self._batches)
+            try:
+                batch = next(self._batches)
+            except BaseException:
+                self._stop()  # after an error or Ctrl-C, iterating again starts at the same batch
+                raise
             self.step += 1  # counted when handed over: batches prepared ahead are not part of the position
             self._next = self._position()
             yield batch
@@ -224,7 +231,7 @@ def central_batches(
 
     A bad image is replaced by another one of `samples`, whose label comes with it.
     """
-    replacements = Quarantine(shards, 0, max_bad, len(samples), quarantine, samples)
+    replacements = Quarantine(shards, 0, max_bad, quarantine, samples)
     made_by = make_backend(backend, recipe, device, batch_size, 1, workers)
     producer = Producer(shards, Reader(shards, cache), made_by, device, replacements)
     whole = worth_whole_shards(shards, samples)

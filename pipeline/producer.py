@@ -1,5 +1,6 @@
 """Batches made ahead of the training loop: threads read the bytes, one more has the backend make views of them."""
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -68,6 +69,7 @@ class Producer:
         Its views are those that `parameters` gives for (epoch, samples). Shards of a remote set are fetched whole and
         ahead; where `plan` has None for them, samples are read one by one.
         """
+        stop = threading.Event()
         with ThreadPoolExecutor(2, "read") as readers, ThreadPoolExecutor(1, "augment") as augmenter:
             ahead: deque = deque()
             reading: deque = deque(maxlen=prefetch + 1)  # the shards of batches that may not have been read yet
@@ -76,21 +78,24 @@ class Producer:
                     if coming is not None:
                         reading.append(shards_of(self.shards, samples))
                         self.reader.prefetch(np.unique(np.concatenate(reading)), coming)
-                    read = readers.submit(self._read, samples, epoch)
-                    ahead.append(augmenter.submit(self._augment, samples, epoch, read, parameters))
+                    read = readers.submit(self._read, samples, epoch, stop)
+                    ahead.append(augmenter.submit(self._augment, samples, epoch, read, parameters, stop))
                     if len(ahead) > prefetch:
                         yield self._hand_over(*ahead.popleft().result())
                 while ahead:
                     yield self._hand_over(*ahead.popleft().result())
-            finally:  # the consumer may stop early: what was not begun is not worth waiting for
+            finally:  # the consumer may stop early: then wait neither for a server nor for what was not started
+                stop.set()
                 augmenter.shutdown(wait=False, cancel_futures=True)
                 readers.shutdown(wait=False, cancel_futures=True)
 
-    def _read(self, samples: np.ndarray, epoch: int) -> tuple[np.ndarray, list[bytes | ReadFailure]]:
+    def _read(
+        self, samples: np.ndarray, epoch: int, stop: threading.Event
+    ) -> tuple[np.ndarray, list[bytes | ReadFailure]]:
         chosen = self.quarantine.choose(samples, epoch)
-        return chosen, self.reader.read(chosen)
+        return chosen, self.reader.read(chosen, stop)
 
-    def _augment(self, samples, epoch, read, parameters) -> tuple[Batch, torch.cuda.Event | None, int]:
+    def _augment(self, samples, epoch, read, parameters, stop) -> tuple[Batch, torch.cuda.Event | None, int, int]:
         chosen, encoded = read.result()
         with torch.cuda.stream(self.stream):  # no effect without a CUDA device
             while True:
@@ -109,12 +114,12 @@ class Producer:
                     self.quarantine.add({int(chosen[place]): reason for place, reason in found.items()}, until)
                 renewed = self.quarantine.choose(samples, epoch)
                 changed = np.flatnonzero(renewed != chosen)
-                for place, data in zip(changed, self.reader.read(renewed[changed]), strict=True):
+                for place, data in zip(changed, self.reader.read(renewed[changed], stop), strict=True):
                     encoded[place] = data
                 chosen = renewed
             label = torch.from_numpy(self.shards.index["label"][chosen]).to(self.device, non_blocking=True)
             event = self.stream.record_event() if self.stream else None
-        return Batch(views, label, torch.from_numpy(chosen)), event, int((chosen != samples).sum())
+        return Batch(views, label, torch.from_numpy(chosen)), event, int((chosen != samples).sum()), epoch
 
     def _undecodable(self, encoded: list[bytes], parameters: ViewParameters) -> list[int]:
         """The places of the images that the backend refuses, each tried by itself: not every backend can tell."""
@@ -127,8 +132,8 @@ class Producer:
                 places.append(place)
         return places
 
-    def _hand_over(self, batch: Batch, event: torch.cuda.Event | None, replaced: int) -> Batch:
-        self.quarantine.count(len(batch.index), replaced)
+    def _hand_over(self, batch: Batch, event: torch.cuda.Event | None, replaced: int, epoch: int) -> Batch:
+        self.quarantine.count(replaced, epoch)
         if event is not None:  # ordered on the device, without waiting on the host
             current = torch.cuda.current_stream(self.device)
             current.wait_event(event)

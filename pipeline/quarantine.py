@@ -23,9 +23,7 @@ class Quarantine:
     Args:
         shards: where the samples are.
         seed: of the run.
-        max_bad: the share of the samples met that may be replaced.
-        least_met: count at least so many as met; a rank's part of an epoch, so that a bad image among the first ones
-            stops nothing.
+        max_bad: the share of the samples of an epoch that may be replaced, for every epoch that was started.
         path: `quarantine.jsonl`, one row {"shard", "key", "reason"} per bad sample; None keeps no file.
         population: (n,) samples from which replacements come; None for all.
     """
@@ -35,15 +33,19 @@ class Quarantine:
         shards: ShardSet,
         seed: int,
         max_bad: float,
-        least_met: int,
         path: Path | None = None,
         population: np.ndarray | None = None,
     ):
-        self.shards, self.seed, self.max_bad, self.least_met, self.path = shards, seed, max_bad, least_met, path
+        self.shards, self.seed, self.max_bad, self.path = shards, seed, max_bad, path
         self.population = population
         self.reasons: dict[int, str] = {}
         self._tried_after: dict[int, int] = {}  # epochs
-        self.met = self.replaced = 0
+        self.replaced = 0
+        """Replacements by this process; in a resumed run, rank 0 starts from the total of all ranks."""
+
+    def __len__(self) -> int:
+        """Samples of an epoch."""
+        return len(self.shards) if self.population is None else len(self.population)
 
     def choose(self, samples: np.ndarray, epoch: int) -> np.ndarray:
         """`samples` ((n,) int64) with every one that is known to be bad replaced.
@@ -62,8 +64,7 @@ class Quarantine:
         if not self._bad(sample, epoch):
             return sample
         drawn = uniforms(self.seed, epoch, np.array([sample]), REPLACEMENT_STREAM, CANDIDATES)[0]
-        count = len(self.shards) if self.population is None else len(self.population)
-        for place in (drawn * count).astype(np.int64).tolist():
+        for place in (drawn * len(self)).astype(np.int64).tolist():
             candidate = place if self.population is None else int(self.population[place])
             if not self._bad(candidate, epoch):
                 return candidate
@@ -86,30 +87,46 @@ class Quarantine:
         rows = []
         for sample, reason in bad.items():
             shard = int(np.searchsorted(self.shards.shard_starts, sample, side="right")) - 1
-            file, key = self.shards.manifest["shards"][shard]["file"], self.shards.index["key"][sample].decode()
+            file, key = (
+                self.shards.manifest["shards"][shard]["file"],
+                self.shards.index["key"][sample].decode(errors="replace"),
+            )
             rows.append(json.dumps({"shard": file, "key": key, "reason": reason}))
         self.reasons |= bad
         if self.path is None:
             return
         # other ranks, the evaluation and earlier parts of the run write there too
-        known = set(self.path.read_text().splitlines()) if self.path.exists() else set()
+        known = set(self.path.read_text(errors="replace").splitlines()) if self.path.exists() else set()
         with self.path.open("a") as file:
             file.write("".join(f"{row}\n" for row in rows if row not in known))  # in one piece
 
-    def count(self, met: int, replaced: int) -> None:
-        """Add up a batch.
+    def count(self, replaced: int, epoch: int) -> None:
+        """Add the replacements of a batch.
 
         Raises:
-            UserError: more than `max_bad` of the samples met had to be replaced.
+            UserError: this process alone replaced more than `check` allows.
         """
-        self.met, self.replaced = self.met + met, self.replaced + replaced
-        if self.replaced > self.max_bad * max(self.met, self.least_met):
-            sample, reason = next(reversed(self.reasons.items()))
-            key = self.shards.index["key"][sample].decode()
+        self.replaced += replaced
+        self.check(self.replaced, epoch)
+
+    def check(self, replaced: int, epoch: int) -> None:
+        """Compare a number of replacements up to this epoch, of one process or the sum over all, with the limit.
+
+        The limit grows by whole epochs, not by batches. Otherwise an allowed share of bad images would stop a run
+        whose order, or whose division among the ranks, happens to put many of them first.
+
+        Raises:
+            UserError: they are more than `max_bad` of the samples.
+        """
+        samples = len(self) * (epoch + 1)
+        if replaced > self.max_bad * samples:
             where = f", listed in {self.path}" if self.path is not None else ""
+            last = ""
+            for sample, reason in reversed(self.reasons.items()):  # other ranks may have met all of them
+                last = f", the last {self.shards.index['key'][sample].decode(errors='replace')} ({reason})"
+                break
             raise UserError(
-                f"{self.replaced} of {self.met} images of {self.shards.root} were bad{where}, the last {key} "
-                f"({reason}), which is more than --data.max-bad {self.max_bad:g} allows: see with `python -m "
-                f"pipeline.shards verify {self.shards.root}` whether shards were damaged and copy them again, or "
-                "allow more."
+                f"{replaced} of {samples} images of {self.shards.root} were bad{where}{last}, which is more than "
+                f"--data.max-bad {self.max_bad:g} allows: run `python -m pipeline.shards verify {self.shards.root}` to "
+                "find damaged shards and copy them again, or raise --data.max-bad."
             )

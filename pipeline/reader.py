@@ -5,21 +5,20 @@ import logging
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from collections.abc import Iterable
+from concurrent.futures import CancelledError, Future
 from dataclasses import replace
 from pathlib import Path
-from queue import SimpleQueue
 from typing import NamedTuple
 
 import numpy as np
 
 from errors import UserError
 from pipeline.cache import Lease, LostFile, ShardCache
-from pipeline.remote import FINAL, filesystem, is_local, persistently
-from pipeline.shards import ShardSet
+from pipeline.remote import FINAL, DaemonThreads, NoRanges, Patience, filesystem, is_local, persistently, result
+from pipeline.shards import ShardSet, lies_inside
 
-FETCHERS, RANGE_READERS = 8, 16  # threads that wait for the network
+FETCHERS, RANGE_READERS = 8, 32  # threads that wait for the network
 RETRY_WAITS_S = (0.1, 0.5, 2.0)
 
 log = logging.getLogger(__name__)
@@ -38,7 +37,9 @@ class Reader:
 
     Local shards are opened once per call, and none stays open. Of a remote set, the shards that `prefetch` names are
     fetched whole into the cache and read there; samples of others are read by byte ranges, all of a call at once. Byte
-    ranges also serve what is unharmed of a shard that is not the one of the manifest.
+    ranges also serve what is unharmed of a shard that is not the one of the manifest, and the samples that are damaged
+    in the cache, whose copy of the shard is then removed and fetched again. From a server without byte ranges, shards
+    are fetched whole into the cache instead.
 
     Args:
         shards: what to read.
@@ -56,7 +57,9 @@ class Reader:
         self._wanted: list[int] | None = None
         self._lost: set[int] = set()  # shards that are not worth a further fetch
         self._fetches: dict[int, Future[Path | None]] = {}
-        self._fetchers: _Fetchers | None = None
+        self._fetchers: DaemonThreads | None = None
+        self._range_readers: DaemonThreads | None = None
+        self._ranges = True
         self._lease: Lease | None = None
 
     def prefetch(self, now: Iterable[int], ahead: Iterable[int] = ()) -> None:
@@ -90,7 +93,7 @@ class Reader:
                         f"{self.cache.folder}, {limit / 1e9:.3g} GB: raise it or make smaller shards."
                     )
                 self._patience = replace(self.cache.patience, stop=threading.Event())
-                self._fetchers, self._lease = _Fetchers(), Lease(self.cache)
+                self._fetchers, self._lease = DaemonThreads(FETCHERS, "fetch"), Lease(self.cache)
             held = wanted[: int(np.searchsorted(filled, limit, side="right"))]
             self._lease.hold([entries[shard]["sha256"] for shard in held])  # before any is looked for
             fetches = {}
@@ -98,40 +101,54 @@ class Reader:
                 begun = self._fetches.pop(shard, None)
                 # one that failed or found no room is tried anew: others may have let go of theirs
                 usable = begun and not (begun.done() and (begun.exception() or begun.result() is None))
-                fetches[shard] = begun if usable else self._fetchers.submit(self._fetch, shard)
+                fetches[shard] = begun if usable else self._fetchers.submit(self._fetch, shard, self._patience)
             for abandoned in self._fetches.values():
                 abandoned.cancel()
             self._fetches, self._wanted = fetches, wanted
 
-    def read(self, samples: np.ndarray) -> list[bytes | ReadFailure]:
+    def read(self, samples: np.ndarray, stop: threading.Event | None = None) -> list[bytes | ReadFailure]:
         """The encoded images of `samples` ((n,) integers), in that order, each with the checksum that its index gives.
 
         A sample that is missing, cut short or altered is a `ReadFailure` in its place and spoils no other.
 
+        Args:
+            stop: set by another thread to end a read that waits for a remote store.
+
         Raises:
-            UserError: a remote set can't be reached any more, or too many files are open.
+            UserError: a remote set can't be reached any more, too many files are open, or `stop` was set.
         """
-        encoded = self._read(samples)
-        checksums = self.shards.index["crc32"][samples].tolist()
-        for place, (data, checksum) in enumerate(zip(encoded, checksums, strict=True)):
-            if isinstance(data, bytes) and zlib.crc32(data) != checksum:
-                encoded[place] = ReadFailure(f"its bytes in {self._path_of(samples[place])} are not those of the index")
+        patience = replace(self.cache.patience, stop=stop or threading.Event())
+        rows = self.shards.index[samples]
+        numbers = np.searchsorted(self.shards.shard_starts, samples, side="right") - 1
+        encoded: list[bytes | ReadFailure] = [b""] * len(numbers)
+        by_range: list[int] = []
+        for shard in np.unique(numbers).tolist():
+            inside = lies_inside(rows, self.shards.manifest["shards"][shard]["bytes"])
+            for place in np.flatnonzero((numbers == shard) & ~inside).tolist():
+                encoded[place] = ReadFailure(f"its row in the index of {self.paths[shard]} is damaged")
+            places = np.flatnonzero((numbers == shard) & inside).tolist()
+            if self.local:
+                self._read_local(shard, rows, places, encoded)
+            else:
+                by_range += self._read_cached(shard, rows, places, encoded, patience)
+        if by_range:
+            self._read_ranges(numbers, rows, by_range, encoded, patience)
         return encoded
 
     def __call__(self, samples: np.ndarray) -> list[bytes]:
-        """As `read`, but without looking at checksums.
+        """As `read`, for samples that must all be sound.
 
         Raises:
-            UserError: a shard is missing or shorter than its index says.
+            UserError: a shard is missing, shorter than its index says, or altered.
         """
-        encoded = self._read(samples)
+        encoded = self.read(samples)
         for data in encoded:
             if isinstance(data, ReadFailure):
-                raise UserError(f"{data.reason}: copy it again or convert the images anew.")
+                raise UserError(f"{data.reason}: copy it again or convert the images again.")
         return encoded
 
     def close(self) -> None:
-        """End the fetching and let go of the shards in the cache; they stay there."""
+        """Stop fetching and release the shards in the cache; they stay there. Waits for no server."""
         with self._lock:
             if self._fetchers is not None:
                 self._patience.stop.set()
@@ -141,48 +158,72 @@ class Reader:
                 self._lease.close()
                 self._fetchers = self._lease = None
                 self._patience = self.cache.patience
+            if self._range_readers is not None:
+                self._range_readers.close()
+                self._range_readers = None
             self._fetches, self._wanted = {}, None
 
-    def _path_of(self, sample: int) -> str:
-        return self.paths[int(np.searchsorted(self.shards.shard_starts, sample, side="right")) - 1]
+    def _read_local(self, shard: int, rows: np.ndarray, places: list[int], encoded: list) -> None:
+        """Fill in `encoded` at `places`, whose samples are in this shard."""
+        try:
+            found = _read_tar(self.paths[shard], rows[places])
+        except OSError as error:
+            failure = ReadFailure(
+                f"A shard of {self.shards.root} can't be read ({error})", not isinstance(error, FINAL)
+            )
+            found = [failure] * len(places)
+        for place, data in zip(places, found, strict=True):
+            encoded[place] = self._checked(data, shard, rows[place])
 
-    def _read(self, samples: np.ndarray) -> list[bytes | ReadFailure]:
-        rows = self.shards.index[samples]
-        numbers = np.searchsorted(self.shards.shard_starts, samples, side="right") - 1
-        encoded: list[bytes | ReadFailure] = [b""] * len(numbers)
-        elsewhere = []
-        for shard in np.unique(numbers):
-            places = np.flatnonzero(numbers == shard)
-            path = self.paths[shard] if self.local else self._cached(int(shard))
-            try:
-                if path is None:
-                    raise FileNotFoundError
-                for place, data in zip(places, _read_tar(path, rows[places]), strict=True):
-                    encoded[place] = data
-            except OSError as error:
-                if self.local:
-                    passing = not isinstance(error, FINAL)
-                    failure = ReadFailure(f"A shard of {self.shards.root} can't be read ({error})", passing)
-                    for place in places:
-                        encoded[place] = failure
-                else:  # not in the cache, or evicted from it
-                    elsewhere += places.tolist()
-        if elsewhere:
-            with ThreadPoolExecutor(min(len(elsewhere), RANGE_READERS), "range") as pool:
-                ranges = pool.map(lambda place: self._range(numbers[place], rows[place]), elsewhere)
-                for place, data in zip(elsewhere, ranges, strict=True):
-                    encoded[place] = data
-        for place, data in enumerate(encoded):
-            if isinstance(data, bytes) and len(data) != rows["size"][place]:
-                encoded[place] = ReadFailure(f"{self.paths[numbers[place]]} is shorter than its index says")
-        return encoded
+    def _read_cached(self, shard: int, rows: np.ndarray, places: list[int], encoded: list, patience: Patience) -> list:
+        """Fill in `encoded` from the cache; those of `places` whose samples are not there, or damaged."""
+        path = self._cached(shard, patience)
+        if path is None:
+            return places
+        try:
+            found = _read_tar(path, rows[places])
+        except OSError:  # evicted or removed, or the disk fails
+            found = [b""] * len(places)
+        bad = []
+        for place, data in zip(places, found, strict=True):
+            encoded[place] = self._checked(data, shard, rows[place])
+            if isinstance(encoded[place], ReadFailure):
+                bad.append(place)
+        if bad:
+            self._drop(shard)
+        return bad
 
-    def _cached(self, shard: int) -> Path | None:
-        """The local copy of a remote shard, waited for if it is on its way; None if there is none."""
+    def _read_ranges(
+        self, numbers: np.ndarray, rows: np.ndarray, places: list[int], encoded: list, patience: Patience
+    ) -> None:
+        """Fill in `encoded` at `places` from the store, by requests at the same time."""
+        with self._lock:
+            if self._range_readers is None:
+                self._range_readers = DaemonThreads(RANGE_READERS, "range")
+            submit = self._range_readers.submit
+        requests = [submit(self._range, int(numbers[place]), rows[place], patience) for place in places]
+        try:
+            for place, request in zip(places, requests, strict=True):
+                encoded[place] = self._checked(result(request, patience.stop), int(numbers[place]), rows[place])
+        finally:
+            for request in requests:
+                request.cancel()
+
+    def _checked(self, data: bytes | ReadFailure, shard: int, row: np.void) -> bytes | ReadFailure:
+        if isinstance(data, ReadFailure):
+            return data
+        if len(data) != row["size"]:
+            return ReadFailure(f"{self.paths[shard]} is shorter than its index says")
+        if zlib.crc32(data) != row["crc32"]:
+            return ReadFailure(f"its bytes in {self.paths[shard]} are not those of the index")
+        return data
+
+    def _cached(self, shard: int, patience: Patience) -> Path | None:
+        """The local copy of a remote shard; waits while it is being fetched. None if there is none."""
         fetch = self._fetches.get(shard)
         try:
             if fetch is not None:
-                return fetch.result()
+                return result(fetch, patience.stop)
         except CancelledError:  # no longer wanted by others
             pass
         except LostFile:
@@ -190,20 +231,41 @@ class Reader:
         entry = self.shards.manifest["shards"][shard]
         return self.cache.find(entry["bytes"], entry["sha256"])
 
-    def _fetch(self, shard: int) -> Path | None:
+    def _fetch(self, shard: int, patience: Patience) -> Path | None:
         entry = self.shards.manifest["shards"][shard]
         try:
-            return self.cache.fetch(self.fs, self.paths[shard], entry["bytes"], entry["sha256"], self._patience)
+            return self.cache.fetch(self.fs, self.paths[shard], entry["bytes"], entry["sha256"], patience)
         except LostFile as error:
             self._lost.add(shard)
             log.warning("%s", error)
             raise
 
-    def _range(self, shard: int, row: np.void) -> bytes | ReadFailure:
+    def _drop(self, shard: int) -> None:
+        """Remove a damaged shard from the cache; the next call of `prefetch` fetches it again if it is still wanted."""
+        if self.cache.drop_damaged(self.shards.manifest["shards"][shard]["sha256"]):
+            log.warning(
+                "%s is damaged or gone in the cache %s and is fetched again", self.paths[shard], self.cache.folder
+            )
+            with self._lock:
+                self._fetches.pop(shard, None)
+                self._wanted = None
+
+    def _range(self, shard: int, row: np.void, patience: Patience) -> bytes | ReadFailure:
         path, start = self.paths[shard], int(row["offset"])
         end = start + int(row["size"])
         try:
-            return persistently(lambda: self.fs.cat_file(path, start=start, end=end), path, self._patience)
+            if self._ranges:
+                try:
+                    return persistently(lambda: self.fs.cat_file(path, start=start, end=end), path, patience)
+                except NoRanges:
+                    self._ranges = False
+            try:  # every range would cost the bytes of the whole shard
+                whole = None if shard in self._lost else self._fetch(shard, patience)
+                if whole is not None:
+                    return _read_tar(whole, row[None])[0]
+            except (LostFile, OSError):  # not the file of the manifest; or evicted in the meantime
+                pass
+            return persistently(lambda: self.fs.cat_past(path, start, end), path, patience)
         except OSError as error:  # the store has no such file
             return ReadFailure(f"A shard of {self.shards.root} can't be read ({error})")
 
@@ -235,33 +297,3 @@ def _read_tar_once(path: str | Path, rows: np.ndarray) -> list[bytes]:
             tar.seek(offset)
             encoded.append(tar.read(size))
     return encoded
-
-
-class _Fetchers:
-    """Threads that a process does not wait for when it ends, as it would for those of an executor."""
-
-    def __init__(self):
-        self._tasks: SimpleQueue = SimpleQueue()
-        for _ in range(FETCHERS):
-            threading.Thread(target=self._work, args=(self._tasks,), name="fetch", daemon=True).start()
-
-    def submit(self, function: Callable[[int], Path | None], shard: int) -> Future[Path | None]:
-        future: Future[Path | None] = Future()
-        self._tasks.put((future, function, shard))
-        return future
-
-    def close(self) -> None:
-        """Each thread ends after what it is at; those that are waiting, at once."""
-        for _ in range(FETCHERS):
-            self._tasks.put(None)
-
-    @staticmethod
-    def _work(tasks: SimpleQueue) -> None:
-        while task := tasks.get():
-            future, function, shard = task
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(function(shard))
-                except BaseException as error:  # for whoever asks for the result
-                    future.set_exception(error)
-            del task, future, function  # which would keep the reader alive

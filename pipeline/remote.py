@@ -1,15 +1,18 @@
 """Files at any URL: fsspec's file systems, http(s) by the standard library alone, and fetching past failures."""
 
-import fnmatch
+import gzip
+import html
 import logging
 import posixpath
 import random
 import re
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from http.client import HTTPMessage
 from pathlib import Path
+from queue import SimpleQueue
 from typing import BinaryIO, TypeVar
 from urllib.error import HTTPError
 from urllib.parse import quote, unquote, urlsplit
@@ -24,8 +27,9 @@ from errors import UserError
 
 log = logging.getLogger(__name__)
 PIECE_BYTES = 4 << 20
+STOP_POLL_S = 0.1  # how often a thread that waits for another one looks whether it was told to stop
 FINAL = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
-"""What a store says at once and would say again."""
+"""Errors of a store that are not worth retrying."""
 T = TypeVar("T")
 
 
@@ -60,32 +64,52 @@ class WrongSize(OSError):
     """The store has another file than the one asked for, or for now a part of it."""
 
 
+class NoRanges(Exception):
+    """The server ignores byte ranges and always sends the whole file."""
+
+
+class MethodRefused(OSError):
+    """The server does not answer this kind of request, HEAD for example."""
+
+
 class WebFileSystem(AbstractFileSystem):
-    """What reading needs of http(s), so that it takes no further package; a path is the whole URL."""
+    """The part of http(s) that reading needs, without a further package.
+
+    Args:
+        stall_s: a connection that sends nothing for this long has failed.
+        root: URL as the user wrote it, so it is sent unchanged. A path is this URL followed by plain file names, which
+            are quoted: a `%`, `#` or `?` in them is part of the name.
+    """
 
     protocol = ("http", "https")
 
-    def __init__(self, stall_s: float, **options):
+    def __init__(self, stall_s: float, root: str = "", **options):
         super().__init__(**options)
-        self.stall_s = stall_s
+        self.stall_s, self.root = stall_s, root
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
         return path.rstrip("/")
 
     def request(self, path: str, start: int = 0, end: int | None = None, method: str = "GET"):
-        """The server's answer, as a file; it may disregard the range and answer with status 200 and everything."""
+        """The server's answer, as a file; it may ignore the range, see `_first_byte`."""
         headers = {"Range": f"bytes={start}-{'' if end is None else end - 1}"} if start or end is not None else {}
+        known = len(self.root) if path.startswith(self.root) else len(path)
+        url = quote(path[:known], safe="/:?&=%#@+,;~!*'()[]$") + quote(path[known:])
         try:
-            request = Request(quote(path, safe="/:?&=%#@+,;~!*'()[]$"), None, headers, method=method)
-            return urlopen(request, timeout=self.stall_s)
+            return urlopen(Request(url, None, headers, method=method), timeout=self.stall_s)
         except HTTPError as error:
             error.close()
             kind = {404: FileNotFoundError, 410: FileNotFoundError, 401: PermissionError, 403: PermissionError}
-            kind[416] = PastTheEnd
+            kind |= {416: PastTheEnd} | dict.fromkeys((400, 405, 501), MethodRefused)
             raise kind.get(error.code, OSError)(f"{path}: the server answers {error.code} {error.reason}") from error
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_) -> bytes:
+        """The content of a file or of a range of it.
+
+        Raises:
+            NoRanges: a range is requested and the server sends the whole file instead.
+        """
         if start is not None and start == end:
             return b""  # for which there is no range
         try:
@@ -93,22 +117,59 @@ class WebFileSystem(AbstractFileSystem):
         except PastTheEnd:
             return b""
         with answer:
+            if start or end is not None:
+                _refuse_compression(answer, path)
+                if _first_byte(answer, start or 0) != (start or 0) or answer.status != 206:
+                    raise NoRanges(path)
             content = answer.read()  # raises IncompleteRead where the connection breaks
-            return content if answer.status == 206 else content[start or 0 : end]
+            whole = _whole_size(answer.headers, answer.status)
+            if end is not None and len(content) < min(end, whole or 0) - (start or 0):
+                raise ConnectionError(f"{path}: {len(content)} bytes are sent where {end - (start or 0)} are requested")
+        if answer.headers.get("Content-Encoding") in ("gzip", "x-gzip"):
+            return gzip.decompress(content)  # some servers compress text without having been asked to
+        return content if end is None else content[: end - (start or 0)]
+
+    def cat_past(self, path: str, start: int, end: int) -> bytes:
+        """As `cat_file`, from a server without ranges: reads and discards everything before the range."""
+        with self.request(path) as answer:
+            _refuse_compression(answer, path)
+            while start and (skipped := len(answer.read(min(start, PIECE_BYTES)))):
+                start, end = start - skipped, end - skipped
+            return answer.read(end - start)
 
     def exists(self, path: str, **_) -> bool:
         try:
-            self.request(path, method="HEAD").close()
+            try:
+                self.request(path, method="HEAD").close()
+            except (MethodRefused, PermissionError):  # the server may still answer GET
+                self.request(path, 0, 1).close()
+        except PastTheEnd:  # an empty file
+            return True
         except (FileNotFoundError, PermissionError):  # S3 forbids, over https, to ask for what is not there
             return False
         return True
 
-    def glob(self, path: str, **_) -> list[str]:
-        """Files linked from the page of the folder, which many servers make."""
-        folder, pattern = posixpath.split(path)
-        page = self.cat_file(f"{folder}/").decode(errors="replace")
-        names = {posixpath.basename(unquote(link)) for link in re.findall(r"""href=["']?([^"'?#\s>]+)""", page, re.I)}
-        return [f"{folder}/{name}" for name in sorted(fnmatch.filter(names, pattern))]
+    def ls(self, path: str, detail: bool = False, **_) -> list[str]:
+        """Files linked from the page of the folder, which many servers create."""
+        page = self.cat_file(f"{path}/").decode(errors="replace")
+        links = map(html.unescape, re.findall(r"""href=["']?([^"'?#\s>]+)""", page, re.I))
+        return [f"{path}/{name}" for name in sorted({posixpath.basename(unquote(link)) for link in links}) if name]
+
+
+def _first_byte(answer, requested: int) -> int:
+    """Where in the file the answer to a request for the bytes from `requested` on starts."""
+    if answer.status != 206:
+        return 0
+    sent = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range", ""))
+    return int(sent[1]) if sent else requested
+
+
+def _refuse_compression(answer, path: str) -> None:
+    if (encoding := answer.headers.get("Content-Encoding", "identity").lower()) not in ("identity", ""):
+        raise UserError(
+            f"The server compresses {path} ({encoding}), which changes sizes and offsets; turn off the compression of "
+            "this folder on the server."
+        )
 
 
 def filesystem(root: str, patience: Patience | None = None) -> tuple[AbstractFileSystem, str]:
@@ -119,7 +180,8 @@ def filesystem(root: str, patience: Patience | None = None) -> tuple[AbstractFil
     """
     if root.startswith(("http://", "https://")):
         _check_host(root)
-        return WebFileSystem((patience or Patience()).stall_s), root.rstrip("/")
+        root = root.rstrip("/")
+        return WebFileSystem((patience or Patience()).stall_s, root), root
     try:
         fs, path = fsspec.core.url_to_fs(root)
     except ImportError as error:
@@ -138,6 +200,8 @@ def _check_host(url: str) -> None:
         parts.port, (parts.hostname or "").encode("idna")  # raise what is wrong with them
         if not parts.hostname or re.search(r"\s", url.split("/")[2]):
             raise ValueError("no name of a server")
+        if parts.username is not None:  # http.client would take it for a part of the server's name
+            raise ValueError("user names and passwords are not supported")
     except ValueError as error:
         raise UserError(f"{url} is no web address ({error}): correct it, as in https://host/folder.") from error
 
@@ -147,17 +211,19 @@ def is_local(fs: AbstractFileSystem) -> bool:
 
 
 def persistently(action: Callable[[], T], what: str, patience: Patience) -> T:
-    """The result of `action`, which reads from a file system, tried again and again.
+    """The result of `action`, which reads from a file system, with retries.
 
     Raises:
-        FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError: at once.
-        UserError: the last of the attempts failed.
+        FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, NoRanges: at once.
+        UserError: the last of the attempts failed, or patience was told to stop.
     """
     attempt = 0
     while True:
+        if patience.stop.is_set():
+            raise UserError(f"Reading {what} was stopped.")
         try:
             return action()
-        except FINAL:
+        except (*FINAL, NoRanges, UserError):
             raise
         except Exception as error:  # every kind of store raises its own
             _wait_or_give_up(what, error, attempt, patience)
@@ -183,7 +249,7 @@ def download(fs: AbstractFileSystem, path: str, target: Path, size: int | None, 
     attempt = 0
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with open(target, "ab") as out:
+        with open(target, "ab", buffering=0) as out:  # what a buffer still holds would fail on closing
             while size is None or out.tell() != size:
                 begun = out.tell()
                 try:
@@ -191,10 +257,9 @@ def download(fs: AbstractFileSystem, path: str, target: Path, size: int | None, 
                         begun = out.seek(0)
                         out.truncate()
                     size = _append(fs, path, out, size, patience)
-                except (*FINAL, _DiskError):
+                except (*FINAL, UserError, _DiskError):
                     raise
                 except Exception as error:  # every kind of store raises its own
-                    out.flush()
                     attempt = 0 if out.tell() > begun else attempt
                     _wait_or_give_up(path, error, attempt, patience)
                     attempt += 1
@@ -212,8 +277,11 @@ def _append(fs: AbstractFileSystem, path: str, out: BinaryIO, size: int | None, 
     start = out.tell()
     if isinstance(fs, WebFileSystem):
         with fs.request(path, start) as answer:
-            if answer.status != 206:
-                start = 0  # the server knows no ranges: once more from the beginning
+            _refuse_compression(answer, path)
+            first = _first_byte(answer, start)
+            if first > start:
+                raise OSError(f"the server sends bytes from {first} on where those from {start} on are requested")
+            start = first  # a server without ranges sends everything again
             return _copy(answer, out, start, size, _whole_size(answer.headers, answer.status), patience)
     with fs.open(path, "rb", block_size=PIECE_BYTES, cache_type="none") as file:
         file.seek(start)
@@ -237,7 +305,9 @@ def _copy(file: BinaryIO, out: BinaryIO, start: int, size: int | None, offered: 
     read = getattr(file, "read1", file.read)  # what has come, so that it is kept if the connection breaks
     while piece := read(PIECE_BYTES):
         try:
-            out.write(piece)
+            left = memoryview(piece)
+            while left:
+                left = left[out.write(left) :]
         except OSError as error:
             raise _DiskError(error) from error
         if patience.stop.is_set():
@@ -246,3 +316,51 @@ def _copy(file: BinaryIO, out: BinaryIO, start: int, size: int | None, offered: 
     if expected is not None and out.tell() < expected:
         raise ConnectionError(f"the connection ended after {out.tell()} of {expected} bytes")
     return out.tell()
+
+
+class DaemonThreads:
+    """Threads for calls to the network, which may hang: unlike an executor's, nothing waits for them to end.
+
+    `result` waits for the result of one of them, until an event is set or Ctrl-C is pressed.
+    """
+
+    def __init__(self, count: int, name: str):
+        self._tasks, self._count = SimpleQueue(), count
+        for _ in range(count):
+            threading.Thread(target=self._work, args=(self._tasks,), name=name, daemon=True).start()
+
+    def submit(self, function: Callable, *arguments) -> Future:
+        future: Future = Future()
+        self._tasks.put((future, function, arguments))
+        return future
+
+    def __del__(self):  # of a reader that was never closed
+        self.close()
+
+    def close(self) -> None:
+        """Each thread ends after its current task; those that are waiting, at once."""
+        for _ in range(self._count):
+            self._tasks.put(None)
+
+    @staticmethod
+    def _work(tasks: SimpleQueue) -> None:
+        while task := tasks.get():
+            future, function, arguments = task
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function(*arguments))
+                except BaseException as error:  # for whoever asks for the result
+                    future.set_exception(error)
+            del task, future, function, arguments  # which would keep the reader alive
+
+
+def result(future: Future[T], stop: threading.Event) -> T:
+    """The result of another thread, which may hang in a call to the network.
+
+    Raises:
+        UserError: `stop` was set; and whatever the other thread raised.
+    """
+    while not wait([future], timeout=STOP_POLL_S).done:
+        if stop.is_set():
+            raise UserError("Reading was stopped.")
+    return future.result()

@@ -6,6 +6,7 @@
     ROOT/index.npy               the rows of all shards, if they are more than a few: memory-mapped instead of read
 
 A folder without `dataset.json` is not a shard set, so one that was interrupted while being written is never trusted.
+Opening a set compares the indexes with their checksums; see `ShardCache.is_intact` for when a large one is read again.
 
     python -m pipeline.shards index ROOT    make the index of WebDataset tars from elsewhere
     python -m pipeline.shards verify ROOT   compare every file with the checksums of the original
@@ -16,12 +17,13 @@ The index of a set that can't be written to, at an http:// address say, is kept 
 """
 
 import argparse
+import hashlib
 import io
 import json
 import posixpath
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from errors import UserError
 from pipeline.cache import ShardCache
-from pipeline.remote import FINAL, Patience, filesystem, is_local, persistently
+from pipeline.remote import FINAL, DaemonThreads, Patience, filesystem, is_local, persistently, result
 
 FORMAT = "streamclr-shards-1"
 SHARD_KEYS = {"file": str, "samples": int, "bytes": int, "sha256": str}
@@ -127,7 +129,7 @@ def _manifest_fault(manifest: dict[str, Any]) -> str:
         return "no list of shards"
     for number, shard in enumerate(shards):
         for key, kind in SHARD_KEYS.items():
-            if type(shard.get(key)) is not kind or (kind is int and shard[key] < 0):
+            if type(shard.get(key)) is not kind or (kind is int and not 0 <= shard[key] < 2**63):
                 return f"no {key!r} of shard {number}"
         name = shard["file"]
         if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
@@ -149,27 +151,21 @@ def _manifest_fault(manifest: dict[str, Any]) -> str:
 
 def find_tars(fs: Any, path: str, patience: Patience) -> list[str]:
     """Names of the tars in a folder, sorted; none if there is no such folder, or one that may not be listed."""
-    try:
-        found = persistently(lambda: fs.glob(f"{path}/*.tar"), path, patience)
+    try:  # not a glob, in which a bracket of the folder's name would be a pattern
+        found = persistently(lambda: fs.ls(path, detail=False), path, patience)
     except FINAL:
         return []
-    return sorted(posixpath.basename(name) for name in found)
+    names = (name.rstrip("/") for name in found if name.strip("/") != path.strip("/"))  # a file lists itself
+    return sorted(posixpath.basename(name) for name in names if name.endswith(".tar"))
 
 
 def _map_index(fs: Any, path: str, manifest: dict[str, Any], cache: ShardCache, again: str) -> np.ndarray:
     """(N,) rows of ROOT/index.npy, mapped into memory: opening takes as long for many samples as for few."""
     name, entry = f"{path}/index.npy", manifest["index"]
-    if is_local(fs):
-        file = Path(name)
-    elif not (file := cache.fetch(fs, name, entry["bytes"], entry["sha256"])):
-        raise UserError(
-            f"The cache {cache.folder} has no room for {name} ({entry['bytes'] / 1e9:.1f} GB): raise its limit of "
-            f"{cache.limit_bytes / 1e9:.1f} GB."
-        )
     try:
-        if file.stat().st_size != entry["bytes"]:
-            raise ValueError("size")
-        rows = np.load(file, mmap_mode="r", allow_pickle=False)
+        rows = _load_local(Path(name), entry, cache) if is_local(fs) else _load_cached(fs, name, entry, cache)
+    except UserError:
+        raise
     except FileNotFoundError as error:
         raise UserError(f"{name} is missing: {again}.") from error
     except Exception as error:  # numpy parses the header as Python, which fails in many ways
@@ -186,29 +182,62 @@ def _map_index(fs: Any, path: str, manifest: dict[str, Any], cache: ShardCache, 
     return rows
 
 
+def _load_local(file: Path, entry: dict[str, Any], cache: ShardCache) -> np.ndarray:
+    if not cache.is_intact(file, entry["bytes"], entry["sha256"]):
+        raise ValueError("checksum")
+    return np.load(file, mmap_mode="r", allow_pickle=False)
+
+
+def _load_cached(fs: Any, name: str, entry: dict[str, Any], cache: ShardCache) -> np.ndarray:
+    for attempts_left in (2, 1, 0):
+        file = cache.fetch(fs, name, entry["bytes"], entry["sha256"])
+        if not file:
+            raise UserError(
+                f"The cache {cache.folder} has no room for {name} ({entry['bytes'] / 1e9:.1f} GB): raise its limit of "
+                f"{cache.limit_bytes / 1e9:.1f} GB."
+            )
+        try:
+            return _load_local(file, entry, cache)
+        except (FileNotFoundError, ValueError):  # evicted by another process, or damaged since it was fetched
+            if not attempts_left:
+                raise
+            cache.drop_damaged(entry["sha256"])
+
+
 def _join_indexes(fs: Any, path: str, manifest: dict[str, Any], cache: ShardCache, again: str) -> np.ndarray:
     """(N,) rows of the shards' own indexes, read all at once: one after the other takes long from an object store."""
     names = [f"{path}/{index_name(shard['file'])}" for shard in manifest["shards"]]
+    patience = replace(cache.patience, stop=threading.Event())
 
     def fetch(name: str) -> bytes:
         try:
-            return persistently(lambda: fs.cat_file(name), name, cache.patience)
+            return persistently(lambda: fs.cat_file(name), name, patience)
         except FileNotFoundError as error:
             raise UserError(f"{name} is missing: {again}.") from error
         except OSError as error:
             raise UserError(f"{name} can't be read ({error}): see to the connection and the permissions.") from error
 
-    parts = []
-    with ThreadPoolExecutor(16) as pool:
+    parts, threads = [], DaemonThreads(min(len(names), READ_WHOLE), "index")
+    contents = [threads.submit(fetch, name) for name in names]
+    try:
         # fetched by many threads but parsed by one: numpy has Python parse the header, and Python 3.11's parser fails
         # now and then where two threads are in it
-        for name, content, shard in zip(names, pool.map(fetch, names), manifest["shards"], strict=True):
+        for name, content, shard in zip(names, contents, manifest["shards"], strict=True):
+            content = result(content, patience.stop)
+            sha256 = hashlib.sha256(content).hexdigest()
+            if shard.get("index_sha256", sha256) != sha256:  # older sets have none
+                raise UserError(f"{name} is damaged: {again}.")
             try:
                 parts.append(np.load(io.BytesIO(content), allow_pickle=False))
             except Exception as error:  # as above
                 raise UserError(f"{name} is damaged: {again}.") from error
-            if not _is_index(parts[-1], shard["samples"]):
+            if not _is_index(parts[-1], shard["samples"]) or not _fits(parts[-1], shard["bytes"]):
                 raise UserError(f"{name} disagrees with dataset.json: {again}.")
+    finally:  # after Ctrl-C or an error: do not wait for the others
+        patience.stop.set()
+        for content in contents:
+            content.cancel()
+        threads.close()
     rows = np.concatenate(parts)
     if fault := label_fault(rows, manifest["classes"]):
         raise UserError(f"{path}/dataset.json is damaged ({fault}): copy it again, or {again}.")
@@ -228,6 +257,17 @@ def _top_fault(top: int, classes: list[str]) -> str:
 def _is_index(rows: np.ndarray, samples: int) -> bool:
     fields = rows.dtype.fields or {}
     return rows.shape == (samples,) and "key" in fields and rows.dtype == index_dtype(rows.dtype["key"].itemsize)
+
+
+def _fits(rows: np.ndarray, tar_bytes: int) -> bool:
+    """Whether every sample lies inside its tar and has a size in pixels and a label: what reading relies on."""
+    sound = (rows["height"] > 0) & (rows["width"] > 0) & (rows["label"] >= -1)
+    return bool((sound & lies_inside(rows, tar_bytes)).all())
+
+
+def lies_inside(rows: np.ndarray, tar_bytes: int) -> np.ndarray:
+    """(n,) whether each sample lies inside its tar: a flipped bit in a size would ask for more than the memory."""
+    return (rows["offset"] >= 0) & (rows["size"] >= 0) & (rows["size"] <= tar_bytes - rows["offset"])
 
 
 def open_splits(root: str, cache: ShardCache | None = None) -> tuple[ShardSet, ShardSet | None]:

@@ -224,7 +224,7 @@ def test_a_bad_image_is_replaced_and_reported(run_here, data, tmp_path, capsys):
         tar.seek(int(rows_of_shard["offset"][3]))
         tar.write(bytes(100))
     options = ["--data", tmp_path / "shards", "--epochs", 1, "--eval.no-baselines", *SMALL]
-    run_here(*options, "--out", tmp_path / "run", "--data.max-bad", 0.02)
+    run_here(*options, "--out", tmp_path / "run", "--data.max-bad", 0.02, "--checkpoint.every-steps", 1)
     (bad,) = map(json.loads, (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines())
     assert bad["key"] == rows_of_shard["key"][3].decode() and bad["shard"] == "train-000000.tar"
     assert [row["replaced_images"] for row in rows(tmp_path / "run") if "loss" in row][-1] == 1
@@ -233,6 +233,12 @@ def test_a_bad_image_is_replaced_and_reported(run_here, data, tmp_path, capsys):
     assert "1 times another image took a bad one's place" in capsys.readouterr().out.replace("\n", " ")
     with pytest.raises(SystemExit, match=r"more than --data\.max-bad 0\.01 allows"):
         run_here(*options, "--out", tmp_path / "strict")
+    # what was replaced before counts, and is told even if nothing bad has been met since
+    begun_at = begun_at.with_name("step-00000004")
+    record = json.loads((begun_at / "record.json").read_text()) | {"replaced": 2}
+    (begun_at / "record.json").write_text(json.dumps(record))
+    with pytest.raises(SystemExit, match=r"[23] of 80 images of .* were bad.*more than --data\.max-bad 0\.02 allows"):
+        run_here(*options, "--out", tmp_path / "more", "--data.max-bad", 0.02, "--resume", begun_at)
 
 
 def test_a_place_that_cannot_be_written(run_here, data, tmp_path):

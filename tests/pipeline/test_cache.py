@@ -16,7 +16,7 @@ import pytest
 
 from errors import UserError
 from pipeline.cache import Lease, ShardCache
-from pipeline.reader import Reader
+from pipeline.reader import Reader, ReadFailure
 from pipeline.remote import download, filesystem
 from pipeline.shard_report import verify_shards
 from pipeline.shards import ShardSet, open_shards
@@ -159,6 +159,15 @@ def test_a_cache_that_cannot_be_written(small, tmp_path):
             assert server.count["part-000.tar"] == 1  # which no further attempt would have mended
 
 
+def test_a_cache_on_a_file_system_without_locks_is_refused(small, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise NotImplementedError("FileLock is not supported on this filesystem")
+
+    monkeypatch.setattr("pipeline.cache.FileLock.acquire", refuse)
+    with pytest.raises(UserError, match=r"can't be used as a cache \(.*not supported.*\): point \$STREAMCLR_CACHE to"):
+        cache_at(tmp_path).fetch(*filesystem(f"{small.root}/part-000.tar"), *shard_entry(small, 0))
+
+
 def test_verify_blames_the_cache_for_its_own_faults(small, tmp_path):
     (tmp_path / "file").write_text("")
     with serving(Path(small.root)) as server:
@@ -172,6 +181,75 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     assert ShardCache().folder == tmp_path / "here" and ShardCache("there").folder == Path("there")
     monkeypatch.delenv("STREAMCLR_CACHE")
     assert ShardCache().folder == Path.home() / ".cache" / "streamclr" and ShardCache().limit_bytes == 50 * 10**9
+
+
+def test_foreign_files_in_the_cache_stop_nothing_and_stay(small, tmp_path):
+    size, _ = shard_entry(small, 0)
+    cache = cache_at(tmp_path, limit_bytes=size + 100)
+    foreign = ["files/.DS_Store", "files/.nfs0001", "files/notes.txt", "files/a.b.partial", "leases/x.held",
+               "leases/._y.lock", "copies/._z.lock", "copies/mine.lock", "intact/x"]  # fmt: skip
+    for name in foreign:
+        (cache.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (cache.folder / name).write_bytes(b"foreign")
+    (cache.folder / "files" / "folder").mkdir()
+    fs, root = filesystem(small.root)
+    for number in range(2):  # the second one evicts the first
+        assert cache.fetch(fs, f"{root}/part-{number:03d}.tar", *shard_entry(small, number))
+    lease = Lease(cache)
+    lease.hold([])
+    lease.close()
+    assert all((cache.folder / name).read_bytes() == b"foreign" for name in foreign)
+    assert cache.find(*shard_entry(small, 1)) and not cache.find(*shard_entry(small, 0))
+
+
+@pytest.mark.parametrize("harm", ["altered", "cut", "gone"])
+@pytest.mark.parametrize("ranges", [True, False])
+@pytest.mark.parametrize("prefetched", [True, False])
+def test_damage_to_the_cache_is_healed(small, tmp_path, harm, ranges, prefetched):
+    """The samples come from the server meanwhile, and the shard is fetched again."""
+    expected, (size, sha256) = Reader(small).read(np.arange(12)), shard_entry(small, 0)
+    with serving(Path(small.root)) as server:
+        server.ranges = ranges
+        cache = cache_at(tmp_path)
+        reader = Reader(open_shards(server.url, cache), cache)
+        reader.prefetch([0], [1])
+        assert reader.read(np.arange(12)) == expected
+        if not prefetched:
+            reader.close()
+        file = cache.folder / "files" / sha256
+        content = bytearray(file.read_bytes())
+        content[small.index["offset"][1]] ^= 1
+        if harm == "gone":
+            file.unlink()
+        else:
+            file.write_bytes(content if harm == "altered" else content[: small.index["offset"][1] + 5])
+        for _ in range(2):
+            assert reader.read(np.arange(12)) == expected
+            if prefetched:
+                reader.prefetch([0], [1])
+        if prefetched or not ranges:
+            assert cache.find(size, sha256).read_bytes() == Path(small.root, "part-000.tar").read_bytes()
+        elif harm == "altered":
+            assert not file.exists()
+        reader.close()
+        whole = [name for name, requested in server.requests if requested is None]
+        assert whole.count("part-000.tar") <= 2 and whole.count("part-001.tar") == 1
+
+
+def test_where_the_store_has_the_same_bytes_the_cache_is_not_blamed(small, tmp_path):
+    """The checksum of the index is wrong then, and fetching the shard again and again would not help."""
+    with serving(Path(small.root)) as server:
+        cache = cache_at(tmp_path)
+        shards = open_shards(server.url, cache)
+        shards.index["crc32"][1] ^= 1
+        reader = Reader(shards, cache)
+        for _ in range(3):
+            reader.prefetch([0], [1])
+            encoded = reader.read(np.arange(3))
+            assert isinstance(encoded[1], ReadFailure) and not isinstance(encoded[2], ReadFailure)
+        reader.close()
+        whole = [requested for name, requested in server.requests if name == "part-000.tar" and requested is None]
+        assert len(whole) == 1
 
 
 # ---- several processes

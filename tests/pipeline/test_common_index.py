@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import time
@@ -176,23 +177,82 @@ def synthetic(root: Path, shards: int, each: int) -> int:
     return size
 
 
-def test_a_hundred_million_samples_open_in_under_a_second(tmp_path):
+@pytest.mark.parametrize("field", ["key", "offset", "size", "height", "width", "label", "crc32"])
+def test_a_flipped_bit_of_any_field_is_refused(many, tmp_path, field):
+    """In the common index of a local set, and in the shards' own where there is none."""
+    for name, change in (("index.npy", lambda _: None), ("part-003.index.npy", lambda manifest: manifest.pop("index"))):
+        copy = with_manifest(many, tmp_path / name, change)
+        content = bytearray((copy / name).read_bytes())
+        dtype = np.load(copy / name).dtype
+        content[len(content) - dtype.itemsize + dtype.fields[field][1]] ^= 1
+        (copy / name).write_bytes(content)
+        with pytest.raises(UserError, match=rf"{name} is damaged: run `python -m pipeline\.shards index"):
+            open_shards(str(copy))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("offset", -1), ("size", 2**62), ("size", -5), ("height", 0), ("width", -1), ("label", -2)]
+)
+def test_rows_that_can_not_be_are_refused_without_a_checksum(many, tmp_path, field, value):
+    """Older sets have no checksums of the shards' indexes."""
+
+    def change(manifest: dict) -> None:
+        manifest.pop("index")
+        for shard in manifest["shards"]:
+            shard.pop("index_sha256")
+
+    copy = with_manifest(many, tmp_path / "copy", change)
+    rows = np.load(copy / "part-003.index.npy")
+    rows[field][2] = value
+    np.save(copy / "part-003.index.npy", rows)
+    with pytest.raises(UserError, match=r"part-003\.index\.npy disagrees with dataset\.json"):
+        open_shards(str(copy))
+
+
+def test_a_damaged_index_in_the_cache_is_fetched_again(many, tmp_path):
+    with serving(many) as server:
+        for _ in range(2):
+            shards = open_shards(server.url, cache_at(tmp_path))
+            assert np.array_equal(shards.index, by_shards(many))
+            file = tmp_path / "cache" / "files" / shards.manifest["index"]["sha256"]
+            content = bytearray(file.read_bytes())
+            content[-20] ^= 1
+            file.unlink()  # the other one is mapped into memory
+            file.write_bytes(content)
+        assert server.count["index.npy"] == 2
+
+
+def test_a_hundred_million_samples_open_in_under_a_second(tmp_path, monkeypatch):
     size = synthetic(tmp_path, shards=100_000, each=1000)
     assert size > 5e9 and (tmp_path / "index.npy").stat().st_blocks * 512 < 1e6  # a hole
+    hashed = known_checksum(monkeypatch)
+    cache = cache_at(tmp_path)
+    open_shards(str(tmp_path), cache)  # which reads all of it, once
     seconds = []
     for _ in range(3):  # the best of three: the machine may be busy
         begun = time.perf_counter()
-        shards = open_shards(str(tmp_path))
+        shards = open_shards(str(tmp_path), cache)
         assert len(shards) == 100_000_000 and shards.shard_starts[-1] == 100_000_000
         assert shards.index[np.array([99_999_999, 5])]["size"].tolist() == [0, 0]
         seconds.append(time.perf_counter() - begun)
-    assert min(seconds) < 1
+    assert min(seconds) < 1 and hashed == [tmp_path / "index.npy"]
+    os.utime(tmp_path / "index.npy", (0, 0))  # another version of it, as far as can be told
+    open_shards(str(tmp_path), cache)
+    assert len(hashed) == 2
 
 
-def test_opening_takes_no_memory_for_samples(tmp_path):
+def known_checksum(monkeypatch) -> list[Path]:
+    """Have the checksum of the synthetic set at once; the list fills with the files that were read for it."""
+    hashed = []
+    monkeypatch.setattr("pipeline.cache._sha256", lambda path: hashed.append(path) or "0123456789abcdef" * 4)
+    return hashed
+
+
+def test_opening_takes_no_memory_for_samples(tmp_path, monkeypatch):
     synthetic(tmp_path, shards=100, each=1_000_000)
+    known_checksum(monkeypatch)
     tracemalloc.start()
-    shards = open_shards(str(tmp_path))
+    shards = open_shards(str(tmp_path), cache_at(tmp_path))
     shards.index[np.arange(0, 100_000_000, 1_000_000)]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

@@ -1,5 +1,6 @@
 """The loader's contract: what a batch holds, that its state is a position and nothing else, and how it stops."""
 
+import signal
 import threading
 import time
 from itertools import islice
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from errors import UserError
+from pipeline.cache import ShardCache
 from pipeline.convert import write_split
 from pipeline.loader import Batch, ViewLoader, central_batches, choose_backend
 from pipeline.order import Order
@@ -162,6 +164,53 @@ def test_after_the_last_batch_of_an_epoch_the_next_one_begins(shards):
     whole.close()
 
 
+def test_after_the_last_epoch_there_are_no_batches(shards):
+    whole = loader(shards, epochs=1)
+    assert len(list(whole)) == 3
+    for _ in range(2):
+        assert list(whole) == [] and whole.state_dict()["epoch"] == 1
+    whole.load_state_dict(whole.state_dict() | {"epoch": 0, "step": 2})
+    assert len(list(whole)) == 1
+    whole.close()
+
+
+def test_after_an_error_the_same_batch_comes_again(shards, monkeypatch):
+    """As in a notebook, where the error is seen and the cell is run again."""
+    whole = loader(shards, prefetch=0)
+    expected = list(whole)
+    whole.load_state_dict(whole.state_dict() | {"epoch": 0, "step": 0})
+    batches = iter(whole)
+    assert same(next(batches), expected[0])
+    monkeypatch.setattr(Reader, "read", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        next(batches)
+    monkeypatch.undo()
+    assert all(map(same, whole, expected[1:])) and whole.state_dict()["epoch"] == 1
+    whole.close()
+
+
+@pytest.mark.parametrize("samples", [None, np.array([3, 8, 20, 28])])
+def test_closing_waits_for_no_server(shards, tmp_path, samples):
+    """Neither for whole shards nor for byte ranges that stall, here when Ctrl-C comes during the wait."""
+    before = set(threading.enumerate())
+    with serving(Path(shards.root), *[""] * 2, *["stall"] * 50) as server:
+        cache = ShardCache(tmp_path, limit_bytes=10**6 if samples is None else 0)
+        remote = loader(open_shards(server.url, cache), cache=cache, samples=samples, batch_size=2)
+        remote.close()  # before anything was read
+        remote = loader(open_shards(server.url, cache), cache=cache, samples=samples, batch_size=2)
+        server.count.clear()
+        ctrl_c = (threading.main_thread().ident, signal.SIGINT)
+        threading.Timer(0.3, signal.pthread_kill, ctrl_c).start()
+        with pytest.raises(KeyboardInterrupt):
+            while True:
+                list(remote)
+        started = time.monotonic()
+        remote.close()
+        assert time.monotonic() - started < 1
+        left = {thread.name.split("_")[0] for thread in set(threading.enumerate()) - before if not thread.daemon}
+        assert not left & {"read", "augment", "range"}
+
+
 def test_another_order_is_refused(shards):
     whole = loader(shards)
     for name, value in (("seed", 1), ("batch_size", 4), ("node_groups", 2)):
@@ -188,11 +237,11 @@ def test_breaking_out_does_not_wait_for_what_was_not_begun(shards, monkeypatch):
     read = Reader.read
     calls = []
 
-    def slowly(self, samples):
+    def slowly(self, samples, stop):
         calls.append(samples)
         if len(calls) > 1:
             time.sleep(0.2)
-        return read(self, samples)
+        return read(self, samples, stop)
 
     monkeypatch.setattr(Reader, "read", slowly)
     whole = loader(shards, batch_size=1, prefetch=20)

@@ -165,6 +165,49 @@ def test_too_many_bad_images_stop_the_run(whole, tmp_path):
     assert len(epochs(spoilt, max_bad=0.2)) == 6
 
 
+@pytest.mark.parametrize("bad", [range(6), [0, 5, 11, 17, 23, 29]])
+def test_a_share_that_is_allowed_never_stops_a_run(whole, tmp_path, bad):
+    """Wherever the bad images lie, in every epoch, and whichever number of ranks goes on at whichever step."""
+    spoilt = spoil(whole, tmp_path / "set", bad)
+    options = {"batch_size": 4, "max_bad": 0.2, "epochs": 3, "views_per_image": 1}
+
+    def ranks(count: int) -> list[ViewLoader]:
+        options_of_all = {"seed": 0, "device": CPU, "backend": "host", "world_size": count} | options
+        return [ViewLoader(spoilt, RECIPE, rank=rank, **options_of_all) for rank in range(count)]
+
+    for before, after in ((1, 1), (4, 4), (4, 1), (1, 4), (2, 4)):
+        begun, resumed = ranks(before), ranks(after)
+        for loader in begun:
+            for _ in range(2):
+                for step, _ in enumerate(loader):
+                    if loader.epoch == 1 and step == 3:
+                        break
+        replaced = sum(loader.quarantine.replaced for loader in begun)
+        begun[0].quarantine.check(replaced, begun[0].epoch)
+        resumed[0].quarantine.replaced = replaced  # as a run does
+        for loader in resumed:
+            loader.load_state_dict(begun[0].state_dict())
+            while list(loader):
+                loader.quarantine.check(sum(each.quarantine.replaced for each in resumed), loader.epoch)
+        for loader in begun + resumed:
+            loader.close()
+        assert 10 < sum(loader.quarantine.replaced for loader in resumed) <= 18
+
+
+def test_the_ranks_together_may_have_too_many(whole, tmp_path):
+    """What no rank notices by itself; a rank that has met none of them has no last one to name."""
+    spoilt = spoil(whole, tmp_path / "set", range(6))
+    loader = ViewLoader(spoilt, RECIPE, batch_size=10, seed=0, device=CPU, backend="host", max_bad=0.1)
+    loader.quarantine.check(3, epoch=0)
+    loader.quarantine.check(6, epoch=1)
+    with pytest.raises(UserError, match=r"^4 of 30 images of \S+ were bad, which is more than --data.max-bad 0.1"):
+        loader.quarantine.check(4, epoch=0)
+    loader.quarantine.replaced = 4
+    with pytest.raises(UserError, match=r"^\d of 30 images of \S+ were bad"):
+        list(loader)
+    loader.close()
+
+
 def test_a_set_without_a_good_image_stops_at_once(whole, tmp_path):
     spoilt = spoil(whole, tmp_path / "set", lost_shards=range(5))
     with pytest.raises(UserError, match=r"can't be used .* nor can 16 others in its place"):

@@ -108,6 +108,16 @@ def test_a_bad_sample_is_told_and_spoils_no_other(copy, shards):
             assert data == whole
 
 
+@pytest.mark.parametrize(("field", "value"), [("size", 2**62), ("size", -1), ("offset", -512), ("offset", 2**62)])
+def test_a_damaged_row_of_the_index_asks_for_no_memory(copy, remote, shards, field, value):
+    """The index may be damaged after it was compared with its checksum."""
+    for each in copy, remote:
+        each.index[field][3] = value
+        encoded = Reader(each).read(np.arange(7))
+        assert isinstance(encoded[3], ReadFailure) and "row in the index" in encoded[3].reason
+        assert encoded[:3] + encoded[4:] == expected(shards, np.array([0, 1, 2, 4, 5, 6]))
+
+
 @pytest.mark.parametrize("number", ["EIO", "ESTALE", "EMFILE"])
 def test_a_passing_error_is_tried_again_for_a_while(copy, shards, monkeypatch, number):
     fails = []

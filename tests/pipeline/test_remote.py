@@ -1,6 +1,7 @@
 """Shards from elsewhere: past every failure of a real web server to the same bytes."""
 
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ from pipeline.cache import ShardCache
 from pipeline.order import Order
 from pipeline.reader import Reader, ReadFailure
 from pipeline.remote import Patience, WebFileSystem, download, filesystem, persistently
-from pipeline.shards import ShardSet, open_shards, open_splits
+from pipeline.shards import ShardSet, find_tars, index_name, open_shards, open_splits
 from tests.pipeline.image_sets import ROOT
 from tests.pipeline.web_server import QUICK, cache_at, cached_files, epoch, serving, shard_entry, write_set
 
@@ -79,7 +80,7 @@ def test_node_groups_share_the_fetching(local, tmp_path):
         assert min(tars) == 1 and sum(tars) <= 24 + 2 * 4
 
 
-@pytest.mark.parametrize("fault", ["503", "drop", "stall", "whole"])
+@pytest.mark.parametrize("fault", ["503", "drop", "stall"])
 def test_single_samples_from_a_server_that_fails(small, tmp_path, fault):
     """Without prefetch, by byte ranges; nothing goes to the cache."""
     with serving(Path(small.root), fault, fault) as server:
@@ -294,10 +295,145 @@ def test_a_web_file_system(small):
         fs, root = filesystem(f"{server.url}/small/")
         assert isinstance(fs, WebFileSystem) and not root.endswith("/")
         assert fs.exists(f"{root}/dataset.json") and not fs.exists(f"{root}/nothing")
-        assert fs.glob(f"{root}/*.tar") == [f"{root}/part-{number:03d}.tar" for number in range(4)]
+        assert find_tars(fs, root, QUICK) == [f"part-{number:03d}.tar" for number in range(4)]
         content = Path(small.root, "part-000.tar").read_bytes()
         assert fs.cat_file(f"{root}/part-000.tar") == content
         assert fs.cat_file(f"{root}/part-000.tar", 10, 300) == content[10:300]
         assert fs.cat_file(f"{root}/part-000.tar", 10, 10) == b""
         with pytest.raises(FileNotFoundError):
             fs.cat_file(f"{root}/nothing")
+
+
+@pytest.mark.parametrize("answer", [400, 403, 405, 501])
+def test_a_server_that_refuses_head_is_asked_by_get(small, tmp_path, answer):
+    (tmp_path / "set" / "empty").mkdir(parents=True)
+    Path(small.root).rename(tmp_path / "set" / "train")
+    (tmp_path / "set" / "nothing").write_bytes(b"")
+    with serving(tmp_path / "set") as server:
+        server.head, server.lists = answer, False
+        train, test = open_splits(server.url, cache_at(tmp_path))
+        assert len(train) == 24 and test is None
+        fs, root = filesystem(server.url, QUICK)
+        assert fs.exists(f"{root}/nothing") and not fs.exists(f"{root}/not there")
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_from_a_server_without_ranges_a_shard_is_fetched_once(small, tmp_path, room):
+    """And not once for each of its samples; unless the cache has no room for it."""
+    samples, size = np.random.default_rng(0).permutation(24), shard_entry(small, 0)[0]
+    with serving(Path(small.root)) as server:
+        server.ranges = False
+        cache = cache_at(tmp_path, limit_bytes=10**6 if room else size - 1)
+        reader = Reader(open_shards(server.url, cache), cache)
+        server.sent_bytes = 0
+        for part in np.split(samples, 6):
+            assert reader.read(part) == Reader(small).read(part)
+        reader.close()
+        assert len(cached_files(cache)) == (4 if room else 0)
+        if room:
+            assert sum(requested is None for name, requested in server.requests if name.endswith(".tar")) == 4
+
+
+@pytest.mark.parametrize("fault", ["whole", "shift"])
+def test_a_server_that_answers_with_another_range(small, tmp_path, fault):
+    """Everything, or the beginning of the file: the shard is fetched instead, which both can do."""
+    with serving(Path(small.root), *[fault] * 3) as server:
+        reader = Reader(open_shards(server.url, cache_at(tmp_path)), cache_at(tmp_path))
+        samples = np.array([23, 2, 5, 5, 12])
+        assert reader.read(samples) == Reader(small).read(samples)
+        reader.close()
+        target = tmp_path / "copy"
+        target.write_bytes(Path(small.root, "part-001.tar").read_bytes()[:1000])  # to be continued
+        download(*filesystem(f"{server.url}/part-001.tar", QUICK), target, shard_entry(small, 1)[0], QUICK)
+        assert target.read_bytes() == Path(small.root, "part-001.tar").read_bytes()
+
+
+def test_a_damaged_shard_of_a_server_without_ranges_still_gives_what_is_unharmed(small, tmp_path):
+    expected = Reader(small).read(np.arange(6))
+    with open(Path(small.root, "part-000.tar"), "r+b") as tar:
+        tar.seek(int(small.index["offset"][2]))
+        tar.write(b"damage")
+    with serving(Path(small.root)) as server:
+        server.ranges = False
+        reader = Reader(open_shards(server.url, cache_at(tmp_path)), cache_at(tmp_path))
+        encoded = reader.read(np.arange(6))
+        reader.close()
+    assert isinstance(encoded.pop(2), ReadFailure) and expected.pop(2) and encoded == expected
+
+
+def test_names_are_quoted_and_the_url_is_not(tmp_path):
+    """A percent sign, a hash or a question mark in a file's name is part of it; in a URL it means what it means."""
+    local = write_set(tmp_path / "a #1 [50%25]" / "train", shards=2)
+    for number, name in enumerate(["100%.tar", "a#b?c%20d [x].tar"]):
+        Path(local.root, f"part-{number:03d}.tar").rename(Path(local.root, name))
+        Path(local.root, f"part-{number:03d}.index.npy").rename(Path(local.root, index_name(name)))
+    manifest = Path(local.root, "dataset.json")
+    text = manifest.read_text().replace("part-000.tar", "100%.tar").replace("part-001.tar", "a#b?c%20d [x].tar")
+    manifest.write_text(text)
+    with serving(tmp_path) as server:
+        shards, _ = open_splits(f"{server.url}/a%20%231%20[50%2525]", cache_at(tmp_path))
+        reader = Reader(shards, cache_at(tmp_path))
+        assert reader.read(np.arange(12)) == Reader(open_shards(local.root)).read(np.arange(12))
+        reader.prefetch([0, 1])
+        assert reader.read(np.arange(12)) == Reader(open_shards(local.root)).read(np.arange(12))
+        reader.close()
+        for root in (shards.root, local.root):
+            assert find_tars(*filesystem(root), QUICK) == ["100%.tar", "a#b?c%20d [x].tar"]
+
+
+def test_a_file_is_no_folder_of_tars(small):
+    assert find_tars(*filesystem(f"{small.root}/part-000.tar"), QUICK) == []
+    assert find_tars(*filesystem(f"{small.root}/nothing"), QUICK) == []
+
+
+def test_a_url_with_a_password_is_refused():
+    with pytest.raises(UserError, match="user names and passwords are not supported"):
+        filesystem("https://someone:secret@host/folder")
+
+
+def test_ctrl_c_while_opening_waits_for_no_server(small, tmp_path):
+    """Four indexes are read at the same time, and the server stalls on all of them."""
+    slow = ShardCache(tmp_path / "cache", patience=Patience(stall_s=30))
+    with serving(Path(small.root), *["stall"] * 9, suffix=".npy") as server:
+        threading.Timer(0.3, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+        begun = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            open_shards(server.url, slow)
+        assert time.monotonic() - begun < 1.5
+
+
+def test_the_threads_of_a_reader_end_with_it(small, tmp_path):
+    before = set(threading.enumerate())
+    with serving(Path(small.root)) as server:
+        reader = Reader(open_shards(server.url, cache_at(tmp_path)), cache_at(tmp_path))
+        reader.read(np.arange(24))
+        del reader  # which nobody closed
+        deadline = time.monotonic() + 5
+        while any(thread.name == "range" for thread in set(threading.enumerate()) - before):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_redirects_are_followed(small, tmp_path):
+    with serving(Path(small.root)) as server:
+        server.redirects = True
+        shards = open_shards(server.url, cache_at(tmp_path))
+        assert epoch(shards, cache_at(tmp_path)) == epoch(small)
+        samples = np.array([23, 0])
+        assert Reader(shards, cache_at(tmp_path / "other")).read(samples) == Reader(small).read(samples)
+
+
+def test_a_server_that_compresses(small, tmp_path):
+    """Text is decompressed; tars are refused, since offsets in them mean the plain bytes."""
+    with serving(Path(small.root)) as server:
+        server.compressed = ".json"
+        shards = open_shards(server.url, cache_at(tmp_path))
+        server.compressed = ".tar"
+        reader = Reader(shards, cache_at(tmp_path))
+        with pytest.raises(UserError, match=r"compresses .*part-000\.tar \(gzip\).*turn off the compression"):
+            reader.read(np.array([0]))
+        reader.prefetch([0])
+        with pytest.raises(UserError, match=r"compresses .*part-000\.tar"):
+            reader.read(np.array([0]))
+        reader.close()
+        assert server.count["part-000.tar"] == 2  # it would be compressed again

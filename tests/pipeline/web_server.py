@@ -1,5 +1,6 @@
 """A web server on the loopback that fails as servers fail, and small shard sets for it to serve."""
 
+import gzip
 import multiprocessing
 import re
 import threading
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
@@ -42,16 +44,21 @@ class Server(ThreadingHTTPServer):
     """Serves a folder; `faults` names what goes wrong with the first, second ... request of each tar, then nothing.
 
     503: that answer. drop: half of the bytes, then the connection is closed. stall: half of them, then nothing more.
-    truncate: half of them, as if they were all. flip: one bit is wrong. whole: ranges are disregarded.
+    truncate: half of them, as if they were all. flip: one bit is wrong. whole: ranges are disregarded. shift: as many
+    bytes as are asked for, but from the beginning of the file.
 
-    `missing` is the answer for what is not there, `lists` whether there are pages of the files in a folder.
+    `missing` is the answer for what is not there, `lists` whether there are pages of the files in a folder, `head` the
+    answer to every HEAD request (None: the right one), `ranges` whether byte ranges are known. Files whose names end in
+    `compressed` are sent with gzip, and with `redirects` every file is found only at another address.
     """
 
     daemon_threads = True
 
     def __init__(self, folder: Path, faults: tuple[str, ...] = (), suffix: str = ".tar"):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.missing, self.lists = 404, True
+        self.missing, self.lists, self.head, self.ranges = 404, True, None, True
+        self.compressed, self.redirects = "none", False
+        self.sent_bytes = 0
         self.folder, self.faults, self.suffix = folder, faults, suffix
         self.requests: list[tuple[str, str | None]] = []
         self.count: Counter[str] = Counter()
@@ -79,16 +86,22 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_HEAD(self) -> None:
-        self.send_response(200 if (self.server.folder / self.path[1:]).is_file() else self.server.missing)
+        found = (self.server.folder / unquote(self.path[1:])).is_file()
+        self.send_response(self.server.head or (200 if found else self.server.missing))
         self.end_headers()
 
     def do_GET(self) -> None:
-        path = self.server.folder / self.path[1:]
-        fault = self.server.fault(self.path[1:], self.headers["Range"])
+        name = unquote(self.path[1:])
+        path = self.server.folder / name.removeprefix("elsewhere/")
+        if self.server.redirects and path.is_file() and not name.startswith("elsewhere/"):
+            self.send_response(302)
+            self.send_header("Location", f"/elsewhere{self.path}")
+            return self.end_headers()
+        fault = self.server.fault(name, self.headers["Range"])
         if fault == "503":
             self.send_error(503)
         elif path.is_dir() and self.server.lists:
-            links = "".join(f'<a href="{file.name}">{file.name}</a>' for file in path.iterdir())
+            links = "".join(f'<a href="{quote(file.name)}">{file.name}</a>' for file in path.iterdir())
             self.answer(200, links.encode(), len(links))
         elif not path.is_file():
             self.send_error(self.server.missing)
@@ -98,18 +111,24 @@ class Handler(BaseHTTPRequestHandler):
     def serve(self, content: bytes, fault: str) -> None:
         total = len(content)
         status, part = 200, content
-        if fault != "whole" and (match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or "")):
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or "")
+        if match and fault != "whole" and self.server.ranges:
             first, last = int(match[1]), int(match[2] or total - 1)
             status, part = 206, content[first : last + 1]
             if not part:
                 return self.send_error(416)
             self.part = f"bytes {first}-{first + len(part) - 1}/{total}"
+        if fault == "shift" and status == 206:
+            part = content[: len(part)]
+            self.part = f"bytes 0-{len(part) - 1}/{total}"
         if fault == "flip":
             part = bytes([part[0] ^ 1]) + part[1:]
         half = part[: len(part) // 2]
         if fault == "truncate":
             self.part = f"bytes 0-{len(half) - 1}/{len(half)}"
             part = half
+        if self.path.endswith(self.server.compressed):
+            part = gzip.compress(part)
         self.answer(status, half if fault in ("drop", "stall") else part, len(part))
         if fault == "stall":
             self.server.ended.wait(5)
@@ -119,7 +138,11 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(length))
         if status == 206:
             self.send_header("Content-Range", self.part)
+        if self.path.endswith(self.server.compressed):
+            self.send_header("Content-Encoding", "gzip")
         self.end_headers()
+        with self.server.lock:
+            self.server.sent_bytes += len(content)
         self.wfile.write(content)
 
 
