@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from threading import Barrier
 from typing import TypeVar
 
 import torch
@@ -20,25 +21,33 @@ class Workers:
     """A lead, which runs the body of an operation, and helpers to which it hands bands of rows.
 
     The body leaves the caller's thread because OpenMP's threads spin for milliseconds after each of its operations,
-    on the cores that the workers need. torch's number of threads is each thread's own: the caller's stays as it is.
+    on the cores that the workers need. torch's number of threads belongs to each thread, but the last one set is also
+    what threads that start later take: so all workers start here, and the caller's number is set again after them.
 
     Args:
-        threads: to be divided among the workers; with one there is nobody but the caller.
+        threads: divided among the workers; with one thread the caller is the only worker.
     """
 
     def __init__(self, threads: int):
         each = -(-threads // MOST_WORKERS)
         self.count = threads // each
 
-        def prepare() -> None:  # both settings are the thread's own
+        def prepare() -> None:
             torch.set_num_threads(each)
             torch.set_grad_enabled(False)
 
         def pool(size: int) -> ThreadPoolExecutor:
-            return ThreadPoolExecutor(size, "nt_xent", initializer=prepare)
+            started = Barrier(size + 1)
+            executor = ThreadPoolExecutor(size, "nt_xent", initializer=prepare)
+            for _ in range(size):
+                executor.submit(started.wait)  # a waiting thread takes no second task: every one gets its own
+            started.wait()
+            return executor
 
         if self.count > 1:
+            callers = torch.get_num_threads()
             self._lead, self._helpers = pool(1), pool(self.count - 1)
+            torch.set_num_threads(callers)
 
     def run(self, body: Callable[..., T], *arguments) -> T:
         """body(self, *arguments) in the lead's thread; of several callers at once each waits for its turn."""
