@@ -56,7 +56,8 @@ def nt_xent(
             those limits. "auto" is "triton" where it runs, else "blockwise".
         precision: of the GEMMs of "triton" on a float32 z: "tf32" on tensor cores, with 10 bits of mantissa, or
             "ieee", full float32 without tensor cores. None: what torch.backends.cuda.matmul.fp32_precision says of
-            torch's own products, "ieee" unless changed. Nothing else heeds it.
+            torch's own products, "ieee" unless changed. The other impls are made of torch's products and always follow
+            torch's settings: after torch.set_float32_matmul_precision("medium") a CPU may multiply in bfloat16.
 
     Returns:
         (): the mean over this rank's 2n row losses, float32 (float64 for a float64 z). The average over ranks is the

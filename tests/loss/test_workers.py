@@ -2,6 +2,7 @@
 
 import os
 import struct
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -67,6 +68,33 @@ def test_a_forked_process_has_its_own_workers(threads):
         os._exit(0)
     assert struct.unpack("d", os.read(read, 8)) == (expected,)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_thread_that_outlives_the_main_thread_goes_on(threads, monkeypatch):
+    threads(3)
+    z = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
+    expected = nt_xent(z, 0.1)
+    monkeypatch.setattr(
+        "concurrent.futures.thread._shutdown", True
+    )  # as the interpreter does when the main thread ends
+    assert torch.equal(nt_xent(z, 0.1), expected)
+
+
+def test_where_no_thread_can_be_started_none_is_left_waiting(monkeypatch):
+    start, started = threading.Thread.start, []
+
+    def start_two(thread):
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_two)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        Workers(4)
+    for thread in started:
+        thread.join(timeout=10)
+        assert not thread.is_alive()
 
 
 def test_an_error_in_a_band_reaches_the_caller():
