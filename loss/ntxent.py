@@ -118,7 +118,7 @@ def _as_tensor(temperature: float | Tensor, device: torch.device, may_read_devic
     if isinstance(temperature, Real):
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be positive and finite; got {temperature}")
-        return torch.tensor(temperature, dtype=torch.float64, device="cpu")  # whatever the default device is
+        return torch.tensor(float(temperature), dtype=torch.float64, device="cpu")  # whatever the default device is
     if not isinstance(temperature, Tensor):
         raise TypeError(f"temperature must be a number or a 0-dim tensor; got {type(temperature).__name__}")
     if temperature.ndim != 0:
