@@ -1,6 +1,7 @@
 """The workers of the CPU path: every row once, any number gives the same loss, the caller's threads are untouched."""
 
 import os
+import signal
 import struct
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -64,8 +65,10 @@ def test_a_forked_process_has_its_own_workers(threads):
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
+        signal.alarm(60)  # a child that hangs fails the test
         os.write(write, struct.pack("d", nt_xent(z, 0.1).item()))
         os._exit(0)
+    os.close(write)
     assert struct.unpack("d", os.read(read, 8)) == (expected,)
     assert os.waitpid(child, 0)[1] == 0
 
