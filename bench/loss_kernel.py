@@ -14,6 +14,7 @@ one exponential per pair and direction at the rate of `exp_`, both measured in t
 import argparse
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -115,6 +116,7 @@ def print_memory(name: str, m: int, d: int, dtype: str) -> None:
 
 def measure(m: int, d: int, dtype: str, device: torch.device, seconds: float, memory: bool) -> list[dict]:
     """One row per implementation that can run this shape."""
+    torch.compiler.reset()  # after eight shapes of one function torch runs it uncompiled, with no more than a warning
     z = projections(m, d, getattr(torch, dtype), device)
     chosen = {
         name: implementation
@@ -155,26 +157,33 @@ def show(rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="M = 1024 and 2048 at D = 128 only, no file written")
+    some = parser.add_mutually_exclusive_group()
+    some.add_argument("--quick", action="store_true", help="M = 1024 and 2048 at D = 128 only, no file written")
     parser.add_argument("--static", action="store_true", help="report what the Triton kernels compile to")
     parser.add_argument("--seconds", type=float, default=6.0, help="about how long each shape is timed (default: 6)")
-    parser.add_argument("--rows", type=int, help="this M alone, in place of its rows in the CSV")
+    sweep = [(512, 128), *SHAPES, *((m, 128) for m in LONG)]
+    rows_help = "this M alone, in place of its rows in the CSV"
+    some.add_argument("--rows", type=int, choices=sorted({m for m, _ in sweep}), help=rows_help)
     parser.add_argument("--memory-of", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_of:
         name, m, d, dtype = arguments.memory_of
         return print_memory(name, int(m), int(d), dtype)
     if arguments.static:
-        from bench.static_report import report  # it needs Triton, which only Linux has
+        if not find_spec("triton"):
+            parser.error("--static needs the triton package, which exists for Linux only")
+        from bench.static_report import report
 
         return report()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtypes = ("bfloat16", "float32") if device.type == "cuda" else ("float32",)
-    shapes = [(1024, 128), (2048, 128)] if arguments.quick else [(512, 128), *SHAPES, *((m, 128) for m in LONG)]
+    shapes = [(1024, 128), (2048, 128)] if arguments.quick else sweep
     rows = []
     if arguments.rows:
         shapes = [(m, d) for m, d in shapes if m == arguments.rows]
-        rows = [row for row in read_rows("loss_kernel") if int(row["M"]) != arguments.rows]
+        rows = [
+            row for row in read_rows("loss_kernel") if int(row["M"]) != arguments.rows or row["dtype"] not in dtypes
+        ]
     for dtype in dtypes:
         for m, d in shapes:
             console.print(f"M = {m}, D = {d}, {dtype} ...")

@@ -200,11 +200,15 @@ def _exp_fits(dtype: torch.dtype, tau: float) -> bool:
 
 
 def _unit_rows(z: Tensor) -> tuple[Tensor, Tensor]:
-    """u (M, D) and |z| (M, 1) in fp32 or wider. A zero row has no direction: u = 0; |z| = inf stops its gradient."""
+    """u (M, D) and |z| (M, 1) in fp32 or wider. A zero row has no direction: u = 0; |z| = inf stops its gradient.
+
+    Nor has a row whose square is near the smallest normal number: rounded so coarsely, u would not have length 1.
+    """
     z = z.to(_compute_dtype(z))
     norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
-    # A finite row whose square overflows would come out as a zero: a run that far gone shall see NaN.
-    norm = norm.masked_fill(norm == math.inf, math.nan).masked_fill(norm == 0, math.inf)
+    # A finite row whose square overflows would come out as a zero row: NaN ends a run that has diverged so far.
+    norm = norm.masked_fill(norm == math.inf, math.nan)
+    norm = norm.masked_fill(norm < 100 * math.sqrt(torch.finfo(z.dtype).tiny), math.inf)
     return z / norm, norm
 
 

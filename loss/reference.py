@@ -31,4 +31,6 @@ def nt_xent_reference(z: Tensor, temperature: Tensor, z_all: Tensor) -> Tensor:
 def _normalise(z: Tensor) -> Tensor:
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
-    return z / norm.masked_fill(norm == 0, math.inf)  # a zero row stays zero and gets no gradient
+    norm = norm.masked_fill(norm == math.inf, math.nan)  # too long to be squared
+    too_short = norm < 100 * math.sqrt(torch.finfo(z.dtype).tiny)
+    return z / norm.masked_fill(too_short, math.inf)  # a zero row stays zero and gets no gradient

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+SHORTEST_ROW = tl.constexpr(100 * 2.0**-63)  # 100 times the root of fp32's smallest normal number
+
 
 @triton.jit
 def load_temperature(temperature, TAU_IS_POINTER: tl.constexpr):
@@ -11,11 +13,12 @@ def load_temperature(temperature, TAU_IS_POINTER: tl.constexpr):
 
 @triton.jit
 def inverse_norm(x):
-    # 1 / |x_i| (ROWS,). A zero row has no direction: 0. One whose square overflows shall end the run as NaN.
+    # 1 / |x_i| (ROWS,). A zero row has no direction: 0, as for one whose square is near the smallest normal number. One
+    # whose square overflows must end the run as NaN.
     x = x.to(tl.float32)
     norm = tl.sqrt_rn(tl.sum(x * x, axis=1))
     norm = tl.where(norm == float("inf"), float("nan"), norm)
-    return tl.where(norm == 0, 0.0, 1 / norm)
+    return tl.where(norm < SHORTEST_ROW, 0.0, 1 / norm)
 
 
 @triton.jit

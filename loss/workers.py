@@ -3,7 +3,8 @@
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
+from threading import Barrier
 from typing import TypeVar
 
 import torch
@@ -20,31 +21,45 @@ class Workers:
     """A lead, which runs the body of an operation, and helpers to which it hands bands of rows.
 
     The body leaves the caller's thread because OpenMP's threads spin for milliseconds after each of its operations,
-    on the cores that the workers need. torch's number of threads is each thread's own: the caller's stays as it is.
+    on the cores that the workers need. torch's number of threads belongs to each thread, but the last one set is also
+    what threads that start later take: so all workers start here, and the caller's number is set again after them.
 
     Args:
-        threads: to be divided among the workers; with one there is nobody but the caller.
+        threads: divided among the workers; with one thread the caller is the only worker.
     """
 
     def __init__(self, threads: int):
         each = -(-threads // MOST_WORKERS)
         self.count = threads // each
 
-        def prepare() -> None:  # both settings are the thread's own
+        def prepare() -> None:
             torch.set_num_threads(each)
             torch.set_grad_enabled(False)
 
         def pool(size: int) -> ThreadPoolExecutor:
-            return ThreadPoolExecutor(size, "nt_xent", initializer=prepare)
+            started = Barrier(size + 1)
+            executor = ThreadPoolExecutor(size, "nt_xent", initializer=prepare)
+            try:
+                for _ in range(size):
+                    executor.submit(started.wait)  # a waiting thread takes no second task: every one gets its own
+            except RuntimeError:  # no more threads available: those that wait would keep the process from ending
+                started.abort()
+                raise
+            started.wait()
+            return executor
 
         if self.count > 1:
-            self._lead, self._helpers = pool(1), pool(self.count - 1)
+            callers = torch.get_num_threads()
+            try:
+                self._lead, self._helpers = pool(1), pool(self.count - 1)
+            finally:
+                torch.set_num_threads(callers)
 
     def run(self, body: Callable[..., T], *arguments) -> T:
         """body(self, *arguments) in the lead's thread; of several callers at once each waits for its turn."""
         if self.count == 1:
             return body(self, *arguments)
-        return self._lead.submit(body, self, *arguments).result()
+        return _submit(self._lead, body, self, *arguments)()
 
     def share_out(self, work: Callable[[list[slice]], Tensor], rows: int, most_rows: int) -> list[Tensor]:
         """What `work` returns for each worker's bands of rows, in the order of the workers.
@@ -60,8 +75,16 @@ class Workers:
         bands = [slice(top, min(top + height, rows)) for top in range(0, rows, height)]
         turn = 2 * self.count
         shares = [[b for n, b in enumerate(bands) if n % turn in (w, turn - 1 - w)] for w in range(self.count)]
-        helped = [self._helpers.submit(work, share) for share in shares[1:] if share]
-        return [work(shares[0]), *(future.result() for future in helped)]
+        helped = [_submit(self._helpers, work, share) for share in shares[1:] if share]
+        return [work(shares[0]), *(result() for result in helped)]
+
+
+def _submit(pool: ThreadPoolExecutor, task: Callable[..., T], *arguments) -> Callable[[], T]:
+    """Start the task in the pool; the function returned waits for its result."""
+    try:
+        return pool.submit(task, *arguments).result
+    except RuntimeError:  # once the main thread has ended, pools take no tasks while other threads may still train
+        return partial(task, *arguments)
 
 
 def workers(device: torch.device) -> Workers:

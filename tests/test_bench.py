@@ -48,6 +48,38 @@ def test_a_row_says_what_was_measured(monkeypatch):
     assert row["torch"] == torch.__version__
 
 
+def test_every_shape_is_compiled(monkeypatch):
+    """Not only the eight that torch compiles of one function before it falls back to running it as it is."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(len(inputs[0]))
+        return graph.forward
+
+    def once(functions, seconds, device):
+        return {name: [1.0, 1.0] for name, function in functions.items() if [function()]}
+
+    monkeypatch.setattr(loss_kernel, "interleave", once)
+    monkeypatch.setattr(
+        loss_kernel,
+        "implementations",
+        lambda device: {"dense compiled": torch.compile(dense, dynamic=False, backend=backend)},
+    )
+    monkeypatch.setattr(loss_kernel, "square_side", lambda device: 8)
+    shapes = range(8, 8 + 2 * 10, 2)
+    for m in shapes:
+        loss_kernel.measure(m, 4, "float32", CPU, seconds=0.0, memory=False)
+    assert set(compiled) == set(shapes)
+
+
+@pytest.mark.parametrize("options", [["--rows", "777"], ["--quick", "--rows", "1024"]])
+def test_rows_that_are_not_measured_are_refused(monkeypatch, capsys, options):
+    monkeypatch.setattr("sys.argv", ["loss_kernel.py", *options])
+    with pytest.raises(SystemExit) as ended:
+        loss_kernel.main()
+    assert ended.value.code == 2 and "argument --rows" in capsys.readouterr().err
+
+
 def test_memory_is_measured_in_a_process_of_its_own():
     extra = loss_kernel.peak_extra_mb("dense", 2048, 16, "float32", CPU)
     assert extra > 2 * 2048 * 2048 * 4 / 1e6, "at least similarities and their gradient"

@@ -162,6 +162,16 @@ def test_rows_of_any_length_give_the_same_loss():
     assert nt_xent(torch.full((4, 8), 1e30), 0.1, impl="triton").isnan()  # too long to square
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_too_short_to_square_count_as_zero_rows(dtype):
+    z = trained_like(12, 24, dtype)
+    z[[2, 7]] *= 1e-22
+    zeroed = z.index_fill(0, torch.tensor([2, 7]), 0)
+    assert z[[2, 7]].all()
+    actual, expected = (loss_and_gradients(triton_nt_xent, rows, 0.1) for rows in (z, zeroed))
+    assert all(map(torch.equal, actual, expected))
+
+
 @pytest.mark.parametrize("tau", [0.01, 0.1])
 def test_a_temperature_on_the_device_is_never_read_by_the_host(monkeypatch, tau):
     z = trained_like(34, 24)

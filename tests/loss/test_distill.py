@@ -244,3 +244,27 @@ def test_both_together_are_equation_3(share):
     labelled, taught = labelled_cross_entropy(student, torch.tensor(label)), distillation(student, teacher, tau)
     total = share * labelled + (1 - share) * taught
     assert total.item() == close_to(expected, student, teacher, tau=tau)
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"), [((6, 5), (6, 1)), ((6, 1), (6, 5)), ((6, 5), (1, 5)), ((5,), (5,)), ((0, 5), (0, 5))]
+)
+def test_logits_of_other_images_or_classes_are_refused(student, teacher):
+    """Broadcast over each other they would give a number."""
+    with pytest.raises(ValueError, match=r"of the same images and classes; got shapes"):
+        distillation(torch.zeros(student), torch.zeros(teacher), 1.0)
+
+
+@pytest.mark.parametrize("tau", [0, -1.0, math.nan])
+def test_a_temperature_must_be_positive(tau):
+    with pytest.raises(ValueError, match="temperature must be positive; got"):
+        distillation(logits(6, 5), logits(6, 5), tau)
+
+
+@pytest.mark.parametrize(("f", "label"), [((6, 5), (3,)), ((6, 5), (6, 5)), ((5,), ()), ((0, 5), (0,))])
+def test_labels_of_other_images_are_refused(f, label):
+    with pytest.raises(ValueError, match=r"must be of the same images; got shapes"):
+        labelled_cross_entropy(torch.zeros(f), torch.zeros(label, dtype=torch.int64))

@@ -51,6 +51,28 @@ def compare_with_one_process(rank, world_size):
     alone = [dist.new_group([r]) for r in range(world_size)][rank]
     results["alone"] = loss_and_gradients(Projector(), own, group=alone)
 
+    outsiders = [r for r in range(world_size) if r != 0]
+    not_mine = [dist.new_group(outsiders), dist.new_group([0])][rank != 0]
+    with pytest.raises(ValueError) as refusal:
+        nt_xent(torch.randn(4, D), 0.1, group=not_mine)
+    results["outsider"] = str(refusal.value)
+
+    results["different calls"] = []
+    z = torch.randn(4, D)
+    for differing, options in [
+        (z.bfloat16() if rank else z, {"temperature": 0.1}),
+        (z, {"temperature": 0.1, "impl": "reference" if rank else "blockwise"}),
+        (z, {"temperature": 0.1 + rank}),
+        (z, {"temperature": torch.tensor(0.1) if rank else 0.1}),
+    ]:
+        with pytest.raises(ValueError) as refusal:
+            nt_xent(differing, **options)
+        results["different calls"].append(str(refusal.value))
+
+    z = own.flatten(0, 1).requires_grad_()
+    (gradient,) = torch.autograd.grad(nt_xent(z, 0.2, impl="reference"), z, create_graph=True)
+    (results["second derivative"],) = torch.autograd.grad((gradient**3).sum(), z)
+
     results["refusals"] = []
     for shape in [(4 if rank else 6, D), (4, D + rank), (5 if rank else 4, D)]:
         with pytest.raises(ValueError) as refusal:
@@ -66,6 +88,10 @@ def compare_with_one_process(rank, world_size):
 def test_ranks_equal_one_process(world_size, tmp_path):
     views = batch_views(world_size)
     expected = loss_and_gradients(Projector(), views, impl="reference")
+    z = views.flatten(0, 1).requires_grad_()
+    # before the average over ranks, dL/dz of a rank is W times that of the mean over all rows
+    (gradient,) = torch.autograd.grad(world_size * nt_xent(z, 0.2, impl="reference"), z, create_graph=True)
+    second_derivative = torch.autograd.grad((gradient**3).sum(), z)[0].unflatten(0, (2, -1))
     for rank, results in enumerate(run_ranks(world_size, tmp_path, compare_with_one_process)):
         for impl in ("blockwise", "reference"):
             for actual, true in zip(results[impl], expected, strict=True):
@@ -76,3 +102,11 @@ def test_ranks_equal_one_process(world_size, tmp_path):
         assert all("z must have the same shape on every rank" in message for message in results["refusals"])
         assert ("[[4, 7], " if rank else "[[6, 7], ") in results["refusals"][0]
         assert "z must hold two views" in results["odd"]
+        assert "This process is not in the group" in results["outsider"]
+        dtypes, impls, temperatures, kinds = results["different calls"]
+        assert "torch.float32 by blockwise" in dtypes and "torch.bfloat16 by blockwise" in dtypes
+        assert "by reference" in impls and "at temperature 1.1" in temperatures and "(a tensor)" in kinds
+        mine = slice(rank * SAMPLES_PER_RANK, (rank + 1) * SAMPLES_PER_RANK)
+        torch.testing.assert_close(
+            results["second derivative"], second_derivative[:, mine].flatten(0, 1), rtol=1e-11, atol=1e-12
+        )
