@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy
 
 from config import Common, Config, Distill, FineTune, Labels
 from engine import checkpoint
-from engine.gradcache import backward_in_slices
+from engine.gradcache import backward_in_slices, equal_slices
 from engine.guard import CollapseWatch
 from engine.metrics import MetricsFile, StepClock, communication_s, verdict
 from engine.optim import create_optimizer, parameter_groups
@@ -81,6 +81,7 @@ def pretrain(config: Config) -> None:
     run = begin(config, config.preset)
     accelerator = run.accelerator
     rank, world_size = accelerator.process_index, accelerator.num_processes
+    check_slices(config, world_size)
 
     # ---- data: shards -> two views of every image
     config, train, test, loading = open_data(run, config)
@@ -187,6 +188,19 @@ def pretrain(config: Config) -> None:
         if state.report:
             console.print(report_table(state.report))
         finish(run, metrics, closing)
+
+
+def check_slices(config: Config, world_size: int) -> None:
+    """Refuse slices of one image: batch norm over its two views alone turns them into opposites, z1 = -z2."""
+    images = config.batch_size // world_size  # of this process
+    if not 0 < config.micro_batch < images:
+        return
+    slices = equal_slices(images, config.micro_batch)
+    if world_size * min(part.stop - part.start for part in slices) < 2:
+        raise UserError(
+            f"--micro-batch {config.micro_batch} encodes an image of the batch of {config.batch_size} alone, and batch "
+            f"norm needs more than one: use --micro-batch {min(3, images)} or more."
+        )
 
 
 def probe_objective(scores: Tensor | None, label: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from errors import UserError
 from model.encoder import create_encoder, spec_in
 from model.head import head_spec, projection_head
-from model.weights import load_strictly, read_weights, write_weights
+from model.weights import load_strictly, read_weights, reading_metadata, write_weights
 
 
 class Classifier(nn.Module):
@@ -95,9 +95,10 @@ def load_classifier(path: Path) -> tuple[Classifier, list[str]]:
         UserError: the file is missing, damaged or holds something else.
     """
     metadata, state = read_weights(path, "classes")
-    classes, kept = json.loads(metadata["classes"]), json.loads(metadata["head"])
-    layers = kept.pop("layers") if kept else 0
-    head = projection_head(**kept) if kept else None
-    features = kept["features"] if kept else state["fc.weight"].shape[1]
-    classifier = fine_tuned(create_encoder(spec_in(metadata)), head, layers, features, len(classes))
+    with reading_metadata(path):
+        classes, kept = json.loads(metadata["classes"]), json.loads(metadata["head"])
+        layers = kept.pop("layers") if kept else 0
+        head = projection_head(**kept) if kept else None
+        features = kept["features"] if kept else state["fc.weight"].shape[1]
+        classifier = fine_tuned(create_encoder(spec_in(metadata)), head, layers, features, len(classes))
     return load_strictly(classifier, state, path), classes

@@ -199,6 +199,7 @@ def test_a_stopped_fine_tuning_goes_on_bit_for_bit(run, pretrained, tmp_path):
         ),
         (["finetune", "--start.run", "RUN", "--labels.fraction", "0.125"], "use a --batch-size of at most 10"),
         (["finetune", "--start.run", "RUN", "--labels.keys", "nowhere.txt"], "nowhere.txt"),
+        (["--data", "DATA", "--micro-batch", "1"], "encodes an image of the batch of 16 alone"),
         (["distill", "--data", "DATA"], "There is no teacher: give --teacher"),
         (["distill", "--teacher", "RUN"], "There is no file"),
         (["distill", "--teacher", "RUN", "--labelled-share", "2"], "--labelled-share is 2.0"),
