@@ -55,7 +55,7 @@ from model import (
 from pipeline.loader import Batch, ViewLoader, central_batches
 from pipeline.shards import ShardSet
 from pipeline.subsets import keys_subset, label_subset
-from presets import parse
+from presets import images_of, parse
 from run import (
     Run,
     State,
@@ -83,14 +83,16 @@ def pretrain(config: Config) -> None:
     rank, world_size = accelerator.process_index, accelerator.num_processes
     check_slices(config, world_size)
 
+    # ---- encoder: before the data, which may have to be fetched or rendered first
+    spec = encoder_spec(image_size=config.views.size, **dataclasses.asdict(config.encoder))
+    encoder = create_encoder(spec)
+    width = representation_width(encoder, config.views.size)
+
     # ---- data: shards -> two views of every image
     config, train, test, loading = open_data(run, config)
     loader = view_loader(run, config, train, loading)
 
     # ---- model: views -> h -> z
-    spec = encoder_spec(image_size=config.views.size, **dataclasses.asdict(config.encoder))
-    encoder = create_encoder(spec)
-    width = representation_width(encoder, config.views.size)
     head = projection_head(config.head.version, width, config.head.hidden, config.head.out)
     simclr = to_device(run, config, SimCLR(encoder, head, width, classes=len(train.classes)))
 
@@ -323,6 +325,10 @@ def finetune(config: FineTune) -> None:
     """A classifier on labelled images: a pretrained encoder, some layers of its head, and a new linear layer."""
     run = begin(config, f"finetune-{config.preset}")
     config, train, test, loading = open_data(run, config)
+    if len(train.classes) < 2:
+        raise UserError(
+            f"Fine-tuning needs two classes or more, but {train.root} has {len(train.classes)}: use another --data."
+        )
     samples = labelled_samples(config.labels, config.seed, train)
     loader = view_loader(run, config, train, loading, samples=samples, views_per_image=1)
     classifier, spec = classifier_from(config, len(train.classes))
@@ -343,11 +349,18 @@ def finetune(config: FineTune) -> None:
 def distill(config: Distill) -> None:
     """A student that learns from a teacher's probabilities, on all images, and from the labels of some if wanted."""
     run = begin(config, f"distill-{config.preset}")
-    config, train, test, loading = open_data(run, config)
-    loader = view_loader(run, config, train, loading, views_per_image=1)
+    for option, value in images_of(Path(config.teacher))[1].items():
+        # the student could learn other inputs, the frozen teacher would only be wrong about them
+        if option != "size" and tuple(getattr(config.views, option)) != value:
+            raise UserError(
+                f"The teacher in {config.teacher} was trained with --views.{option} {' '.join(map(str, value))}: use "
+                "the same."
+            )
     weights = Path(config.teacher) / "model.safetensors"
     teacher, classes = load_classifier(weights)
     representation_width(teacher.encoder, config.views.size)  # can it take these views?
+    config, train, test, loading = open_data(run, config)
+    loader = view_loader(run, config, train, loading, views_per_image=1)
     teacher = teacher.eval().requires_grad_(False).to(run.accelerator.device, memory_format=torch.channels_last)
     student, spec = classifier_from(config, len(classes))
     student = to_device(run, config, student)

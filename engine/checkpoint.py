@@ -50,7 +50,8 @@ class Checkpoints:
             for left in self.folder.glob(".step-*.partial"):  # by a save or a deletion that was killed
                 shutil.rmtree(left, ignore_errors=True)
             partial.mkdir(parents=True)
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / "state.safetensors")
+            tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+            save_file(tensors, partial / "state.safetensors")  # clones: safetensors refuses tensors that share memory
             record = {"format": FORMAT, "step": step, "sha256": _digest(partial / "state.safetensors"), **record}
             (partial / "record.json").write_text(json.dumps(record, indent=1) + "\n")
             for path in (*partial.iterdir(), partial):

@@ -53,16 +53,21 @@ def fine_tuned(
         (`zero_init_logits_layer`): all classes alike, whatever the scale of what comes before.
 
     Raises:
-        UserError: the head has fewer layers, or there is none.
+        UserError: the head has fewer layers or another input width, or there is none.
     """
     layers = 0 if head is None else sum(isinstance(module, nn.Linear) for module in head)
     if not 0 <= from_layer <= layers:
         has = f"has {layers} layers" if layers else "is not there"
         raise UserError(
-            f"Can't fine-tune from layer {from_layer} of a head that {has}: give a layer from 0 to {layers}."
+            f"Can't fine-tune from layer {from_layer} of a head that {has}: use --start.from-layer 0 to {layers}."
         )
     kept, width, spec = nn.Sequential(), features, None
     if from_layer:
+        if head_spec(head)["features"] != features:
+            raise UserError(
+                f"The projection head takes {head_spec(head)['features']} features, the encoder has {features}: use "
+                "both from one run."
+            )
         for name, module in head.named_children():
             if int(name[-1]) <= from_layer:
                 kept.add_module(name, module)

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine.gradcache import backward_in_slices, equal_slices
 from loss import nt_xent
+from model import synchronise_batchnorm
 from tests.ranks import run_ranks
 
 
@@ -149,11 +150,16 @@ def test_statistics_are_as_before_after_an_error():
     assert math.isfinite(sliced(net, views, label, 4).item())
 
 
-def sliced_on_a_rank(rank, world_size):
-    net, views, label = make()
-    images = range(rank, 10, world_size)
+def sliced_on_a_rank(rank, world_size, norms):
+    return [_sliced_on_a_rank(rank, world_size, norm) for norm in norms]
+
+
+def _sliced_on_a_rank(rank, world_size, norm):
+    net, views, label = make(norm)
+    net = synchronise_batchnorm(net, torch.device("cpu"))
+    images = range(rank, 8, world_size)
     rows = torch.tensor([*images, *(11 + image for image in images)])
-    model, synchronised = DistributedDataParallel(net), []
+    model, synchronised = DistributedDataParallel(net, broadcast_buffers=False), []
     model.register_comm_hook(None, lambda _, bucket: synchronised.append(1) or _mean(bucket, world_size))
 
     def beside(scores, part):
@@ -164,7 +170,7 @@ def sliced_on_a_rank(rank, world_size):
         return (model if torch.is_grad_enabled() else net)(these)
 
     backward_in_slices(encode, net, views[rows], 2, lambda z: nt_xent(z, 0.2), beside, no_sync=model.no_sync)
-    return [w.grad for w in net.parameters()], len(synchronised)
+    return [w.grad for w in net.parameters()], dict(net.named_buffers()), len(synchronised)
 
 
 def _mean(bucket, world_size):
@@ -173,9 +179,16 @@ def _mean(bucket, world_size):
 
 
 def test_two_ranks_in_slices_are_one_process_without(tmp_path):
-    net, views, label = make()
-    whole(net, torch.cat([views[:10], views[11:21]]), label[:10])
-    for gradients, synchronised in run_ranks(2, tmp_path, sliced_on_a_rank):
-        assert synchronised == 1, "gradients cross the network once per step, not once per slice"
-        for expected, actual in zip(net.parameters(), gradients, strict=True):
-            torch.testing.assert_close(actual, expected.grad, rtol=1e-10, atol=1e-13)
+    """With batch norm they are one process in slices, each of which is the slices of all ranks taken together."""
+    norms = nn.Identity, nn.BatchNorm2d
+    ranks = run_ranks(2, tmp_path, sliced_on_a_rank, norms)
+    for number, norm in enumerate(norms):
+        net, views, label = make(norm)
+        sliced(net, torch.cat([views[:8], views[11:19]]), label[:8], 8 if norm is nn.Identity else 4)
+        for rank in ranks:
+            gradients, buffers, synchronised = rank[number]
+            assert synchronised == 1, "gradients cross the network once per step, not once per slice"
+            for expected, actual in zip(net.parameters(), gradients, strict=True):
+                torch.testing.assert_close(actual, expected.grad, rtol=1e-10, atol=1e-13)
+            for name, expected in net.named_buffers():
+                torch.testing.assert_close(buffers[name], expected, rtol=1e-12, atol=1e-15)

@@ -96,10 +96,18 @@ def test_names_and_logits_must_agree(tmp_path):
 @pytest.mark.parametrize(("version", "layer"), [("v1", 3), ("v2", 4), ("v2", -1)])
 def test_a_layer_that_the_head_does_not_have(version, layer):
     encoder, head = parts(version)
-    with pytest.raises(UserError, match=f"from layer {layer} .*give a layer from 0 to {2 if version == 'v1' else 3}"):
+    with pytest.raises(
+        UserError, match=f"from layer {layer} .*use --start.from-layer 0 to {2 if version == 'v1' else 3}"
+    ):
         model.fine_tuned(encoder, head, layer, features=64, classes=3)
     with pytest.raises(UserError, match="head that is not there"):
         model.fine_tuned(encoder, None, 1, features=64, classes=3)
+
+
+def test_encoder_and_head_must_fit():
+    encoder, head = parts()
+    with pytest.raises(UserError, match="takes 64 features, the encoder has 128"):
+        model.fine_tuned(encoder, head, 1, features=128, classes=3)
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])
