@@ -8,6 +8,7 @@ are timm models of their own, registered here as `simclr_resnet18` and so on: af
 """
 
 import json
+from difflib import get_close_matches
 from pathlib import Path
 
 import timm
@@ -107,9 +108,11 @@ def encoder_spec(
     if name in (f"simclr_{resnet}" for resnet in RESNETS):
         name = name.removeprefix("simclr_")  # the stem and the options below decide which of the two it becomes
     if not timm.is_model(name):
-        close = timm.list_models(f"*{name.split('_')[0][:6]}*")[:4]
-        hint = f" (near it: {', '.join(close)})" if close else ""
-        raise UserError(f"timm has no encoder {name!r}{hint}: choose one of `timm.list_models()`.")
+        names = timm.list_models(exclude_filters="simclr_*")
+        longer = [longer for longer in names if name and longer.startswith(name)]  # vit_tiny
+        close = sorted(longer, key=len)[:3] or get_close_matches(name, names, 3)
+        hint = f" (did you mean {' or '.join(close)}?)" if close else ""
+        raise UserError(f"timm has no encoder {name!r}{hint}: use one of `timm.list_models()`.")
     if selective_kernels and name not in BOTTLENECKS:
         raise UserError(
             f"{name} has no selective kernels, which are for {', '.join(BOTTLENECKS)}: choose one of them or give "

@@ -95,7 +95,9 @@ def test_saved_weights_load_strictly_into_timm(tmp_path, name, size):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("resnet19", 224), "timm has no encoder 'resnet19'.*choose"),
+        (("resnet19", 224), r"timm has no encoder 'resnet19' \(did you mean resnet18 or .*use one of"),
+        (("vit_tiny", 224), "did you mean vit_tiny_"),
+        (("", 224), "timm has no encoder '': use"),
         (("resnet18.a1_in1k", 32), "names the pretrained weights 'a1_in1k'.*use resnet18\\."),
         (("resnet18.", 32), "names the pretrained weights"),
         (("convnext_atto", 224, "auto", 2.0), "width multiplier.*--encoder.width 1"),
