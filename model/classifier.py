@@ -7,6 +7,7 @@ SimCLR v1 fine-tunes from h; v2 from the first layer of its deeper head, which t
 import json
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from errors import UserError
@@ -32,7 +33,10 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) -> logits (N, classes)."""
         h = self.encoder(images)  # (N, features)
-        return self.fc(self.head(h))
+        x = self.head(h)  # (N, width of the last layer kept)
+        # bf16 keeps 8 bits of a logit: classes would tie, and a temperature of 0.1 magnifies the rounding tenfold
+        with torch.autocast(x.device.type, enabled=False):
+            return self.fc(x.to(self.fc.weight.dtype))
 
 
 def fine_tuned(

@@ -104,6 +104,27 @@ def test_a_layer_that_the_head_does_not_have(version, layer):
         model.fine_tuned(encoder, None, 1, features=64, classes=3)
 
 
+@pytest.mark.parametrize("kind", ["classifier", "probe"])
+def test_autocast_does_not_round_the_scores(kind):
+    """Scores of 100 and 100.1 are one number in bf16, whose next ones are 99.5 and 100.5."""
+    encoder, head = parts()
+    if kind == "classifier":
+        net = model.fine_tuned(encoder, None, 0, features=64, classes=2)
+        layer = net.fc
+    else:
+        net = model.SimCLR(encoder, head, 64, classes=2)
+        layer = net.probe
+    nn.init.zeros_(layer.weight)
+    with torch.no_grad():
+        layer.bias.copy_(torch.tensor([100.0, 100.1]))
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = net(torch.randn(2, 3, 16, 16))
+    scores = scores if kind == "classifier" else scores[1]
+    assert torch.equal(scores, layer.bias.detach().expand(2, 2))
+    scores.float()[:, 1].sum().backward()
+    assert layer.weight.grad.any() and layer.weight.grad.dtype == torch.float32
+
+
 def test_encoder_and_head_must_fit():
     encoder, head = parts()
     with pytest.raises(UserError, match="takes 64 features, the encoder has 128"):
