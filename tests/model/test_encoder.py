@@ -7,6 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import model
+from engine import checkpoint
 from errors import UserError
 
 
@@ -71,6 +72,11 @@ def test_layers_that_share_weights_are_saved(tmp_path):
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(again(x), encoder.eval()(x))
+    saved = checkpoint.Checkpoints(tmp_path / "checkpoints", keep=1).save(1, checkpoint.pack(encoder, []), {})
+    other = model.create_encoder(spec).eval()
+    checkpoint.unpack(checkpoint.load(saved)[0], other, [])
+    with torch.no_grad():
+        assert torch.equal(other(x), encoder(x))
 
 
 @pytest.mark.parametrize(
