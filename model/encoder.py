@@ -161,6 +161,7 @@ def representation_width(encoder: nn.Module, image_size: int) -> int:
     Raises:
         UserError: the encoder can't take views of this size, or returns something else than one vector per view.
     """
+    training = encoder.training
     encoder.eval()
     try:
         with torch.no_grad():
@@ -175,7 +176,7 @@ def representation_width(encoder: nn.Module, image_size: int) -> int:
         raise UserError(
             f"The encoder returns {found} for two views instead of one vector each: choose another --encoder.name."
         )
-    encoder.train()
+    encoder.train(training)
     return h.shape[1]
 
 

@@ -120,6 +120,7 @@ def test_the_width_of_h_is_that_of_its_output(name, size):
     encoder = model.create_encoder(model.encoder_spec(name, size))
     features = model.representation_width(encoder, size)
     assert encoder(torch.randn(2, 3, size, size)).shape == (2, features) and encoder.training
+    assert model.representation_width(encoder.eval(), size) == features and not encoder.training
 
 
 def test_views_too_small_for_an_encoder_are_said_in_a_sentence():
