@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy
 
 from config import Common, Config, Distill, FineTune, Labels
 from engine import checkpoint
-from engine.gradcache import backward_in_slices
+from engine.gradcache import backward_in_slices, equal_slices
 from engine.guard import CollapseWatch
 from engine.metrics import MetricsFile, StepClock, communication_s, verdict
 from engine.optim import create_optimizer, parameter_groups
@@ -56,7 +56,7 @@ from model import (
 from pipeline.loader import Batch, ViewLoader, central_batches
 from pipeline.shards import ShardSet
 from pipeline.subsets import keys_subset, label_subset
-from presets import parse
+from presets import images_of, parse
 from run import (
     Run,
     State,
@@ -82,15 +82,18 @@ def pretrain(config: Config) -> None:
     run = begin(config, config.preset)
     accelerator = run.accelerator
     rank, world_size = accelerator.process_index, accelerator.num_processes
+    check_slices(config, world_size)
+
+    # ---- encoder: before the data, which may have to be fetched or rendered first
+    spec = encoder_spec(image_size=config.views.size, **dataclasses.asdict(config.encoder))
+    encoder = create_encoder(spec)
+    width = representation_width(encoder, config.views.size)
 
     # ---- data: shards -> two views of every image
     config, train, test, loading = open_data(run, config)
     loader = view_loader(run, config, train, loading)
 
     # ---- model: views -> h -> z
-    spec = encoder_spec(image_size=config.views.size, **dataclasses.asdict(config.encoder))
-    encoder = create_encoder(spec)
-    width = representation_width(encoder, config.views.size)
     head = projection_head(config.head.version, width, config.head.hidden, config.head.out)
     simclr = to_device(run, config, SimCLR(encoder, head, width, classes=len(train.classes)))
 
@@ -188,6 +191,19 @@ def pretrain(config: Config) -> None:
         if state.report:
             console.print(report_table(state.report))
         finish(run, metrics, closing)
+
+
+def check_slices(config: Config, world_size: int) -> None:
+    """Refuse slices of one image: batch norm over its two views alone turns them into opposites, z1 = -z2."""
+    images = config.batch_size // world_size  # of this process
+    if not 0 < config.micro_batch < images:
+        return
+    slices = equal_slices(images, config.micro_batch)
+    if world_size * min(part.stop - part.start for part in slices) < 2:
+        raise UserError(
+            f"--micro-batch {config.micro_batch} encodes an image of the batch of {config.batch_size} alone, and batch "
+            f"norm needs more than one: use --micro-batch {min(3, images)} or more."
+        )
 
 
 def probe_objective(scores: Tensor | None, label: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
@@ -311,6 +327,10 @@ def finetune(config: FineTune) -> None:
     """A classifier on labelled images: a pretrained encoder, some layers of its head, and a new linear layer."""
     run = begin(config, f"finetune-{config.preset}")
     config, train, test, loading = open_data(run, config)
+    if len(train.classes) < 2:
+        raise UserError(
+            f"Fine-tuning needs two classes or more, but {train.root} has {len(train.classes)}: use another --data."
+        )
     samples = labelled_samples(config.labels, config.seed, train)
     loader = view_loader(run, config, train, loading, samples=samples, views_per_image=1)
     classifier, spec = classifier_from(config, len(train.classes))
@@ -331,11 +351,18 @@ def finetune(config: FineTune) -> None:
 def distill(config: Distill) -> None:
     """A student that learns from a teacher's probabilities, on all images, and from the labels of some if wanted."""
     run = begin(config, f"distill-{config.preset}")
-    config, train, test, loading = open_data(run, config)
-    loader = view_loader(run, config, train, loading, views_per_image=1)
+    for option, value in images_of(Path(config.teacher))[1].items():
+        # the student could learn other inputs, the frozen teacher would only be wrong about them
+        if option != "size" and tuple(getattr(config.views, option)) != value:
+            raise UserError(
+                f"The teacher in {config.teacher} was trained with --views.{option} {' '.join(map(str, value))}: use "
+                "the same."
+            )
     weights = Path(config.teacher) / "model.safetensors"
     teacher, classes = load_classifier(weights)
     representation_width(teacher.encoder, config.views.size)  # can it take these views?
+    config, train, test, loading = open_data(run, config)
+    loader = view_loader(run, config, train, loading, views_per_image=1)
     teacher = teacher.eval().requires_grad_(False).to(run.accelerator.device, memory_format=torch.channels_last)
     student, spec = classifier_from(config, len(classes))
     student = to_device(run, config, student)

@@ -58,7 +58,7 @@ class Checkpoints:
                 shutil.rmtree(left, ignore_errors=True)
             partial.mkdir(parents=True)
             record_file, state_file = partial / "record.json", partial / "state.safetensors"
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, state_file)
+            save_file(_unshared(tensors), state_file)
             record = {"format": FORMAT, "step": step, "sha256": _digest(state_file), **record}
             record_file.write_text(json.dumps({**record, "checksum": _checksum(record)}, indent=1) + "\n")
             state_file.chmod(record_file.stat().st_mode)  # safetensors writes for the owner alone, whatever the umask
@@ -87,6 +87,16 @@ class Checkpoints:
         discarded = path.with_name(f".{path.name}.partial")
         os.rename(path, discarded)  # first out of sight: a kill may come at any time
         shutil.rmtree(discarded, ignore_errors=True)
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors; those that share memory with another one are copied, because safetensors refuses them."""
+    seen, result = set(), {}
+    for name, tensor in tensors.items():
+        tensor, memory = tensor.contiguous(), tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return result
 
 
 def _step_of(path: Path) -> int:

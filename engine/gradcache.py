@@ -8,10 +8,10 @@ once more, now with a graph. Two forward passes and one backward pass for the me
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def backward_in_slices(
@@ -27,15 +27,16 @@ def backward_in_slices(
     """Add the gradient of `contrast(z) + the sum of beside` to the parameters, `micro_batch` images at a time.
 
     Batch norm takes its statistics from each slice (over all ranks, where it is synchronised), in both passes alike. So
-    with batch norm the result is not that of the whole batch at once: without it, or in evaluation mode, it is. The
-    running statistics see each slice once, and k slices move them as far as one batch does: each by
+    with batch norm the result is not that of the whole batch at once: without it, or in evaluation mode, it is. Slices
+    are of equal size, give or take one image, so that none has poorer statistics than the others. The running
+    statistics see each slice once, and k slices move them as far as one batch does: each by
     1 - (1 - momentum)^(1/k).
 
     Args:
         encode: views (2b, 3, H, W) -> z (2b, D) and what `beside` wants of them; may synchronise gradients over ranks.
-        module: whose batch norms they are.
+        module: the network itself, whose buffers and batch norms these are.
         views: (2B, 3, H, W), views of image i at rows i and B + i.
-        micro_batch: images in a slice; the last one may have fewer.
+        micro_batch: largest number of images in a slice.
         contrast: z (2B, D) -> loss ().
         beside: (second result of `encode`, the slice's images within the batch) -> loss () to be added.
         no_sync: opened for all slices but the last, since gradients need to be synchronised but once.
@@ -45,8 +46,7 @@ def backward_in_slices(
     """
     images = len(views) // 2
     # both passes over a slice draw the same dropout: its seed comes from the generator as the caller left it
-    slices = [slice(first, min(first + micro_batch, images)) for first in range(0, images, micro_batch)]
-
+    slices = equal_slices(images, micro_batch)
     seeds = torch.randint(2**62, (len(slices),)).tolist()
 
     def views_of(part: slice) -> Tensor:
@@ -75,21 +75,29 @@ def backward_in_slices(
     return loss.detach()
 
 
+def equal_slices(images: int, micro_batch: int) -> list[slice]:
+    """As few slices of at most `micro_batch` images as possible, whose sizes differ by at most one."""
+    count = -(-images // micro_batch)
+    ends = [images * number // count for number in range(count + 1)]
+    return [slice(*pair) for pair in pairwise(ends)]
+
+
 @contextmanager
 def _statistics_stand_still(module: nn.Module) -> Iterator[None]:
-    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False  # training mode goes on using the slice's own
+    """Restore every buffer at the end: not only batch norm has running statistics, EvoNorm has them too."""
+    buffers = list(module.buffers())
+    kept = [buffer.clone() for buffer in buffers]
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for buffer, before in zip(buffers, kept, strict=True):
+            buffer.copy_(before)
 
 
 @contextmanager
 def _statistics_move_as_once(module: nn.Module, slices: int) -> Iterator[None]:
-    momenta = {norm: norm.momentum for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.momentum}
+    norms = [norm for norm in module.modules() if getattr(norm, "running_var", None) is not None]
+    momenta = {norm: norm.momentum for norm in norms if getattr(norm, "momentum", None)}
     for norm, momentum in momenta.items():
         norm.momentum = 1 - (1 - momentum) ** (1 / slices)
     try:

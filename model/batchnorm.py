@@ -6,34 +6,54 @@ section 2.2, "Global BN").
 
 import torch
 import torch.distributed as dist
-from timm.layers import convert_sync_batchnorm
+from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, convert_sync_batchnorm
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.ops import FrozenBatchNorm2d
 
 from errors import UserError
 
 
 def synchronise_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
-    """Let every batch norm's statistics span all ranks: torch's SyncBatchNorm on a GPU, ours elsewhere."""
-    if device.type == "cuda":
-        return convert_sync_batchnorm(module)  # timm's: torch's would drop the activation inside timm's own norms
-    return _convert(module)
+    """Let every batch norm's statistics span all ranks: torch's SyncBatchNorm on a GPU, ours elsewhere.
+
+    Activation and dropout inside timm's fused norm layers are kept; frozen batch norm has nothing to synchronize.
+
+    Raises:
+        UserError: a layer has running statistics that can't span ranks.
+    """
+    # timm's conversion, since torch's would drop the activation inside timm's own norms
+    module = convert_sync_batchnorm(module) if device.type == "cuda" else _convert(module, {})
+    for layer in module.modules():
+        # each rank would normalize by its own statistics, and only those of rank 0 would be saved
+        local = isinstance(layer, _BatchNorm) or getattr(layer, "running_var", None) is not None
+        if local and not isinstance(layer, SYNCHRONIZED + FROZEN):
+            raise UserError(
+                f"{type(layer).__name__} can't take its statistics over several processes: use one process or another "
+                "encoder."
+            )
+    return module
 
 
-def _convert(module: nn.Module) -> nn.Module:
-    if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
+def _convert(module: nn.Module, converted: dict[nn.Module, nn.Module]) -> nn.Module:
+    if module in converted:  # a layer used in several places remains one layer
+        return converted[module]
+    result = module
+    if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d):
         if module.momentum is None or not module.track_running_stats:
             raise UserError("Batch norm without exponential running statistics can't span ranks: use one process.")
-        synchronised = HostSyncBatchNorm(module.num_features, module.eps, module.momentum, module.affine)
-        synchronised.to(module.running_mean.dtype).train(module.training)
-        synchronised.load_state_dict(module.state_dict())
-        for name, parameter in synchronised.named_parameters():
+        result = HostSyncBatchNorm(module.num_features, module.eps, module.momentum, module.affine)
+        if isinstance(module, BatchNormAct2d):
+            result.drop, result.act = module.drop, module.act
+        result.to(module.running_mean.dtype).train(module.training)
+        result.load_state_dict(module.state_dict())
+        for name, parameter in result.named_parameters():
             parameter.requires_grad_(module.get_parameter(name).requires_grad)
-        return synchronised
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        raise UserError(f"{type(module).__name__} can't span ranks on the CPU: use one process or another encoder.")
-    for name, child in module.named_children():
-        setattr(module, name, _convert(child))
-    return module
+    converted[module] = result
+    for name, child in list(module._modules.items()):  # named_children() leaves out the second place of a child
+        if child is not None:
+            setattr(result, name, _convert(child, converted))
+    return result
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -52,7 +72,7 @@ class _SumOverRanks(torch.autograd.Function):
         return total
 
 
-class HostSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+class HostSyncBatchNorm(_BatchNorm):
     """`torch.nn.SyncBatchNorm` for ranks without a GPU, which torch's own refuses. Equal batches on every rank."""
 
     def _check_input_dim(self, input: torch.Tensor) -> None:
@@ -63,7 +83,7 @@ class HostSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         """(N, C, ...) of this rank -> the same shape, normalised by mean and variance over all ranks."""
         self._check_input_dim(input)
         if not self.training:
-            return super().forward(input)
+            return self._activate(super().forward(input))
         axes = [axis for axis in range(input.dim()) if axis != 1]
         shape = [1, -1] + [1] * (input.dim() - 2)
         x = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
@@ -82,4 +102,12 @@ class HostSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         normalised = centred * torch.rsqrt(variance + self.eps).view(shape)
         if self.affine:
             normalised = normalised * self.weight.view(shape) + self.bias.view(shape)
-        return normalised.to(input.dtype)
+        return self._activate(normalised.to(input.dtype))
+
+    def _activate(self, x: torch.Tensor) -> torch.Tensor:
+        """Dropout and activation of the fused layer in whose place this one stands, if it was one."""
+        return self.act(self.drop(x)) if hasattr(self, "act") else x
+
+
+SYNCHRONIZED = (nn.SyncBatchNorm, HostSyncBatchNorm)
+FROZEN = (FrozenBatchNormAct2d, FrozenBatchNorm2d)

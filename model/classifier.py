@@ -7,12 +7,13 @@ SimCLR v1 fine-tunes from h; v2 from the first layer of its deeper head, which t
 import json
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from errors import UserError
 from model.encoder import create_encoder, spec_in
 from model.head import head_spec, projection_head
-from model.weights import load_strictly, read_weights, write_weights
+from model.weights import load_strictly, read_weights, reading_metadata, write_weights
 
 
 class Classifier(nn.Module):
@@ -32,7 +33,10 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) -> logits (N, classes)."""
         h = self.encoder(images)  # (N, features)
-        return self.fc(self.head(h))
+        x = self.head(h)  # (N, width of the last layer kept)
+        # bf16 keeps 8 bits of a logit: classes would tie, and a temperature of 0.1 magnifies the rounding tenfold
+        with torch.autocast(x.device.type, enabled=False):
+            return self.fc(x.to(self.fc.weight.dtype))
 
 
 def fine_tuned(
@@ -53,16 +57,21 @@ def fine_tuned(
         (`zero_init_logits_layer`): all classes alike, whatever the scale of what comes before.
 
     Raises:
-        UserError: the head has fewer layers, or there is none.
+        UserError: the head has fewer layers or another input width, or there is none.
     """
     layers = 0 if head is None else sum(isinstance(module, nn.Linear) for module in head)
     if not 0 <= from_layer <= layers:
         has = f"has {layers} layers" if layers else "is not there"
         raise UserError(
-            f"Can't fine-tune from layer {from_layer} of a head that {has}: give a layer from 0 to {layers}."
+            f"Can't fine-tune from layer {from_layer} of a head that {has}: use --start.from-layer 0 to {layers}."
         )
     kept, width, spec = nn.Sequential(), features, None
     if from_layer:
+        if head_spec(head)["features"] != features:
+            raise UserError(
+                f"The projection head takes {head_spec(head)['features']} features, the encoder has {features}: use "
+                "both from one run."
+            )
         for name, module in head.named_children():
             if int(name[-1]) <= from_layer:
                 kept.add_module(name, module)
@@ -95,9 +104,10 @@ def load_classifier(path: Path) -> tuple[Classifier, list[str]]:
         UserError: the file is missing, damaged or holds something else.
     """
     metadata, state = read_weights(path, "classes")
-    classes, kept = json.loads(metadata["classes"]), json.loads(metadata["head"])
-    layers = kept.pop("layers") if kept else 0
-    head = projection_head(**kept) if kept else None
-    features = kept["features"] if kept else state["fc.weight"].shape[1]
-    classifier = fine_tuned(create_encoder(spec_in(metadata)), head, layers, features, len(classes))
+    with reading_metadata(path):
+        classes, kept = json.loads(metadata["classes"]), json.loads(metadata["head"])
+        layers = kept.pop("layers") if kept else 0
+        head = projection_head(**kept) if kept else None
+        features = kept["features"] if kept else state["fc.weight"].shape[1]
+        classifier = fine_tuned(create_encoder(spec_in(metadata)), head, layers, features, len(classes))
     return load_strictly(classifier, state, path), classes

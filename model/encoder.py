@@ -8,6 +8,7 @@ are timm models of their own, registered here as `simclr_resnet18` and so on: af
 """
 
 import json
+from difflib import get_close_matches
 from pathlib import Path
 
 import timm
@@ -17,7 +18,7 @@ from torch import nn
 
 from errors import UserError
 from model.selective_kernels import SelectiveKernelBottleneck
-from model.weights import load_strictly, read_weights, write_weights
+from model.weights import load_strictly, read_weights, reading_metadata, write_weights
 
 SMALL_IMAGE = 64
 """Images of at most this side, in pixels, get the small stem."""
@@ -27,7 +28,8 @@ BOTTLENECKS = RESNETS[2:]
 
 
 def _simclr_resnet(base: str, small_stem: bool, width: float, selective_kernels: bool, **kwargs) -> nn.Module:
-    channels = [round(planes * width) for planes in (64, 128, 256, 512)]
+    # even, since timm's deep stem below has twice half as many channels as the first block takes
+    channels = [2 * max(1, round(planes * width / 2)) for planes in (64, 128, 256, 512)]
     if selective_kernels:  # and with them ResNet-D, as in the official code
         kwargs |= {"block": SelectiveKernelBottleneck, "avg_down": True}
     # timm fixes a plain stem at 64 channels but lets a deep one follow stem_width: build deep, then put the plain
@@ -87,7 +89,7 @@ def encoder_spec(
     """What to hand to `timm.create_model` for an encoder on views of `image_size` pixels.
 
     Args:
-        name: any timm model. image_size: side of a view in pixels.
+        name: any timm architecture; simclr_resnet* means the ResNet itself. image_size: side of a view in pixels.
         stem: of a ResNet: "small", "standard", or "auto" for the small one on images of 64 px or less.
         width: multiplies every channel count of a ResNet.
         selective_kernels: SimCLR v2's blocks in a ResNet of 50 layers or more, and with them ResNet-D's shortcuts and
@@ -97,12 +99,20 @@ def encoder_spec(
         (timm name, keyword arguments).
 
     Raises:
-        UserError: timm has no such model, or width, stem or selective kernels are not for it.
+        UserError: timm has no such model, the name contains a pretrained tag, or width, stem or selective kernels are
+            not for it.
     """
+    base, dot, tag = name.partition(".")
+    if dot and timm.is_model(base):
+        raise UserError(f"{name} names the pretrained weights {tag!r}, but weights start random: use {base}.")
+    if name in (f"simclr_{resnet}" for resnet in RESNETS):
+        name = name.removeprefix("simclr_")  # the stem and the options below decide which of the two it becomes
     if not timm.is_model(name):
-        close = timm.list_models(f"*{name.split('_')[0][:6]}*")[:4]
-        hint = f" (near it: {', '.join(close)})" if close else ""
-        raise UserError(f"timm has no encoder {name!r}{hint}: choose one of `timm.list_models()`.")
+        names = timm.list_models(exclude_filters="simclr_*")
+        longer = [longer for longer in names if name and longer.startswith(name)]  # vit_tiny
+        close = sorted(longer, key=len)[:3] or get_close_matches(name, names, 3)
+        hint = f" (did you mean {' or '.join(close)}?)" if close else ""
+        raise UserError(f"timm has no encoder {name!r}{hint}: use one of `timm.list_models()`.")
     if selective_kernels and name not in BOTTLENECKS:
         raise UserError(
             f"{name} has no selective kernels, which are for {', '.join(BOTTLENECKS)}: choose one of them or give "
@@ -129,31 +139,50 @@ def encoder_spec(
 
 
 def create_encoder(spec: tuple[str, dict]) -> nn.Module:
-    """The encoder of a spec: (N, 3, H, W) -> pooled representation h (N, features)."""
+    """Build the encoder of a spec: (N, 3, H, W) -> pooled representation h (N, features).
+
+    Raises:
+        UserError: timm cannot build it.
+    """
     name, kwargs = spec
     try:
         return timm.create_model(name, **kwargs)
-    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
-        raise UserError(f"timm can't build {name} with {kwargs} ({error}): choose another encoder or size.") from error
+    except Exception as error:  # a thousand models, each failing in its own way
+        raise UserError(
+            f"timm can't build {name} with {kwargs} ({first_line(error)}): choose another encoder or size."
+        ) from error
 
 
 def representation_width(encoder: nn.Module, image_size: int) -> int:
-    """Width of h for views of `image_size` pixels, found by encoding two black ones.
+    """Width of h for views of `image_size` pixels, measured by encoding two black ones.
 
-    timm's `num_features` is not it for every model: some widen once more after pooling.
+    timm's `num_features` is wrong for some models, which widen once more after pooling.
 
     Raises:
-        UserError: the encoder can't take views of this size.
+        UserError: the encoder can't take views of this size, or returns something else than one vector per view.
     """
+    training = encoder.training
     encoder.eval()
     try:
         with torch.no_grad():
             h = encoder(torch.zeros(2, 3, image_size, image_size))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"The encoder can't take views of {image_size} px ({reason}): change --views.size.") from error
-    encoder.train()
+    except Exception as error:  # a thousand models, each failing in its own way
+        raise UserError(
+            f"The encoder can't take views of {image_size} px ({first_line(error)}): change --views.size or "
+            "--encoder.name."
+        ) from error
+    if not isinstance(h, torch.Tensor) or h.ndim != 2 or len(h) != 2:
+        found = f"shape {tuple(h.shape)}" if isinstance(h, torch.Tensor) else type(h).__name__
+        raise UserError(
+            f"The encoder returns {found} for two views instead of one vector each: choose another --encoder.name."
+        )
+    encoder.train(training)
     return h.shape[1]
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type if it has none: an error of ours is one sentence."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def save_encoder(encoder: nn.Module, spec: tuple[str, dict], path: Path) -> None:
@@ -168,7 +197,9 @@ def load_encoder(path: Path) -> nn.Module:
         UserError: the file is missing, damaged or holds something else.
     """
     metadata, state = read_weights(path, "timm_name")
-    return load_strictly(create_encoder(spec_in(metadata)), state, path)
+    with reading_metadata(path):
+        encoder = create_encoder(spec_in(metadata))
+    return load_strictly(encoder, state, path)
 
 
 def read_spec(path: Path) -> tuple[str, dict]:
@@ -177,9 +208,18 @@ def read_spec(path: Path) -> tuple[str, dict]:
     Raises:
         UserError: the file is missing, damaged or holds something else.
     """
-    return spec_in(read_weights(path, "timm_name")[0])
+    with reading_metadata(path):
+        return spec_in(read_weights(path, "timm_name")[0])
 
 
 def spec_in(metadata: dict[str, str]) -> tuple[str, dict]:
-    """The spec that a file's metadata holds."""
-    return metadata["timm_name"], json.loads(metadata["timm_kwargs"])
+    """The spec in a file's metadata.
+
+    Raises:
+        ValueError: it is none, or timm would fetch the model or weights from elsewhere.
+    """
+    name, kwargs = metadata["timm_name"], json.loads(metadata["timm_kwargs"])
+    # "hf-hub:..." would be downloaded, and a checkpoint may be a pickle: this file's own tensors are the weights
+    if not timm.is_model(name) or not isinstance(kwargs, dict) or kwargs.keys() & {"pretrained", "checkpoint_path"}:
+        raise ValueError(f"timm_name {name}, timm_kwargs {kwargs}")
+    return name, kwargs

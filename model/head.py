@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from model.weights import load_strictly, read_weights, write_weights
+from model.weights import load_strictly, read_weights, reading_metadata, write_weights
 
 
 def projection_head(version: str, features: int, hidden: int, out: int) -> nn.Sequential:
@@ -57,4 +57,6 @@ def load_head(path: Path) -> nn.Sequential:
         UserError: the file is missing, damaged or holds something else.
     """
     metadata, state = read_weights(path, "head")
-    return load_strictly(projection_head(**json.loads(metadata["head"])), state, path)
+    with reading_metadata(path):
+        head = projection_head(**json.loads(metadata["head"]))
+    return load_strictly(head, state, path)

@@ -30,5 +30,7 @@ class SimCLR(nn.Module):
         """
         h = self.encoder(views)  # (2B, features)
         z = self.head(h)  # (2B, out)
-        scores = None if self.probe is None else self.probe(h.detach())
-        return z, scores
+        if self.probe is None:
+            return z, None
+        with torch.autocast(h.device.type, enabled=False):  # classes would tie in bf16
+            return z, self.probe(h.detach().to(self.probe.weight.dtype))

@@ -1,11 +1,13 @@
 """Weights on disk: safetensors, whose metadata says what to build before they are loaded; nothing is ever unpickled."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor, contiguous_format, nn
 
 from errors import UserError
 
@@ -16,50 +18,75 @@ NAMES = {"classes": "a classifier", "head": "a projection head", "timm_name": "a
 
 
 def write_weights(module: nn.Module, metadata: dict, path: Path) -> None:
-    """The module's state at `path`, whole or not at all; `metadata` is kept as JSON, strings as they are."""
+    """Write the module's state to `path`, completely or not at all; `metadata` is stored as JSON, strings unchanged.
+
+    Raises:
+        UserError: the file can't be written, for example because the disk is full.
+    """
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
+    # clones, since safetensors refuses tensors that share memory, as the layers of some encoders do (CoaT)
+    state = {key: value.clone(memory_format=contiguous_format) for key, value in module.state_dict().items()}
     partial = path.with_suffix(".partial")
-    partial.write_bytes(b"")
-    mode = partial.stat().st_mode
-    save_file({key: value.contiguous() for key, value in module.state_dict().items()}, partial, texts)
-    partial.chmod(mode)  # safetensors writes for the owner alone, whatever the umask
-    partial.replace(path)
+    try:
+        partial.write_bytes(b"")
+        mode = partial.stat().st_mode
+        save_file(state, partial, texts)
+        partial.chmod(mode)  # safetensors writes for the owner alone, whatever the umask
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path} can't be written ({error}): check free space and permissions.") from error
 
 
 def read_weights(path: Path, kind: str) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and state on the CPU.
 
     Args:
-        path: file that `write_weights` made. kind: one of KINDS, what is expected in it.
+        path: file written by `write_weights`. kind: one of KINDS, the kind of file expected.
 
     Raises:
-        UserError: no such file, no safetensors, or weights of another kind.
+        UserError: the file is missing, is not safetensors or holds weights of another kind.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"There is no file {path}: give {NAMES[kind]} that StreamCLR has written.")
+        raise UserError(f"There is no file {path}: use {NAMES[kind]} written by StreamCLR.")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
         state = load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged or no safetensors file ({error}): give {NAMES[kind]}.") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is damaged or not a safetensors file ({error}): use {NAMES[kind]}.") from error
     found = next((key for key in KINDS if key in metadata), None)
     if found != kind:
-        holds = NAMES[found] if found else "weights that StreamCLR has not written"
-        raise UserError(f"{path} holds {holds}: give {NAMES[kind]}.")
+        holds = NAMES[found] if found else "weights not written by StreamCLR"
+        raise UserError(f"{path} holds {holds}: use {NAMES[kind]}.")
     return metadata, state
 
 
+@contextmanager
+def reading_metadata(path: Path) -> Iterator[None]:
+    """Turn what unusable metadata raises, while it is parsed and a module is built from it, into one sentence."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"The metadata of {path} is damaged ({error!r}): write the file again.") from error
+
+
 def load_strictly(module: nn.Module, state: dict[str, Tensor], path: Path) -> nn.Module:
-    """The module with that state, in evaluation mode.
+    """Load the state into the module; returned in evaluation mode.
 
     Raises:
-        UserError: the state is for another module.
+        UserError: the state belongs to another module, or a value in it is not finite.
     """
     try:
         module.load_state_dict(state, strict=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"The weights in {path} are not what its metadata says ({reason}): save them anew.") from error
+        raise UserError(f"The weights in {path} do not match its metadata ({reason}): write the file again.") from error
+    broken = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise UserError(
+            f"{len(broken)} tensors in {path} hold NaN or infinity, {broken[0]} first: use weights of a run that did "
+            "not diverge."
+        )
     return module.eval()

@@ -186,7 +186,7 @@ def test_a_card_keeps_no_secret_of_an_address():
 @pytest.mark.parametrize(
     ("source", "out", "format", "message"),
     [
-        ("none", "new.safetensors", "timm", "There is no file .*none.*give an encoder"),
+        ("none", "new.safetensors", "timm", "There is no file .*none.*an encoder"),
         ("empty", "new.safetensors", "timm", "There is no file .*encoder.safetensors"),
         ("run", "new.pth", "timm", "a name that ends in .safetensors"),
         ("run", "taken.safetensors", "timm", "is there already"),

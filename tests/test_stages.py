@@ -195,12 +195,17 @@ def test_a_stopped_fine_tuning_goes_on_bit_for_bit(run, pretrained, tmp_path):
         (["finetune", "--data", "DATA", "--start.from-layer", "1"], "random weights have no projection head"),
         (
             ["finetune", "--start.run", "RUN", "--start.from-layer", "4", "--labels.fraction", "1"],
-            "give a layer from 0 to 3",
+            "use --start.from-layer 0 to 3",
         ),
         (["finetune", "--start.run", "RUN", "--labels.fraction", "0.125"], "use a --batch-size of at most 10"),
         (["finetune", "--start.run", "RUN", "--labels.keys", "nowhere.txt"], "nowhere.txt"),
+        (["--data", "DATA", "--micro-batch", "1"], "encodes an image of the batch of 16 alone"),
         (["distill", "--data", "DATA"], "There is no teacher: give --teacher"),
         (["distill", "--teacher", "RUN"], "There is no file"),
+        (
+            ["distill", "--teacher", "RUN", "--views.mean", "0", "0", "0"],
+            "was trained with --views.mean 0.5 0.5 0.5: use the same",
+        ),
         (["distill", "--teacher", "RUN", "--labelled-share", "2"], "--labelled-share is 2.0"),
         (["distill", "--teacher", "RUN", "--labels.fraction", "0.1"], "--labelled-share is 0"),
         (
@@ -220,6 +225,13 @@ def test_what_is_typed_wrong_gets_one_sentence(pretrained, data, tmp_path, monke
         train.main()
     assert message in str(stopped.value) and "\n" not in str(stopped.value)
     assert not out.exists(), "a run that could not begin leaves nothing"
+
+
+def test_one_class_is_nothing_to_learn(run, tmp_path):
+    data = texture_shards(tmp_path, train=1)
+    with pytest.raises(UserError, match=r"Fine-tuning needs two classes or more, but .*train has 1"):
+        run("finetune", "--data", data, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_papers_settings():

@@ -3,12 +3,14 @@ import math
 
 import pytest
 import torch
+from timm.layers.evo_norm import EvoNorm2dB0
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from engine.gradcache import backward_in_slices
+from engine.gradcache import backward_in_slices, equal_slices
 from loss import nt_xent
+from model import synchronise_batchnorm
 from tests.ranks import run_ranks
 
 
@@ -82,7 +84,7 @@ def test_batch_norm_sees_slices_and_moves_as_far_as_for_one_batch():
     with torch.no_grad():
         means = [
             net.encoder[0](torch.cat([views[a:b], views[11 + a : 11 + b]])).mean((0, 2, 3))
-            for a, b in ((0, 4), (4, 8), (8, 11))
+            for a, b in ((0, 3), (3, 7), (7, 11))
         ]
     sliced(net, views, label, 4)
     step = 1 - (1 - 0.1) ** (1 / 3)
@@ -95,13 +97,39 @@ def test_batch_norm_sees_slices_and_moves_as_far_as_for_one_batch():
     assert norm.momentum == 0.1 and norm.track_running_stats
 
 
+def test_other_running_statistics_move_as_far_as_for_one_batch():
+    """EvoNorm has a running variance and is not one of torch's batch norms."""
+    net, views, label = make(EvoNorm2dB0)
+    with torch.no_grad():
+        variances = [
+            net.encoder[0](torch.cat([views[a:b], views[11 + a : 11 + b]])).var((0, 2, 3))
+            for a, b in ((0, 3), (3, 7), (7, 11))
+        ]
+    sliced(net, views, label, 4)
+    step, expected = 1 - (1 - 0.1) ** (1 / 3), torch.ones(6, dtype=torch.float64)
+    for variance in variances:
+        expected = (1 - step) * expected + step * variance
+    # timm computes the variances in float32
+    torch.testing.assert_close(net.encoder[1].running_var, expected, rtol=1e-6, atol=0)
+    assert net.encoder[1].momentum == 0.1
+
+
+@pytest.mark.parametrize(("images", "micro_batch"), [(11, 4), (16, 5), (16, 16), (16, 17), (7, 1), (1, 1), (4097, 64)])
+def test_slices_cover_the_batch_and_are_of_equal_size(images, micro_batch):
+    slices = equal_slices(images, micro_batch)
+    sizes = [len(range(images)[part]) for part in slices]
+    assert [image for part in slices for image in range(images)[part]] == list(range(images))
+    assert max(sizes) <= micro_batch and max(sizes) - min(sizes) <= 1
+    assert len(slices) == math.ceil(images / micro_batch)
+
+
 def test_both_passes_draw_the_same_dropout():
     """Else dL/dz would belong to other projections: here the encoder's gradient would miss the differences' by far."""
     net, views, label = make(dropout=0.5)
     torch.manual_seed(7)
     sliced(net, views, label, 4)
     weight, direction = net.head.weight, torch.randn_like(net.head.weight)
-    step = 1e-5
+    step = 1e-6
     values = []
     for sign in (1, -1):
         moved = copy.deepcopy(net)
@@ -114,17 +142,24 @@ def test_both_passes_draw_the_same_dropout():
 
 def test_statistics_are_as_before_after_an_error():
     net, views, label = make(nn.BatchNorm2d)
+    before = net.encoder[1].running_var.clone()
     with pytest.raises(ZeroDivisionError):
         backward_in_slices(net, net, views, 4, lambda z: 1 / 0, lambda scores, part: torch.zeros(()))
+    assert torch.equal(net.encoder[1].running_var, before) and net.encoder[1].num_batches_tracked == 0
     assert net.encoder[1].track_running_stats and net.encoder[1].momentum == 0.1
     assert math.isfinite(sliced(net, views, label, 4).item())
 
 
-def sliced_on_a_rank(rank, world_size):
-    net, views, label = make()
-    images = range(rank, 10, world_size)
+def sliced_on_a_rank(rank, world_size, norms):
+    return [_sliced_on_a_rank(rank, world_size, norm) for norm in norms]
+
+
+def _sliced_on_a_rank(rank, world_size, norm):
+    net, views, label = make(norm)
+    net = synchronise_batchnorm(net, torch.device("cpu"))
+    images = range(rank, 8, world_size)
     rows = torch.tensor([*images, *(11 + image for image in images)])
-    model, synchronised = DistributedDataParallel(net), []
+    model, synchronised = DistributedDataParallel(net, broadcast_buffers=False), []
     model.register_comm_hook(None, lambda _, bucket: synchronised.append(1) or _mean(bucket, world_size))
 
     def beside(scores, part):
@@ -135,7 +170,7 @@ def sliced_on_a_rank(rank, world_size):
         return (model if torch.is_grad_enabled() else net)(these)
 
     backward_in_slices(encode, net, views[rows], 2, lambda z: nt_xent(z, 0.2), beside, no_sync=model.no_sync)
-    return [w.grad for w in net.parameters()], len(synchronised)
+    return [w.grad for w in net.parameters()], dict(net.named_buffers()), len(synchronised)
 
 
 def _mean(bucket, world_size):
@@ -144,9 +179,16 @@ def _mean(bucket, world_size):
 
 
 def test_two_ranks_in_slices_are_one_process_without(tmp_path):
-    net, views, label = make()
-    whole(net, torch.cat([views[:10], views[11:21]]), label[:10])
-    for gradients, synchronised in run_ranks(2, tmp_path, sliced_on_a_rank):
-        assert synchronised == 1, "gradients cross the network once per step, not once per slice"
-        for expected, actual in zip(net.parameters(), gradients, strict=True):
-            torch.testing.assert_close(actual, expected.grad, rtol=1e-10, atol=1e-13)
+    """With batch norm they are one process in slices, each of which is the slices of all ranks taken together."""
+    norms = nn.Identity, nn.BatchNorm2d
+    ranks = run_ranks(2, tmp_path, sliced_on_a_rank, norms)
+    for number, norm in enumerate(norms):
+        net, views, label = make(norm)
+        sliced(net, torch.cat([views[:8], views[11:19]]), label[:8], 8 if norm is nn.Identity else 4)
+        for rank in ranks:
+            gradients, buffers, synchronised = rank[number]
+            assert synchronised == 1, "gradients cross the network once per step, not once per slice"
+            for expected, actual in zip(net.parameters(), gradients, strict=True):
+                torch.testing.assert_close(actual, expected.grad, rtol=1e-10, atol=1e-13)
+            for name, expected in net.named_buffers():
+                torch.testing.assert_close(buffers[name], expected, rtol=1e-12, atol=1e-15)

@@ -96,10 +96,39 @@ def test_names_and_logits_must_agree(tmp_path):
 @pytest.mark.parametrize(("version", "layer"), [("v1", 3), ("v2", 4), ("v2", -1)])
 def test_a_layer_that_the_head_does_not_have(version, layer):
     encoder, head = parts(version)
-    with pytest.raises(UserError, match=f"from layer {layer} .*give a layer from 0 to {2 if version == 'v1' else 3}"):
+    with pytest.raises(
+        UserError, match=f"from layer {layer} .*use --start.from-layer 0 to {2 if version == 'v1' else 3}"
+    ):
         model.fine_tuned(encoder, head, layer, features=64, classes=3)
     with pytest.raises(UserError, match="head that is not there"):
         model.fine_tuned(encoder, None, 1, features=64, classes=3)
+
+
+@pytest.mark.parametrize("kind", ["classifier", "probe"])
+def test_autocast_does_not_round_the_scores(kind):
+    """Scores of 100 and 100.1 are one number in bf16, whose next ones are 99.5 and 100.5."""
+    encoder, head = parts()
+    if kind == "classifier":
+        net = model.fine_tuned(encoder, None, 0, features=64, classes=2)
+        layer = net.fc
+    else:
+        net = model.SimCLR(encoder, head, 64, classes=2)
+        layer = net.probe
+    nn.init.zeros_(layer.weight)
+    with torch.no_grad():
+        layer.bias.copy_(torch.tensor([100.0, 100.1]))
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = net(torch.randn(2, 3, 16, 16))
+    scores = scores if kind == "classifier" else scores[1]
+    assert torch.equal(scores, layer.bias.detach().expand(2, 2))
+    scores.float()[:, 1].sum().backward()
+    assert layer.weight.grad.any() and layer.weight.grad.dtype == torch.float32
+
+
+def test_encoder_and_head_must_fit():
+    encoder, head = parts()
+    with pytest.raises(UserError, match="takes 64 features, the encoder has 128"):
+        model.fine_tuned(encoder, head, 1, features=128, classes=3)
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])
@@ -133,21 +162,81 @@ def test_a_wrong_file_is_said_in_a_sentence(tmp_path):
             if held == wanted:
                 loader(path)
                 continue
-            with pytest.raises(UserError, match=f"{held}.safetensors holds a.* {held}: give a.* {wanted}"):
+            with pytest.raises(UserError, match=f"{held}.safetensors holds a.* {held}: use a.* {wanted}"):
                 loader(path)
         with pytest.raises(UserError, match="There is no file"):
             loader(tmp_path / "none.safetensors")
         save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-        with pytest.raises(UserError, match="weights that StreamCLR has not written"):
+        with pytest.raises(UserError, match="weights not written by StreamCLR"):
             loader(tmp_path / "other.safetensors")
         damaged = tmp_path / "damaged.safetensors"
         damaged.write_bytes(files[wanted].read_bytes()[:-100])
-        with pytest.raises(UserError, match="damaged or no safetensors file"):
+        with pytest.raises(UserError, match="damaged or not a safetensors file"):
             loader(damaged)
 
 
 def test_weights_of_another_width_are_said_in_a_sentence(tmp_path):
     path = tmp_path / "encoder.safetensors"
     model.save_encoder(parts()[0], (SPEC[0], {**SPEC[1], "width": 0.25}), path)
-    with pytest.raises(UserError, match="are not what its metadata says"):
+    with pytest.raises(UserError, match="do not match its metadata"):
         model.load_encoder(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("timm_kwargs", "{"),
+        ("timm_kwargs", "[]"),
+        ("timm_kwargs", '{"pretrained": true}'),
+        ("timm_kwargs", '{"checkpoint_path": "other.pth"}'),
+        ("timm_name", "hf-hub:somebody/something"),
+        ("head", '{"version": "v2"}'),
+        ("head", "[1]"),
+        ("classes", "{"),
+        ("classes", "3"),
+    ],
+)
+def test_damaged_metadata_is_said_in_a_sentence(tmp_path, key, text):
+    encoder, head = parts()
+    path, damaged = tmp_path / "model.safetensors", tmp_path / "damaged.safetensors"
+    model.save_classifier(model.fine_tuned(encoder, head, 1, 64, 3), SPEC, CLASSES, path)
+    metadata = contents(path)[0]
+    for changed in ({**metadata, key: text}, {name: value for name, value in metadata.items() if name != key}):
+        save_file(load_file(path), damaged, changed)
+        with pytest.raises(UserError, match=r"metadata of .*damaged|holds") as error:
+            model.load_classifier(damaged)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "renamed", "shape"])
+def test_other_tensors_than_expected_are_said_in_a_sentence(tmp_path, change):
+    path = tmp_path / "head.safetensors"
+    model.save_head(parts()[1], path)
+    metadata, state = contents(path)[0], load_file(path)
+    weight = state.pop("fc1.weight")
+    state |= {
+        "missing": {},
+        "extra": {"fc1.weight": weight, "fc9.weight": weight.clone()},
+        "renamed": {"fc9.weight": weight},
+        "shape": {"fc1.weight": weight[1:].clone()},
+    }[change]
+    save_file(state, path, metadata)
+    with pytest.raises(UserError, match=r"do not match its metadata \(.*fc[19]\.weight"):
+        model.load_head(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+    encoder = parts()[0]
+    encoder.layer1[0].bn1.running_var[0] = value
+    model.save_encoder(encoder, SPEC, tmp_path / "encoder.safetensors")
+    with pytest.raises(UserError, match=r"1 tensors .* layer1\.0\.bn1\.running_var"):
+        model.load_encoder(tmp_path / "encoder.safetensors")
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path):
+    target = tmp_path / "encoder.safetensors"
+    (target / "in the way").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"encoder\.safetensors can't be written"):
+        model.save_encoder(parts()[0], SPEC, target)
+    assert list(tmp_path.iterdir()) == [target]
