@@ -145,7 +145,9 @@ def prepare(
     scale = short_side / min(height, width)
     height, width = (max(short_side, round(side * scale)) for side in (height, width))
     smaller = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
-    _, jpeg = cv2.imencode(".jpg", cv2.cvtColor(smaller, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
+    encodes, jpeg = cv2.imencode(".jpg", cv2.cvtColor(smaller, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
+    if not encodes:
+        raise DecodeError(f"too long for a JPEG whose short side has {short_side} pixels: {width} x {height}")
     return ("jpg", height, width), jpeg.tobytes()
 
 

@@ -136,6 +136,15 @@ def test_an_image_that_is_too_large_is_not_called_damaged():
         inspect(encoded)
 
 
+def test_a_strip_too_long_for_a_jpeg_is_left_out():
+    """A JPEG has at most 65,500 pixels a side."""
+    encoded = encode(Image.new("RGB", (90_000, 4)), "PNG")
+    with pytest.raises(DecodeError, match="too long for a JPEG whose short side has 3 pixels: 67500 x 3"):
+        prepare(encoded, short_side=3)
+    assert prepare(encoded, short_side=2)[0] == ("jpg", 2, 45_000)
+    assert prepare(encoded, short_side=4) == (("png", 4, 90_000), encoded)
+
+
 def test_pillow_does_not_warn_about_large_images():
     size = struct.pack("<ii", 10_000, 10_000)
     bmp = encode(PICTURE, "BMP")
