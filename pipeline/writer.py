@@ -80,12 +80,10 @@ def write_split(
         )
     try:
         plan = _plan(source, out, split, seed, samples_per_shard, verify, short_side, quality)
-        tied = plan | {"modified_sha256": hashlib.sha256(repr(list(source.modified)).encode()).hexdigest()}
-        if not _begin(target, partial, tied):
+        # not in the manifest, whose bytes depend on the content of the source alone
+        tied = plan | {"modified_sha256": hashlib.sha256(np.array(source.modified, "<i8").tobytes()).hexdigest()}
+        if not _begin(target, partial, tied, source):
             return open_shards(str(target))
-        if _classes(source, out, split) != plan["classes"]:  # of a split that was started at the same moment
-            shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(f"Another split with other classes was started in {out}: run the same command again.")
         digest = hashlib.sha256(json.dumps(tied).encode()).hexdigest()
         labels = {name: number for number, name in enumerate(plan["classes"])} | {None: -1}
         writer = ShardWriter(source.read, labels, partial, split, digest, verify, short_side, quality)
@@ -101,7 +99,7 @@ def write_split(
                     # a crash or a failing disk may have damaged what other parts have written
                     others = [task for task in tasks if task[0] % part[1] != part[0] - 1]
                     write_shards(writer, others, workers, f"{source.name} {split}: check", wait=True)
-                    _finish(target, partial, plan, source, [writer.entry(number) for number, _ in tasks])
+                    finished = _finish(target, partial, plan, source, [writer.entry(number) for number, _ in tasks])
     except OSError as error:
         if not target.exists():  # else another process has just completed it
             raise _unwritable(out, error) from error
@@ -151,9 +149,10 @@ def _classes(source: Source, out: Path, split: str) -> list[str]:
         names = sorted({label for label, _, _ in source.items if label is not None})
     for folder, others in _other_classes(out, split):
         if foreign := sorted(set(names) - set(others)):
+            delete = " or, if it is abandoned, delete it" if folder.suffix == ".partial" else ""
             raise UserError(
                 f"{split} has classes that {folder} does not have ({', '.join(foreign[:3])}): "
-                "convert the split with all classes first, or into another folder."
+                f"convert the split with all classes first, or into another folder{delete}."
             )
         return others
     return names
@@ -169,13 +168,14 @@ def _other_classes(out: Path, split: str) -> Iterator[tuple[Path, list[str]]]:
             yield path.parent, plan["classes"]
 
 
-def _begin(target: Path, partial: Path, plan: dict[str, Any]) -> bool:
+def _begin(target: Path, partial: Path, plan: dict[str, Any], source: Source) -> bool:
     """Write the plan, or compare it with the existing one; False if the split is complete."""
     if not target.exists():
         (partial / "work").mkdir(parents=True, exist_ok=True)
         with FileLock(partial / "lock"):
             if not target.exists():  # another process may have completed it in the meantime
-                _lay_down(partial, plan)
+                if _lay_down(partial, plan):
+                    _compare_classes(source, target, partial, plan["classes"])
                 return True
     try:
         found = open_shards(str(target)).manifest
@@ -187,7 +187,8 @@ def _begin(target: Path, partial: Path, plan: dict[str, Any]) -> bool:
     return False
 
 
-def _lay_down(partial: Path, plan: dict[str, Any]) -> None:
+def _lay_down(partial: Path, plan: dict[str, Any]) -> bool:
+    """Write the plan, or compare it with that of the unfinished conversion; whether it was written."""
     (partial / "shards").mkdir(exist_ok=True)
     path = partial / "plan.json"
     begun = _read_plan(path)
@@ -197,7 +198,7 @@ def _lay_down(partial: Path, plan: dict[str, Any]) -> None:
             raise UserError(f"{path} can't be read, but shards have been written: delete {partial} to start again.")
         path.with_name("plan.json.writing").write_text(json.dumps(plan))
         os.replace(path.with_name("plan.json.writing"), path)
-        return
+        return True
     difference = _difference(plan, begun)
     if not difference and begun.get("modified_sha256") != plan["modified_sha256"]:
         difference = "the files of its source have other modification times"
@@ -206,6 +207,17 @@ def _lay_down(partial: Path, plan: dict[str, Any]) -> None:
             f"{partial} holds an unfinished conversion with another plan ({difference}): "
             "repeat its options to resume it, or delete it to start again."
         )
+    return False
+
+
+def _compare_classes(source: Source, target: Path, partial: Path, classes: list[str]) -> None:
+    """Withdraw a new plan if another split was started at the same time, when neither saw the classes of the other."""
+    try:
+        if _classes(source, target.parent, target.name) != classes:
+            raise UserError(f"Another split was started in {target.parent} just now: run the same command again.")
+    except UserError:
+        (partial / "plan.json").unlink()
+        raise
 
 
 def _read_plan(path: Path) -> dict[str, Any] | None:
@@ -232,8 +244,12 @@ def _difference(plan: dict[str, Any], found: dict[str, Any]) -> str:
     return "" if here["source_sha256"] == there.get("source_sha256") else "its source lists other images"
 
 
-def _finish(target: Path, partial: Path, plan: dict[str, Any], source: Source, entries: list[dict[str, Any]]) -> None:
-    """Write the manifest and move the finished shards to their place."""
+def _finish(
+    target: Path, partial: Path, plan: dict[str, Any], source: Source, entries: list[dict[str, Any] | None]
+) -> bool:
+    """Write the manifest and move the shards to their place; False if one of them has disappeared."""
+    if not all(entries):
+        return False
     rejected = [*source.left_out, *(refused for entry in entries for refused in entry["rejected"])]
     shards = [entry["shard"] for entry in entries if entry["shard"]["samples"]]
     if not shards:
@@ -261,6 +277,7 @@ def _finish(target: Path, partial: Path, plan: dict[str, Any], source: Source, e
     write_manifest(LocalFileSystem(), str(folder), manifest)
     os.replace(folder, target)
     shutil.rmtree(partial, ignore_errors=True)
+    return True
 
 
 def _unwritable(out: Path, error: OSError) -> UserError:

@@ -305,10 +305,16 @@ def test_two_splits_started_at_the_same_moment(tmp_path, monkeypatch):
     assert write_split(train, tmp_path / "out", "train", samples_per_shard=2, part=(1, 2)) is None
     look, seen = writer._other_classes, []
     monkeypatch.setattr(writer, "_other_classes", lambda *names: look(*names) if seen else seen.append(names) or ())
-    with pytest.raises(UserError, match="Another split with other classes was started"):
+    with pytest.raises(UserError, match=r"Another split was started in .* just now: run the same command again"):
         write_split(val, tmp_path / "out", "val", samples_per_shard=2)
     shards = write_split(val, tmp_path / "out", "val", samples_per_shard=2)
     assert shards.classes == ["class_0", "class_1", "class_2"]
+    assert write_split(val, tmp_path / "other", "val", samples_per_shard=2, part=(1, 2)) is None
+    seen.clear()
+    for _ in range(2):  # it leaves nothing behind that would hold up the other split
+        with pytest.raises(UserError, match=r"train has classes that .*\.val\.partial does not have"):
+            write_split(train, tmp_path / "other", "train", samples_per_shard=2)
+    assert write_split(val, tmp_path / "other", "val", samples_per_shard=2)
 
 
 def emptied(path: Path) -> None:
