@@ -6,7 +6,6 @@ sample's own order cost about as much as in one fixed order. The affine jitter i
 """
 
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 
 import numpy as np
 import torch
@@ -49,21 +48,25 @@ class DaliBackend:
         On a GPU the result is ordered on the calling thread's current CUDA stream; the host does not wait for it.
 
         Raises:
-            DecodeError: an image can't be decoded or is smaller than its crop; `args[1]` is its place in `encoded`
-                where OpenCV refuses it too. The whole batch is lost; the next call works.
+            DecodeError: an image can't be decoded or is smaller than its crop; `args[1]` is its place in `encoded`.
         """
-        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
-        encoded = self._readable(encoded)
-        inputs = {"encoded": [np.frombuffer(file, np.uint8) for file in encoded]}
-        inputs |= graph_inputs(parameters, self._jitter)
         try:
-            outputs = self._pipeline.run(stream, **inputs)
+            return self._run(self._readable(encoded), parameters)
         except RuntimeError as error:
             if "decoders.image" not in str(error) and "fn.slice" not in str(error):  # slice: smaller than its crop
                 raise
-            # DALI does not say which image it is, so OpenCV decodes the batch to find it.
-            places = (i for i, file in enumerate(encoded) if not _is_usable(file, parameters.crop[:, i]))
-            raise DecodeError("DALI can't decode an image of this batch", *islice(places, 1)) from error
+            # DALI does not say which image it refuses, and refuses some damaged ones that the other backends decode.
+            images = list(self._threads.map(decode, encoded))
+            for i, image in enumerate(images):
+                if image is None or not contains(*image.shape[:2], parameters.crop[:, i]):
+                    raise DecodeError("DALI can't decode an image of this batch", i) from error
+            return self._run([ppm(image) for image in images], parameters)
+
+    def _run(self, encoded: list[bytes], parameters: ViewParameters) -> Tensor:
+        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        inputs = {"encoded": [np.frombuffer(file, np.uint8) for file in encoded]}
+        inputs |= graph_inputs(parameters, self._jitter)
+        outputs = self._pipeline.run(stream, **inputs)
         # The capsules keep DALI's buffers alive, and DALI frees them in the order of `stream`: only `cat` copies.
         views = torch.cat([torch.from_dlpack(output.as_tensor()) for output in outputs])  # (V*n, S, S, 3)
         return views.permute(0, 3, 1, 2)  # NHWC in memory is what torch calls channels-last
@@ -82,11 +85,6 @@ class DaliBackend:
         """Ends DALI's threads and frees its memory."""
         self._threads.shutdown()
         self._pipeline = None
-
-
-def _is_usable(encoded: bytes, crops: np.ndarray) -> bool:
-    pixels = decode(encoded)
-    return pixels is not None and contains(*pixels.shape[:2], crops)
 
 
 def graph_inputs(parameters: ViewParameters, jitter: str) -> dict[str, np.ndarray]:

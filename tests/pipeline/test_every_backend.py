@@ -132,6 +132,8 @@ def unusual_images() -> dict[str, bytes]:
     images["CMYK JPEG"] = cmyk
     images["CMYK JPEG without Adobe's marker"] = cmyk[:adobe] + b"Other" + cmyk[adobe + 5 :]
     images["YCCK JPEG"] = cmyk[: adobe + 11] + b"\2" + cmyk[adobe + 12 :]
+    jpeg = reference.encode(picture, "JPEG")
+    images["JPEG with bytes between its segments"] = jpeg[:20] + b"\x01\x02\x03" + jpeg[20:]  # DALI refuses it
     bmp = reference.encode(picture, "BMP")
     images["BMP of 16 bits"] = bmp[:28] + b"\x10" + bmp[29:]  # the pixels are read as others, and half of them unused
     several = {"save_all": True, "append_images": [picture.rotate(90)]}
