@@ -1,6 +1,7 @@
 """Encoded images: which formats are taken, how the host decodes them, and what of them goes into a shard."""
 
 import io
+import struct
 import warnings
 import zlib
 from itertools import chain
@@ -26,6 +27,7 @@ QUALITY = 90
 """JPEG quality of images that are made smaller."""
 LARGEST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS
 """Pillow opens no image of more pixels."""
+TOO_LARGE = f"too large: more than {LARGEST_PIXELS:,} pixels"
 JPEG_MARK, PNG_MARK, TIFF_MARKS = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", (b"II", b"MM")
 DEFLATE = (8, 32946)
 BLOCK_BYTES = 1 << 20
@@ -165,18 +167,34 @@ def ppm(pixels: np.ndarray) -> bytes:
 
 def _header(encoded: bytes) -> tuple[str, int, int]:
     """(format, height, width) as the header says."""
+    if size := _png_size(encoded):
+        return "PNG", *size
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             form, (width, height) = image.format, image.size
             if form == "TIFF":  # whose size Pillow gives after rotation
                 width, height = image.tag_v2[IMAGEWIDTH], image.tag_v2[IMAGELENGTH]
     except Image.DecompressionBombError as error:
-        raise DecodeError(f"too large: more than {LARGEST_PIXELS:,} pixels") from error
+        raise DecodeError(TOO_LARGE) from error
     except Exception as error:  # each of Pillow's plugins raises what it likes on damage, AVIF's a RuntimeError
         raise DecodeError("not an image, or its header is damaged") from error
     if form not in EXTENSIONS:
         raise DecodeError(f"{form} is not a format that every backend decodes")
     return form, height, width
+
+
+def _png_size(encoded: bytes) -> tuple[int, int] | None:
+    """(height, width) of a PNG; None if its first chunk is damaged.
+
+    Pillow opens no PNG that has a compressed comment of more than a megabyte, and does not say so.
+    """
+    header = encoded[12:29]
+    if not encoded.startswith(PNG_MARK) or encoded[29:33] != struct.pack(">I", zlib.crc32(header)):
+        return None
+    _, width, height = struct.unpack(">4sII", header[:12])
+    if height * width > LARGEST_PIXELS:
+        raise DecodeError(TOO_LARGE)
+    return (height, width) if height and width else None
 
 
 def _is_whole_jpeg(encoded: bytes, height: int, width: int) -> bool:

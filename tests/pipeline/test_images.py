@@ -9,6 +9,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from pipeline.images import LARGEST_PIXELS, DecodeError, decode, inspect, prepare
 from tests.pipeline.image_sets import ROOT
@@ -134,6 +135,17 @@ def test_an_image_that_is_too_large_is_not_called_damaged():
     encoded = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
     with pytest.raises(DecodeError, match="too large: more than 178,956,970 pixels"):
         inspect(encoded)
+
+
+def test_a_png_with_a_long_comment_is_an_image():
+    """As ImageMagick writes profiles; Pillow refuses to open it."""
+    comments = PngInfo()
+    comments.add_text("Raw profile type xmp", " " * (2 << 20), zip=True)
+    encoded = encode(PICTURE, "PNG", pnginfo=comments)
+    for verify in True, False:
+        assert inspect(encoded, verify) == ("png", 60, 90)
+    with pytest.raises(DecodeError, match="its header is damaged"):
+        inspect(encoded[:18] + b"\1" + encoded[19:], verify=False)
 
 
 def test_a_strip_too_long_for_a_jpeg_is_left_out():
