@@ -25,8 +25,8 @@ EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": 
 IMAGE_SUFFIXES = frozenset(["jpeg", "tiff", "gif", "avif", *EXTENSIONS.values()])
 QUALITY = 90
 """JPEG quality of images that are made smaller."""
-LARGEST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS
-"""Pillow opens no image of more pixels."""
+LARGEST_PIXELS = 178_956_970
+"""Limit of Pillow, which opens no larger image: twice its MAX_IMAGE_PIXELS."""
 TOO_LARGE = f"too large: more than {LARGEST_PIXELS:,} pixels"
 JPEG_MARK, PNG_MARK, TIFF_MARKS = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", (b"II", b"MM")
 DEFLATE = (8, 32946)
