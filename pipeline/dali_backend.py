@@ -5,14 +5,14 @@ if its parameters ask for it: DALI's conditional execution splits the batch, so 
 sample's own order cost about as much as in one fixed order. The affine jitter is one operator, `color_twist`.
 """
 
-from itertools import islice
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from errors import UserError
-from pipeline.images import DecodeError, decode
+from pipeline.images import DecodeError, contains, decode, decodes_alike, ppm
 from pipeline.recipe import BRIGHTNESS, CONTRAST, HUE, LUMA, SATURATION, Recipe, ViewParameters
 
 try:
@@ -38,6 +38,7 @@ class DaliBackend:
         gpu = self._device.type == "cuda"
         device_id = (torch.cuda.current_device() if self._device.index is None else self._device.index) if gpu else None
         self._jitter = recipe.jitter
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="decode")  # started at the first use
         self._pipeline = view_graph(recipe, gpu, views, batch_size=batch_size, num_threads=workers, device_id=device_id)
         self._pipeline.build()
 
@@ -47,26 +48,42 @@ class DaliBackend:
         On a GPU the result is ordered on the calling thread's current CUDA stream; the host does not wait for it.
 
         Raises:
-            DecodeError: an image can't be decoded; `args[1]` is its place in `encoded` where OpenCV refuses it too. The
-                whole batch is lost; the next call works.
+            DecodeError: an image can't be decoded or is smaller than its crop; `args[1]` is its place in `encoded`.
         """
+        try:
+            return self._run(self._readable(encoded), parameters)
+        except RuntimeError as error:
+            if "decoders.image" not in str(error) and "fn.slice" not in str(error):  # slice: smaller than its crop
+                raise
+            # DALI does not say which image it refuses, and refuses some damaged ones that the other backends decode.
+            images = list(self._threads.map(decode, encoded))
+            for i, image in enumerate(images):
+                if image is None or not contains(*image.shape[:2], parameters.crop[:, i]):
+                    raise DecodeError("DALI can't decode an image of this batch", i) from error
+            return self._run([ppm(image) for image in images], parameters)
+
+    def _run(self, encoded: list[bytes], parameters: ViewParameters) -> Tensor:
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         inputs = {"encoded": [np.frombuffer(file, np.uint8) for file in encoded]}
         inputs |= graph_inputs(parameters, self._jitter)
-        try:
-            outputs = self._pipeline.run(stream, **inputs)
-        except RuntimeError as error:
-            if "decoders.image" not in str(error):
-                raise
-            # DALI does not say which one, so OpenCV is asked.
-            places = (i for i, file in enumerate(encoded) if decode(file) is None)
-            raise DecodeError("DALI can't decode an image of this batch", *islice(places, 1)) from error
+        outputs = self._pipeline.run(stream, **inputs)
         # The capsules keep DALI's buffers alive, and DALI frees them in the order of `stream`: only `cat` copies.
         views = torch.cat([torch.from_dlpack(output.as_tensor()) for output in outputs])  # (V*n, S, S, 3)
         return views.permute(0, 3, 1, 2)  # NHWC in memory is what torch calls channels-last
 
+    def _readable(self, encoded: list[bytes]) -> list[bytes]:
+        """`encoded`, where images that DALI refuses or decodes differently are decoded on the host and made PPMs."""
+        others = [i for i, file in enumerate(encoded) if not decodes_alike(file)]
+        readable = list(encoded)
+        for i, pixels in zip(others, self._threads.map(decode, [encoded[i] for i in others]), strict=True):
+            if pixels is None:
+                raise DecodeError("the image can't be decoded", i)
+            readable[i] = ppm(pixels)
+        return readable
+
     def close(self) -> None:
         """Ends DALI's threads and frees its memory."""
+        self._threads.shutdown()
         self._pipeline = None
 
 

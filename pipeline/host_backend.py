@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from pipeline.images import DecodeError, decode
+from pipeline.images import DecodeError, contains, decode
 from pipeline.recipe import BRIGHTNESS, CONTRAST, LUMA, SATURATION, Recipe, ViewParameters, affine_jitter
 
 SMALL = 40
@@ -49,7 +49,7 @@ class HostBackend:
             (V n, 3, S, S) float32, channels-last; row v n + i is view v of image i.
 
         Raises:
-            DecodeError: an image can't be decoded; `args[1]` is its place in `encoded`.
+            DecodeError: an image can't be decoded or is smaller than its crop; `args[1]` is its place in `encoded`.
         """
         n = len(encoded)
         batch = self._batch(self.views * n)
@@ -91,6 +91,8 @@ class HostBackend:
             image = decode(encoded[i])
             if image is None:
                 raise DecodeError("the image can't be decoded", i)
+            if not contains(*image.shape[:2], parameters.crop[:, i]):
+                raise DecodeError("the image is smaller than its index says", i)
             for v in range(self.views):
                 view = resized_crop(image, parameters, v, i, self.recipe.size)
                 view = colour(view, parameters, v, i, maps)

@@ -6,12 +6,13 @@ import struct
 import tarfile
 import tempfile
 import zlib
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
 from errors import UserError
 from pipeline.archives import NOT_PLAIN, CheckedMember, image_members, members, open_tar, refuse_url, unpacked
-from pipeline.sources import FolderReader, Item, Source, TarReader, files_below, named
+from pipeline.sources import FolderReader, Item, Source, TarReader, files_below, modified_ns, named
 
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 META = "meta.mat"
@@ -65,33 +66,36 @@ def _train_source(path: Path) -> Source:
             f"{path} holds no class tars: for the validation images give --labels, "
             "for a tar of class folders use `convert folder`."
         )
-    return Source("imagenet", items, TarReader(path), left_out=left_out)
+    return Source("imagenet", items, TarReader(path), left_out=left_out, modified=modified_ns([path]))
 
 
 def _class_folders(path: Path) -> Source:
     left_out: list[tuple[str, str]] = []
-    items = named(files_below(path, left_out))
+    modified = array("q")
+    items = named(files_below(path, left_out, modified))
     if any(label is None for label, _, _ in items):
         raise UserError(f"Images in {path} lie in no class folder: give their classes by --labels.")
-    return Source("imagenet", _by_file_name(items), FolderReader(path), left_out=left_out)
+    return Source("imagenet", _by_file_name(items), FolderReader(path), left_out=left_out, modified=modified)
 
 
 def _validation_source(path: Path, labels: Path) -> Source:
     left_out: list[tuple[str, str]] = []
     others: list[str] = []
+    modified = array("q")
     if path.is_dir():
-        items, read = named(files_below(path, left_out)), FolderReader(path)
+        items, read = named(files_below(path, left_out, modified)), FolderReader(path)
     else:
         with open_tar(path) as tar:
             images = image_members(tar, path, left_out, others)
             items = named((member.name, (member.offset_data, member.size)) for member in images)
         read = TarReader(path)
+        modified.extend(modified_ns([path]))
     if not items and any(name.endswith(".tar") for name in others):
         raise UserError(f"{path} holds class tars, which need no labels: leave --labels out.")
     items = _by_file_name(items)
     classes = validation_classes(labels, [key for _, key, _ in items])
     labelled = [(label, key, address) for label, (_, key, address) in zip(classes, items, strict=True)]
-    return Source("imagenet", labelled, read, left_out=left_out)
+    return Source("imagenet", labelled, read, left_out=left_out, modified=modified)
 
 
 def _by_file_name(items: list[Item]) -> list[Item]:

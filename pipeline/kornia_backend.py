@@ -21,10 +21,8 @@ from kornia.filters import filter2d_separable, get_gaussian_kernel1d
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from pipeline.images import DecodeError, decode
+from pipeline.images import JPEG_MARK, DecodeError, contains, decode, decodes_alike
 from pipeline.recipe import BRIGHTNESS, CONTRAST, HUE, LUMA, SATURATION, Recipe, ViewParameters, affine_jitter
-
-JPEG_START = b"\xff\xd8\xff"
 
 
 class KorniaBackend:
@@ -46,9 +44,13 @@ class KorniaBackend:
         """(V*n, 3, S, S) float32, channels-last, on the device; row v*n + i is view v of image i.
 
         Raises:
-            DecodeError: an image can't be decoded; `args[1]` is its place in `encoded`.
+            DecodeError: an image can't be decoded or is smaller than its crop; `args[1]` is its place in `encoded`.
         """
-        return augment(self._decode(encoded), parameters, self._recipe)
+        images = self._decode(encoded)
+        for i, image in enumerate(images):
+            if not contains(*image.shape[1:], parameters.crop[:, i]):
+                raise DecodeError("the image is smaller than its index says", i)
+        return augment(images, parameters, self._recipe)
 
     def close(self) -> None:
         """Ends the decoding threads."""
@@ -58,7 +60,7 @@ class KorniaBackend:
         """(3, H, W) uint8 RGB per image, on the device, EXIF orientation not applied."""
         images = dict.fromkeys(range(len(encoded)))
         if self._device.type == "cuda":
-            jpegs = [i for i, file in enumerate(encoded) if file.startswith(JPEG_START)]
+            jpegs = [i for i, file in enumerate(encoded) if file.startswith(JPEG_MARK) and decodes_alike(file)]
             images |= zip(jpegs, decode_on_gpu([encoded[i] for i in jpegs], self._device), strict=True)
         rest = [i for i, image in images.items() if image is None]
         for i, pixels in zip(rest, self._threads.map(decode, [encoded[i] for i in rest]), strict=True):

@@ -11,7 +11,7 @@ import numpy as np
 from errors import UserError
 from pipeline.archives import unpacked
 from pipeline.images import png
-from pipeline.sources import Source, raise_if_gone
+from pipeline.sources import Source, modified_ns, raise_if_gone
 
 CIFAR_BATCHES = {
     10: {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]},
@@ -67,6 +67,7 @@ def cifar_sources(path: Path) -> dict[str, Source]:
     if len(kinds) != 1:
         raise UserError(f"{path} is not the python version of CIFAR-10 or CIFAR-100: give cifar-10-python.tar.gz.")
     kind = kinds[0]
+    modified = _modified(path, files)
     meta, names_key, labels_key = CIFAR_META[kind]
     try:
         classes = [name.decode() for name in _load_pickle(files[meta])[names_key]]
@@ -85,7 +86,8 @@ def cifar_sources(path: Path) -> dict[str, Source]:
                     labels += batch[labels_key]
             if not set(labels) <= set(range(len(classes))):
                 raise ValueError(f"a label of {split} has no class")
-            sources[split] = _source(f"cifar{kind}", split, labels, classes, PixelReader(raw, CIFAR_SIDE), scratch)
+            reader = PixelReader(raw, CIFAR_SIDE)
+            sources[split] = _source(f"cifar{kind}", split, labels, classes, reader, scratch, modified)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"The batches in {path} are damaged ({error!r}): download it again.") from error
     return sources
@@ -120,7 +122,7 @@ def stl10_sources(path: Path) -> dict[str, Source]:
         if rest or len(numbers) != count or not set(numbers) <= {None, *range(len(classes))}:
             raise UserError(f"The {split} images and labels in {path} don't belong together: download it again.")
         reader = PixelReader(files[pixels[split]], STL_SIDE, columns_first=True)
-        sources[split] = _source("stl10", split, numbers, classes, reader, scratch)
+        sources[split] = _source("stl10", split, numbers, classes, reader, scratch, _modified(path, files))
     return sources
 
 
@@ -131,12 +133,18 @@ def _source(
     classes: list[str],
     reader: PixelReader,
     scratch: tempfile.TemporaryDirectory,
+    modified: list[int],
 ) -> Source:
     items = [
         (None if label is None else classes[label], f"{split}-{number:06d}", (number,))
         for number, label in enumerate(labels)
     ]
-    return Source(name, items, reader, classes, encodes=True, scratch=scratch)
+    return Source(name, items, reader, classes, encodes=True, scratch=scratch, modified=modified)
+
+
+def _modified(path: Path, files: dict[str, Path]) -> list[int]:
+    """The modification time of the archive, or of the files unpacked from it earlier."""
+    return modified_ns([path] if path.is_file() else sorted(files.values()))
 
 
 def _load_pickle(path: Path) -> dict:

@@ -128,9 +128,12 @@ def main() -> None:
 
 def _save(sheet: np.ndarray, path: Path) -> None:
     try:
-        _, encoded = cv2.imencode(path.suffix or ".", sheet[..., ::-1])
+        encodes, encoded = cv2.imencode(path.suffix or ".", sheet[..., ::-1])
     except cv2.error as error:
-        raise UserError(f"{path} does not name a picture: give one that ends in .png or .jpg.") from error
+        raise UserError(f"{path} does not name a picture: use a name that ends in .png or .jpg.") from error
+    if not encodes:
+        size = f"{sheet.shape[1]} x {sheet.shape[0]} pixels"
+        raise UserError(f"A picture of {size} is too large for {path.suffix}: use .png or fewer --samples.")
     try:
         path.write_bytes(encoded.tobytes())
     except OSError as error:

@@ -1,9 +1,11 @@
 """Writes the shards of a planned split, in this process or in several; see `pipeline.writer` for the plan.
 
-A shard comes into its place by renames, and a note of it last of all: whatever ends a process in between, the shard is
-then written anew. Several processes may write the same split, since each takes only shards whose lock it gets.
+A shard is moved into place by renames and its record is written last, so a shard that was interrupted at any point is
+written again. Several processes may write the same split, since each writes only shards whose lock it gets.
 """
 
+import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -20,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from errors import UserError
 from pipeline.images import DecodeError, prepare
-from pipeline.shard_files import Sample, write_shard
+from pipeline.shard_files import HashedFile, Sample, shard_entry, write_shard
 from pipeline.shards import index_name
 from pipeline.sources import Item
 
@@ -41,6 +44,8 @@ class ShardWriter:
     labels: dict[str | None, int]
     partial: Path
     split: str
+    plan: str
+    """Digest of the plan: records that were written under another one are not trusted."""
     verify: bool
     short_side: int | None
     quality: int
@@ -48,37 +53,58 @@ class ShardWriter:
     def _work(self, number: int, suffix: str) -> Path:
         return self.partial / "work" / f"{self.split}-{number:06d}.{suffix}"
 
+    def _shard(self, number: int) -> Path:
+        return self.partial / "shards" / self._work(number, "tar").name
+
     def entry(self, number: int) -> dict[str, Any] | None:
-        """What is known of a shard that is whole."""
+        """The record of a finished shard, if its files exist."""
+        tar = self._shard(number)
         try:
             entry = json.loads(self._work(number, "json").read_text())
-            tar = self.partial / "shards" / entry["shard"]["file"]
-            whole = tar.stat().st_size == entry["shard"]["bytes"] and tar.with_suffix(".index.npy").exists()
-        except (FileNotFoundError, ValueError):
+            exists = tar.stat().st_size == entry["shard"]["bytes"] and tar.with_name(index_name(tar.name)).exists()
+            return entry if exists and entry["plan"] == self.plan and isinstance(entry["rejected"], list) else None
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
-        return entry if whole else None
 
-    def write(self, number: int, items: list[Item], tally: Callable[[int], None]) -> None:
-        """Write a shard unless it is whole or another process is at it.
+    def _is_whole(self, number: int) -> bool:
+        """Whether a shard is finished and its files are those that were recorded."""
+        entry, tar = self.entry(number), self._shard(number)
+        if entry is None:
+            return False
+        index = tar.with_name(index_name(tar.name)).read_bytes()
+        if hashlib.sha256(index).hexdigest() != entry["shard"].get("index_sha256"):
+            return False
+        with open(tar, "rb") as file:
+            hashed = HashedFile(file)
+            hashed.drain()
+        rows = np.load(io.BytesIO(index))
+        return entry["shard"] == shard_entry(tar.name, rows, hashed.size, hashed.digest.hexdigest(), index)
+
+    def write(self, number: int, items: list[Item], tally: Callable[[int], None], wait: bool = False) -> None:
+        """Write a shard unless it is whole.
 
         Args:
             tally: called with the size of every image that was read, readable or not; may raise to stop.
+            wait: for another process that is writing it; False leaves it to that process.
 
         Raises:
             OSError: it can't be written.
-            UserError: the source has gone away.
+            UserError: the source is no longer there.
         """
         tar, rejected = self._work(number, "tar"), []
         index, entry = tar.with_name(index_name(tar.name)), self._work(number, "json.writing")
-        with suppress(Timeout), FileLock(self._work(number, "lock"), timeout=0):
-            if self.entry(number) is not None:
+        with suppress(Timeout), FileLock(self._work(number, "lock"), timeout=-1 if wait else 0):
+            if self._is_whole(number):
+                for _ in items:
+                    tally(0)
                 return
+            self._work(number, "json").unlink(missing_ok=True)
             try:
                 shard = write_shard(tar.parent, tar.name, self._samples(items, rejected, tally))
-                entry.write_text(json.dumps({"shard": shard, "rejected": rejected}))
+                entry.write_text(json.dumps({"plan": self.plan, "shard": shard, "rejected": rejected}))
                 for file in index, tar:
                     os.replace(file, self.partial / "shards" / file.name)
-                os.replace(entry, self._work(number, "json"))  # the last step makes it whole
+                os.replace(entry, self._work(number, "json"))  # last: it marks the shard as finished
             except BaseException:
                 with suppress(OSError):
                     for file in tar, index, entry:
@@ -98,17 +124,24 @@ class ShardWriter:
             tally(len(encoded))
 
 
-def write_shards(writer: ShardWriter, tasks: list[tuple[int, list[Item]]], workers: int, title: str) -> None:
-    """Write the shards of `tasks`, (number, items) each, in so many processes, with a bar of progress.
+def write_shards(
+    writer: ShardWriter, tasks: list[tuple[int, list[Item]]], workers: int, title: str, wait: bool = False
+) -> None:
+    """Write the shards of `tasks`, (number, items) each, in several processes, with a progress bar.
+
+    Args:
+        wait: see `ShardWriter.write`.
 
     Raises:
         OSError: one can't be written.
-        UserError: the source has gone away, or a process was killed.
+        UserError: the source is no longer there, or a process was killed.
     """
+    if not tasks:
+        return
     workers = min(workers, len(tasks))
     with _progress(title, sum(len(items) for _, items in tasks)) as show:
         if workers > 1:
-            _write_in_processes(writer, tasks, workers, show)
+            _write_in_processes(writer, tasks, workers, show, wait)
             return
         done, size, shown = 0, 0, time.monotonic()
 
@@ -120,12 +153,16 @@ def write_shards(writer: ShardWriter, tasks: list[tuple[int, list[Item]]], worke
                 shown = time.monotonic()
 
         for number, items in tasks:
-            writer.write(number, items, tally)
+            writer.write(number, items, tally, wait)
         show(done, size)
 
 
 def _write_in_processes(
-    writer: ShardWriter, tasks: list[tuple[int, list[Item]]], workers: int, show: Callable[[int, int], None]
+    writer: ShardWriter,
+    tasks: list[tuple[int, list[Item]]],
+    workers: int,
+    show: Callable[[int, int], None],
+    wait_for_others: bool,
 ) -> None:
     # spawned everywhere, because a fork of a process that has threads may hang
     context = multiprocessing.get_context("spawn")
@@ -133,7 +170,7 @@ def _write_in_processes(
     with ProcessPoolExecutor(workers, context, _start_worker, (writer, shared)) as pool:
         try:
             with _interrupts_held_back():  # the workers inherit it: this process alone hears Ctrl-C, and tells them
-                waiting = {pool.submit(_write_in_worker, *task) for task in tasks}
+                waiting = {pool.submit(_write_in_worker, *task, wait_for_others) for task in tasks}
             while waiting:
                 done, waiting = wait(waiting, REFRESH_S, FIRST_EXCEPTION)
                 for future in done:
@@ -180,7 +217,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _write_in_worker(number: int, items: list[Item]) -> None:
+def _write_in_worker(number: int, items: list[Item], wait: bool) -> None:
     writer, shared = _in_worker
 
     def tally(image_bytes: int) -> None:
@@ -190,7 +227,7 @@ def _write_in_worker(number: int, items: list[Item]) -> None:
             if shared[2]:
                 raise _Stopped
 
-    writer.write(number, items, tally)
+    writer.write(number, items, tally, wait)
 
 
 @contextmanager

@@ -8,7 +8,8 @@ import os
 import posixpath
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -39,6 +40,8 @@ class Source:
     """Whether `read` makes PNGs of pixels, of which another version of OpenCV may make other bytes."""
     scratch: tempfile.TemporaryDirectory | None = None
     """Holds what had to be unpacked; deleted together with the source."""
+    modified: Sequence[int] = ()
+    """Modification times (ns) of the files that hold the images: if one differs, so may the images."""
 
 
 def textures_source(split: str, seed: int = 0) -> Source:
@@ -65,10 +68,12 @@ def folder_source(path: Path) -> Source:
         raise UserError(f"{path} does not exist: give the folder or tar that holds the images.")
     left_out: list[tuple[str, str]] = []
     if path.is_dir():
-        return Source(path.resolve().name, named(files_below(path, left_out)), FolderReader(path), left_out=left_out)
+        modified = array("q")
+        items = named(files_below(path, left_out, modified))
+        return Source(path.resolve().name, items, FolderReader(path), left_out=left_out, modified=modified)
     with open_tar(path) as tar:
         items = named((member.name, (member.offset_data, member.size)) for member in image_members(tar, path, left_out))
-    return Source(path.stem, items, TarReader(path), left_out=left_out)
+    return Source(path.stem, items, TarReader(path), left_out=left_out, modified=modified_ns([path]))
 
 
 def webdataset_source(path: Path) -> Source:
@@ -100,7 +105,8 @@ def webdataset_source(path: Path) -> Source:
         taken.add(unique)
         items.append((names.get(label), unique, (tar.name, *address)))
     folder = path if path.is_dir() else path.parent
-    return Source(path.resolve().name.removesuffix(".tar"), items, TarsReader(folder), classes, left_out)
+    name = path.resolve().name.removesuffix(".tar")
+    return Source(name, items, TarsReader(folder), classes, left_out, modified=modified_ns(tars))
 
 
 def _webdataset_samples(path: Path, left_out: list) -> Iterator[tuple[str, tuple[int, int], str | None]]:
@@ -188,8 +194,18 @@ def raise_if_gone(path: Path, error: OSError) -> None:
         ) from error
 
 
-def files_below(folder: Path, left_out: list[tuple[str, str]]) -> Iterator[tuple[str, tuple[str, int]]]:
-    """(path below the folder, (the same, size)) of the images, sorted; links are followed, but not in circles."""
+def modified_ns(files: Iterable[Path]) -> list[int]:
+    return [file.stat().st_mtime_ns for file in files]
+
+
+def files_below(
+    folder: Path, left_out: list[tuple[str, str]], modified: MutableSequence[int]
+) -> Iterator[tuple[str, tuple[str, int]]]:
+    """(path below the folder, (the same, size)) of the images, sorted; links are followed, but not in circles.
+
+    Args:
+        modified: takes the modification time (ns) of each.
+    """
 
     def walk(at: str | Path, prefix: str, above: frozenset) -> Iterator[tuple[str, tuple[str, int]]]:
         status = os.stat(at)
@@ -203,7 +219,9 @@ def files_below(folder: Path, left_out: list[tuple[str, str]]) -> Iterator[tuple
             if entry.is_dir():
                 yield from walk(entry.path, f"{name}/", above | {identity})
             elif is_image(entry.name) and entry.is_file():
-                yield name, (name, entry.stat().st_size)
+                status = entry.stat()
+                modified.append(status.st_mtime_ns)
+                yield name, (name, status.st_size)
             elif is_image(entry.name):
                 left_out.append((name, "a link that leads nowhere, or not a plain file"))
 

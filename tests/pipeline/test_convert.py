@@ -151,7 +151,7 @@ def test_a_second_split_gets_the_same_class_numbers(tmp_path):
     test = write_split(folder_source(write_folder(tmp_path / "test", fewer)), tmp_path / "out", "test")
     assert contents(test) == expected(fewer) and set(test.index["label"].tolist()) == {1, 2}
     foreign = {name.replace("class_1", "owl"): content for name, content in files.items()}
-    with pytest.raises(UserError, match=r"has classes that (.*) has not \(owl\)"):
+    with pytest.raises(UserError, match=r"has classes that (.*) does not have \(owl\)"):
         write_split(folder_source(write_folder(tmp_path / "val", foreign)), tmp_path / "out", "val")
     assert not (tmp_path / "out" / "val").exists()
     with pytest.raises(UserError, match=r"train exists already: delete it .*seed is 0 instead of 1"):

@@ -6,6 +6,7 @@ import os
 import pty
 import resource
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +18,25 @@ import pytest
 
 from errors import UserError
 from pipeline import convert, writer
+from pipeline.imagenet import imagenet_sources
+from pipeline.pixel_sets import cifar_sources
 from pipeline.shards import open_shards, open_splits
-from pipeline.sources import Source, folder_source
+from pipeline.sources import Source, folder_source, webdataset_source
 from pipeline.writer import shards_written, write_split
-from tests.pipeline.image_sets import ROOT, contents, damaged, digests, pictures, rejected, run_module, write_folder
+from tests.pipeline.image_sets import (
+    ROOT,
+    cifar_files,
+    contents,
+    damaged,
+    digests,
+    pictures,
+    rejected,
+    run_module,
+    write_folder,
+    write_imagenet,
+    write_tar,
+)
+from tests.pipeline.reference_views import encode, smooth_field
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +167,7 @@ def test_another_plan_is_refused(images, tmp_path):
     cases["its name is in instead of other"] = renamed, {}
     before = digests(tmp_path / "out" / ".train.partial" / "shards")
     for difference, (source, options) in cases.items():
-        message = f"unfinished conversion with another plan .*{difference}.*: repeat its options to go on"
+        message = f"unfinished conversion with another plan .*{difference}.*: repeat its options to resume it"
         with pytest.raises(UserError, match=message):
             write_split(source, tmp_path / "out", "train", **{"samples_per_shard": 3} | options)
     assert digests(tmp_path / "out" / ".train.partial" / "shards") == before
@@ -163,6 +179,184 @@ def test_a_plan_that_is_none_is_written_again(images, undisturbed, tmp_path, tex
     (tmp_path / "out" / ".train.partial" / "plan.json").write_text(text)
     write_split(folder_source(images), tmp_path / "out", "train", samples_per_shard=3)
     assert digests(tmp_path / "out" / "train") == undisturbed
+
+
+@pytest.mark.parametrize("text", ["", '{"cut', "[]", None])
+def test_a_plan_that_is_lost_stops_the_conversion(images, tmp_path, text):
+    """Shards of two plans would hold some images twice and others not at all."""
+    source = folder_source(images)
+    assert write_split(source, tmp_path, "train", samples_per_shard=3, part=(1, 2)) is None
+    partial = tmp_path / ".train.partial"
+    (partial / "plan.json").unlink() if text is None else (partial / "plan.json").write_text(text)
+    before = digests(partial / "shards")
+    for seed in 0, 1:
+        with pytest.raises(UserError, match=r"plan.json can't be read, but shards .*: delete .*train.partial to start"):
+            write_split(source, tmp_path, "train", seed, samples_per_shard=3)
+    assert digests(partial / "shards") == before
+
+
+def test_a_plan_is_written_in_one_step(images, tmp_path, monkeypatch):
+    def cut(path: Path, text: str, *_) -> None:
+        with open(path, "w") as file:
+            file.write(text[:20])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", cut)
+    with pytest.raises(KeyboardInterrupt):
+        write_split(folder_source(images), tmp_path, "train", samples_per_shard=3)
+    assert not (tmp_path / ".train.partial" / "plan.json").exists()
+
+
+def test_shards_of_a_deleted_plan_are_not_mixed_in(images, undisturbed, tmp_path):
+    """A job that still runs when its folder is deleted puts a shard into the folder of the plan that comes next."""
+    source = folder_source(images)
+    for seed in 1, 0:
+        assert write_split(source, tmp_path / str(seed), "train", seed, samples_per_shard=3, part=(seed + 1, 3)) is None
+    old, new = (tmp_path / str(seed) / ".train.partial" for seed in (1, 0))
+    for name in "work/train-000001.json", "shards/train-000001.tar", "shards/train-000001.index.npy":
+        os.replace(old / name, new / name)
+    write_split(source, tmp_path / "0", "train", samples_per_shard=3)
+    assert digests(tmp_path / "0" / "train") == undisturbed
+
+
+def copy_of(images: Path, folder: Path) -> Path:
+    shutil.copytree(images, folder, copy_function=shutil.copy2)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "form", ["folder", "tar", "webdataset", "imagenet tar", "imagenet folder", "validation", "cifar"]
+)
+def test_parts_of_a_source_that_was_modified_are_refused(tmp_path, form):
+    """Of equal names and sizes."""
+    files = {f"n{i % 2}/n{i % 2}_{i}.jpg": encode(smooth_field(0, i, 16, 16), "BMP") for i in range(8)}
+    if form == "folder":
+        path, touched = write_folder(tmp_path / "in", files), tmp_path / "in" / "n1" / "n1_5.jpg"
+    elif form == "imagenet tar":
+        path = touched = write_imagenet(tmp_path / "in.tar", files)
+    elif form == "imagenet folder":
+        path = write_folder(tmp_path / "in", {f"train/{name}": content for name, content in files.items()})
+        touched = path / "train" / "n1" / "n1_5.jpg"
+    elif form == "cifar":
+        path = touched = write_tar(tmp_path / "cifar.tar.gz", cifar_files(10, 2)[0], "w:gz")
+    else:
+        flat = {name.partition("/")[2]: content for name, content in files.items()}
+        path = touched = write_tar(tmp_path / "in.tar", files if form == "tar" else flat)
+    (tmp_path / "labels").write_text("".join(f"n{i % 2}_{i}.jpg n{i % 2}\n" for i in range(8)))
+
+    def source() -> Source:
+        if form in ("folder", "tar"):
+            return folder_source(path)
+        if form == "webdataset":
+            return webdataset_source(path)
+        if form == "cifar":
+            return cifar_sources(path)["train"]
+        if form == "validation":
+            return imagenet_sources(path, tmp_path / "labels")["val"]
+        return imagenet_sources(path)["train"]
+
+    assert write_split(source(), tmp_path / "out", "train", samples_per_shard=2, part=(1, 2)) is None
+    before = digests(tmp_path / "out" / ".train.partial" / "shards")
+    status = touched.stat()
+    os.utime(touched, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    with pytest.raises(UserError, match=r"the files of its source have other modification times.*delete it to start"):
+        write_split(source(), tmp_path / "out", "train", samples_per_shard=2, part=(2, 2))
+    assert digests(tmp_path / "out" / ".train.partial" / "shards") == before
+    os.utime(touched, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert write_split(source(), tmp_path / "out", "train", samples_per_shard=2, part=(2, 2))
+
+
+def test_modification_times_do_not_change_the_bytes(images, undisturbed, tmp_path):
+    copy = copy_of(images, tmp_path / "in")
+    os.utime(copy / "class_0" / "image_0.jpg", (0, 0))
+    write_split(folder_source(copy), tmp_path, "train", samples_per_shard=3)
+    assert digests(tmp_path / "train") == undisturbed
+
+
+def test_splits_in_parts_get_the_same_class_numbers(tmp_path):
+    """Neither is complete when the other is started; val lacks the first class."""
+    files = pictures()
+    val = {name: content for name, content in files.items() if not name.startswith("class_0")}
+    train_source = folder_source(write_folder(tmp_path / "train", files))
+    val_source = folder_source(write_folder(tmp_path / "val", val))
+    for part in (1, 2), (2, 2):
+        for split, source in ("train", train_source), ("val", val_source):
+            write_split(source, tmp_path / "out", split, samples_per_shard=2, part=part)
+    train, test = open_splits(str(tmp_path / "out"))
+    assert train.classes == test.classes == ["class_0", "class_1", "class_2"]
+    assert {key: label for key, (label, _) in contents(test).items()} == {
+        name.rsplit(".", 1)[0]: name.split("/")[0] for name in val
+    }
+
+
+def test_a_split_whose_classes_an_unfinished_one_lacks_is_refused(tmp_path):
+    train = folder_source(write_folder(tmp_path / "train", pictures()))
+    val = folder_source(write_folder(tmp_path / "val", pictures(classes=2)))
+    assert write_split(val, tmp_path / "out", "val", samples_per_shard=2, part=(1, 2)) is None
+    with pytest.raises(UserError, match=r"train has classes that .*\.val\.partial does not have \(class_2\)"):
+        write_split(train, tmp_path / "out", "train", samples_per_shard=2)
+    assert not list((tmp_path / "out").glob(".train.partial/*"))
+
+
+def test_two_splits_started_at_the_same_moment(tmp_path, monkeypatch):
+    """Each has looked for the other's plan before it was there."""
+    train = folder_source(write_folder(tmp_path / "train", pictures()))
+    val = folder_source(write_folder(tmp_path / "val", pictures(classes=2)))
+    assert write_split(train, tmp_path / "out", "train", samples_per_shard=2, part=(1, 2)) is None
+    look, seen = writer._other_classes, []
+    monkeypatch.setattr(writer, "_other_classes", lambda *names: look(*names) if seen else seen.append(names) or ())
+    with pytest.raises(UserError, match=r"Another split was started in .* just now: run the same command again"):
+        write_split(val, tmp_path / "out", "val", samples_per_shard=2)
+    shards = write_split(val, tmp_path / "out", "val", samples_per_shard=2)
+    assert shards.classes == ["class_0", "class_1", "class_2"]
+    assert write_split(val, tmp_path / "other", "val", samples_per_shard=2, part=(1, 2)) is None
+    seen.clear()
+    for _ in range(2):  # it leaves nothing behind that would hold up the other split
+        with pytest.raises(UserError, match=r"train has classes that .*\.val\.partial does not have"):
+            write_split(train, tmp_path / "other", "train", samples_per_shard=2)
+    assert write_split(val, tmp_path / "other", "val", samples_per_shard=2)
+
+
+def emptied(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 10)
+
+
+def zeroed(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("harm", [emptied, cut, zeroed, flipped])
+@pytest.mark.parametrize("suffix", ["tar", "index.npy", "json"])
+@pytest.mark.parametrize("part", [(1, 2), (2, 2)], ids=["its own part", "the other part"])
+def test_a_shard_that_was_damaged_later_is_written_again(images, undisturbed, tmp_path, harm, suffix, part):
+    source = folder_source(images)
+    assert write_split(source, tmp_path, "train", samples_per_shard=3, part=(1, 2)) is None
+    partial = tmp_path / ".train.partial"
+    harm(partial / ("work" if suffix == "json" else "shards") / f"train-000002.{suffix}")
+    first = write_split(source, tmp_path, "train", samples_per_shard=3, part=part)
+    if first is None:  # the record is gone, so only its own part knows that there is something to write
+        assert part == (1, 2) or suffix in ("json", "tar")
+        write_split(source, tmp_path, "train", samples_per_shard=3, part=(3 - part[0], 2))
+    assert digests(tmp_path / "train") == undisturbed and only_the_split(tmp_path)
+
+
+def test_shards_that_are_whole_are_not_written_again(images, undisturbed, tmp_path):
+    source = folder_source(images)
+    assert write_split(source, tmp_path, "train", samples_per_shard=3, part=(1, 2)) is None
+    whole = times(tmp_path / ".train.partial" / "shards")
+    write_split(source, tmp_path, "train", samples_per_shard=3)
+    assert {name: times(tmp_path / "train")[name] for name in whole} == whole
+    assert digests(tmp_path / "train") == undisturbed
 
 
 def longer(images: Path) -> dict[str, bytes]:
@@ -263,7 +457,7 @@ def test_a_keyboard_interrupt_keeps_whole_shards(images, undisturbed, tmp_path):
         return source.read(name, size)
 
     with pytest.raises(KeyboardInterrupt):
-        write_split(Source("in", source.items, interrupt), tmp_path, "train", samples_per_shard=3)
+        write_split(replace(source, read=interrupt), tmp_path, "train", samples_per_shard=3)
     partial = tmp_path / ".train.partial"
     assert not list((partial / "work").glob("*.tar")) and len(list((partial / "shards").glob("*.tar"))) == 2
     write_split(source, tmp_path, "train", samples_per_shard=3)

@@ -147,7 +147,7 @@ def test_a_damaged_image_raises_and_the_next_call_works(backend, photographs, da
     damaged = {"cut": photographs[1][: len(photographs[1]) // 2], "head": photographs[1][:80]}.get(damage, damage)
     parameters = reference.take(reference.drawn_parameters(photographs, RECIPE, seed=6), slice(0, 3))
     before = backend(photographs[:3], parameters)
-    with pytest.raises(DecodeError, match="can't decode") as error:
+    with pytest.raises(DecodeError, match=r"can't (be )?decode") as error:
         backend([photographs[0], damaged, photographs[2]], parameters)
     assert error.value.args[1] == 1
     assert torch.equal(backend(photographs[:3], parameters), before)

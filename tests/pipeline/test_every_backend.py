@@ -4,6 +4,7 @@ The tests of each backend hold it to the definition in float64; here are the bou
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import combinations
 
@@ -13,8 +14,9 @@ import torch
 import torchvision.transforms.functional as F
 from PIL import Image
 
+from pipeline.images import DecodeError, inspect
 from pipeline.loader import make_backend
-from pipeline.recipe import Recipe, ViewParameters, central_view
+from pipeline.recipe import Recipe, ViewParameters, central_view, draw_views
 from tests.pipeline import reference_views as reference
 
 CPU = torch.device("cpu")
@@ -102,6 +104,72 @@ def test_the_two_kinds_of_jitter_differ(photographs):
             views_of(name, Recipe(size=112, jitter=j), photographs, parameters) for j in ("exact", "affine")
         )
         assert worst_view(exact, affine) > 5, name
+
+
+def unusual_images() -> dict[str, bytes]:
+    """Kinds of images that decoders are known to disagree about."""
+    picture = reference.smooth_field(9, 0, 90, 120)
+    alpha = Image.fromarray(np.tile(np.linspace(0, 255, 120).astype(np.uint8), (90, 1)))
+    transparent = picture.copy()
+    transparent.putalpha(alpha)
+    deep = Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257)
+    images = {f"TIFF of orientation {n}": reference.encode(picture, "TIFF", tiffinfo={274: n}) for n in range(2, 9)}
+    exif = Image.Exif()
+    exif[274] = 6
+    for form in "JPEG", "PNG", "WEBP":
+        images[f"{form} of orientation 6"] = reference.encode(picture, form, exif=exif)
+    for form in "PNG", "TIFF", "WEBP", "BMP":
+        images[f"{form} with alpha"] = reference.encode(transparent, form)
+    for form in "PNG", "TIFF", "BMP":
+        for mode in "1", "P":
+            images[f"{form} of mode {mode}"] = reference.encode(picture.convert(mode), form)
+    for form in "PNG", "TIFF":
+        images[f"{form} of 16 bits"] = reference.encode(deep, form)
+    for mode in "CMYK", "YCbCr", "LAB":
+        images[f"TIFF of mode {mode}"] = reference.encode(picture.convert(mode), "TIFF")
+    cmyk = reference.encode(picture.convert("CMYK"), "JPEG")
+    adobe = cmyk.index(b"Adobe")
+    images["CMYK JPEG"] = cmyk
+    images["CMYK JPEG without Adobe's marker"] = cmyk[:adobe] + b"Other" + cmyk[adobe + 5 :]
+    images["YCCK JPEG"] = cmyk[: adobe + 11] + b"\2" + cmyk[adobe + 12 :]
+    jpeg = reference.encode(picture, "JPEG")
+    images["JPEG with bytes between its segments"] = jpeg[:20] + b"\x01\x02\x03" + jpeg[20:]  # DALI refuses it
+    bmp = reference.encode(picture, "BMP")
+    images["BMP of 16 bits"] = bmp[:28] + b"\x10" + bmp[29:]  # the pixels are read as others, and half of them unused
+    several = {"save_all": True, "append_images": [picture.rotate(90)]}
+    images |= {f"{form} of two frames": reference.encode(picture, form, **several) for form in ("TIFF", "WEBP", "PNG")}
+    return images
+
+
+def test_backends_agree_on_unusual_images():
+    """In windows as large as the views, so that nothing but decoding can make a difference."""
+    images = unusual_images()
+    assert {inspect(encoded)[1:] for encoded in images.values()} == {(90, 120)}
+    recipe = Recipe(size=64)
+    drawn = draw_views(recipe, 3, 0, np.arange(len(images)), *np.repeat([[90], [120]], len(images), 1))
+    parameters = reference.keep_only(replace(drawn, crop=np.broadcast_to(np.int32([20, 40, 64, 64]), drawn.crop.shape)))
+    encoded = list(images.values())
+    views = {name: views_of(name, recipe, encoded, parameters).unflatten(0, (2, -1)) for name in BACKENDS}
+    for a, b in combinations(BACKENDS, 2):
+        largest = (views[a] - views[b]).abs().amax((0, 2, 3, 4))
+        for name, levels in zip(images, largest.tolist(), strict=True):
+            assert levels < (1.01 if "16 bits" in name else 0.01), (name, a, b)  # 16 bits are rounded or truncated
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("size", [(90, 240), (900, 900)])
+def test_an_image_smaller_than_its_index_is_named(name, size):
+    """As with a damaged index: neither another crop in silence nor the end of the run."""
+    encoded = [reference.encode(reference.smooth_field(1, i, 90, 120), "JPEG") for i in range(3)]
+    heights, widths = np.array([(90, 120), size, (90, 120)]).T
+    recipe = Recipe(size=32, crop_area=(0.9, 1.0))
+    parameters = draw_views(recipe, 0, 0, np.arange(3), heights, widths)
+    backend = make_backend(name, recipe, CPU, 3, 2, 2)
+    with pytest.raises(DecodeError) as error:
+        backend(encoded, parameters)
+    assert error.value.args[1] == 1
+    assert backend(encoded[:1], reference.take(parameters, slice(0, 1))).shape == (2, 3, 32, 32)
+    backend.close()
 
 
 def in_parts(encoded: list[bytes], size: int) -> Iterator[slice]:

@@ -7,7 +7,8 @@ import cv2
 import numpy as np
 import pytest
 
-from pipeline.preview import GAP, LINE, TILE, contact_sheet, describe
+from errors import UserError
+from pipeline.preview import GAP, LINE, TILE, _save, contact_sheet, describe
 from pipeline.recipe import Recipe, draw_views
 from pipeline.shards import ShardSet, open_shards
 from tests.pipeline import reference_views as reference
@@ -129,3 +130,9 @@ def test_no_traceback_when_it_is_interrupted_or_fails(shards, tmp_path, monkeypa
     with pytest.raises(SystemExit) as exit_:
         preview.main()
     assert exit_.value.code == code
+
+
+def test_a_sheet_that_a_format_cannot_hold(tmp_path):
+    with pytest.raises(UserError, match=r"A picture of 8 x 66000 pixels is too large for \.jpg: use \.png or fewer"):
+        _save(np.zeros((66_000, 8, 3), np.uint8), tmp_path / "grid.jpg")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,166 @@
+"""Decoding on the host: which formats are taken, what is ignored in them, and which damage is found."""
+
+import io
+import struct
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from pipeline.images import LARGEST_PIXELS, DecodeError, decode, inspect, prepare
+from tests.pipeline.image_sets import ROOT
+from tests.pipeline.reference_views import encode, smooth_field
+
+ORIENTATION = 274
+PICTURE = smooth_field(5, 0, 60, 90)
+PIXELS = np.asarray(PICTURE)
+LOSSLESS = {"PNG": {}, "WEBP": {"lossless": True, "exact": True}, "TIFF": {}, "BMP": {}}
+
+
+def test_every_lossless_format_gives_the_pixels():
+    for form, options in LOSSLESS.items():
+        np.testing.assert_array_equal(decode(encode(PICTURE, form, **options)), PIXELS, form)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+def test_the_orientation_of_a_tiff_is_ignored(orientation, compression):
+    encoded = encode(PICTURE, "TIFF", tiffinfo={ORIENTATION: orientation}, compression=compression)
+    np.testing.assert_array_equal(decode(encoded), PIXELS)
+    for verify in True, False:
+        assert inspect(encoded, verify) == ("tif", 60, 90)
+
+
+def test_alpha_is_dropped_and_not_multiplied_in():
+    alpha = Image.fromarray(np.tile(np.linspace(0, 255, 90).astype(np.uint8), (60, 1)))
+    for mode, forms in (("RGBA", LOSSLESS), ("LA", ["PNG", "TIFF"])):
+        opaque = PICTURE.convert(mode[:-1])
+        transparent = opaque.copy()
+        transparent.putalpha(alpha)
+        for form in forms:
+            decoded = decode(encode(transparent, form, **LOSSLESS[form]))
+            np.testing.assert_array_equal(decoded, opaque.convert("RGB"), f"{form} {mode}")
+
+
+def test_of_16_bits_the_upper_byte_is_kept():
+    gray = np.asarray(PICTURE.convert("L"))
+    deep = Image.fromarray(gray.astype(np.uint16) * 256 + 200)
+    np.testing.assert_array_equal(decode(encode(deep, "TIFF"))[..., 1], gray)
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_tiffs_without_a_definite_white_are_refused(mode):
+    with pytest.raises(DecodeError, match="of an unusual kind"):
+        inspect(encode(PICTURE.convert(mode), "TIFF"))
+
+
+def strips(encoded: bytes) -> list[tuple[int, int]]:
+    """(offset, size) of the strips of a TIFF."""
+    with Image.open(io.BytesIO(encoded)) as image:
+        return list(zip(image.tag_v2[273], image.tag_v2[279], strict=True))
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate"])
+def test_a_damaged_strip_is_found(compression):
+    """Every strip of 60 bytes of 0xff, a code that LZW's table does not hold yet and no valid deflate block."""
+    encoded = encode(smooth_field(5, 1, 200, 300), "TIFF", compression=compression)
+    assert len(strips(encoded)) > 1 and inspect(encoded) == ("tif", 200, 300)
+    for offset, size in strips(encoded):
+        middle = offset + size // 2
+        damaged = encoded[:middle] + b"\xff" * 60 + encoded[middle + 60 :]
+        with pytest.raises(DecodeError, match="a damaged or truncated TIFF"):
+            inspect(damaged)
+        with pytest.raises(DecodeError, match="a damaged or truncated TIFF"):
+            prepare(damaged, short_side=100)
+
+
+def test_one_flipped_bit_in_a_deflated_strip_is_found():
+    """libtiff stops when a strip is full, before the checksum."""
+    encoded = encode(PICTURE, "TIFF", compression="tiff_adobe_deflate")
+    (offset, size), *_ = strips(encoded)
+    for at in np.random.default_rng(0).integers(offset, offset + size, 40):
+        damaged = bytearray(encoded)
+        damaged[at] ^= 16
+        with pytest.raises(DecodeError):
+            inspect(bytes(damaged))
+
+
+def test_tiled_and_planar_tiffs_pass_the_check_of_their_checksums():
+    planes = [zlib.compress(PIXELS[..., channel].tobytes()) for channel in range(3)]
+    planar = tiff({284: 2, 278: 60}, planes, 273, 279)
+    padded = np.pad(PIXELS, ((0, 4), (0, 6), (0, 0)))
+    corners = [(top, left) for top in range(0, 64, 16) for left in range(0, 96, 16)]
+    tiles = [zlib.compress(padded[top : top + 16, left : left + 16].tobytes()) for top, left in corners]
+    tiled = tiff({322: 16, 323: 16}, tiles, 324, 325)
+    for encoded in planar, tiled:
+        assert inspect(encoded) == ("tif", 60, 90)
+        np.testing.assert_array_equal(decode(encoded), PIXELS)
+    with pytest.raises(DecodeError):
+        inspect(tiff({322: 16, 323: 16}, [*tiles[:-1], tiles[-1][:-1] + b"?"], 324, 325))
+
+
+def tiff(tags: dict[int, int], blocks: list[bytes], offsets_tag: int, sizes_tag: int) -> bytes:
+    """A 60 x 90 RGB TIFF of deflated strips or tiles, kinds of which Pillow writes none."""
+    offsets = np.cumsum([8, *map(len, blocks)]).tolist()
+    values = {256: [90], 257: [60], 258: [8] * 3, 259: [8], 262: [2], 277: [3]}
+    values |= {tag: [value] for tag, value in tags.items()}
+    values |= {offsets_tag: offsets[:-1], sizes_tag: [len(block) for block in blocks]}
+    entries, beyond = b"", b""
+    for tag, numbers in sorted(values.items()):
+        content = struct.pack(f"<{len(numbers)}I", *numbers)
+        if len(content) > 4:
+            place = struct.pack("<I", offsets[-1] + 2 + 12 * len(values) + 4 + len(beyond))
+            beyond += content
+        else:
+            place = content
+        entries += struct.pack("<HHI", tag, 4, len(numbers)) + place
+    head = b"II*\0" + struct.pack("<I", offsets[-1])
+    return head + b"".join(blocks) + struct.pack("<H", len(values)) + entries + bytes(4) + beyond
+
+
+def test_an_image_that_is_too_large_is_not_called_damaged():
+    """A valid PNG of 1 bit per pixel."""
+    side = 13_500
+    assert side**2 > LARGEST_PIXELS
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    pixels = zlib.compress(bytes(side * (1 + -(-side // 8))), 1)
+    encoded = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    with pytest.raises(DecodeError, match="too large: more than 178,956,970 pixels"):
+        inspect(encoded)
+
+
+def test_a_png_with_a_long_comment_is_an_image():
+    """As ImageMagick writes profiles; Pillow refuses to open it."""
+    comments = PngInfo()
+    comments.add_text("Raw profile type xmp", " " * (2 << 20), zip=True)
+    encoded = encode(PICTURE, "PNG", pnginfo=comments)
+    for verify in True, False:
+        assert inspect(encoded, verify) == ("png", 60, 90)
+    with pytest.raises(DecodeError, match="its header is damaged"):
+        inspect(encoded[:18] + b"\1" + encoded[19:], verify=False)
+
+
+def test_a_strip_too_long_for_a_jpeg_is_left_out():
+    """A JPEG has at most 65,500 pixels a side."""
+    encoded = encode(Image.new("RGB", (90_000, 4)), "PNG")
+    with pytest.raises(DecodeError, match="too long for a JPEG whose short side has 3 pixels: 67500 x 3"):
+        prepare(encoded, short_side=3)
+    assert prepare(encoded, short_side=2)[0] == ("jpg", 2, 45_000)
+    assert prepare(encoded, short_side=4) == (("png", 4, 90_000), encoded)
+
+
+def test_pillow_does_not_warn_about_large_images():
+    size = struct.pack("<ii", 10_000, 10_000)
+    bmp = encode(PICTURE, "BMP")
+    program = "import sys; from pipeline.images import inspect; print(inspect(sys.stdin.buffer.read(), verify=False))"
+    command = [sys.executable, "-W", "default", "-c", program]
+    result = subprocess.run(command, input=bmp[:18] + size + bmp[26:], cwd=ROOT, capture_output=True, timeout=60)
+    assert (result.stdout, result.stderr) == (b"('bmp', 10000, 10000)\n", b"")
