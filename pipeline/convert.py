@@ -16,7 +16,9 @@ command is run again. Images that can't be read are left out, and listed in OUT/
 """
 
 import argparse
+import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -34,21 +36,77 @@ from pipeline.writer import SAMPLES_PER_SHARD, shards_written, write_split
 
 SHOWN = 10
 """How many rejected images are named on the screen."""
+RENDERED_KEY = re.compile(rb"(train|test)-[0-9]{6}")
+"""The key of a built-in texture, in every version of them."""
 
 
 def ensure_textures(out: Path) -> None:
-    """Render the built-in data set unless it is there; of several processes one renders and the others wait."""
+    """Render the built-in data set unless it exists; one of several processes renders and the others wait.
+
+    Splits that another version of the textures rendered are replaced. Nothing else is ever deleted.
+
+    Raises:
+        UserError: the folder holds something that was not rendered here.
+    """
     out.mkdir(parents=True, exist_ok=True)
     with FileLock(out / ".lock"):
         sources = {split: textures_source(split) for split in textures.SPLITS}
-        for split, source in sources.items():  # first away with all that another version of the textures rendered
-            shutil.rmtree(out / f".{split}.partial", ignore_errors=True)
-            if (out / split).exists() and open_shards(str(out / split)).manifest["name"] != source.name:
-                os.replace(out / split, out / f".{split}.partial")  # in one step: a process may be killed at any time
-                shutil.rmtree(out / f".{split}.partial", ignore_errors=True)
+        if any(out.glob("*.tar")):
+            raise _foreign(out, out)
+        outdated = [split for split, source in sources.items() if _is_outdated(out, split, source.name)]
+        for split in sources:  # only after all splits have been checked
+            aside = out / f".{split}.outdated"
+            shutil.rmtree(aside, ignore_errors=True)
+            if split in outdated:
+                os.replace(out / split, aside)  # atomic: a process may be killed at any time
+                shutil.rmtree(aside, ignore_errors=True)
         for split, source in sources.items():
             if not (out / split).exists():
+                if _is_rendered(_plan_of(out / f".{split}.partial")):  # maybe by another version
+                    shutil.rmtree(out / f".{split}.partial", ignore_errors=True)
                 write_split(source, out, split)
+
+
+def _is_outdated(out: Path, split: str, name: str) -> bool:
+    """Whether a split was rendered by another version of the textures; False if it does not exist.
+
+    Raises:
+        UserError: it was not rendered.
+    """
+    if not (out / split).exists():
+        return False
+    try:
+        shards = open_shards(str(out / split))
+    except UserError as error:  # damaged or without an index, so it may hold anything
+        raise _foreign(out / split, out) from error
+    if not _is_rendered(shards.manifest) or not all(map(RENDERED_KEY.fullmatch, shards.index["key"].tolist())):
+        raise _foreign(out / split, out)
+    return shards.manifest["name"] != name
+
+
+def _foreign(folder: Path, out: Path) -> UserError:
+    return UserError(
+        f"{folder} does not hold the built-in textures and is left as it is; use --data {out} to train on it, or move "
+        "it away to train on the textures."
+    )
+
+
+def _plan_of(partial: Path) -> dict:
+    """The plan of an unfinished conversion; empty if it has none that can be read."""
+    try:
+        plan = json.loads((partial / "plan.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return plan if isinstance(plan, dict) else {}
+
+
+def _is_rendered(manifest: dict) -> bool:
+    """Whether a manifest or plan is that of rendered textures, of any version, and not of a folder of the same name."""
+    made_by = manifest.get("made_by")
+    if not isinstance(made_by, dict) or not re.fullmatch(r"textures-\d+", str(manifest.get("name"))):
+        return False
+    # of all sources that keep the size of images, only those that encode pixels record OpenCV's version
+    return made_by.get("command") == "pipeline.convert" and "opencv" in made_by and "short_side" not in made_by
 
 
 def main() -> None:

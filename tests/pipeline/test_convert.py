@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -17,7 +18,7 @@ from pipeline.convert import ensure_textures
 from pipeline.imagenet import imagenet_sources
 from pipeline.shard_files import Sample, write_shard
 from pipeline.shards import open_shards, open_splits
-from pipeline.sources import folder_source, named
+from pipeline.sources import folder_source, named, textures_source
 from pipeline.writer import write_split
 from tests.pipeline.image_sets import (
     ROOT,
@@ -91,6 +92,56 @@ def test_textures_of_another_version_are_rendered_anew(tmp_path, few_textures, m
     ensure_textures(tmp_path)
     for shards in open_splits(str(tmp_path)):
         assert shards.manifest["name"] == f"textures-{textures.VERSION}"
+
+
+FOREIGN = ["a set", "a set of the textures' name", "tars without an index", "a damaged manifest", "tars at the top"]
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_textures_never_replace_data_of_the_user(tmp_path, few_textures, case):
+    """Rendered splits of another version are replaced; not even they are when the other split is not rendered."""
+    out, source = tmp_path / "out", write_folder(tmp_path / f"textures-{textures.VERSION + 1}", pictures())
+    ensure_textures(out)
+    manifest = out / "test" / "dataset.json"
+    manifest.write_text(manifest.read_text().replace(f'"textures-{textures.VERSION}"', '"textures-0"'))
+    shutil.rmtree(out / "train")
+    if case == "a set of the textures' name":
+        write_split(folder_source(source), out.parent / "other", "train")
+        os.replace(tmp_path / "other" / "train", out / "train")
+    elif case == "tars at the top":
+        write_tar(out / "mine.tar", pictures())
+    else:
+        write_split(folder_source(write_folder(tmp_path / "in", pictures())), tmp_path / "other", "train")
+        os.replace(tmp_path / "other" / "train", out / "train")
+        if case == "tars without an index":
+            (out / "train" / "dataset.json").unlink()
+        elif case == "a damaged manifest":
+            (out / "train" / "dataset.json").write_text('{"format"')
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    with pytest.raises(UserError, match=r"does not hold the built-in textures and is left as it is; use --data"):
+        ensure_textures(out)
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+
+
+def test_textures_leave_an_unfinished_conversion_of_the_user(tmp_path, few_textures):
+    source = folder_source(write_folder(tmp_path / "in", pictures()))
+    assert write_split(source, tmp_path / "out", "train", samples_per_shard=5, part=(1, 2)) is None
+    written = digests(tmp_path / "out" / ".train.partial" / "shards")
+    with pytest.raises(UserError, match="holds an unfinished conversion"):
+        ensure_textures(tmp_path / "out")
+    assert digests(tmp_path / "out" / ".train.partial" / "shards") == written
+    assert len(write_split(source, tmp_path / "out", "train", samples_per_shard=5)) == 12
+
+
+def test_textures_replace_what_another_version_left_unfinished(tmp_path, few_textures, monkeypatch):
+    """Killed while rendering, or between setting an outdated split aside and deleting it."""
+    write_split(textures_source("train"), tmp_path, "train", samples_per_shard=10, part=(1, 2))
+    write_split(textures_source("test"), tmp_path, "test")
+    os.replace(tmp_path / "test", tmp_path / ".test.outdated")
+    monkeypatch.setattr(textures, "VERSION", textures.VERSION + 1)
+    ensure_textures(tmp_path)
+    assert [len(shards) for shards in open_splits(str(tmp_path))] == [30, 10]
+    assert {path.name for path in tmp_path.iterdir()} <= {"train", "test", ".lock"}
 
 
 def test_the_same_bytes_twice(tmp_path):
