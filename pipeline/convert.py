@@ -27,6 +27,7 @@ from filelock import FileLock
 
 from errors import UserError
 from pipeline import textures
+from pipeline.archives import add_image_extension
 from pipeline.imagenet import imagenet_sources
 from pipeline.images import QUALITY
 from pipeline.pixel_sets import cifar_sources, stl10_sources
@@ -155,6 +156,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--split", default="train", help="name of the split (default: train)")
         else:
             command.add_argument("--split", help="convert this split only (default: every split there is)")
+        if name == "webdataset":
+            add_image_extension(command)
         if name == "imagenet":
             command.add_argument(
                 "--labels", type=Path, help="of flat validation images: the development kit, or a text of synsets"
@@ -231,7 +234,7 @@ def _sources(arguments: argparse.Namespace) -> dict[str, Source]:
     if arguments.source == "folder":
         return {arguments.split: folder_source(arguments.path)}
     if arguments.source == "webdataset":
-        return {arguments.split: webdataset_source(arguments.path)}
+        return {arguments.split: webdataset_source(arguments.path, arguments.image_extension)}
     if arguments.source == "textures":
         sources = {split: textures_source(split, arguments.seed) for split in textures.SPLITS}
     elif arguments.source == "imagenet":

@@ -10,13 +10,21 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 
 from errors import UserError
 from pipeline import textures
-from pipeline.archives import NOT_PLAIN, image_members, is_image, is_plain, members, open_tar, refuse_url
-from pipeline.images import IMAGE_SUFFIXES
+from pipeline.archives import (
+    NO_CLASS,
+    class_number,
+    clean_key,
+    image_members,
+    image_samples,
+    is_image,
+    members,
+    open_tar,
+    refuse_url,
+)
 from pipeline.shards import open_shards
 
 Item = tuple[str | None, str, tuple]
@@ -71,30 +79,34 @@ def folder_source(path: Path) -> Source:
     return Source(path.stem, items, TarReader(path), left_out=left_out)
 
 
-def webdataset_source(path: Path) -> Source:
+def webdataset_source(path: Path, image_extension: str | None = None) -> Source:
     """WebDataset tars in a folder, or one tar: the image of each sample and its class (`<key>.cls`), if it has one.
 
     Classes that are numbers keep them and, if `path` is one of our own shard sets, their names; other texts are taken
     for names. Members of other kinds are not carried over.
 
+    Args:
+        image_extension: see `image_samples`.
+
     Raises:
-        UserError: no tars, one that is damaged or holds links or paths that lead out of it, or a key that occurs twice
-            in one tar.
+        UserError: no tars, one that is damaged or holds links or paths that lead out of it, a sample with two images,
+            or a key that occurs twice in one tar.
     """
     refuse_url(path, "index it in place by `python -m pipeline.shards index`, or copy it to a folder first")
     tars = sorted(path.glob("*.tar")) if path.is_dir() else [path]
     if not tars:
         raise UserError(f"There is no .tar in {path}: give the folder that holds the shards.")
     left_out: list[tuple[str, str]] = []
-    found = [(tar, *sample) for tar in tars for sample in _webdataset_samples(tar, left_out)]
-    numbered = all(label is None or (label.isascii() and label.isdigit() and int(label) < 10**6) for *_, label in found)
-    top = max((int(label) for *_, label in found if numbered and label is not None), default=-1)
-    classes = _class_names(path, top + 1) if numbered else sorted({label for *_, label in found if label is not None})
-    names = {label: classes[int(label)] if numbered else label for *_, label in found if label is not None}
+    found = [(tar, *sample) for tar in tars for sample in _webdataset_samples(tar, image_extension, left_out)]
+    labels = {label for *_, label in found if label is not None}
+    numbers = {label: class_number(label) for label in labels}
+    numbered = None not in numbers.values()
+    classes = _class_names(path, 1 + max(numbers.values(), default=-1)) if numbered else sorted(labels)
+    names = {label: classes[number] if numbered else label for label, number in numbers.items()}
     repeated = len({key for _, key, *_ in found}) < len(found)  # tars that each begin at 000000
     items, taken = [], set()
     for tar, key, address, label in found:
-        unique = clean_key(f"{tar.stem}/{key}" if repeated else key)
+        unique = clean_key(f"{tar.stem}/{key}") if repeated else key
         if unique in taken:
             raise UserError(f"{tar} holds the key {key} twice: rename one of the samples.")
         taken.add(unique)
@@ -103,28 +115,25 @@ def webdataset_source(path: Path) -> Source:
     return Source(path.resolve().name.removesuffix(".tar"), items, TarsReader(folder), classes, left_out)
 
 
-def _webdataset_samples(path: Path, left_out: list) -> Iterator[tuple[str, tuple[int, int], str | None]]:
+def _webdataset_samples(
+    path: Path, extension: str | None, left_out: list[tuple[str, str]]
+) -> list[tuple[str, tuple[int, int], str | None]]:
     """(key, (offset, size), class or None) of the samples in one tar that have an image."""
+    refused: list[tuple[str, str]] = []
+    classes: dict[int, tuple[str, str]] = {}
 
-    def parts_of_samples(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tuple[int, int] | str]]:
-        for member in members(tar, path):
-            folder, _, base = member.name.removeprefix("./").rpartition("/")
-            stem, _, extension = base.partition(".")  # WebDataset's rule: the key ends at the first dot
-            if stem and not member.isdir() and extension.lower() in IMAGE_SUFFIXES | {"cls"}:
-                key = f"{folder}/{stem}" if folder else stem
-                if not is_plain(member):
-                    left_out.append((f"{path.name}:{member.name}", NOT_PLAIN))
-                elif extension.lower() == "cls":
-                    yield key, "cls", tar.extractfile(member).read().decode(errors="replace").strip()
-                else:
-                    yield key, "image", (member.offset_data, member.size)
+    def place(member: tarfile.TarInfo) -> tuple[int, int]:
+        return member.offset_data, member.size
 
     with open_tar(path) as tar:
-        for key, sample in groupby(parts_of_samples(tar), key=lambda member: member[0]):
-            parts = {kind: content for _, kind, content in sample}
-            if "image" in parts:
-                label = parts.get("cls")
-                yield key, parts["image"], None if label in ("", "-1") else label
+
+        def content(member: tarfile.TarInfo) -> bytes:
+            return tar.extractfile(member).read()
+
+        found = list(image_samples(members(tar, path), path, place, content, extension, refused, classes))
+    left_out += [(f"{path.name}:{name}", reason) for name, reason in refused]
+    labels = {number: text for number, (_, text) in classes.items() if text not in NO_CLASS}
+    return [(key, address, labels.get(number)) for number, (key, _, address) in enumerate(found)]
 
 
 def _class_names(path: Path, count: int) -> list[str]:
@@ -226,8 +235,3 @@ def named(files: Iterable[tuple[str, tuple]]) -> list[Item]:
         taken.add(key)
         items.append((folder, key, address))
     return items
-
-
-def clean_key(name: str) -> str:
-    """A file name that is not valid UTF-8 would break the index: its odd bytes are spelt out."""
-    return name if name.isascii() else name.encode(errors="backslashreplace").decode()

@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from errors import UserError
-from pipeline.archives import is_image
+from pipeline.archives import clean_key, is_image
 from pipeline.philox import uniforms
 from pipeline.shards import ROWS, ShardSet
-from pipeline.sources import clean_key
 
 SUBSET_STREAM = 2**32 - 5  # of random numbers: apart from order, views, conversion and replacements
 

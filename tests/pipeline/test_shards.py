@@ -166,7 +166,8 @@ def test_a_damaged_manifest_is_made_anew(original, tmp_path, damage):
     assert shards.manifest["made_by"] and isinstance(shards.manifest["name"], str)
 
 
-def test_indexing_that_is_interrupted_leaves_no_shard_set(copy, monkeypatch):
+def test_first_indexing_that_is_interrupted_leaves_no_shard_set(copy, monkeypatch):
+    (copy / "dataset.json").unlink()
     monkeypatch.setattr("pipeline.shard_index.write_manifest", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         index_shards(str(copy))

@@ -64,7 +64,7 @@ def test_webdataset_names_and_repeated_keys(tmp_path):
     source = webdataset_source(tmp_path / "in")
     assert [(label, key) for label, key, _ in source.items] == [("owl", "0/000"), ("cat", "1/000")]
     assert source.classes == ["cat", "owl"]
-    write_tar(tmp_path / "twice.tar", {"a.jpg": image, "b.jpg": image, "./a.png": image})
+    write_tar(tmp_path / "twice.tar", {"a.jpg": image, "b.jpg": image, "./a.jpg": image})
     with pytest.raises(UserError, match="holds the key a twice"):
         webdataset_source(tmp_path / "twice.tar")
     with pytest.raises(UserError, match=r"There is no \.tar in"):
