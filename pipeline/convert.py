@@ -32,7 +32,7 @@ from pipeline.imagenet import imagenet_sources
 from pipeline.images import QUALITY
 from pipeline.pixel_sets import cifar_sources, stl10_sources
 from pipeline.shards import ShardSet, open_shards
-from pipeline.sources import Source, folder_source, textures_source, webdataset_source
+from pipeline.sources import CLASS_LEVELS, Source, folder_source, textures_source, webdataset_source
 from pipeline.writer import SAMPLES_PER_SHARD, shards_written, write_split
 
 SHOWN = 10
@@ -156,6 +156,13 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--split", default="train", help="name of the split (default: train)")
         else:
             command.add_argument("--split", help="convert this split only (default: every split there is)")
+        if name == "folder":
+            command.add_argument(
+                "--class-level",
+                choices=CLASS_LEVELS,
+                help="which folder is the class where class folders are nested: the first one, the last one, which "
+                "holds the image, or none for no classes (default: the first one, unless that is ambiguous)",
+            )
         if name == "webdataset":
             add_image_extension(command)
         if name == "imagenet":
@@ -232,13 +239,13 @@ def _cores() -> int:
 def _sources(arguments: argparse.Namespace) -> dict[str, Source]:
     """split -> source, as the command line asks for them."""
     if arguments.source == "folder":
-        return {arguments.split: folder_source(arguments.path)}
+        return {arguments.split: folder_source(arguments.path, arguments.class_level)}
     if arguments.source == "webdataset":
         return {arguments.split: webdataset_source(arguments.path, arguments.image_extension)}
     if arguments.source == "textures":
         sources = {split: textures_source(split, arguments.seed) for split in textures.SPLITS}
     elif arguments.source == "imagenet":
-        sources = imagenet_sources(arguments.path, arguments.labels)
+        sources = imagenet_sources(arguments.path, arguments.labels, arguments.split)
     elif arguments.source == "cifar":
         sources = cifar_sources(arguments.path)
     else:

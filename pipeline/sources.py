@@ -10,6 +10,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from errors import UserError
@@ -59,23 +60,28 @@ def textures_source(split: str, seed: int = 0) -> Source:
     return Source(f"textures-{textures.VERSION}", items, textures.render, classes, encodes=True)
 
 
-def folder_source(path: Path) -> Source:
-    """Class folders below a folder, or in an uncompressed tar: the class is the folder that holds the image.
+def folder_source(path: Path, class_level: str | None = None) -> Source:
+    """Class folders below a folder, or in an uncompressed tar.
 
     Images at the top, in no folder, have no class. Links in a folder are followed, links in a tar refused.
 
+    Args:
+        class_level: see `named`.
+
     Raises:
-        UserError: there is no such folder or tar, one that holds links or paths that lead out of it, or two images
-            would get the same key.
+        UserError: there is no such folder or tar, one that holds links or paths that lead out of it, classes are
+            ambiguous, or two images would get the same key.
     """
     refuse_url(path)
     if not path.exists():
         raise UserError(f"{path} does not exist: give the folder or tar that holds the images.")
     left_out: list[tuple[str, str]] = []
     if path.is_dir():
-        return Source(path.resolve().name, named(files_below(path, left_out)), FolderReader(path), left_out=left_out)
+        items = named(files_below(path, left_out), class_level)
+        return Source(path.resolve().name, items, FolderReader(path), left_out=left_out)
     with open_tar(path) as tar:
-        items = named((member.name, (member.offset_data, member.size)) for member in image_members(tar, path, left_out))
+        files = ((member.name, (member.offset_data, member.size)) for member in image_members(tar, path, left_out))
+        items = named(files, class_level)
     return Source(path.stem, items, TarReader(path), left_out=left_out)
 
 
@@ -219,19 +225,59 @@ def files_below(folder: Path, left_out: list[tuple[str, str]]) -> Iterator[tuple
     return walk(folder, "", frozenset())
 
 
-def named(files: Iterable[tuple[str, tuple]]) -> list[Item]:
-    """(path, address) -> (class, key, address); a key has no dot and is unique, as WebDataset demands."""
-    items, taken, classes = [], set(), {}
+CLASS_LEVELS = ("first", "last", "none")
+
+
+def named(files: Iterable[tuple[str, tuple]], class_level: str | None = None) -> list[Item]:
+    """(path, address) -> (class, key, address); a key has no dot and is unique, as WebDataset demands.
+
+    Folders that all images share are disregarded; what lies directly below them are the class folders. Images at the
+    top, in no folder, have no class.
+
+    Args:
+        class_level: which folder is the class where folders are nested: the "first", or the "last", which holds the
+            image; "none" for no classes. Default: the first, which must then determine the others
+            (<class>/images/*.jpg).
+
+    Raises:
+        UserError: the classes are ambiguous, or two images would get the same key.
+    """
+    found, shared = [], {}
     for name, address in files:
         *folders, file = (part for part in clean_key(name).split("/") if part not in ("", ".", ".."))
-        folder = folders[-1] if folders else None
-        folder = classes.setdefault(folder, folder)  # one string per class, not one per image
+        folder = "/".join(folders)
+        found.append((shared.setdefault(folder, folder), file, address))  # one string per folder, not one per image
+    classes = _classes_of_folders([folder for folder in shared if folder], class_level)
+    taken = set()
+    for place, (folder, file, address) in enumerate(found):  # in place: there may be millions
+        label = classes.get(folder)
+        prefix = label or folder.rpartition("/")[2]
         stem = posixpath.splitext(file)[0].replace(".", "_")
-        key = f"{folder}/{stem}" if folder else stem
+        key = f"{prefix}/{stem}" if prefix else stem
         if key in taken:
-            key = "/".join([*folders, file.replace(".", "_")])
+            key = "/".join([*filter(None, [folder]), file.replace(".", "_")])
         if key in taken:
             raise UserError(f"Two images would get the key {key}: rename one of them.")
         taken.add(key)
-        items.append((folder, key, address))
-    return items
+        found[place] = label, key, address
+    return found
+
+
+def _classes_of_folders(folders: list[str], level: str | None) -> dict[str, str]:
+    """Folder -> class; `folders` are the paths of those that hold images."""
+    if not folders or level == "none":
+        return {}
+    paths = {folder: folder.split("/") for folder in folders}
+    common = posixpath.commonpath(folders)
+    shared = min(len(common.split("/")) if common else 0, min(map(len, paths.values())) - 1)
+    first = {folder: path[shared] for folder, path in paths.items()}
+    last = {folder: path[-1] for folder, path in paths.items()}
+    if level is None and first != last and len(set(first.values())) < len(folders):
+        one, other = next(pair for pair in pairwise(sorted(folders)) if first[pair[0]] == first[pair[1]])
+        raise UserError(
+            f"Images lie in {one} and in {other}, so their class is ambiguous; use `convert folder` with --class-level "
+            "first, last or none."
+        )
+    classes = last if level == "last" else first
+    names = {name: name for name in classes.values()}  # one string per class
+    return {folder: names[name] for folder, name in classes.items()}

@@ -18,7 +18,7 @@ from pipeline.convert import ensure_textures
 from pipeline.imagenet import imagenet_sources
 from pipeline.shard_files import Sample, write_shard
 from pipeline.shards import open_shards, open_splits
-from pipeline.sources import folder_source, named, textures_source
+from pipeline.sources import CLASS_LEVELS, folder_source, named, textures_source
 from pipeline.writer import write_split
 from tests.pipeline.image_sets import (
     ROOT,
@@ -187,12 +187,55 @@ def test_images_in_no_folder_have_no_class(tmp_path):
 def test_keys_have_no_dot_and_are_unique(tmp_path):
     content = next(iter(pictures().values()))
     names = ["a/x.1.jpg", "a/x_1.jpg", "b/a/x_1.jpg", "a/y.jpg", "a/y.JPEG", ".v/..z.jpg"]
-    shards = write_split(folder_source(write_folder(tmp_path / "in", dict.fromkeys(names, content))), tmp_path, "train")
+    path = write_folder(tmp_path / "in", dict.fromkeys(names, content))
+    shards = write_split(folder_source(path, "last"), tmp_path, "train")
     keys = [key.decode() for key in shards.index["key"]]
     assert len(set(keys)) == 6 and all("." not in key.rsplit("/", 1)[-1] for key in keys)
     twice = write_folder(tmp_path / "twice", dict.fromkeys(["a/x.jpg", "b/a/x.jpg", "b/a/x_jpg.jpg"], content))
     write_folder(twice, {"c/b/a/x.jpg": content})
-    assert len({key for _, key, _ in folder_source(twice).items}) == 4
+    for level in CLASS_LEVELS:
+        assert len({key for _, key, _ in folder_source(twice, level).items}) == 4
+
+
+NESTED = {  # folders of one image each -> the classes of the images by --class-level; None: refused
+    "classes": ("cat dog", {None: "cat dog", "first": "cat dog", "last": "cat dog"}),
+    "one folder below each class": ("cat/images dog/images", {None: "cat dog", "last": "images images"}),
+    "other folders below each class": ("cat/a dog/b", {None: "cat dog", "last": "a b"}),
+    "a folder around all": ("in/all/cat in/all/dog", {None: "cat dog", "first": "cat dog"}),
+    "splits": ("train/cat val/cat val/dog", {None: None, "first": "train val val", "last": "cat cat dog"}),
+    "a group of classes": ("a/cat a/dog", {None: "cat dog"}),
+    "groups of classes": ("a/cat b/car a/dog", {None: None, "last": "cat car dog"}),
+    "two depths": ("cat dog dog/more", {None: None, "first": "cat dog dog"}),
+    "two depths of one class": ("cat cat/more", {None: None, "first": "cat cat"}),
+}
+
+
+@pytest.mark.parametrize("case", NESTED)
+@pytest.mark.parametrize("form", ["folder", "tar"])
+def test_classes_of_nested_folders(tmp_path, case, form):
+    """The class is the folder below what all images share; where that is one of several readings, the user chooses."""
+    folders, expected = NESTED[case]
+    content = next(iter(pictures().values()))
+    files = {f"{folder}/{n}.jpg": content for n, folder in enumerate(folders.split())}
+    files |= {"top.jpg": content, "cat/._0.jpg": b"macOS's metadata of 0.jpg"}
+    path = write_folder(tmp_path / "in", files) if form == "folder" else write_tar(tmp_path / "in.tar", files)
+    for level, labels in expected.items():
+        if labels is None:
+            with pytest.raises(UserError, match=r"Images lie in \S+ and in \S+, so their class is ambiguous; use"):
+                folder_source(path, level)
+        else:
+            items = {key.rpartition("/")[2]: label for label, key, _ in folder_source(path, level).items}
+            assert items.pop("top") is None and [items[str(n)] for n in range(len(items))] == labels.split()
+    assert {label for label, _, _ in folder_source(path, "none").items} == {None}
+
+
+def test_the_level_of_the_classes_is_an_option(tmp_path):
+    content = next(iter(pictures().values()))
+    path = write_folder(tmp_path / "in", dict.fromkeys(["train/cat/0.jpg", "val/dog/1.jpg", "val/cat/2.jpg"], content))
+    result = run_module("pipeline.convert", "folder", path, tmp_path / "out")
+    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1 and "--class-level" in result.stderr
+    result = run_module("pipeline.convert", "folder", path, tmp_path / "out", "--class-level", "last", "--workers", "1")
+    assert result.returncode == 0 and "3 images of 2 classes" in result.stdout, result.stderr
 
 
 def test_a_second_split_gets_the_same_class_numbers(tmp_path):

@@ -342,7 +342,9 @@ def test_a_sample_with_two_images_is_refused_unless_one_is_chosen(tmp_path, orde
     }
     arguments = ("webdataset", tmp_path / "in", tmp_path / "out", "--image-extension", ".PNG", "--workers", "1")
     result = run_module("pipeline.convert", *arguments)
-    assert result.returncode == 0 and "left out in.tar:c.mask.png,its sample has no .png" in result.stderr, result.stderr
+    assert result.returncode == 0 and "left out in.tar:c.mask.png,its sample has no .png" in result.stderr, (
+        result.stderr
+    )
     assert {key: label for key, (label, _) in contents(open_shards(str(tmp_path / "out" / "train"))).items()} == {
         "a": "1",
         "b": None,
