@@ -43,6 +43,11 @@ def clean_key(name: str) -> str:
     return name if name.isascii() else name.encode(errors="backslashreplace").decode()
 
 
+def one_line(name: str) -> str:
+    """Escape line breaks and terminal control codes, which a file name may contain."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name)
+
+
 def is_long(name: str) -> bool:
     return len(clean_key(name).encode()) > LONGEST_NAME
 
@@ -63,8 +68,12 @@ class CheckedMember(tarfile.TarInfo):
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        start = tar.offset
         try:
-            return super().fromtarfile(tar)
+            member = super().fromtarfile(tar)
+            if member.size < 0 or tar.offset <= start:  # tarfile would read the same members again, without end
+                raise tarfile.ReadError(f"a negative size at byte {start}")
+            return member
         except tarfile.EOFHeaderError:
             raise
         except tarfile.EmptyHeaderError as error:

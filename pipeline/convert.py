@@ -16,18 +16,20 @@ command is run again. Images that can't be read are left out, and listed in OUT/
 """
 
 import argparse
+import csv
 import json
 import os
 import re
 import shutil
 import sys
+from itertools import islice
 from pathlib import Path
 
 from filelock import FileLock
 
 from errors import UserError
 from pipeline import textures
-from pipeline.archives import add_image_extension
+from pipeline.archives import add_image_extension, one_line
 from pipeline.imagenet import imagenet_sources
 from pipeline.images import QUALITY
 from pipeline.pixel_sets import cifar_sources, stl10_sources
@@ -262,9 +264,9 @@ def _report(shards: ShardSet | None, out: Path, split: str, count: int) -> None:
         print(f"{out / split}: {shards_written(out, split)} of {count} shards are written; the last part completes it.")
         return
     rejected = shards.manifest["rejected"]
-    lines = Path(shards.root, "rejected.csv").read_text().splitlines()[1:]
-    for line in lines[:SHOWN]:
-        print(f"left out {line}", file=sys.stderr)
+    with open(Path(shards.root, "rejected.csv"), newline="", encoding="utf-8") as file:
+        for name, reason in islice(csv.reader(file), 1, 1 + SHOWN):
+            print(f"left out {one_line(name)}: {reason}", file=sys.stderr)
     if rejected > SHOWN:
         print(f"... and {rejected - SHOWN} more, see {shards.root}/rejected.csv", file=sys.stderr)
     print(

@@ -271,7 +271,7 @@ def split_roots(root: str, cache: ShardCache | None = None) -> list[str]:
 
 
 def main() -> None:
-    from pipeline.archives import add_image_extension
+    from pipeline.archives import add_image_extension, one_line
     from pipeline.shard_index import index_shards  # which build on this module
     from pipeline.shard_report import show, verify
 
@@ -286,7 +286,7 @@ def main() -> None:
         if arguments.command == "index":
             shards = index_shards(arguments.root, image_extension=arguments.image_extension)
             for refused in shards.manifest["left_out"]:
-                print(f"left out {refused['name']}: {refused['reason']}", file=sys.stderr)
+                print(f"left out {one_line(refused['name'])}: {refused['reason']}", file=sys.stderr)
             print(f"{len(shards)} images in {len(shards.manifest['shards'])} shards indexed.")
         elif problems := (verify if arguments.command == "verify" else show)(arguments.root):
             raise UserError("\n".join(problems))

@@ -4,6 +4,7 @@ Here are the sources that consist of image files: a folder, a tar, WebDataset ta
 ImageNet's archives are in `imagenet.py`, CIFAR and STL-10 in `pixel_sets.py`.
 """
 
+import errno
 import os
 import posixpath
 import tarfile
@@ -17,11 +18,13 @@ from errors import UserError
 from pipeline import textures
 from pipeline.archives import (
     NO_CLASS,
+    TOO_LONG,
     class_number,
     clean_key,
     image_members,
     image_samples,
     is_image,
+    is_long,
     members,
     open_tar,
     refuse_url,
@@ -215,11 +218,21 @@ def files_below(folder: Path, left_out: list[tuple[str, str]]) -> Iterator[tuple
             inside = sorted(entries, key=lambda entry: entry.name)
         for entry in inside:
             name = prefix + entry.name
-            if entry.is_dir():
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError as error:
+                if error.errno != errno.ELOOP:
+                    raise
+                is_folder = is_file = False  # a link to itself
+            if not is_folder and not is_image(entry.name):
+                continue
+            if is_long(name):
+                left_out.append((f"{name[:80]}...", TOO_LONG))
+            elif is_folder:
                 yield from walk(entry.path, f"{name}/", above | {identity})
-            elif is_image(entry.name) and entry.is_file():
+            elif is_file:
                 yield name, (name, entry.stat().st_size)
-            elif is_image(entry.name):
+            else:
                 left_out.append((name, "a link that leads nowhere, or not a plain file"))
 
     return walk(folder, "", frozenset())

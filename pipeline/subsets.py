@@ -57,7 +57,7 @@ def keys_subset(shards: ShardSet, path: Path) -> np.ndarray:
         UserError: the text can't be read or is empty, or the shard set has not exactly one sample of each name.
     """
     try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]  # Windows marks UTF-8
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} can't be read ({error}): give a text with one key a line.") from error
     if not (wanted := np.array(sorted({_key(name).encode() for name in names if name}))).size:

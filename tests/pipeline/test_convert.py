@@ -174,7 +174,13 @@ def test_unreadable_images_are_left_out_named_and_counted(tmp_path):
     assert shards.manifest["rejected"] == 7
     result = run_module("pipeline.convert", "folder", tmp_path / "in", tmp_path / "again", "--workers", "1")
     assert result.returncode == 0 and "12 images of 3 classes in 1 shards, 7 left out." in result.stdout
-    assert all(f"left out class_0/{name}," in result.stderr for name in reasons)
+    assert all(f"left out class_0/{name}: " in result.stderr for name in reasons)
+
+
+def test_names_of_several_lines_are_shown_on_one(tmp_path):
+    path = write_folder(tmp_path / "in", pictures() | {"class_0/a\n\x1b[31m,é.jpg": b"text"})
+    result = run_module("pipeline.convert", "folder", path, tmp_path / "out", "--workers", "1")
+    assert result.stderr == "left out class_0/a\\n\\x1b[31m,é: not an image, or its header is damaged\n"
 
 
 def test_images_in_no_folder_have_no_class(tmp_path):

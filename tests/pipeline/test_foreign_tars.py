@@ -342,7 +342,7 @@ def test_a_sample_with_two_images_is_refused_unless_one_is_chosen(tmp_path, orde
     }
     arguments = ("webdataset", tmp_path / "in", tmp_path / "out", "--image-extension", ".PNG", "--workers", "1")
     result = run_module("pipeline.convert", *arguments)
-    assert result.returncode == 0 and "left out in.tar:c.mask.png,its sample has no .png" in result.stderr, (
+    assert result.returncode == 0 and "left out in.tar:c.mask.png: its sample has no .png" in result.stderr, (
         result.stderr
     )
     assert {key: label for key, (label, _) in contents(open_shards(str(tmp_path / "out" / "train"))).items()} == {
@@ -434,3 +434,23 @@ def test_long_names_are_left_out(tmp_path, form):
         left_out = source.left_out
     assert [reason for _, reason in left_out] == ["its name is longer than 1024 bytes"] * 2
     assert max(len(name) for name, _ in left_out) < 100
+
+
+@pytest.mark.parametrize("size", [b"\xff" * 12, b"\xff" * 7 + b"\xfe\x00\x00\x00\x00", b"\xff" * 10 + b"\xfc\x00"])
+def test_a_negative_size_in_a_tar_is_damage(tmp_path, size):
+    """tarfile would go back by it, and read the same members for ever."""
+    (tmp_path / "in").mkdir()
+    path = write_tar(
+        tmp_path / "in" / "in.tar", {"a.jpg": pictures()["class_0/image_0.jpg"], "b.txt": b"x", "c.txt": b"x"}
+    )
+    content = bytearray(path.read_bytes())
+    at = content.index(b"b.txt")
+    content[at + 124 : at + 136] = size
+    content[at + 148 : at + 156] = b" " * 8
+    content[at + 148 : at + 156] = b"%06o\0 " % sum(content[at : at + 512])
+    path.write_bytes(content)
+    for read in folder_source, webdataset_source:
+        with pytest.raises(UserError, match=r"is not a whole, uncompressed tar .a negative size at byte"):
+            read(path)
+    with pytest.raises(UserError, match="No image could be read"):  # nothing follows the only sample
+        index_shards(str(tmp_path / "in"))
