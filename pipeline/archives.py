@@ -1,6 +1,7 @@
 """Tars of images and other archives as they are downloaded: whole, and with nothing in them that leads elsewhere."""
 
 import argparse
+import errno
 import posixpath
 import re
 import shutil
@@ -71,8 +72,8 @@ class CheckedMember(tarfile.TarInfo):
         start = tar.offset
         try:
             member = super().fromtarfile(tar)
-            if member.size < 0 or tar.offset <= start:  # tarfile would read the same members again, without end
-                raise tarfile.ReadError(f"a negative size at byte {start}")
+            if member.size < 0 or not start < tar.offset < 2**63:  # tarfile would go back and read the same again
+                raise tarfile.ReadError(f"an impossible size at byte {start}")
             return member
         except tarfile.EOFHeaderError:
             raise
@@ -90,9 +91,13 @@ def open_tar(path: Path) -> Iterator[tarfile.TarFile]:
     try:
         with tarfile.open(path, "r:", tarinfo=CheckedMember) as tar:
             yield tar
-    except tarfile.TarError as error:
+    except (tarfile.TarError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        # EINVAL: a seek beyond what the file system can hold
+        cause = "unexpected end of data" if isinstance(error, OSError) else error
         cure = "unpack it first if it is a .gz or .xz, else download or copy it again"
-        raise UserError(f"{path} is not a whole, uncompressed tar ({error}): {cure}.") from error
+        raise UserError(f"{path} is not a whole, uncompressed tar ({cause}): {cure}.") from error
 
 
 def members(tar: tarfile.TarFile, path: Path | str) -> Iterator[tarfile.TarInfo]:

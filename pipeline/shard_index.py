@@ -166,7 +166,7 @@ def _rows(file: HashedFile, path: str, extension: str | None) -> tuple[list[tupl
         try:
             with tarfile.open(fileobj=file, mode="r|", bufsize=BLOCK_BYTES, tarinfo=CheckedMember) as tar:
                 samples = image_samples(
-                    _forgetting(tar),
+                    _whole_members(tar, os.fstat(file.file.fileno()).st_size),
                     path,
                     lambda member: (member.offset_data, tar.extractfile(member).read()),
                     lambda member: tar.extractfile(member).read(),
@@ -192,7 +192,10 @@ def _rows(file: HashedFile, path: str, extension: str | None) -> tuple[list[tupl
     return [tuple(row[name] for name in index_dtype(1).names) for row in rows.values()], refused
 
 
-def _forgetting(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+def _whole_members(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar of so many bytes, until one ends beyond it."""
     for member in tar:
         yield member
+        if tar.offset > size:  # tarfile would read the nothing behind the end, block by block
+            raise tarfile.ReadError("unexpected end of data")
         tar.members = []  # which tarfile would otherwise keep

@@ -436,21 +436,29 @@ def test_long_names_are_left_out(tmp_path, form):
     assert max(len(name) for name, _ in left_out) < 100
 
 
-@pytest.mark.parametrize("size", [b"\xff" * 12, b"\xff" * 7 + b"\xfe\x00\x00\x00\x00", b"\xff" * 10 + b"\xfc\x00"])
-def test_a_negative_size_in_a_tar_is_damage(tmp_path, size):
-    """tarfile would go back by it, and read the same members for ever."""
+SIZES = {
+    "minus one": b"\xff" * 12,
+    "minus 1024": b"\xff" * 10 + b"\xfc\x00",
+    "terabytes": b"\x80" + bytes(4) + b"\x20" + bytes(6),
+    "beyond 64 bits": b"\x80" + b"\x01" * 11,
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_an_impossible_size_in_a_tar_is_damage(tmp_path, size):
+    """tarfile would read the same members for ever, or nothing for ages."""
     (tmp_path / "in").mkdir()
-    path = write_tar(
-        tmp_path / "in" / "in.tar", {"a.jpg": pictures()["class_0/image_0.jpg"], "b.txt": b"x", "c.txt": b"x"}
-    )
+    image = pictures()["class_0/image_0.jpg"]
+    path = write_tar(tmp_path / "in" / "in.tar", {"a.jpg": image, "b.txt": b"x", "c.txt": b"x"})
     content = bytearray(path.read_bytes())
     at = content.index(b"b.txt")
-    content[at + 124 : at + 136] = size
+    content[at + 124 : at + 136] = SIZES[size]
     content[at + 148 : at + 156] = b" " * 8
     content[at + 148 : at + 156] = b"%06o\0 " % sum(content[at : at + 512])
     path.write_bytes(content)
+    message = "unexpected end of data" if size == "terabytes" else "an impossible size at byte"
     for read in folder_source, webdataset_source:
-        with pytest.raises(UserError, match=r"is not a whole, uncompressed tar .a negative size at byte"):
+        with pytest.raises(UserError, match=rf"is not a whole, uncompressed tar .{message}"):
             read(path)
     with pytest.raises(UserError, match="No image could be read"):  # nothing follows the only sample
         index_shards(str(tmp_path / "in"))
