@@ -133,7 +133,7 @@ def validation_classes(labels: Path, keys: list[str]) -> list[str]:
     if labels.is_dir() or tarfile.is_tarfile(labels):
         return _numbered(labels, _devkit_classes(labels), keys)
     try:
-        rows = [line.split() for line in labels.read_text().splitlines() if line.strip()]
+        rows = [line.split() for line in labels.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise UserError(f"{labels} is neither a development kit nor a text of synsets: download it again.") from error
     if numeric := next((row[-1] for row in rows if row[-1].isdigit()), ""):

@@ -71,11 +71,11 @@ def index_shards(root: str, cache: ShardCache | None = None, image_extension: st
             raise UserError(
                 f"No image could be read from the tars in {root}: they must hold <key>.jpg (and <key>.cls)."
             )
-        count = 1 + max(shard["top_label"] for shard in shards)
+        known, count = previous["classes"], 1 + max(shard["top_label"] for shard in shards)
         manifest = {
             "name": previous["name"] or posixpath.basename(path),
             "split": previous["split"],
-            "classes": previous["classes"] if len(previous["classes"]) >= count else [str(i) for i in range(count)],
+            "classes": known + [str(number) for number in range(len(known), count)],
             "samples": samples,
             "shards": shards,
             "left_out": left_out,

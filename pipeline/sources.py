@@ -9,6 +9,7 @@ import os
 import posixpath
 import tarfile
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -146,12 +147,21 @@ def _webdataset_samples(
 
 
 def _class_names(path: Path, count: int) -> list[str]:
-    """The names in the manifest of a shard set of ours, else the numbers."""
+    """The names in the manifest of a shard set of ours that `path` is or belongs to, and numbers for other classes.
+
+    Raises:
+        UserError: two classes have the same name.
+    """
+    folder = path if path.is_dir() else path.parent
     try:
-        names = open_shards(str(path)).classes if (path / "dataset.json").is_file() else []
+        manifest = open_shards(str(folder)).manifest if (folder / "dataset.json").is_file() else {"classes": []}
     except UserError:
-        names = []
-    return names if len(names) >= count else [str(number) for number in range(count)]
+        manifest = {"classes": []}
+    listed = path == folder or path.name in {shard["file"] for shard in manifest.get("shards", [])}
+    names = manifest["classes"] if listed else []
+    if twice := [name for name, times in Counter(names).items() if times > 1]:
+        raise UserError(f"{folder}/dataset.json names two classes {twice[0]}; rename one of them.")
+    return names + [str(number) for number in range(len(names), count)]
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def test_imagenet_validation_with_texts_of_synsets(tmp_path):
         "by name": "".join(f"val/{name} {wnid}\n" for name, wnid in reversed(list(zip(files, truth, strict=True)))),
     }
     for name, text in texts.items():
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")  # with the mark that Windows adds
         shards = write_split(imagenet_sources(path, tmp_path / name)["val"], tmp_path / f"out {name}", "val")
         assert {key: label for key, (label, _) in contents(shards).items()} == dict(
             zip((name[:-5] for name in files), truth, strict=True)

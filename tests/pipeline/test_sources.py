@@ -58,6 +58,21 @@ def test_webdataset_tars_are_sharded_anew(tmp_path):
     assert contents(again) == contents(shards)
 
 
+def test_class_names_of_our_own_shards_are_kept(tmp_path):
+    """By a conversion of one tar, too, and next to a class that is not in the manifest; two of one name are refused."""
+    write_split(folder_source(write_folder(tmp_path / "in", pictures())), tmp_path, "train")
+    root, image = tmp_path / "train", pictures()["class_0/image_0.jpg"]
+    assert webdataset_source(root / "train-000000.tar").classes == ["class_0", "class_1", "class_2"]
+    foreign = write_tar(root / "foreign.tar", {"x.jpg": image, "x.cls": b"3"})
+    assert webdataset_source(foreign).classes == ["0", "1", "2", "3"]
+    assert webdataset_source(root).classes == ["class_0", "class_1", "class_2", "3"]
+    assert index_shards(str(root)).classes == ["class_0", "class_1", "class_2", "3"]
+    manifest = root / "dataset.json"
+    manifest.write_text(manifest.read_text().replace('"class_1"', '"class_2"'))
+    with pytest.raises(UserError, match=r"dataset.json names two classes class_2; rename one of them"):
+        webdataset_source(root)
+
+
 def test_webdataset_names_and_repeated_keys(tmp_path):
     image = pictures()["class_0/image_0.jpg"]
     for number, name in enumerate(("owl", "cat")):
