@@ -56,12 +56,12 @@ def index_shards(root: str, cache: ShardCache | None = None, image_extension: st
         previous = _previous_manifest(home, folder, cache.patience)
     previous = _known(previous or {})
     home.makedirs(folder, exist_ok=True)
-    vouched = {shard.get("file"): shard.get("sha256") for shard in previous["shards"] if isinstance(shard, dict)}
+    checksums = {str(shard.get("file")): shard.get("sha256") for shard in previous["shards"] if isinstance(shard, dict)}
     shards, left_out = [], []
     try:
         for name in tars:
             entry, refused = _index_tar(fs, f"{path}/{name}", cache, home, folder, image_extension)
-            if vouched.get(name) not in (None, entry["sha256"]):
+            if checksums.get(name) not in (None, entry["sha256"]):
                 reason = "no longer the file that it was: copy it again unless it was changed on purpose"
                 refused.append({"name": name, "reason": reason})
             shards.append(entry)
@@ -113,7 +113,7 @@ def _previous_manifest(fs: AbstractFileSystem, path: str, patience: Patience) ->
         found = json.loads(persistently(lambda: fs.cat_file(name), name, patience))
     except (FileNotFoundError, PermissionError):
         return None
-    except ValueError:
+    except (ValueError, RecursionError):  # the second by brackets in brackets
         return {}
     return found if isinstance(found, dict) and found.get("format") == FORMAT else {}
 

@@ -168,6 +168,12 @@ def test_a_damaged_manifest_is_made_anew(original, tmp_path, damage):
     assert shards.manifest["made_by"] and isinstance(shards.manifest["name"], str)
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"format": "streamclr-shards-1", "shards": [{"file": []}, 5]}'])
+def test_a_manifest_that_is_nonsense_is_made_anew(copy, text):
+    (copy / "dataset.json").write_text(text)
+    assert index_shards(str(copy)).classes == ["0", "1", "2"]
+
+
 def test_names_in_brackets_are_shown_as_they_are(tmp_path, capsys, monkeypatch):
     """rich takes them for markup."""
     monkeypatch.setenv("COLUMNS", "300")  # so that no line is wrapped
