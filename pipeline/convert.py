@@ -11,8 +11,10 @@
 
 A split becomes the shard set OUT/<split>. Samples are written in a seeded random order, so a shard holds all classes
 and reading shards one after the other is already a fair order. The same source and options give the same bytes,
-however many workers or parts write them. A conversion that was interrupted goes on where it stopped when the same
-command is run again. Images that can't be read are left out, and listed in OUT/<split>/rejected.csv.
+however many workers or parts write them. Where class folders are nested, --class-level selects the one that is the
+class; where samples of WebDataset tars hold several images, --image-extension selects the one to use. An interrupted
+conversion continues where it stopped when the same command is run again. Images that can't be read are left out and
+listed in OUT/<split>/rejected.csv.
 """
 
 import argparse
