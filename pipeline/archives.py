@@ -5,6 +5,7 @@ import errno
 import posixpath
 import re
 import shutil
+import sys
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -196,7 +197,7 @@ def image_samples(
         UserError: a sample has images of different extensions.
     """
     wanted = {extension} if extension else IMAGE_SUFFIXES
-    images: dict[str, tuple[str, str]] = {}  # key -> extension and name of its latest image
+    images: dict[str, str] = {}  # key -> extension
     ignored: dict[str, str] = {}  # key -> name of an image of another extension
     unlabeled: dict[str, list[int]] = {}  # key -> samples without a class next to the image
     orphans: dict[str, list[tuple[str, str]]] = {}  # key -> (name, text) of classes without an image next to them
@@ -223,11 +224,11 @@ def image_samples(
             image, texts = None, []
             for _, suffix, member in group:
                 if suffix in wanted:
-                    known, name = images.setdefault(key, (suffix, member.name))
+                    known = images.setdefault(key, sys.intern(suffix))
                     if known != suffix:
                         raise UserError(
-                            f"Sample {key} of {path} has two images, {name} and {member.name}; use --image-extension "
-                            f"{known} or --image-extension {suffix} to choose."
+                            f"Sample {key} of {path} has two images, {key}.{known} and {key}.{suffix}; use "
+                            f"--image-extension {known} or --image-extension {suffix} to choose."
                         )
                     if image is None:
                         image = member.name, read_image(member)
