@@ -275,6 +275,21 @@ def test_labels_that_do_not_follow_their_images_are_not_lost(tmp_path):
     assert source.left_out == [("b.tar:f.cls", "its sample has no image, as 1 more in this tar")]
 
 
+def test_labels_survive_every_order_of_members(tmp_path):
+    (tmp_path / "in").mkdir()
+    random = np.random.default_rng(0)
+    images = [content for name, content in pictures().items() if name.endswith("jpg")]
+    files = {f"{n}.jpg": images[n] for n in range(7)} | {f"{n}.cls": b"%d" % (n % 3) for n in range(5)} | {"x.txt": b""}
+    for _ in range(20):
+        names = random.permutation(list(files)).tolist()
+        write_tar(tmp_path / "in" / "in.tar", {name: files[name] for name in names})
+        (tmp_path / "in" / "dataset.json").unlink(missing_ok=True)
+        labels, left_out = found_in(tmp_path / "in")
+        assert labels == {str(n): n % 3 if n < 5 else -1 for n in range(7)} and left_out == [], names
+        items = webdataset_source(tmp_path / "in").items
+        assert {key: label for label, key, _ in items} == {str(n): str(n % 3) if n < 5 else None for n in range(7)}
+
+
 def test_labels_of_repeated_keys(tmp_path):
     """Next to each other one is listed; apart, each keeps the class next to it, and others are ambiguous."""
     first, second, third = list(pictures().values())[3:6]
