@@ -95,6 +95,8 @@ def _class_folders(path: Path) -> Source:
 def _validation_source(path: Path, labels: Path) -> Source:
     left_out: list[tuple[str, str]] = []
     others: list[str] = []
+    if inside := [name for name in ("train", "val") if (path / name).is_dir()]:  # numbers in other names would fit, too
+        raise UserError(f"{path} holds {inside[0]}/, not the validation images; pass {path}/val with --labels.")
     if path.is_dir():
         items, read = named(files_below(path, left_out), "none"), FolderReader(path)
     else:
@@ -160,6 +162,10 @@ def _numbered(labels: Path, classes: list[str], keys: list[str]) -> list[str]:
     numbers = [int(digits[-1]) if (digits := re.findall(r"\d+", key)) else 0 for key in keys]
     if beyond := [key for key, number in zip(keys, numbers, strict=True) if not 1 <= number <= len(classes)]:
         raise UserError(f"{labels} names {len(classes)} images and {beyond[0]} is none of them: give the right labels.")
+    owners: dict[int, str] = {}
+    for key, number in zip(keys, numbers, strict=True):
+        if (other := owners.setdefault(number, key)) is not key:
+            raise UserError(f"{other} and {key} have the same number in {labels}: give labels by file name.")
     return [classes[number - 1] for number in numbers]
 
 

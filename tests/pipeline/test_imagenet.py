@@ -197,6 +197,19 @@ def test_labels_that_would_be_wrong(tmp_path, case):
         imagenet_sources(path, labels)
 
 
+def test_numbers_of_training_images_are_not_those_of_the_labels(tmp_path):
+    """n01440764_3 is not the third validation image."""
+    kit = write_folder(tmp_path / "kit", devkit_files(WNIDS, [3, 1, 2, 2, 1, 3]))
+    content = next(iter(pictures().values()))
+    path = write_folder(tmp_path / "in", {"train/n01/n01_3.JPEG": content, "val/ILSVRC2012_val_00000001.JPEG": content})
+    with pytest.raises(UserError, match=r"in holds train/, not the validation images; pass \S+/in/val with --labels"):
+        imagenet_sources(path, kit)
+    assert [label for label, _, _ in imagenet_sources(path / "val", kit)["val"].items] == [WNIDS[2]]
+    path = write_folder(tmp_path / "two", {"n01/n01_3.JPEG": content, "n02/n02_3.JPEG": content})
+    with pytest.raises(UserError, match=r"n01_3 and n02_3 have the same number"):
+        imagenet_sources(path, kit)
+
+
 def test_oddities_of_imagenet(tmp_path):
     """CMYK, gray, a PNG that is named .JPEG, a turned one: stored as they are, with the size that the decoder gives."""
     picture = smooth_field(0, 3, 40, 60)
