@@ -260,8 +260,8 @@ def image_samples(
                 bare += [name for name, _ in texts]
         skipped = [name for key, name in ignored.items() if key not in images]
         left_out += _first_of(bare, "its sample has no image")
-        missing = f"its sample has no .{extension}" if extension else "its extension is set by --image-extension only"
-        left_out += _first_of(skipped, missing)
+        dotted = "its extension, all behind the first dot, is unknown; use --image-extension or rename it"
+        left_out += _first_of(skipped, f"its sample has no .{extension}" if extension else dotted)
 
 
 def _first_of(names: list[str], reason: str) -> list[tuple[str, str]]:

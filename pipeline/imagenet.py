@@ -165,7 +165,7 @@ def _numbered(labels: Path, classes: list[str], keys: list[str]) -> list[str]:
     owners: dict[int, str] = {}
     for key, number in zip(keys, numbers, strict=True):
         if (other := owners.setdefault(number, key)) is not key:
-            raise UserError(f"{other} and {key} have the same number in {labels}: give labels by file name.")
+            raise UserError(f"{other} and {key} have the same number in {labels}; use labels by file name.")
     return [classes[number - 1] for number in numbers]
 
 

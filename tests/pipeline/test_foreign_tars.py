@@ -375,7 +375,8 @@ def test_images_with_dots_in_their_names_are_listed(tmp_path):
     write_tar(tmp_path / "in" / "in.tar", {"a.1.jpg": image, "a.2.jpg": image, "b.3.jpg": image, "c.jpg": image})
     labels, left_out = found_in(tmp_path / "in")
     assert labels == {"c": -1}
-    assert left_out == ["in.tar:a.1.jpg: its extension is set by --image-extension only, as 1 more in this tar"]
+    reason = "its extension, all behind the first dot, is unknown; use --image-extension or rename it"
+    assert left_out == [f"in.tar:a.1.jpg: {reason}, as 1 more in this tar"]
 
 
 CLASSES = {
