@@ -34,4 +34,4 @@ lint: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv data/textures
+	rm -rf .venv

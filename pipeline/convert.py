@@ -11,44 +11,107 @@
 
 A split becomes the shard set OUT/<split>. Samples are written in a seeded random order, so a shard holds all classes
 and reading shards one after the other is already a fair order. The same source and options give the same bytes,
-however many workers or parts write them. A conversion that was interrupted goes on where it stopped when the same
-command is run again. Images that can't be read are left out, and listed in OUT/<split>/rejected.csv.
+however many workers or parts write them. Where class folders are nested, --class-level selects the one that is the
+class; where samples of WebDataset tars hold several images, --image-extension selects the one to use. An interrupted
+conversion continues where it stopped when the same command is run again. Images that can't be read are left out and
+listed in OUT/<split>/rejected.csv.
 """
 
 import argparse
+import csv
+import json
 import os
+import re
 import shutil
 import sys
+from itertools import islice
 from pathlib import Path
 
 from filelock import FileLock
 
 from errors import UserError
 from pipeline import textures
+from pipeline.archives import add_image_extension, one_line
 from pipeline.imagenet import imagenet_sources
 from pipeline.images import QUALITY
 from pipeline.pixel_sets import cifar_sources, stl10_sources
 from pipeline.shards import ShardSet, open_shards
-from pipeline.sources import Source, folder_source, textures_source, webdataset_source
+from pipeline.sources import CLASS_LEVELS, Source, folder_source, textures_source, webdataset_source
 from pipeline.writer import SAMPLES_PER_SHARD, shards_written, write_split
 
 SHOWN = 10
 """How many rejected images are named on the screen."""
+RENDERED_KEY = re.compile(rb"(train|test)-[0-9]{6}")
+"""The key of a built-in texture, in every version of them."""
 
 
 def ensure_textures(out: Path) -> None:
-    """Render the built-in data set unless it is there; of several processes one renders and the others wait."""
+    """Render the built-in data set unless it exists; one of several processes renders and the others wait.
+
+    Splits that another version of the textures rendered are replaced. Nothing else is ever deleted.
+
+    Raises:
+        UserError: the folder holds something that was not rendered here.
+    """
     out.mkdir(parents=True, exist_ok=True)
     with FileLock(out / ".lock"):
         sources = {split: textures_source(split) for split in textures.SPLITS}
-        for split, source in sources.items():  # first away with all that another version of the textures rendered
-            shutil.rmtree(out / f".{split}.partial", ignore_errors=True)
-            if (out / split).exists() and open_shards(str(out / split)).manifest["name"] != source.name:
-                os.replace(out / split, out / f".{split}.partial")  # in one step: a process may be killed at any time
-                shutil.rmtree(out / f".{split}.partial", ignore_errors=True)
+        if any(out.glob("*.tar")):
+            raise _foreign(out, out)
+        outdated = [split for split, source in sources.items() if _is_outdated(out, split, source.name)]
+        for split in sources:  # only after all splits have been checked
+            aside = out / f".{split}.outdated"
+            shutil.rmtree(aside, ignore_errors=True)
+            if split in outdated:
+                os.replace(out / split, aside)  # atomic: a process may be killed at any time
+                shutil.rmtree(aside, ignore_errors=True)
         for split, source in sources.items():
             if not (out / split).exists():
+                if _is_rendered(_plan_of(out / f".{split}.partial")):  # maybe by another version
+                    shutil.rmtree(out / f".{split}.partial", ignore_errors=True)
                 write_split(source, out, split)
+
+
+def _is_outdated(out: Path, split: str, name: str) -> bool:
+    """Whether a split was rendered by another version of the textures; False if it does not exist.
+
+    Raises:
+        UserError: it was not rendered.
+    """
+    if not (out / split).exists():
+        return False
+    try:
+        shards = open_shards(str(out / split))
+    except UserError as error:  # damaged or without an index, so it may hold anything
+        raise _foreign(out / split, out) from error
+    if not _is_rendered(shards.manifest) or not all(map(RENDERED_KEY.fullmatch, shards.index["key"].tolist())):
+        raise _foreign(out / split, out)
+    return shards.manifest["name"] != name
+
+
+def _foreign(folder: Path, out: Path) -> UserError:
+    return UserError(
+        f"{folder} does not hold the built-in textures and is left as it is; use --data {out} to train on it, or move "
+        "it away to train on the textures."
+    )
+
+
+def _plan_of(partial: Path) -> dict:
+    """The plan of an unfinished conversion; empty if it has none that can be read."""
+    try:
+        plan = json.loads((partial / "plan.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return plan if isinstance(plan, dict) else {}
+
+
+def _is_rendered(manifest: dict) -> bool:
+    """Whether a manifest or plan is that of rendered textures, of any version, and not of a folder of the same name."""
+    made_by = manifest.get("made_by")
+    if not isinstance(made_by, dict) or not re.fullmatch(r"textures-\d+", str(manifest.get("name"))):
+        return False
+    # of all sources that keep the size of images, only those that encode pixels record OpenCV's version
+    return made_by.get("command") == "pipeline.convert" and "opencv" in made_by and "short_side" not in made_by
 
 
 def main() -> None:
@@ -97,6 +160,15 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--split", default="train", help="name of the split (default: train)")
         else:
             command.add_argument("--split", help="convert this split only (default: every split there is)")
+        if name == "folder":
+            command.add_argument(
+                "--class-level",
+                choices=CLASS_LEVELS,
+                help="which folder is the class where class folders are nested: the first one, the last one, which "
+                "holds the image, or none for no classes (default: the first one, unless that is ambiguous)",
+            )
+        if name == "webdataset":
+            add_image_extension(command)
         if name == "imagenet":
             command.add_argument(
                 "--labels", type=Path, help="of flat validation images: the development kit, or a text of synsets"
@@ -171,13 +243,13 @@ def _cores() -> int:
 def _sources(arguments: argparse.Namespace) -> dict[str, Source]:
     """split -> source, as the command line asks for them."""
     if arguments.source == "folder":
-        return {arguments.split: folder_source(arguments.path)}
+        return {arguments.split: folder_source(arguments.path, arguments.class_level)}
     if arguments.source == "webdataset":
-        return {arguments.split: webdataset_source(arguments.path)}
+        return {arguments.split: webdataset_source(arguments.path, arguments.image_extension)}
     if arguments.source == "textures":
         sources = {split: textures_source(split, arguments.seed) for split in textures.SPLITS}
     elif arguments.source == "imagenet":
-        sources = imagenet_sources(arguments.path, arguments.labels)
+        sources = imagenet_sources(arguments.path, arguments.labels, arguments.split)
     elif arguments.source == "cifar":
         sources = cifar_sources(arguments.path)
     else:
@@ -194,9 +266,9 @@ def _report(shards: ShardSet | None, out: Path, split: str, count: int) -> None:
         print(f"{out / split}: {shards_written(out, split)} of {count} shards are written; the last part completes it.")
         return
     rejected = shards.manifest["rejected"]
-    lines = Path(shards.root, "rejected.csv").read_text().splitlines()[1:]
-    for line in lines[:SHOWN]:
-        print(f"left out {line}", file=sys.stderr)
+    with open(Path(shards.root, "rejected.csv"), newline="", encoding="utf-8") as file:
+        for name, reason in islice(csv.reader(file), 1, 1 + SHOWN):
+            print(f"left out {one_line(name)}: {reason}", file=sys.stderr)
     if rejected > SHOWN:
         print(f"... and {rejected - SHOWN} more, see {shards.root}/rejected.csv", file=sys.stderr)
     print(

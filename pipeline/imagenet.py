@@ -8,6 +8,7 @@ import tempfile
 import zlib
 from array import array
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from errors import UserError
@@ -18,17 +19,18 @@ GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 META = "meta.mat"
 
 
-def imagenet_sources(path: Path, labels: Path | None = None) -> dict[str, Source]:
+def imagenet_sources(path: Path, labels: Path | None = None, split: str | None = None) -> dict[str, Source]:
     """The splits that a path holds.
 
     Args:
         path: the tar of class tars ("train"), the flat validation tar or folder ("val", with `labels`), or a folder
             of train/<wnid>/*.JPEG and val/<wnid>/*.JPEG (those of the two that are there).
         labels: of the validation images, as `validation_classes` takes them.
+        split: the only one that is wanted, so that a val/ without class folders does not stop "train".
 
     Raises:
-        UserError: `path` is none of these, not whole, or holds links or paths that lead out of it; or the labels don't
-            belong to the images.
+        UserError: `path` is none of these, not whole, or holds links or paths that lead out of it; the classes of
+            folders are ambiguous; or the labels don't belong to the images.
     """
     refuse_url(path)
     if labels is not None:
@@ -38,12 +40,24 @@ def imagenet_sources(path: Path, labels: Path | None = None) -> dict[str, Source
     splits = {split: _class_folders(path / split) for split in ("train", "val") if (path / split).is_dir()}
     if not splits:
         raise UserError(f"{path} holds neither train/ nor val/: for other class folders use `convert folder`.")
-    return splits
+    if split == "train":
+        splits.pop("val", None)  # of which nothing is needed
+    found = {name: {label for label, _, _ in source.items} for name, source in splits.items()}
+    classes, val = found.get("train", found.get("val")), found.get("val", set())
+    if not val <= classes or ("train" not in found and len(val) == 1):
+        folders = ", ".join(sorted(val - found.get("train", set()))[:3])
+        raise UserError(
+            f"{path}/val has folders that are not classes ({folders}); use `convert imagenet {path}/val OUT --labels "
+            "FILE` for it, and --split train for the rest."
+        )
+    # the same numbers in both, also where val lacks a class
+    return {name: replace(source, classes=sorted(classes)) for name, source in splits.items()}
 
 
 def _train_source(path: Path) -> Source:
     """ILSVRC2012_img_train.tar: one tar per class inside a tar; only headers are read here."""
     left_out: list[tuple[str, str]] = []
+    classes: list[str] = []  # of the images, whatever folders lie inside a class tar
 
     def images() -> Iterator[tuple[str, tuple]]:
         with open_tar(path) as outer:
@@ -54,13 +68,15 @@ def _train_source(path: Path) -> Source:
                         file = outer.extractfile(class_tar)
                         with tarfile.open(fileobj=file, mode="r:", tarinfo=CheckedMember) as inner:
                             for image in image_members(inner, f"{path}:{class_tar.name}", left_out):
+                                classes.append(folder)
                                 yield f"{folder}/{image.name}", (class_tar.offset_data + image.offset_data, image.size)
                     except tarfile.TarError as error:
                         raise tarfile.ReadError(f"{class_tar.name} in it: {error}") from error
                 elif class_tar.name.endswith(".tar"):
                     left_out.append((class_tar.name, NOT_PLAIN))
 
-    items = _by_file_name(named(images()))
+    items = named(images(), "none")
+    items = _by_file_name([(label, key, address) for label, (_, key, address) in zip(classes, items, strict=True)])
     if not items:
         raise UserError(
             f"{path} holds no class tars: for the validation images give --labels, "
@@ -82,12 +98,14 @@ def _validation_source(path: Path, labels: Path) -> Source:
     left_out: list[tuple[str, str]] = []
     others: list[str] = []
     modified = array("q")
+    if inside := [name for name in ("train", "val") if (path / name).is_dir()]:  # numbers in other names would fit, too
+        raise UserError(f"{path} holds {inside[0]}/, not the validation images; pass {path}/val with --labels.")
     if path.is_dir():
-        items, read = named(files_below(path, left_out, modified)), FolderReader(path)
+        items, read = named(files_below(path, left_out, modified), "none"), FolderReader(path)
     else:
         with open_tar(path) as tar:
             images = image_members(tar, path, left_out, others)
-            items = named((member.name, (member.offset_data, member.size)) for member in images)
+            items = named(((member.name, (member.offset_data, member.size)) for member in images), "none")
         read = TarReader(path)
         modified.extend(modified_ns([path]))
     if not items and any(name.endswith(".tar") for name in others):
@@ -121,14 +139,22 @@ def validation_classes(labels: Path, keys: list[str]) -> list[str]:
     if labels.is_dir() or tarfile.is_tarfile(labels):
         return _numbered(labels, _devkit_classes(labels), keys)
     try:
-        rows = [line.split() for line in labels.read_text().splitlines() if line.strip()]
+        rows = [line.split() for line in labels.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise UserError(f"{labels} is neither a development kit nor a text of synsets: download it again.") from error
+    if numeric := next((row[-1] for row in rows if row[-1].isdigit()), ""):
+        raise UserError(
+            f"{labels} holds class numbers such as {numeric}, not WordNet ids; use the development kit, which says "
+            "what the numbers mean."
+        )
     if all(len(row) == 1 for row in rows):
         return _numbered(labels, [wnid for (wnid,) in rows], keys)
     if any(len(row) != 2 for row in rows):
         raise UserError(f"{labels} must hold one `<file name> <wnid>` or one `<wnid>` per line: correct it.")
-    by_name = {posixpath.splitext(posixpath.basename(name))[0]: wnid for name, wnid in rows}
+    by_name: dict[str, str] = {}
+    for name, wnid in rows:
+        if by_name.setdefault(posixpath.splitext(posixpath.basename(name))[0], wnid) != wnid:
+            raise UserError(f"{labels} names {name} twice, with different classes; remove the wrong line.")
     names = [posixpath.basename(key) for key in keys]
     if missing := [name for name in names if name not in by_name]:
         raise UserError(f"{labels} lacks {len(missing)} images, the first {missing[0]}: add them.")
@@ -140,6 +166,10 @@ def _numbered(labels: Path, classes: list[str], keys: list[str]) -> list[str]:
     numbers = [int(digits[-1]) if (digits := re.findall(r"\d+", key)) else 0 for key in keys]
     if beyond := [key for key, number in zip(keys, numbers, strict=True) if not 1 <= number <= len(classes)]:
         raise UserError(f"{labels} names {len(classes)} images and {beyond[0]} is none of them: give the right labels.")
+    owners: dict[int, str] = {}
+    for key, number in zip(keys, numbers, strict=True):
+        if (other := owners.setdefault(number, key)) is not key:
+            raise UserError(f"{other} and {key} have the same number in {labels}; use labels by file name.")
     return [classes[number - 1] for number in numbers]
 
 
@@ -153,7 +183,13 @@ def _devkit_classes(devkit: Path) -> list[str]:
             if META in files:
                 wnids = read_synsets(files[META].read_bytes())
             else:
-                wnids = dict(enumerate(files["synsets.txt"].read_text().split(), start=1))
+                rows = [line.split() for line in files["synsets.txt"].read_text().splitlines() if line.strip()]
+                wnids = {number: wnid for number, (wnid,) in enumerate(rows, start=1)}
+                if list(wnids.values()) == sorted(wnids.values()):  # the devkit's numbers follow no alphabet
+                    raise UserError(
+                        f"synsets.txt in {devkit} is sorted, so it is not in the order of ILSVRC2012_ID that the class "
+                        f"numbers refer to; use ILSVRC2012_devkit_t12.tar.gz, which holds {META}."
+                    )
             return [wnids[int(number)] for number in files[GROUND_TRUTH].read_text().split()]
         except (struct.error, zlib.error, ValueError, KeyError, IndexError) as error:
             raise UserError(f"The class numbers in {devkit} can't be read ({error!r}): download it again.") from error

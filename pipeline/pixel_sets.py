@@ -71,6 +71,8 @@ def cifar_sources(path: Path) -> dict[str, Source]:
     meta, names_key, labels_key = CIFAR_META[kind]
     try:
         classes = [name.decode() for name in _load_pickle(files[meta])[names_key]]
+        if len(set(classes)) < len(classes):
+            raise ValueError("two classes of the same name")
         sources = {}
         for split, batches in CIFAR_BATCHES[kind].items():
             if missing := [name for name in batches if name not in files]:
@@ -112,6 +114,8 @@ def stl10_sources(path: Path) -> dict[str, Source]:
         classes = files["class_names.txt"].read_text(encoding="utf-8").split()
     except UnicodeDecodeError as error:
         raise UserError(f"The class_names.txt in {path} is damaged: download it again.") from error
+    if len(set(classes)) < len(classes):
+        raise UserError(f"The class_names.txt in {path} names a class twice: download it again.")
     sources = {}
     for split in (split for split, name in pixels.items() if name in files):
         count, rest = divmod(files[pixels[split]].stat().st_size, 3 * STL_SIDE**2)

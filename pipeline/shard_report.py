@@ -7,6 +7,7 @@ from typing import BinaryIO
 import numpy as np
 from fsspec.spec import AbstractFileSystem
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from errors import UserError
@@ -88,7 +89,9 @@ def _compare(
             hashed.drain()
             if (size is None or hashed.size == size) and hashed.digest.hexdigest() == sha256:
                 return []
-            damaged = [] if rows is None else [row["key"].decode() for row in rows if not _holds(file, row)]
+            damaged = (
+                [] if rows is None else [row["key"].decode(errors="replace") for row in rows if not _holds(file, row)]
+            )
     except FileNotFoundError:
         return [f"{name} is missing: copy it again."]
     except OSError as error:
@@ -137,7 +140,7 @@ def _figures(shards: ShardSet, encoded_bytes: int, unlabelled: int) -> Table:
     manifest = shards.manifest
     left_out = manifest.get("rejected", len(manifest.get("left_out", [])))
     counts = np.diff(shards.shard_starts)
-    table = Table("shard set", shards.root)
+    table = Table("shard set", escape(shards.root))
     for name, value in {
         "name": " ".join(filter(None, (manifest.get("name"), manifest.get("split")))),
         "images": f"{len(shards):,}, {unlabelled:,} of them without a class; {left_out:,} were left out",
@@ -148,7 +151,7 @@ def _figures(shards: ShardSet, encoded_bytes: int, unlabelled: int) -> Table:
         "index": "" if shards.index_root == shards.root else shards.index_root,
     }.items():
         if value:
-            table.add_row(name, value)
+            table.add_row(name, escape(value))
     return table
 
 
@@ -175,4 +178,4 @@ def _histogram(title: str, edges: np.ndarray, counts: np.ndarray) -> Table:
 
 def _add_bar(table: Table, name: str, count: int, counts: np.ndarray) -> None:
     bar = "█" * round(BAR * count / max(counts.max(), 1))
-    table.add_row(name, f"{count:,}", f"{count / max(counts.sum(), 1):6.1%} {bar}")
+    table.add_row(escape(name), f"{count:,}", f"{count / max(counts.sum(), 1):6.1%} {bar}")

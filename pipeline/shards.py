@@ -311,6 +311,7 @@ def split_roots(root: str, cache: ShardCache | None = None) -> list[str]:
 
 
 def main() -> None:
+    from pipeline.archives import add_image_extension, one_line
     from pipeline.shard_index import index_shards  # which build on this module
     from pipeline.shard_report import show, verify
 
@@ -319,12 +320,13 @@ def main() -> None:
     )
     parser.add_argument("command", choices=["index", "verify", "show"])
     parser.add_argument("root", help="folder or URL prefix that holds the tars, or their train/ and test/")
+    add_image_extension(parser)
     arguments = parser.parse_args()
     try:
         if arguments.command == "index":
-            shards = index_shards(arguments.root)
+            shards = index_shards(arguments.root, image_extension=arguments.image_extension)
             for refused in shards.manifest["left_out"]:
-                print(f"left out {refused['name']}: {refused['reason']}", file=sys.stderr)
+                print(f"left out {one_line(refused['name'])}: {refused['reason']}", file=sys.stderr)
             print(f"{len(shards)} images in {len(shards.manifest['shards'])} shards indexed.")
         elif problems := (verify if arguments.command == "verify" else show)(arguments.root):
             raise UserError("\n".join(problems))

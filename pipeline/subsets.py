@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from errors import UserError
-from pipeline.archives import is_image
+from pipeline.archives import clean_key, is_image
 from pipeline.philox import uniforms
 from pipeline.shards import ROWS, ShardSet
-from pipeline.sources import clean_key
 
 SUBSET_STREAM = 2**32 - 5  # of random numbers: apart from order, views, conversion and replacements
 
@@ -58,7 +57,7 @@ def keys_subset(shards: ShardSet, path: Path) -> np.ndarray:
         UserError: the text can't be read or is empty, or the shard set has not exactly one sample of each name.
     """
     try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]  # Windows marks UTF-8
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} can't be read ({error}): give a text with one key a line.") from error
     if not (wanted := np.array(sorted({_key(name).encode() for name in names if name}))).size:

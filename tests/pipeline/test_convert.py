@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -17,7 +18,7 @@ from pipeline.convert import ensure_textures
 from pipeline.imagenet import imagenet_sources
 from pipeline.shard_files import Sample, write_shard
 from pipeline.shards import open_shards, open_splits
-from pipeline.sources import folder_source, named
+from pipeline.sources import CLASS_LEVELS, folder_source, named, textures_source
 from pipeline.writer import write_split
 from tests.pipeline.image_sets import (
     ROOT,
@@ -93,6 +94,56 @@ def test_textures_of_another_version_are_rendered_anew(tmp_path, few_textures, m
         assert shards.manifest["name"] == f"textures-{textures.VERSION}"
 
 
+FOREIGN = ["a set", "a set of the textures' name", "tars without an index", "a damaged manifest", "tars at the top"]
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_textures_never_replace_data_of_the_user(tmp_path, few_textures, case):
+    """Rendered splits of another version are replaced; not even they are when the other split is not rendered."""
+    out, source = tmp_path / "out", write_folder(tmp_path / f"textures-{textures.VERSION + 1}", pictures())
+    ensure_textures(out)
+    manifest = out / "test" / "dataset.json"
+    manifest.write_text(manifest.read_text().replace(f'"textures-{textures.VERSION}"', '"textures-0"'))
+    shutil.rmtree(out / "train")
+    if case == "a set of the textures' name":
+        write_split(folder_source(source), out.parent / "other", "train")
+        os.replace(tmp_path / "other" / "train", out / "train")
+    elif case == "tars at the top":
+        write_tar(out / "mine.tar", pictures())
+    else:
+        write_split(folder_source(write_folder(tmp_path / "in", pictures())), tmp_path / "other", "train")
+        os.replace(tmp_path / "other" / "train", out / "train")
+        if case == "tars without an index":
+            (out / "train" / "dataset.json").unlink()
+        elif case == "a damaged manifest":
+            (out / "train" / "dataset.json").write_text('{"format"')
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    with pytest.raises(UserError, match=r"does not hold the built-in textures and is left as it is; use --data"):
+        ensure_textures(out)
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+
+
+def test_textures_leave_an_unfinished_conversion_of_the_user(tmp_path, few_textures):
+    source = folder_source(write_folder(tmp_path / "in", pictures()))
+    assert write_split(source, tmp_path / "out", "train", samples_per_shard=5, part=(1, 2)) is None
+    written = digests(tmp_path / "out" / ".train.partial" / "shards")
+    with pytest.raises(UserError, match="holds an unfinished conversion"):
+        ensure_textures(tmp_path / "out")
+    assert digests(tmp_path / "out" / ".train.partial" / "shards") == written
+    assert len(write_split(source, tmp_path / "out", "train", samples_per_shard=5)) == 12
+
+
+def test_textures_replace_what_another_version_left_unfinished(tmp_path, few_textures, monkeypatch):
+    """Killed while rendering, or between setting an outdated split aside and deleting it."""
+    write_split(textures_source("train"), tmp_path, "train", samples_per_shard=10, part=(1, 2))
+    write_split(textures_source("test"), tmp_path, "test")
+    os.replace(tmp_path / "test", tmp_path / ".test.outdated")
+    monkeypatch.setattr(textures, "VERSION", textures.VERSION + 1)
+    ensure_textures(tmp_path)
+    assert [len(shards) for shards in open_splits(str(tmp_path))] == [30, 10]
+    assert {path.name for path in tmp_path.iterdir()} <= {"train", "test", ".lock"}
+
+
 def test_the_same_bytes_twice(tmp_path):
     path = write_folder(tmp_path / "in", pictures())
     for out in "a", "b":
@@ -123,7 +174,13 @@ def test_unreadable_images_are_left_out_named_and_counted(tmp_path):
     assert shards.manifest["rejected"] == 7
     result = run_module("pipeline.convert", "folder", tmp_path / "in", tmp_path / "again", "--workers", "1")
     assert result.returncode == 0 and "12 images of 3 classes in 1 shards, 7 left out." in result.stdout
-    assert all(f"left out class_0/{name}," in result.stderr for name in reasons)
+    assert all(f"left out class_0/{name}: " in result.stderr for name in reasons)
+
+
+def test_names_of_several_lines_are_shown_on_one(tmp_path):
+    path = write_folder(tmp_path / "in", pictures() | {"class_0/a\n\x1b[31m,é.jpg": b"text"})
+    result = run_module("pipeline.convert", "folder", path, tmp_path / "out", "--workers", "1")
+    assert result.stderr == "left out class_0/a\\n\\x1b[31m,é: not an image, or its header is damaged\n"
 
 
 def test_images_in_no_folder_have_no_class(tmp_path):
@@ -136,12 +193,55 @@ def test_images_in_no_folder_have_no_class(tmp_path):
 def test_keys_have_no_dot_and_are_unique(tmp_path):
     content = next(iter(pictures().values()))
     names = ["a/x.1.jpg", "a/x_1.jpg", "b/a/x_1.jpg", "a/y.jpg", "a/y.JPEG", ".v/..z.jpg"]
-    shards = write_split(folder_source(write_folder(tmp_path / "in", dict.fromkeys(names, content))), tmp_path, "train")
+    path = write_folder(tmp_path / "in", dict.fromkeys(names, content))
+    shards = write_split(folder_source(path, "last"), tmp_path, "train")
     keys = [key.decode() for key in shards.index["key"]]
     assert len(set(keys)) == 6 and all("." not in key.rsplit("/", 1)[-1] for key in keys)
     twice = write_folder(tmp_path / "twice", dict.fromkeys(["a/x.jpg", "b/a/x.jpg", "b/a/x_jpg.jpg"], content))
     write_folder(twice, {"c/b/a/x.jpg": content})
-    assert len({key for _, key, _ in folder_source(twice).items}) == 4
+    for level in CLASS_LEVELS:
+        assert len({key for _, key, _ in folder_source(twice, level).items}) == 4
+
+
+NESTED = {  # folders of one image each -> the classes of the images by --class-level; None: refused
+    "classes": ("cat dog", {None: "cat dog", "first": "cat dog", "last": "cat dog"}),
+    "one folder below each class": ("cat/images dog/images", {None: "cat dog", "last": "images images"}),
+    "other folders below each class": ("cat/a dog/b", {None: "cat dog", "last": "a b"}),
+    "a folder around all": ("in/all/cat in/all/dog", {None: "cat dog", "first": "cat dog"}),
+    "splits": ("train/cat val/cat val/dog", {None: None, "first": "train val val", "last": "cat cat dog"}),
+    "a group of classes": ("a/cat a/dog", {None: "cat dog"}),
+    "groups of classes": ("a/cat b/car a/dog", {None: None, "last": "cat car dog"}),
+    "two depths": ("cat dog dog/more", {None: None, "first": "cat dog dog"}),
+    "two depths of one class": ("cat cat/more", {None: None, "first": "cat cat"}),
+}
+
+
+@pytest.mark.parametrize("case", NESTED)
+@pytest.mark.parametrize("form", ["folder", "tar"])
+def test_classes_of_nested_folders(tmp_path, case, form):
+    """The class is the folder below what all images share; where that is one of several readings, the user chooses."""
+    folders, expected = NESTED[case]
+    content = next(iter(pictures().values()))
+    files = {f"{folder}/{n}.jpg": content for n, folder in enumerate(folders.split())}
+    files |= {"top.jpg": content, "cat/._0.jpg": b"macOS's metadata of 0.jpg"}
+    path = write_folder(tmp_path / "in", files) if form == "folder" else write_tar(tmp_path / "in.tar", files)
+    for level, labels in expected.items():
+        if labels is None:
+            with pytest.raises(UserError, match=r"Images lie in \S+ and in \S+, so their class is ambiguous; use"):
+                folder_source(path, level)
+        else:
+            items = {key.rpartition("/")[2]: label for label, key, _ in folder_source(path, level).items}
+            assert items.pop("top") is None and [items[str(n)] for n in range(len(items))] == labels.split()
+    assert {label for label, _, _ in folder_source(path, "none").items} == {None}
+
+
+def test_the_level_of_the_classes_is_an_option(tmp_path):
+    content = next(iter(pictures().values()))
+    path = write_folder(tmp_path / "in", dict.fromkeys(["train/cat/0.jpg", "val/dog/1.jpg", "val/cat/2.jpg"], content))
+    result = run_module("pipeline.convert", "folder", path, tmp_path / "out")
+    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1 and "--class-level" in result.stderr
+    result = run_module("pipeline.convert", "folder", path, tmp_path / "out", "--class-level", "last", "--workers", "1")
+    assert result.returncode == 0 and "3 images of 2 classes" in result.stdout, result.stderr
 
 
 def test_a_second_split_gets_the_same_class_numbers(tmp_path):

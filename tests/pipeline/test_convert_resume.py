@@ -85,8 +85,8 @@ class Slow:
 if __name__ == "__main__":  # main(), but slow at the image AT, or hanging at the last rename
     at, seconds = sys.argv.pop(1), float(sys.argv.pop(1))
     folder_source, rename = convert.folder_source, os.replace
-    def slow_source(path):
-        source = folder_source(path)
+    def slow_source(*arguments):
+        source = folder_source(*arguments)
         return replace(source, read=Slow(source.read, at, seconds))
     convert.folder_source = slow_source
     if at == "rename":

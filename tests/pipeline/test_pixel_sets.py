@@ -115,6 +115,7 @@ def test_damaged_cifar(tmp_path):
         "one label too many": {batch: cifar_pickle({b"data": row, b"labels": [1, 2]})},
         "floats": {batch: pickle.dumps(floats)},
         "empty": {meta: b""},
+        "a name twice": {meta: cifar_pickle({b"label_names": [b"cat"] * 10})},
     }
     for name, change in changes.items():
         with pytest.raises(UserError, match=r"batches in .* are damaged|would run code"):
@@ -151,6 +152,9 @@ def test_damaged_stl10(tmp_path):
     for name, change in (changes | {"a label less": {labels: b"\1"}}).items():
         with pytest.raises(UserError, match=r"The train images and labels in .* don't belong together"):
             stl10_sources(write_folder(tmp_path / name, files | change))
+    names = files["stl10_binary/class_names.txt"].replace(b"dog", b"cat")
+    with pytest.raises(UserError, match="names a class twice"):
+        stl10_sources(write_folder(tmp_path / "twice", files | {"stl10_binary/class_names.txt": names}))
     with pytest.raises(UserError, match="is not the binary version of STL-10"):
         stl10_sources(write_folder(tmp_path / "other", {"a.txt": b""}))
 

@@ -14,9 +14,11 @@ import pytest
 
 from errors import UserError
 from pipeline.shard_index import index_shards
-from pipeline.shard_report import summarise, verify_shards
+from pipeline.shard_report import show, summarise, verify_shards
 from pipeline.shards import main, open_shards, open_splits
-from tests.pipeline.image_sets import contents, read_by_webdataset, run_module, with_manifest
+from pipeline.sources import webdataset_source
+from pipeline.writer import write_split
+from tests.pipeline.image_sets import contents, pictures, read_by_webdataset, run_module, with_manifest, write_tar
 from tests.pipeline.reference_views import decode
 
 
@@ -167,7 +169,29 @@ def test_a_damaged_manifest_is_made_anew(original, tmp_path, damage):
     assert shards.manifest["made_by"] and isinstance(shards.manifest["name"], str)
 
 
-def test_indexing_that_is_interrupted_leaves_no_shard_set(copy, monkeypatch):
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"format": "streamclr-shards-1", "shards": [{"file": []}, 5]}'])
+def test_a_manifest_that_is_nonsense_is_made_anew(copy, text):
+    (copy / "dataset.json").write_text(text)
+    assert index_shards(str(copy)).classes == ["0", "1", "2"]
+
+
+def test_names_in_brackets_are_shown_as_they_are(tmp_path, capsys, monkeypatch):
+    """rich takes them for markup."""
+    monkeypatch.setenv("COLUMNS", "300")  # so that no line is wrapped
+    image = pictures()["class_0/image_0.jpg"]
+    files = {
+        f"{number}.{kind}": content
+        for number in (0, 1)
+        for kind, content in (("jpg", image), ("cls", b"[/%d]" % number))
+    }
+    write_split(webdataset_source(write_tar(tmp_path / "[bold].tar", files)), tmp_path / "[red]", "train")
+    assert show(str(tmp_path / "[red]")) == []
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("[/0]", "[/1]", "[bold] train", "[red]"))
+
+
+def test_first_indexing_that_is_interrupted_leaves_no_shard_set(copy, monkeypatch):
+    (copy / "dataset.json").unlink()
     monkeypatch.setattr("pipeline.shard_index.write_manifest", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         index_shards(str(copy))

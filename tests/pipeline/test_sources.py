@@ -2,6 +2,7 @@
 
 import io
 import os
+import sys
 import tarfile
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import webdataset
 
 from errors import UserError
+from pipeline.archives import LONGEST_NAME
 from pipeline.imagenet import imagenet_sources
 from pipeline.images import DecodeError, decode, inspect
 from pipeline.pixel_sets import cifar_sources, stl10_sources
@@ -57,6 +59,21 @@ def test_webdataset_tars_are_sharded_anew(tmp_path):
     assert contents(again) == contents(shards)
 
 
+def test_class_names_of_our_own_shards_are_kept(tmp_path):
+    """By a conversion of one tar, too, and next to a class that is not in the manifest; two of one name are refused."""
+    write_split(folder_source(write_folder(tmp_path / "in", pictures())), tmp_path, "train")
+    root, image = tmp_path / "train", pictures()["class_0/image_0.jpg"]
+    assert webdataset_source(root / "train-000000.tar").classes == ["class_0", "class_1", "class_2"]
+    foreign = write_tar(root / "foreign.tar", {"x.jpg": image, "x.cls": b"3"})
+    assert webdataset_source(foreign).classes == ["0", "1", "2", "3"]
+    assert webdataset_source(root).classes == ["class_0", "class_1", "class_2", "3"]
+    assert index_shards(str(root)).classes == ["class_0", "class_1", "class_2", "3"]
+    manifest = root / "dataset.json"
+    manifest.write_text(manifest.read_text().replace('"class_1"', '"class_2"'))
+    with pytest.raises(UserError, match=r"dataset.json names two classes class_2; rename one of them"):
+        webdataset_source(root)
+
+
 def test_webdataset_names_and_repeated_keys(tmp_path):
     image = pictures()["class_0/image_0.jpg"]
     for number, name in enumerate(("owl", "cat")):
@@ -64,7 +81,7 @@ def test_webdataset_names_and_repeated_keys(tmp_path):
     source = webdataset_source(tmp_path / "in")
     assert [(label, key) for label, key, _ in source.items] == [("owl", "0/000"), ("cat", "1/000")]
     assert source.classes == ["cat", "owl"]
-    write_tar(tmp_path / "twice.tar", {"a.jpg": image, "b.jpg": image, "./a.png": image})
+    write_tar(tmp_path / "twice.tar", {"a.jpg": image, "b.jpg": image, "./a.jpg": image})
     with pytest.raises(UserError, match="holds the key a twice"):
         webdataset_source(tmp_path / "twice.tar")
     with pytest.raises(UserError, match=r"There is no \.tar in"):
@@ -214,6 +231,22 @@ def test_links_in_a_folder_are_followed_but_not_in_circles(tmp_path):
     source = folder_source(subset)
     assert [key for _, key, _ in source.items] == ["dog/2", "owl/0"]
     assert source.left_out == [("dog/3.jpg", "a link that leads nowhere, or not a plain file")]
+
+
+def test_folders_that_are_too_deep_and_links_to_themselves_are_left_out(tmp_path, monkeypatch):
+    """Neither the limit of recursion nor that of links ends the listing."""
+    assert sys.getrecursionlimit() > LONGEST_NAME // 2 + 300  # the deepest path consists of names of one letter
+    monkeypatch.setattr("pipeline.archives.LONGEST_NAME", 100)
+    image = pictures()["class_0/image_0.jpg"]
+    path = write_folder(tmp_path / "in", {"a/x.jpg": image, "d/" * 60 + "x.jpg": image})
+    for name in "loop.jpg", "loop", "text":
+        os.symlink(name, path / name)
+    source = folder_source(path)
+    assert [key for _, key, _ in source.items] == ["a/x"]
+    assert source.left_out == [
+        ("d/" * 40 + "...", "its name is longer than 1024 bytes"),
+        ("loop.jpg", "a link that leads nowhere, or not a plain file"),
+    ]
 
 
 def test_a_name_that_is_not_utf8(tmp_path):

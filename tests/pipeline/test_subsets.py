@@ -85,6 +85,8 @@ def test_a_published_list_of_names(imagenet, tmp_path):
     subset = keys_subset(imagenet, tmp_path / "list.txt")
     assert (np.diff(subset) > 0).all()
     assert {key.decode() for key in imagenet.index["key"][subset]} == {"n01440760_10183", "n01440762_10185"}
+    (tmp_path / "windows.txt").write_bytes(b"\xef\xbb\xbfn01440760_10183.JPEG\r\nn01440762_10185\r\n")
+    assert np.array_equal(keys_subset(imagenet, tmp_path / "windows.txt"), subset)
 
 
 def test_names_are_matched_as_the_converter_stores_them(tmp_path):
