@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,9 +17,11 @@ from safetensors.torch import load_file, save_file
 
 import evaluate
 import presets
+from errors import UserError
 from evaluation import linear
 from evaluation.intervals import wilson
 from evaluation.knn import knn_top1
+from evaluation.options import Linear
 from model import create_encoder, encoder_spec, load_encoder, save_encoder
 from pipeline import textures
 from pipeline.loader import central_batches
@@ -447,3 +450,14 @@ def test_help_names_commands_and_options(run_here, capsys):
     assert stopped.value.code == 0
     for option in ("--data", "--size", "--protocol", "--seeds", "--no-cache", "--data.workers"):
         assert option in shown
+
+
+def test_fewer_labeled_images_than_processes_are_refused(monkeypatch):
+    monkeypatch.setattr(evaluate, "features_of", lambda *_: None)
+    parts = SimpleNamespace(
+        splits={"train": None, "test": None},
+        samples={"train": np.arange(3)},
+        accelerator=SimpleNamespace(num_processes=4),
+    )
+    with pytest.raises(UserError, match="3 labeled training images does not divide among 4 processes"):
+        evaluate.linear_simclr(parts, Linear("run", protocol="simclr"))
