@@ -67,7 +67,7 @@ def run_here(monkeypatch, capsys):
         monkeypatch.setattr(evaluate, "available_cores", lambda: 1)  # threads would only wait for each other
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
         evaluate.main()
-        return capsys.readouterr().out.replace("\n", " ")
+        return " ".join(capsys.readouterr().out.split())  # wherever the terminal's width has broken it
 
     yield run
     AcceleratorState._reset_state(reset_partial_state=True)
