@@ -14,27 +14,32 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import sha256
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+import model
+import pipeline
 from engine.processes import ending_together
 from errors import UserError
 from evaluation.cache import feature_name, load_features, save_features
 from evaluation.features import embed
-from evaluation.knn import knn_hits
+from evaluation.files import aside, save_tensors
+from evaluation.knn import check_k, knn_hits
 from evaluation.linear import L2_PATH, fast_protocol
 from evaluation.options import Embed, Knn, Linear, parse
 from evaluation.report import over_seeds, scores, scores_table
@@ -73,6 +78,11 @@ class Parts:
     """Where features are stored."""
     record: dict[str, Any]
     """What is written in the end."""
+
+    @property
+    def tolerant_loading(self) -> dict[str, Any]:
+        """`loading` without the limit on bad images, which a rank would apply to its own share of the images alone."""
+        return self.loading | {"max_bad": 1.0}
 
     @property
     def device(self) -> torch.device:
@@ -115,10 +125,10 @@ def judge(options: Knn | Linear | Embed) -> None:
     else:
         samples = labelled_samples(splits)
     command = type(options).__name__.lower() + (f"-{options.protocol}" if isinstance(options, Linear) else "")
+    if isinstance(options, Knn):
+        check_k(options.k or (subject.k,), len(next(iter(samples.values()))))
     out = Path(options.out) if options.out else subject.folder / "evaluation" / f"{command}.json"
-    if out.resolve() == subject.encoder.resolve():
-        raise UserError(f"--out {out} is the encoder itself: give another file.")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    prepare_out(out)
     backend = choose_backend(options.loading.backend, device)
     loading = {"device": device, "backend": backend, "workers": options.loading.workers or cores}
     loading |= {"max_bad": options.loading.max_bad, "cache": shard_cache}
@@ -127,8 +137,11 @@ def judge(options: Knn | Linear | Embed) -> None:
     # ---- and how
     made_by = {"encoder_sha256": digest_of(subject.encoder), "precision": "bf16" if bf16 else "fp32"}
     made_by |= {"size": views.size, "mean": views.mean, "std": views.std, "device": device.type, "backend": backend}
+    made_by |= {"code_sha256": digest_of_code(), "torch": torch.__version__, "timm": timm.__version__}
+    decoder = import_module({"host": "cv2", "dali": "nvidia.dali", "kornia": "kornia"}[backend])
+    made_by |= {decoder.__name__: decoder.__version__}
     record = {"what": command, "arguments": sys.argv[1:], "options": asdict(options), **made_by}
-    record |= {"encoder": str(subject.encoder), "processes": accelerator.num_processes, "torch": torch.__version__}
+    record |= {"encoder": str(subject.encoder), "processes": accelerator.num_processes}
     with feature_folder(options.cache) as folder:
         parts = Parts(accelerator, represent, width, views, splits, samples, loading, made_by, folder, record)
         if isinstance(options, Embed):
@@ -184,6 +197,11 @@ def linear_simclr(parts: Parts, options: Linear) -> list[dict[str, Any]] | None:
     tested = features_of(parts, test)
     world_size = parts.accelerator.num_processes
     batch_size = min(options.batch_size, len(parts.samples[train])) // world_size * world_size
+    if not batch_size:
+        raise UserError(
+            f"A batch of at most {options.batch_size} of {len(parts.samples[train])} labeled training images does not "
+            f"divide among {world_size} processes: use fewer processes or a larger --batch-size."
+        )
     recipe = replace(parts.views, jitter_p=0.0, gray_p=0.0, blur_p=0.0)  # what is left is crop and flip
     parts.record.update({"batch_size": batch_size, "lr": 0.1 * batch_size / 256, "crop_area": recipe.crop_area})
     probes, results = [], []
@@ -210,10 +228,17 @@ def linear_simclr(parts: Parts, options: Linear) -> list[dict[str, Any]] | None:
                 epochs=options.epochs,
                 mean_over_ranks=partial(parts.accelerator.reduce, reduction="mean"),
             )
-            for loss in epoch_losses:
-                last_loss = loss
-                advance(1)
-            loader.close()
+            try:
+                for loss in epoch_losses:
+                    last_loss = loss
+                    advance(1)
+            finally:
+                loader.close()
+            if not last_loss.isfinite():
+                raise UserError(
+                    f"The training of the classifier diverged (seed {seed}, mean loss {last_loss.item()} in the last "
+                    "epoch): use a smaller --batch-size, which lowers the learning rate, or --precision fp32."
+                )
             probes.append(probe)
             results.append({"seed": seed, "steps": options.epochs * len(loader), "train_loss": last_loss.item()})
     if not parts.is_main:
@@ -235,7 +260,7 @@ def write_features(parts: Parts, out: Path) -> None:
         for name, tensor in zip(("features", "label", "index"), each, strict=True)
     }
     about = {"record": json.dumps(parts.record)}
-    replace_file(out, lambda path: save_file(tensors, path, about))
+    replace_file(out, lambda path: save_tensors(tensors, path, about))
     console.print(f"written: {out}")
 
 
@@ -249,16 +274,19 @@ def features_of(parts: Parts, name: str, with_index: bool = False) -> tuple[Tens
     made_from["samples"] = sha256(samples.astype("<i8").tobytes()).hexdigest()
     path = parts.folder / feature_name(made_from)
     found = load_features(path) if parts.is_main else None
+    if found and can_be_read_by_now(parts, name, found[1]):
+        found = None
     # the main process decides: others may have another disk, or look a moment later
     stored = accelerator.reduce(torch.tensor(float(found is not None), device=parts.device), "sum").item() > 0
     begun = time.monotonic()
     if not stored:
-        batches = partial(central_batches, split, parts.views, batch_size=EMBEDDED_AT_ONCE, **parts.loading)
+        batches = partial(central_batches, split, parts.views, batch_size=EMBEDDED_AT_ONCE, **parts.tolerant_loading)
         rank, world_size = accelerator.process_index, accelerator.num_processes
         with progress_bar(f"embedding {name}", len(samples), parts.is_main) as advance:
-            embedded = counted(embed(parts.represent, batches, samples, accelerator.gather, rank, world_size), advance)
+            embedded = embed(parts.represent, batches, samples, accelerator.gather, rank, world_size)
+            embedded = counted(embedded, parts, name, advance)
             if parts.is_main:
-                save_features(path, embedded, len(samples), made_from)
+                save_features(path, embedded, made_from)
                 found = load_features(path)
             else:
                 for _ in embedded:
@@ -266,6 +294,7 @@ def features_of(parts: Parts, name: str, with_index: bool = False) -> tuple[Tens
     if not parts.is_main:
         return None
     features, index = found
+    check_left_out(parts, name, len(samples) - len(index))
     about = {"root": split.root, "sha256": made_from["shards"], "images": len(index), "from_cache": stored}
     about["left_out"] = len(samples) - len(index)
     if stored:
@@ -281,12 +310,58 @@ def features_of(parts: Parts, name: str, with_index: bool = False) -> tuple[Tens
     return (features, label, index) if with_index else (features, label)
 
 
+def check_left_out(parts: Parts, name: str, left_out: int) -> None:
+    """Refuse a split of which more images can't be used than the options allow.
+
+    Raises:
+        UserError: they are too many.
+    """
+    split, total, max_bad = parts.splits[name], len(parts.samples[name]), parts.loading["max_bad"]
+    if left_out > max_bad * total:
+        raise UserError(
+            f"{left_out} of {total} images of {split.root} can't be read, listed in {parts.loading['quarantine']}, "
+            f"more than --data.max-bad {max_bad:g} allows: check the shards with `python -m pipeline.shards verify "
+            f"{split.root}` or allow more."
+        )
+
+
+def can_be_read_by_now(parts: Parts, name: str, index: Tensor) -> bool:
+    """Whether any image is usable that was left out when the features of the samples `index` were stored.
+
+    The cause may have passed, such as a failing network, or a shard may have been repaired; its recorded checksum, by
+    which the features are found, is the same. Images that still fail are listed in this command's quarantine file.
+    """
+    samples = parts.samples[name]
+    missing = np.setdiff1d(samples, index.numpy())
+    if not len(missing):
+        return False
+    # as many good ones with them: what takes the place of a bad image is drawn from all of these
+    tried = np.union1d(missing, index[: max(len(missing), EMBEDDED_AT_ONCE)].numpy())
+    batches = central_batches(
+        parts.splits[name], parts.views, tried, batch_size=EMBEDDED_AT_ONCE, **parts.tolerant_loading
+    )
+    begin = 0
+    with suppress(UserError), closing(batches):  # the shards may be out of reach while their features are stored
+        for batch in batches:
+            due = tried[begin : begin + len(batch.index)]
+            begin += len(due)
+            if np.isin(due[batch.index.numpy() == due], missing).any():
+                return True
+    return False
+
+
 def width_of(encoder: nn.Module, size: int) -> int:
     """Width of h for views of `size` pixels."""
     try:
         return representation_width(encoder, size)
     except UserError as error:
         raise UserError(f"The encoder can't take views of {size} px: give another --size.") from error
+
+
+def digest_of_code() -> str:
+    """Checksum of the code that decides the features besides the encoder: how images are read and encoded."""
+    files = sorted(path for package in (pipeline, model) for path in Path(package.__file__).parent.glob("*.py"))
+    return sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def named_splits(train: ShardSet, test: ShardSet | None) -> dict[str, ShardSet]:
@@ -329,9 +404,41 @@ def feature_folder(kept: bool) -> Iterator[Path]:
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Written aside and renamed, so that whoever finds the file finds all of it."""
-    unfinished = path.with_name(f"{path.name}.partial")
-    write(unfinished)
-    unfinished.replace(path)
+    with aside(path) as unfinished:
+        write(unfinished)
+
+
+def prepare_out(out: Path) -> None:
+    """Create the folder of the result, before anything is computed.
+
+    Raises:
+        UserError: the result can't be written there, or would replace a file that is not an earlier result.
+    """
+    if out.exists() and not is_result(out):
+        raise UserError(f"{out} exists and is not a result of evaluate.py: use another --out.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} can't be written ({error.strerror}): use another --out.") from error
+    if not os.access(out.parent, os.W_OK):
+        raise UserError(f"{out} can't be written, since {out.parent} is read-only: use another --out.")
+
+
+def is_result(path: Path) -> bool:
+    """Whether a file was written by an evaluation, or is empty, and so may be replaced."""
+    if not path.is_file():
+        return False
+    if path.stat().st_size == 0:
+        return True
+    try:
+        with safe_open(path, "pt") as file:
+            record = json.loads((file.metadata() or {})["record"])
+    except (SafetensorError, OSError, ValueError, KeyError):
+        try:
+            record = json.loads(path.read_text())
+        except (OSError, ValueError):
+            return False
+    return isinstance(record, dict) and {"what", "encoder_sha256"} <= record.keys()
 
 
 @contextmanager
@@ -343,9 +450,13 @@ def progress_bar(text: str, total: int, shown: bool) -> Iterator[Callable[[int],
         yield partial(progress.advance, task)
 
 
-def counted(batches: Iterable, advance: Callable[[int], None]) -> Iterator:
-    """`batches`, each of which advances the bar by its samples."""
-    for batch in batches:
+def counted(embedded: Iterable, parts: Parts, name: str, advance: Callable[[int], None]) -> Iterator:
+    """The batches of `embed`, each of which advances the bar by its samples; all ranks stop at too many bad images."""
+    due = kept = 0
+    for batch in embedded:
+        due = min(due + EMBEDDED_AT_ONCE * parts.accelerator.num_processes, len(parts.samples[name]))
+        kept += len(batch[0])
+        check_left_out(parts, name, due - kept)
         yield batch
         advance(len(batch[0]))
 

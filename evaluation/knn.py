@@ -39,8 +39,7 @@ def knn_hits(
     Raises:
         UserError: there are fewer than k bank features.
     """
-    if max(k) > len(bank):
-        raise UserError(f"{max(k)} neighbours can't vote among {len(bank)} training images: give a smaller --k.")
+    check_k(k, len(bank))
     hits = dict.fromkeys([(each, t) for each in k for t in temperature], (0, 0))
     bank_label = bank_label.to(device)
     for rows, (cosine, place) in nearest(bank, query, max(k), device):
@@ -51,6 +50,16 @@ def knn_hits(
             top1, top5 = hits[each, t]
             hits[each, t] = top1 + int((ahead < 1).sum()), top5 + int((ahead < top_n(classes)).sum())
     return hits
+
+
+def check_k(k: Sequence[int], bank: int) -> None:
+    """Refuse more neighbors than there are bank features.
+
+    Raises:
+        UserError: there are fewer than k.
+    """
+    if max(k) > bank:
+        raise UserError(f"{max(k)} neighbors can't vote among {bank} training images: use a smaller --k.")
 
 
 def knn_top1(
@@ -66,8 +75,10 @@ def knn_top1(
 
 
 def nearest(bank: Tensor, query: Tensor, k: int, device: torch.device) -> Iterator[tuple[slice, tuple[Tensor, Tensor]]]:
-    """The k bank features of highest cosine, in descending order; of equal ones that which comes first in the bank.
+    """The k bank features of highest cosine, in descending order; of equal cosines, the first in the bank.
 
+    A feature of zeros has cosine 0 with every other. Copies of one bank feature in different tiles may differ in the
+    last bit of their cosine, since the order of summation depends on the shape of the tile; that bit then decides.
     Only one tile of similarities exists at a time, and each query's best so far.
 
     Yields:
@@ -76,16 +87,26 @@ def nearest(bank: Tensor, query: Tensor, k: int, device: torch.device) -> Iterat
     query_blocks = [slice(first, first + QUERY_ROWS) for first in range(0, len(query), QUERY_ROWS)]
     best: list[Tensor | None] = [None] * len(query_blocks)
     for first in range(0, len(bank), BANK_ROWS):  # outermost, since the bank is what is large and may lie on the disk
-        block = normalize(bank[first : first + BANK_ROWS].to(device).float(), dim=1)
+        block = _unit(bank[first : first + BANK_ROWS].to(device).float())
         place = torch.arange(first, first + len(block), device=device)
         for number, rows in enumerate(query_blocks):
-            cosine = normalize(query[rows].to(device).float(), dim=1) @ block.T  # (m, n)
+            cosine = _unit(query[rows].to(device).float()) @ block.T  # (m, n)
             keys = _best_keys(cosine, place, min(k, len(block)))
             if best[number] is not None:
                 keys = torch.cat([best[number], keys], 1)
             best[number] = keys.topk(min(k, keys.shape[1]), dim=1).values
     for rows, keys in zip(query_blocks, best, strict=True):
         yield rows, _cosine_and_place(keys)
+
+
+def _unit(features: Tensor) -> Tensor:
+    """(n, D) rows of length 1; rows of zeros stay zero.
+
+    Each row is scaled by a power of two first, which is exact: the squares of very large or very small features would
+    leave the range of float32.
+    """
+    exponent = features.abs().amax(1, keepdim=True).frexp().exponent
+    return normalize(features.ldexp(-exponent), dim=1)
 
 
 def _best_keys(cosine: Tensor, place: Tensor, k: int) -> Tensor:

@@ -1,5 +1,6 @@
 """The command line of evaluate.py: one dataclass for each command."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -67,7 +68,7 @@ class Linear(Options):
     max_iterations: int = 1000
     """fast: of the solver, after which a fit is reported as not converged."""
     epochs: int = 90
-    """simclr: times that every training image is seen."""
+    """simclr: passes over the training images; what is left over after the last full batch is skipped."""
     batch_size: int = 4096
     """simclr: the global batch, at most all of the training images; the learning rate is 0.1 for every 256 of it."""
 
@@ -99,16 +100,21 @@ def _check(options: Options) -> None:
     """Refuse values that would fail later, where the cause is no longer plain."""
     smallest = {"data.workers": (options.loading.workers, 0), "data.max-bad": (options.loading.max_bad, 0)}
     smallest["data.cache-gb"] = (options.loading.cache_gb, 0)  # nor is nan at least 0
+    finite = {"data.cache-gb": (options.loading.cache_gb,), "mean": options.mean or (), "std": options.std or ()}
     if options.size is not None:
         smallest["size"] = (options.size, 8)
     if isinstance(options, Knn):
         smallest["k"] = (min(options.k, default=1), 1)
         smallest["temperature"] = (min(options.temperature, default=0), 0.001)
+        finite["temperature"] = options.temperature
     if isinstance(options, Linear):
         smallest |= {"seeds": (options.seeds, 1), "epochs": (options.epochs, 1), "batch-size": (options.batch_size, 1)}
         smallest["max-iterations"] = (options.max_iterations, 1)
         if not 0 < options.held_out < 1:
             raise UserError(f"--held-out is {options.held_out}: give a share between 0 and 1.")
+    for option, values in finite.items():  # first: whether nan is the least of several depends on their order
+        if not all(map(math.isfinite, values)):
+            raise UserError(f"--{option} is {' '.join(map(str, values))}: use finite numbers.")
     for option, (value, limit) in smallest.items():
         if not value >= limit:
             raise UserError(f"--{option} is {value}: give at least {limit}.")

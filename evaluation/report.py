@@ -85,7 +85,8 @@ def scores_table(record: dict[str, Any]) -> Table:
         low, high = result["top1_wilson_95"]
         unsolved = "" if result.get("converged", True) else " (not converged)"
         figures = (f"{result['top1']:.4f}{unsolved}", f"{low:.4f} to {high:.4f}", f"{result['top5']:.4f}")
-        table.add_row(*(f"{result[name]:.3g}" for name in settings), *figures)
+        shown = (f"{result[name]:.3g}" if isinstance(result[name], float) else str(result[name]) for name in settings)
+        table.add_row(*shown, *figures)
     if len(record["results"]) > 1 and "over_seeds" in record:
         means = [
             f"{of['mean']:.4f} ± {of['half_width_95']:.4f}" for of in map(record["over_seeds"].get, ("top1", "top5"))

@@ -85,7 +85,8 @@ def linear_top1(
     Args:
         train: (N, D) float. train_label: (N,) int64. test: (M, D). test_label: (M,).
     """
-    mean, scale = train.float().mean(0), train.float().std(0).clamp_min(1e-6)
+    mean = train.float().mean(0)
+    scale = train.float().std(0, correction=min(1, len(train) - 1)).clamp_min(1e-6)  # of one sample: 0, not NaN
     train, test = (train.float() - mean) / scale, (test.float() - mean) / scale
     batch_size = min(256, len(train))
     probe = nn.Linear(train.shape[1], int(train_label.max()) + 1, device=train.device)

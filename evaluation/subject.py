@@ -1,6 +1,7 @@
 """Which encoder is judged, and how it wants its images."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,14 @@ def _of_a_run(folder: Path, views: dict[str, Any], data: str) -> Subject:
         if not data and config.get("preset") != "textures":
             raise KeyError("data")
         k = config.get("eval", {}).get("k", 20)
+        if not isinstance(data, str):
+            raise ValueError(f"data is {data}")
+        for name, count in {"mean": 3, "std": 3, "crop_area": 2, "crop_aspect": 2}.items():
+            if len(found[name]) != count or not all(map(math.isfinite, found[name])):
+                raise ValueError(f"views.{name} is {found[name]}")
+        for name, number, least in (("views.size", found["size"], 8), ("eval.k", k, 1)):
+            if not isinstance(number, int) or number < least:
+                raise ValueError(f"{name} is {number}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{folder}/config.json is missing or lacks something ({error}): give {encoder} with --data --size --mean "

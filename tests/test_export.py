@@ -3,6 +3,10 @@
 import dataclasses
 import hashlib
 import json
+import os
+import resource
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -179,8 +183,30 @@ def test_the_card_of_a_run_that_has_seen_labels_says_so(tmp_path, kind, options,
 
 
 def test_a_card_keeps_no_secret_of_an_address():
-    assert data_sentence("s3://bucket/birds/train?key=secret", False).count("`train`") == 1
-    assert "secret" not in data_sentence("https://user:secret@host/birds?token=secret", True)
+    assert "shards `train`," in data_sentence({"data": "s3://bucket/birds/train?key=secret"})
+    for data in (
+        "https://user:secret@host/birds?token=secret",
+        "https://user:secret@host",
+        "https://secret@host/#secret",
+    ):
+        assert "secret" not in data_sentence({"data": data})
+    assert "shards `what?#`," in data_sentence({"data": "/home/secret?/what?#/"}), "a folder is no URL"
+    assert "shards `/`," in data_sentence({"data": "s3://bucket"})
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "without their labels."),
+        ({"labels": {"fraction": 1.0, "keys": ""}}, "with labels."),
+        ({"labels": {"fraction": 0.01, "keys": ""}}, "with labels of a share of 0.01."),
+        ({"labels": {"fraction": 1.0, "keys": "/secret/list"}}, "with labels of those that a list names."),
+        ({"labels": {"fraction": 1.0}, "teacher": "/t", "labelled_share": 0.0}, "those that the teacher learned from."),
+        ({"labels": {"fraction": 0.1}, "teacher": "/t", "labelled_share": 0.5}, "with labels of a share of 0.1."),
+    ],
+)
+def test_the_card_says_which_labels_were_used(options, said):
+    assert data_sentence({"data": "birds", **options}).endswith(said)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +218,7 @@ def test_a_card_keeps_no_secret_of_an_address():
         ("run", "taken.safetensors", "timm", "is there already"),
         ("run", "run", "huggingface", "is there already"),
         ("run", "deep/new.safetensors", "torchvision", "torchvision has no model for simclr_resnet18 with .*width"),
-        ("lone/encoder.safetensors", "deep/new", "huggingface", "no config.json of a run.*give the run folder"),
+        ("lone/encoder.safetensors", "deep/new", "huggingface", "no config.json of a run.*use the run folder"),
     ],
 )
 def test_what_cannot_be_exported_is_said_in_a_sentence(tmp_path, source, out, format, message):
@@ -207,16 +233,114 @@ def test_what_cannot_be_exported_is_said_in_a_sentence(tmp_path, source, out, fo
     assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "taken.safetensors").read_text() == "mine"
 
 
-def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
-    small_run(tmp_path / "run")
-
-    def fails(*_):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr("export.save_file", fails)
-    with pytest.raises(OSError, match="No space"):
-        export(Export(tmp_path / "run", tmp_path / "out", "huggingface"))
+@pytest.mark.parametrize("format", ["timm", "torchvision", "huggingface"])
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, format):
+    a_run(tmp_path / "run", model.encoder_spec("resnet18", 224), 224)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"can't be written .*large.*: free some space or use another place"):
+            export(Export(tmp_path / "run", tmp_path / "out.safetensors", format))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002])
+def test_exported_files_are_readable_as_far_as_the_umask_allows(tmp_path, umask):
+    a_run(tmp_path / "run", model.encoder_spec("resnet18", 224), 224)
+    before = os.umask(umask)
+    try:
+        for format in ("timm", "torchvision", "huggingface"):
+            export(Export(tmp_path / "run", tmp_path / "out" / f"{format}.safetensors", format))
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "out").rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path
+
+
+def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch):
+    small_run(tmp_path / "run")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for out in (".", "../here"):
+        with pytest.raises(UserError, match="is the current folder: use another place"):
+            export(Export(tmp_path / "run", Path(out), "huggingface"))
+    export(Export(Path("../run"), Path("new"), "huggingface"))
+    assert sorted(path.name for path in Path("new").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("views", "size", "32"),
+        ("views", "mean", [0.5, 0.5]),
+        ("views", "std", [0.5, 0.5, 0]),
+        (None, "views", None),
+        (None, "optim", 3),
+        (None, "start", None),
+        (None, "data", 7),
+    ],
+)
+def test_a_config_with_values_that_cannot_be(tmp_path, part, name, value):
+    small_run(tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    (config[part] if part else config)[name] = value
+    for text in (json.dumps(config), "[]", "\xff{"):
+        (tmp_path / "run" / "config.json").write_text(text, encoding="latin-1")
+        with pytest.raises(UserError, match=r"has no config\.json of a run"):
+            export(Export(tmp_path / "run", tmp_path / "out", "huggingface"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_files_of_a_run_cost_the_card_only_what_they_hold(tmp_path):
+    small_run(tmp_path / "run")
+    good = {"step": 10, "features": "trained", "knn_top1": 0.5, "linear_top1": float("nan")}
+    lines = [b"\xff{", b"3", b"null", b'{"features": 7}', json.dumps(good).encode(), b'{"cut']
+    (tmp_path / "run" / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    evaluation = tmp_path / "run" / "evaluation"
+    (evaluation / "folder.json").mkdir(parents=True)
+    records = {"null": {"results": None}, "number": {"results": 3}, "row": {"results": [3, {"top1": 0.25}]}, "list": []}
+    for name, record in records.items():
+        (evaluation / f"{name}.json").write_text(json.dumps(record))
+    (evaluation / "bytes.json").write_bytes(b"\xff\xfe")
+    export(Export(tmp_path / "run", tmp_path / "out", "huggingface"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| features | knn_top1 |\n|---|---|\n| trained | 0.5 |\n" in card
+    assert card.endswith("| evaluation | result |\n|---|---|\n| row | top1 0.25 |\n")
+
+
+def test_a_card_says_which_images_were_classified_and_what_did_not_converge(tmp_path):
+    small_run(tmp_path / "run")
+    (tmp_path / "run" / "evaluation").mkdir()
+    data = {"test": {"root": "/home/someone/birds/val", "images": 40}}
+    results = [{"seed": 0, "top1": 0.75, "converged": False}, {"seed": 1, "top1": 0.5, "converged": True}]
+    record = {"data": data, "results": results}
+    (tmp_path / "run" / "evaluation" / "linear-fast.json").write_text(json.dumps(record))
+    export(Export(tmp_path / "run", tmp_path / "out", "huggingface"))
+    tables = [line for line in (tmp_path / "out" / "README.md").read_text().splitlines() if line.startswith("|")]
+    assert tables[-2:] == [
+        "| linear-fast on 40 images of birds/val, not converged | seed 0, top1 0.75 |",
+        "| linear-fast on 40 images of birds/val | seed 1, top1 0.5 |",
+    ]
+
+
+def test_names_are_no_markup_and_no_code(tmp_path):
+    small_run(tmp_path / "run", data="/data/`x` | <b>", preset="a|b\n# c")
+    (tmp_path / "run" / "evaluation").mkdir()
+    (tmp_path / "run" / "evaluation" / "a | <script>.json").write_text('{"to|p": 1}')
+    name = 'my "<b>" [x](y) *ü*'
+    export(Export(tmp_path / "run", tmp_path / name, "huggingface"))
+    card = (tmp_path / name / "README.md").read_text(encoding="utf-8")
+    assert '\n# my "\\<b\\>" [x]\\(y) \\*ü\\*\n' in card
+    assert "| preset | a\\|b # c |\n" in card and "shards `'x' | <b>`," in card
+    assert "| a \\| \\<script\\> | to\\|p 1 |" in card
+    (call,) = (line for line in card.splitlines() if line.startswith("encoder = "))
+    calls = []
+    encoder = SimpleNamespace(eval=lambda: None)
+    scope = {"timm": SimpleNamespace(create_model=lambda place, **_: calls.append(place) or encoder)}
+    exec(call, scope)
+    assert calls == [f"local-dir:{name}"]
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):

@@ -102,3 +102,9 @@ def test_scores_of_several_seeds_get_a_row_for_their_mean():
     shown = list(table.columns[2].cells)
     assert shown[:2] == ["0.6000 (not converged)", "0.7000"] and shown[3].startswith("0.7000 ± 0.24")
     assert scores_table(record | {"results": results[:1]}).row_count == 1
+
+
+def test_whole_numbers_are_shown_whole():
+    results = [{"k": 1234, "temperature": 0.07, **scores((6, 9), 10)}]
+    table = scores_table({"results": results, "classes": 10})
+    assert [next(iter(column.cells)) for column in table.columns[:2]] == ["1234", "0.07"]

@@ -123,10 +123,32 @@ def test_a_small_temperature_does_not_overflow():
 
 def test_more_neighbours_than_images_are_refused():
     bank = clusters(10, 0, 1.0)
-    with pytest.raises(UserError, match="11 neighbours can't vote among 10 training images"):
+    with pytest.raises(UserError, match="11 neighbors can't vote among 10 training images"):
         knn_hits(*bank, *bank, k=[3, 11], temperature=[0.1], classes=4, device=CPU)
 
 
 def test_of_equal_scores_the_lower_class_comes_first():
     scores = torch.tensor([[1.0, 3.0, 3.0, 0.0]]).repeat(4, 1)
     assert classes_ahead(scores, torch.arange(4)).tolist() == [2, 0, 1, 3]
+
+
+def test_scores_that_are_not_numbers_are_never_right():
+    nan = float("nan")
+    scores = torch.tensor([[nan, nan, nan], [1.0, nan, 0.0], [1.0, nan, 2.0], [2.0, nan, 1.0]])
+    assert classes_ahead(scores, torch.tensor([0, 1, 2, 0])).tolist() == [3, 3, 1, 1]
+    bank = clusters(20, 0, 1.0)
+    hits = knn_hits(*bank, *bank, k=[3], temperature=[nan], classes=4, device=CPU)
+    assert hits[3, nan] == (0, 0)
+
+
+@pytest.mark.parametrize("scale", [1e-42, 1e-20, 1e20, 1e37])
+def test_very_small_and_very_large_features_are_compared_by_direction(scale):
+    """Powers of two would be exact; these round once, and denormal numbers keep few digits."""
+    bank, query = clusters(60, 0, 0.3), clusters(50, 1, 0.3)
+    scaled = [(features * scale, label) for features, label in (bank, query)]
+    ((_, (cosine, _)),) = nearest(scaled[0][0], scaled[1][0], 60, CPU)
+    unit = [each[0].double() / each[0].double().norm(dim=1, keepdim=True) for each in scaled]
+    truth = (unit[1] @ unit[0].T).sort(dim=1, descending=True).values
+    eps = torch.finfo(torch.float32).eps
+    torch.testing.assert_close(cosine.double(), truth, rtol=0, atol=(16 + 4) * eps)  # lengths and sums of 16 terms
+    assert knn_top1(*scaled[0], *scaled[1], k=5) == knn_top1(*bank, *query, k=5) > 0.9

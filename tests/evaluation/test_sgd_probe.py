@@ -96,3 +96,11 @@ def test_linear_separates_what_is_separable_and_guesses_noise():
     noise = torch.randn(512, 16, generator=torch.Generator().manual_seed(3))
     assert linear_top1(noise, train[1], torch.randn(400, 16), torch.arange(400) % 4) < 0.4
     assert linear_top1(*train, *test, seed=1) == linear_top1(*train, *test, seed=1)
+
+
+def test_a_single_training_sample_makes_a_classifier_of_its_class():
+    train, test = clusters(4, 0, 0.3), clusters(42, 1, 0.3)
+    for place, label in enumerate(train[1].tolist()):
+        one = (train[0][place : place + 1], train[1][place : place + 1])
+        expected = (test[1] == label).float().mean().item()
+        assert linear_top1(*one, *test) == expected
