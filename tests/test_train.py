@@ -175,11 +175,14 @@ def test_two_ranks_equal_one_process(run_here, data, tmp_path):
     ("arguments", "message"),
     [
         (["--data", "nowhere"], "No shards at nowhere"),
-        (["--preset", "imagnet"], "no preset 'imagnet': choose one of textures, cifar10, stl10, imagenet"),
-        (["--preset", "cifar10"], "needs shards: give --data"),
-        (["--data", "DATA", "--batch-size", "16", "--encoder.name", "resnet19"], "timm has no encoder 'resnet19'"),
+        (["--preset", "imagnet"], "no preset 'imagnet' (did you mean imagenet?)"),
+        (["--preset", "cifar10"], "needs shards; use --data"),
+        (
+            ["--data", "DATA", "--batch-size", "16", "--encoder.name", "resnet19"],
+            "(did you mean resnet18, ",
+        ),
         (["--data", "DATA", "--batch-size", "81"], "larger than the data set"),
-        (["--data", "DATA", "--batch-size", "1"], "--batch-size is 1: give at least 2"),
+        (["--data", "DATA", "--batch-size", "1"], "--batch-size is 1; it must be at least 2"),
         (["--data", "DATA", "--epochs", "0"], "--epochs is 0"),
         (["--data", "DATA", "--loss.temperature", "0"], "--loss.temperature is 0.0"),
         (["--data", "DATA", "--loss.temperature", "nan"], "--loss.temperature is nan"),
