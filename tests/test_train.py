@@ -19,6 +19,7 @@ from accelerate.state import AcceleratorState, PartialState
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 
 import run
 import train
@@ -26,6 +27,7 @@ from engine.guard import CollapseWatch
 from loss import nt_xent
 from pipeline import textures
 from pipeline.convert import folder_source, write_split
+from pipeline.sources import Source
 from tests.small_sets import texture_shards
 
 ROOT = Path(__file__).parents[1]
@@ -126,7 +128,31 @@ def test_without_labels_or_test_split(run_here, tmp_path):
     write_split(folder_source(folder), tmp_path / "shards", "train")
     run_here("--data", tmp_path / "shards", "--out", tmp_path / "run", "--epochs", 1, *SMALL)
     assert (tmp_path / "run" / "encoder.safetensors").exists()
-    assert [row["probe_top1"] for row in rows(tmp_path / "run")] == [0.0]
+    assert [row["probe_top1"] for row in rows(tmp_path / "run")] == [None]
+
+
+def test_probe_top1_is_that_of_the_labelled_views(run_here, tmp_path):
+    """One image of 80 has a label: batches without it say nothing about the probe, rather than that it is wrong."""
+    items = [("cells" if number == 7 else None, f"{number:03d}", (0, "train", number)) for number in range(80)]
+    write_split(Source("mixed", items, textures.render), tmp_path / "shards", "train")
+    run_here("--data", tmp_path / "shards", "--out", tmp_path / "run", "--epochs", 1, *SMALL)
+    assert sorted(str(row["probe_top1"]) for row in rows(tmp_path / "run")) == ["1.0", *["None"] * 4]
+
+
+def test_slices_and_ranks_add_up_to_the_probe_of_the_whole_batch():
+    """Labels in one half of the batch alone, which is all that one of two ranks or slices sees."""
+    scores, label = torch.randn(16, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64), [0, 2, 1, -1]
+    label, scores = torch.tensor([*label, -1, -1, -1, -1]), scores.requires_grad_()
+    whole = train.probe_objective(scores, label, 8)
+    expected = nn.functional.cross_entropy(scores[[0, 1, 2, 8, 9, 10]], label[[0, 1, 2, 0, 1, 2]]) * 6 / 16
+    assert whole[0].item() == pytest.approx(expected.item(), rel=1e-6) and whole[2].item() == 6 / 16
+    parts = [(torch.cat([scores[part], scores[8:][part]]), label[part]) for part in (slice(0, 4), slice(4, 8))]
+    in_slices = [train.probe_objective(*part, 8) for part in parts]
+    on_ranks = [train.probe_objective(*part, 4) for part in parts]
+    for value, first, second in zip(whole, *in_slices, strict=True):
+        assert (first + second).item() == pytest.approx(value.item(), rel=1e-6)
+    for value, first, second in zip(whole, *on_ranks, strict=True):
+        assert (first + second).item() / 2 == pytest.approx(value.item(), rel=1e-6)
 
 
 def test_two_ranks_equal_one_process(run_here, data, tmp_path):
@@ -286,6 +312,34 @@ def test_a_run_that_diverges_skips_steps_then_stops_and_names_them(run_here, dat
     loader_images = {key.decode() for name in (data / "train").glob("*.npy") for key in np.load(name)["key"]}
     assert listed["step"] == rows(out)[-1]["step"] + 1
     assert len(listed["images"]) == 16 and set(listed["images"]) <= loader_images
+
+
+def test_weights_that_are_not_finite_at_the_end_are_no_encoder(run_here, data, tmp_path):
+    """Fewer steps after the overflow than --max-skipped allows: the run ended as if all were well."""
+    explode = ["--optim.name", "sgd", "--optim.lr", "1e30", "--optim.warmup-epochs", "0", "--epochs", 1]
+    with pytest.raises(SystemExit, match=r"weights are not finite at the end .*; use a lower --optim\.lr"):
+        run_here("--data", data, "--out", tmp_path / "run", "--eval.no-baselines", *explode, *SMALL)
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("no room"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nSee the documentation."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+def test_out_of_memory_gets_one_sentence(run_here, data, monkeypatch, error):
+    def fail(config):
+        raise error
+
+    monkeypatch.setattr(train, "pretrain", fail)
+    with pytest.raises(SystemExit, match=r"^error: Out of memory \(.*\); use a smaller --batch-size, a --micro-batch"):
+        run_here("--data", data)
+    monkeypatch.setattr(train, "pretrain", lambda config: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        run_here("--data", data)
 
 
 def test_collapse_is_reported(run_here, data, tmp_path, monkeypatch, capsys):
