@@ -203,7 +203,7 @@ def check_same_run(config: Config, begun: dict[str, Any]) -> None:
         UserError: names every option that differs, with both values.
     """
     free = {"out", "resume", "data", "log_every", "loading", "eval", "checkpoint", "validate_every", "max_skipped"}
-    free |= {"precision"}  # what came of it is in the checkpoint by itself
+    free |= {"precision", "teacher"}  # the checkpoint holds what they led to: bf16 or not, the teacher's checksum
     now = json.loads(json.dumps(asdict(config)))  # tuples become lists, as in the file
     differing = [
         f"--{name.replace('_', '-')} {before} (now {after})"
@@ -212,7 +212,7 @@ def check_same_run(config: Config, begun: dict[str, Any]) -> None:
     ]
     if differing:
         raise UserError(
-            f"The run was begun with {', '.join(differing)}: go on with the same, or begin anew with another --out."
+            f"The run was started with {', '.join(differing)}; use the same values, or start again with another --out."
         )
 
 

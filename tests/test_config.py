@@ -2,12 +2,13 @@
 
 import dataclasses
 import importlib
+import json
 import math
 import re
 
 import pytest
 
-from config import LIMITS, Config, Distill, FineTune
+from config import LIMITS, Config, Distill, FineTune, check_same_run
 from errors import UserError
 from presets import PRESETS, images_of, option_names, parse
 from run import schedule
@@ -125,6 +126,15 @@ def test_a_run_folder_that_is_none(tmp_path):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(UserError, match="is not a run folder"):
             images_of(tmp_path)
+
+
+def test_a_teacher_that_moved_is_the_same_teacher(run_folder):
+    """Its path may change; a checksum of its weights is in the checkpoint."""
+    config = parse([*DISTILL[:-1], str(run_folder)])
+    begun = {**json.loads(json.dumps(dataclasses.asdict(config))), "teacher": "elsewhere"}
+    check_same_run(config, begun)
+    with pytest.raises(UserError, match=r"--temperature 3 \(now 0\.1\)"):
+        check_same_run(config, {**begun, "temperature": 3})
 
 
 # ---- the presets against their sources

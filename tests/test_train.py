@@ -139,6 +139,25 @@ def test_probe_top1_is_that_of_the_labelled_views(run_here, tmp_path):
     assert sorted(str(row["probe_top1"]) for row in rows(tmp_path / "run")) == ["1.0", *["None"] * 4]
 
 
+def test_the_probe_leaves_the_encoder_as_it_is(run_here, data, tmp_path):
+    """The same images with and without labels: probe or no probe, the same losses and gradients, bit for bit."""
+    shown = []
+    for name, labelled in (("with", True), ("without", False)):
+        items = [(f"{n % 3}" if labelled else None, f"{n:03d}", (0, "train", n)) for n in range(48)]
+        write_split(Source(name, items, textures.render), tmp_path / name / "shards", "train")
+        run_here("--data", tmp_path / name / "shards", "--out", tmp_path / name / "run", "--epochs", 1, *SMALL)
+        shown.append([(row["loss"], row["gradient_norm"]) for row in rows(tmp_path / name / "run")])
+    assert shown[0] == shown[1] and len(shown[0]) == 3
+
+
+def test_gradient_accumulation_is_refused(run_here, data, tmp_path, monkeypatch):
+    """Accelerate reads it from the environment and would divide the gradients by it, without accumulating any."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(SystemExit, match=r"Gradient accumulation would lose negatives .*use --micro-batch"):
+        run_here("--data", data, "--out", tmp_path / "run", *SMALL)
+    assert not (tmp_path / "run").exists()
+
+
 def test_slices_and_ranks_add_up_to_the_probe_of_the_whole_batch():
     """Labels in one half of the batch alone, which is all that one of two ranks or slices sees."""
     scores, label = torch.randn(16, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64), [0, 2, 1, -1]
