@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -102,6 +103,34 @@ def test_a_run_leaves_what_it_promises(run_here, data, tmp_path, capsys):
     printed = capsys.readouterr().out
     for expected in ("raw pixels", "untrained", "trained", "images/s", "waiting for data", "-bound: ", str(out)):
         assert expected in printed.replace("\n", "")
+
+
+def test_a_slow_loader_shows_as_data_wait(run_here, data, tmp_path, monkeypatch, capsys):
+    """Two rows of two steps and one of one; each batch comes 60 ms late, and each step takes 20 ms more."""
+    view_loader, nt_xent = train.view_loader, train.nt_xent
+
+    def slow_loader(*arguments, **options):
+        loader = view_loader(*arguments, **options)
+        batches = type(loader).__iter__
+        monkeypatch.setattr(type(loader), "__iter__", lambda self: (time.sleep(0.06) or b for b in batches(self)))
+        return loader
+
+    monkeypatch.setattr(train, "view_loader", slow_loader)
+    monkeypatch.setattr(train, "nt_xent", lambda *args, **options: time.sleep(0.02) or nt_xent(*args, **options))
+    options = ["--data", data, "--epochs", 1, "--eval.no-baselines", *SMALL, "--log-every", 2]
+    started = time.perf_counter()
+    run_here(*options, "--out", tmp_path / "run")
+    elapsed_ms = 1000 * (time.perf_counter() - started)
+    steps = [row for row in rows(tmp_path / "run") if "loss" in row]
+    assert [row["step"] for row in steps] == [2, 4, 5]
+    for row in steps:
+        assert 60 <= row["data_wait_ms"] <= row["step_ms"] - 20, "what is not waiting is the step"
+        assert row["images_per_s"] == pytest.approx(1000 * 16 / row["step_ms"], rel=1e-9), "of the global batch"
+    total = sum(number * row["step_ms"] for number, row in zip((2, 2, 1), steps, strict=True))
+    waited = sum(number * row["data_wait_ms"] for number, row in zip((2, 2, 1), steps, strict=True))
+    assert total <= elapsed_ms
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{5000 * 16 / total:,.0f} images/s, {waited / total:.1%} of the time waiting for data" in said
 
 
 def test_a_terminal_gets_a_bar_with_loss_speed_and_wait(run_here, data, tmp_path, monkeypatch):
