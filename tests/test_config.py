@@ -9,6 +9,7 @@ import re
 import pytest
 
 from config import LIMITS, Config, Distill, FineTune, check_same_run
+from engine.processes import ending_together
 from errors import UserError
 from presets import PRESETS, images_of, option_names, parse
 from run import schedule
@@ -67,6 +68,16 @@ def test_the_sentence_does_not_depend_on_the_terminal(force, monkeypatch):
         parse(["--optim.name", "LARS"])
     expected = "Invalid choice 'LARS' for argument '--optim.name'; expected one of ('lars', 'sgd', 'nesterov', 'adamw')"
     assert str(refused.value) == f"{expected}; see train.py pretrain --help."
+
+
+@pytest.mark.parametrize(
+    ("rank", "code"), [("0", "error: There is no option '--zzz'; see train.py pretrain --help."), ("1", 1)]
+)
+def test_one_of_several_ranks_says_what_is_wrong(rank, code, monkeypatch):
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as stopped, ending_together():
+        parse(["--zzz"])
+    assert stopped.value.code == code
 
 
 def test_help_is_still_help(capsys):
