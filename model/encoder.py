@@ -7,7 +7,6 @@ are timm models of their own, registered here as `simclr_resnet18` and so on: af
 `selective_kernels=True` it is an encoder of SimCLR v2 (arXiv 2006.10029, table 1).
 """
 
-import difflib
 import json
 from pathlib import Path
 
@@ -101,9 +100,9 @@ def encoder_spec(
         UserError: timm has no such model, or width, stem or selective kernels are not for it.
     """
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name.lower(), timm.list_models(), n=4)
-        hint = f" (did you mean {', '.join(close)}?)" if close else ""
-        raise UserError(f"timm has no encoder {name!r}{hint}; use one of `timm.list_models()`.")
+        close = timm.list_models(f"*{name.split('_')[0][:6]}*")[:4]
+        hint = f" (near it: {', '.join(close)})" if close else ""
+        raise UserError(f"timm has no encoder {name!r}{hint}: choose one of `timm.list_models()`.")
     if selective_kernels and name not in BOTTLENECKS:
         raise UserError(
             f"{name} has no selective kernels, which are for {', '.join(BOTTLENECKS)}: choose one of them or give "

@@ -253,7 +253,7 @@ def test_two_ranks_equal_one_process(run_here, data, tmp_path):
         (["--preset", "cifar10"], "needs shards; use --data"),
         (
             ["--data", "DATA", "--batch-size", "16", "--encoder.name", "resnet19"],
-            "(did you mean resnet18, ",
+            "timm has no encoder 'resnet19'",
         ),
         (["--data", "DATA", "--batch-size", "81"], "larger than the data set"),
         (["--data", "DATA", "--batch-size", "1"], "--batch-size is 1; it must be at least 2"),
