@@ -507,7 +507,7 @@ def main() -> None:
             sliced = ", a --micro-batch of fewer images" if isinstance(config, Config) else ""
             raise UserError(
                 f"Out of memory ({' '.join(str(error).split())[:200]}); use a smaller --batch-size{sliced}, smaller "
-                "views or a smaller encoder."
+                "views, or a smaller encoder or head."
             ) from error
 
 
