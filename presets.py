@@ -297,4 +297,4 @@ def images_of(run: Path) -> tuple[str, dict[str, Any]]:
         data, views = record["data"], record["views"]
         return data, {"size": views["size"], "mean": tuple(views["mean"]), "std": tuple(views["std"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run} is not a run folder: its config.json can't be read ({error!r}).") from error
+        raise UserError(f"{run} is not the folder of a run: its config.json can't be read ({error!r}).") from error

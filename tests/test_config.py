@@ -47,7 +47,7 @@ def run_folder(tmp_path):
         (["--out"], "Missing value for argument '--out'"),
         (["--resume", ""], "--resume is empty; use auto, none, or the path"),
         ([*FINE_TUNE, "--labels.fraction", "inf"], "--labels.fraction is inf; use a fraction above 0"),
-        (["finetune", "--start.run", "nowhere"], "nowhere is not a run folder"),
+        (["finetune", "--start.run", "nowhere"], "nowhere is not the folder of a run"),
     ],
 )
 def test_a_mistyped_command_line_gets_one_sentence(arguments, message, capsys):
@@ -135,7 +135,7 @@ def test_the_limits_themselves_are_taken(run_folder):
 def test_a_run_folder_that_is_none(tmp_path):
     for content in ("", "[]", "{}", '{"data": "", "views": {"size": 1, "mean": 5}}'):
         (tmp_path / "config.json").write_text(content)
-        with pytest.raises(UserError, match="is not a run folder"):
+        with pytest.raises(UserError, match="is not the folder of a run"):
             images_of(tmp_path)
 
 
