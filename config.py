@@ -203,7 +203,7 @@ def check_same_run(config: Config, begun: dict[str, Any]) -> None:
         UserError: names every option that differs, with both values.
     """
     free = {"out", "resume", "data", "log_every", "loading", "eval", "checkpoint", "validate_every", "max_skipped"}
-    free |= {"precision"}  # what came of it is in the checkpoint by itself
+    free |= {"precision", "teacher"}  # the checkpoint holds what they led to: bf16 or not, the teacher's checksum
     now = json.loads(json.dumps(asdict(config)))  # tuples become lists, as in the file
     differing = [
         f"--{name.replace('_', '-')} {before} (now {after})"
@@ -212,7 +212,7 @@ def check_same_run(config: Config, begun: dict[str, Any]) -> None:
     ]
     if differing:
         raise UserError(
-            f"The run was begun with {', '.join(differing)}: go on with the same, or begin anew with another --out."
+            f"The run was started with {', '.join(differing)}; use the same values, or start again with another --out."
         )
 
 
@@ -226,71 +226,81 @@ def _differences(name: str, before: Any, after: Any) -> list[tuple[str, Any, Any
     return [] if before == after else [(name, before, after)]
 
 
+MANY = 10**9
+"""Larger than any count that makes sense, and small enough for every library that it reaches."""
+LIMITS: dict[str, tuple[float, float]] = {
+    "epochs": (1, MANY),
+    "batch_size": (2, MANY),
+    "seed": (0, 2**32 - 1),
+    "micro_batch": (0, MANY),
+    "max_skipped": (0, MANY),
+    "log_every": (1, MANY),
+    "validate_every": (0, MANY),
+    "temperature": (0.001, 1000),
+    "labelled_share": (0, 1),
+    "loading.workers": (0, 1024),
+    "loading.prefetch": (1, 1024),
+    "loading.max_bad": (0, 1),
+    "loading.node_groups": (1, MANY),
+    "loading.cache_gb": (0, MANY),
+    "views.size": (8, 8192),
+    "encoder.width": (0.05, 32),
+    "head.hidden": (1, 2**17),
+    "head.out": (1, 2**17),
+    "loss.temperature": (0.001, 1000),
+    "start.from_layer": (0, MANY),
+    "optim.lr": (0, 1e30),
+    "optim.momentum": (0, 0.9999),
+    "optim.weight_decay": (0, 1000),
+    "optim.warmup_epochs": (0, MANY),
+    "eval.knn_every": (0, MANY),
+    "eval.k": (1, MANY),
+    "eval.max_bank": (1, MANY),
+    "checkpoint.every_steps": (0, MANY),
+    "checkpoint.every_minutes": (0, MANY),
+    "checkpoint.keep": (1, MANY),
+}
+"""Smallest and largest value of every number that an option takes; nan and infinity lie outside all of them."""
+
+
+def flag(field: str) -> str:
+    """The option that sets a field: "loading.max_bad" -> "--data.max-bad"."""
+    return "--" + field.replace("_", "-").replace("loading.", "data.")
+
+
 def check_values(config: Config | FineTune | Distill) -> None:
     """Refuse values that would fail later, where the cause is no longer plain."""
-    smallest = {
-        "epochs": 1,
-        "batch-size": 2,
-        "seed": 0,
-        "micro-batch": 0,
-        "max-skipped": 0,
-        "log-every": 1,
-        "validate-every": 0,
-        "temperature": 0.001,
-        "labelled-share": 0,
-        "loading.workers": 0,
-        "loading.prefetch": 1,
-        "loading.max-bad": 0,
-        "loading.node-groups": 1,
-        "loading.cache-gb": 0,
-        "views.size": 8,
-        "encoder.width": 0.05,
-        "head.hidden": 1,
-        "head.out": 1,
-        "loss.temperature": 0.001,
-        "start.from-layer": 0,
-        "optim.lr": 0,
-        "optim.momentum": 0,
-        "optim.weight-decay": 0,
-        "optim.warmup-epochs": 0,
-        "eval.knn-every": 0,
-        "eval.k": 1,
-        "eval.max-bank": 1,
-        "checkpoint.every-steps": 0,
-        "checkpoint.every-minutes": 0,
-        "checkpoint.keep": 1,
-    }
-    for option, limit in smallest.items():
+    for name, (smallest, largest) in LIMITS.items():
         value: Any = config
-        for name in option.replace("-", "_").split("."):
-            value = getattr(value, name, limit)  # not every kind of run has every option
-        if not value >= limit:
-            raise UserError(f"--{option.replace('loading.', 'data.')} is {value}: give at least {limit}.")
-    if config.seed >= 2**32:
-        raise UserError(f"--seed is {config.seed}: give one below {2**32}.")
-    if not math.isfinite(config.loading.cache_gb):
-        raise UserError(f"--data.cache-gb is {config.loading.cache_gb}: give the number of GB that shards may take.")
-    if not config.optim.momentum < 1 or (config.optim.name == "nesterov" and not config.optim.momentum):
-        raise UserError(f"--optim.momentum is {config.optim.momentum}: give one below 1, and above 0 for nesterov.")
-    if not min(config.views.std) > 0:
-        raise UserError(f"--views.std is {' '.join(map(str, config.views.std))}: give three numbers above 0.")
+        for part in name.split("."):
+            value = getattr(value, part, smallest)  # not every stage has every option
+        if not value >= smallest:
+            raise UserError(f"{flag(name)} is {value}; it must be at least {smallest}.")
+        if value > largest:
+            raise UserError(f"{flag(name)} is {value}; it must be at most {largest}.")
+    if not config.resume:
+        raise UserError("--resume is empty; use auto, none, or the path of a run folder or checkpoint.")
+    if config.optim.name == "nesterov" and not config.optim.momentum:
+        raise UserError("--optim.momentum is 0.0; it must be above 0 for nesterov.")
+    if not all(0 < std < math.inf for std in config.views.std):
+        raise UserError(f"--views.std is {' '.join(map(str, config.views.std))}; use three numbers above 0.")
     low, high = config.views.crop_area
     if not 0 < low <= high <= 1:
         raise UserError(
-            f"--views.crop-area is {low} {high}: give two shares of the image, 0 < smallest <= largest <= 1."
+            f"--views.crop-area is {low} {high}; use two fractions of the image, 0 < smallest <= largest <= 1."
         )
     if config.preset != "textures" and not config.data:
-        raise UserError(f"--preset {config.preset} needs shards: give --data, made by `python -m pipeline.convert`.")
+        raise UserError(
+            f"--preset {config.preset} needs shards; use --data with a set made by `python -m pipeline.convert`."
+        )
     if isinstance(config, FineTune | Distill) and not 0 < config.labels.fraction <= 1:
-        raise UserError(f"--labels.fraction is {config.labels.fraction}: give a share above 0 and at most 1.")
+        raise UserError(f"--labels.fraction is {config.labels.fraction}; use a fraction above 0 and at most 1.")
     if isinstance(config, FineTune | Distill) and config.start.from_layer and not config.start.run:
         raise UserError(
-            f"--start.from-layer is {config.start.from_layer}, but random weights have no projection head: give "
+            f"--start.from-layer is {config.start.from_layer}, but random weights have no projection head; use "
             "--start.run or --start.from-layer 0."
         )
     if isinstance(config, Distill) and not config.teacher:
-        raise UserError("There is no teacher: give --teacher, the run folder of a fine-tuning.")
+        raise UserError("There is no teacher; use --teacher with the run folder of a fine-tuning.")
     if isinstance(config, Distill) and not config.labelled_share and config.labels != Labels():
-        raise UserError("--labels are given but --labelled-share is 0, so none would be used: give it a weight.")
-    if isinstance(config, Distill) and not config.labelled_share <= 1:
-        raise UserError(f"--labelled-share is {config.labelled_share}: give a weight from 0 to 1.")
+        raise UserError("--labels are set but --labelled-share is 0, so they would not be used; set it above 0.")

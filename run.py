@@ -96,6 +96,11 @@ def begin(config: Common, name: str) -> Run:
         mixed_precision="no",  # the loop opens autocast itself, around the forward pass alone
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
+    if accelerator.gradient_accumulation_steps != 1:  # from the environment; it would divide every gradient
+        raise UserError(
+            "Gradient accumulation would lose negatives and is not supported; unset "
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS and use --micro-batch."
+        )
     device = accelerator.device
     cores = max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if device.type == "cpu":

@@ -29,7 +29,7 @@ from config import Common, Config, Distill, FineTune, Labels
 from engine import checkpoint
 from engine.gradcache import backward_in_slices, equal_slices
 from engine.guard import CollapseWatch
-from engine.metrics import MetricsFile, StepClock, communication_s, verdict
+from engine.metrics import MetricsFile, RunningMeans, StepClock, communication_s, verdict
 from engine.optim import create_optimizer, parameter_groups
 from engine.processes import ending_together
 from errors import UserError
@@ -108,19 +108,20 @@ def pretrain(config: Config) -> None:
         with run.autocast():
             return through(views)  # (2B, out), (2B, classes)
 
-    def backpropagate(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    def backpropagate(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         contrast = partial(nt_xent, temperature=config.loss.temperature, impl=config.loss.impl)
-        if not 0 < config.micro_batch < len(batch.label):
+        images = len(batch.label)
+        if not 0 < config.micro_batch < images:
             z, scores = encode(batch.views, model)
             loss = contrast(z)
-            probe_loss, probe_top1 = probe_objective(scores, batch.label, batch.label)
+            probe_loss, *probe = probe_objective(scores, batch.label, images)
             accelerator.backward(loss + probe_loss)
-            return loss, probe_top1
-        top1 = []
+            return loss, *probe
+        probes = []
 
         def probe_loss_of(scores: Tensor | None, part: slice) -> Tensor:
-            loss, share = probe_objective(scores, batch.label[part], batch.label)
-            top1.append(share)
+            loss, *probe = probe_objective(scores, batch.label[part], images)
+            probes.append(torch.stack(probe))
             return loss
 
         loss = backward_in_slices(
@@ -132,7 +133,7 @@ def pretrain(config: Config) -> None:
             probe_loss_of,
             no_sync=lambda: accelerator.no_sync(model),
         )
-        return loss, sum(top1)
+        return loss, *sum(probes)
 
     # ---- evaluation on frozen features, before, during and after
     evaluate = None
@@ -163,12 +164,14 @@ def pretrain(config: Config) -> None:
         optimizers,
         learning_rate,
         backpropagate,
-        figures=("loss", "probe_top1"),
+        figures=("loss", "probe_top1", "probe_labelled"),
         chance=math.log(2 * config.batch_size - 1),
         validate=evaluate and (lambda: evaluate(represent, linear=False)),
         validate_every=config.eval.knn_every,
     )
     state = restore(run, config, task)
+    if len(state.means.sums) != len(task.figures) + 2:  # of version 1, whose open row lacked the labelled share
+        state.means = RunningMeans((*task.figures, "gradient_norm"), accelerator.device)
     metrics = open_folder(run, config, task, state, {"timm_name": spec[0], "timm_kwargs": spec[1]})
     if evaluate is None and accelerator.is_main_process:
         console.print("There is no labelled test split beside the train split, so no kNN and no table.")
@@ -206,21 +209,28 @@ def check_slices(config: Config, world_size: int) -> None:
         )
 
 
-def probe_objective(scores: Tensor | None, label: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy () and top-1 () of the online probe, both as this part's share of the batch.
+def probe_objective(scores: Tensor | None, label: Tensor, images: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss of the online probe and its top-1, as sums over some views divided by all views of the process's batch.
+
+    Slices of a batch add up to the batch, and the mean over ranks is that of the global batch, however the labels are
+    distributed over them: dividing by the number of labelled views of each would weigh those of a rank that has few of
+    them more.
 
     Args:
         scores: (2b, classes), both views of b images; None without a probe.
         label: (b,) int64; images with -1, unlabelled ones, are left out.
-        whole: (B,) labels of the whole batch of this process.
+        images: B, how many the process's whole batch has.
+
+    Returns:
+        cross-entropy (), views whose label is the most likely class (), and views that have a label ().
     """
     if scores is None:
         nothing = torch.zeros((), device=label.device)
-        return nothing, nothing
+        return nothing, nothing, nothing
     label = label.repeat(2)  # (2b,)
-    known = 2 * (whole >= 0).sum().clamp_min(1)
-    top1 = (scores.argmax(1) == label).sum() / known
-    return cross_entropy(scores.float(), label, ignore_index=-1, reduction="sum") / known, top1
+    loss = cross_entropy(scores.float(), label, ignore_index=-1, reduction="sum")
+    correct, labelled = (scores.argmax(1) == label).sum(), (label >= 0).sum()
+    return loss / (2 * images), correct / (2 * images), labelled / (2 * images)
 
 
 def fit(run: Run, config: Common, task: Task, state: State, metrics: MetricsFile | None) -> list[str] | None:
@@ -269,6 +279,9 @@ def fit(run: Run, config: Common, task: Task, state: State, metrics: MetricsFile
                         raise diverged(run, task, round(longest), round(last))
                     row = {"step": state.step, "epoch": epoch + 1, "lr": lr}
                     row |= dict(zip((*task.figures, "gradient_norm"), averages, strict=True))
+                    if "probe_labelled" in row:  # top-1 of the labelled views, null if there were none
+                        labelled = row.pop("probe_labelled")
+                        row["probe_top1"] = row["probe_top1"] / labelled if labelled else math.nan
                     row |= clock.window(config.batch_size)
                     row |= {"replaced_images": round(replaced * world_size), "skipped_steps": round(skipped)}
                     collapsed = collapse.collapsed(state.step, row["loss"])
@@ -307,6 +320,11 @@ def fit(run: Run, config: Common, task: Task, state: State, metrics: MetricsFile
                 f"{'' if config.resume == 'auto' else ' --resume auto'} goes on."
             )
         return None
+    if not guard.is_sound():  # within the last --max-skipped steps, or by the last one
+        raise UserError(
+            "The weights are not finite at the end of the run, so no encoder is written; use a lower --optim.lr, "
+            "longer --optim.warmup-epochs or --precision fp32, and a new --out."
+        )
     closing = []
     if replaced:
         closing.append(
@@ -318,7 +336,8 @@ def fit(run: Run, config: Common, task: Task, state: State, metrics: MetricsFile
         faster = "faster hardware" if run.bf16 else "bf16 on hardware that computes in it"
         if accelerator.device.type == "cuda" and not config.compile:
             faster = "--compile"  # on CPUs it was slower in bf16 wherever it was tried
-        closing.append(f"{images_per_s:,.0f} images/s, {waiting:.1%} of the time waiting for data")
+        decimals = 0 if images_per_s >= 10 else 1  # a large network on a CPU encodes a few
+        closing.append(f"{images_per_s:,.{decimals}f} images/s, {waiting:.1%} of the time waiting for data")
         closing.append(verdict(waiting, communicating, faster))
     return closing
 
@@ -509,7 +528,21 @@ def train_classifier(
 def main() -> None:
     with ending_together():
         config = parse(sys.argv[1:])
-        {Config: pretrain, FineTune: finetune, Distill: distill}[type(config)](config)
+        try:
+            {Config: pretrain, FineTune: finetune, Distill: distill}[type(config)](config)
+        except (MemoryError, RuntimeError) as error:
+            if not ran_out_of_memory(error):
+                raise
+            sliced = ", a --micro-batch of fewer images" if isinstance(config, Config) else ""
+            raise UserError(
+                f"Out of memory ({' '.join(str(error).split())[:200]}); use a smaller --batch-size{sliced}, smaller "
+                "views, or a smaller encoder or head."
+            ) from error
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether the host or a device had no memory left; torch has no type of its own for the host."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 if __name__ == "__main__":

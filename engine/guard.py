@@ -41,7 +41,8 @@ class Guard:
             step: that is about to be completed, counted from 1.
 
         Returns:
-            whether the step is taken, () bool, and the norm of all gradients, (); both on the device.
+            whether the step is taken, () bool, and the norm of the first optimizer's gradients, (); both on the device.
+            An online probe has an optimizer of its own, so the norm is that of the network alone.
         """
         with torch.no_grad():
             gradients = []
@@ -49,8 +50,10 @@ class Guard:
                 if w.grad is not None:
                     w.grad = laid_out_as(w, w.grad)
                     gradients.append(w.grad)
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-            taken = norm.isfinite()
+            norms = torch.stack(torch._foreach_norm(gradients))
+            network = sum(w.grad is not None for group in self.optimizers[0].param_groups for w in group["params"])
+            norm = torch.linalg.vector_norm(norms[:network])
+            taken = torch.linalg.vector_norm(norms).isfinite()
             skipped = 1 - taken.float()
             for optimizer in self.optimizers:
                 optimizer.found_inf = skipped

@@ -189,9 +189,9 @@ def test_a_stopped_fine_tuning_goes_on_bit_for_bit(run, pretrained, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["finetune", "--preset", "v3"], "no preset 'v3': choose one of textures, v1-1, v1-10, v2-1, v2-10"),
+        (["finetune", "--preset", "v3"], "no preset 'v3'; use one of textures, v1-1, v1-10, v2-1, v2-10"),
         (["finetune", "--start.run", "nowhere"], "nowhere is not the folder of a run"),
-        (["finetune", "--data", "DATA", "--labels.fraction", "0"], "--labels.fraction is 0.0: give a share above 0"),
+        (["finetune", "--data", "DATA", "--labels.fraction", "0"], "--labels.fraction is 0.0; use a fraction above 0"),
         (["finetune", "--data", "DATA", "--start.from-layer", "1"], "random weights have no projection head"),
         (
             ["finetune", "--start.run", "RUN", "--start.from-layer", "4", "--labels.fraction", "1"],
@@ -200,7 +200,7 @@ def test_a_stopped_fine_tuning_goes_on_bit_for_bit(run, pretrained, tmp_path):
         (["finetune", "--start.run", "RUN", "--labels.fraction", "0.125"], "use a --batch-size of at most 10"),
         (["finetune", "--start.run", "RUN", "--labels.keys", "nowhere.txt"], "nowhere.txt"),
         (["--data", "DATA", "--micro-batch", "1"], "encodes an image of the batch of 16 alone"),
-        (["distill", "--data", "DATA"], "There is no teacher: give --teacher"),
+        (["distill", "--data", "DATA"], "There is no teacher; use --teacher"),
         (["distill", "--teacher", "RUN"], "There is no file"),
         (
             ["distill", "--teacher", "RUN", "--views.mean", "0", "0", "0"],

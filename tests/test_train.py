@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from accelerate.state import AcceleratorState, PartialState
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 
 import run
 import train
@@ -26,6 +28,7 @@ from engine.guard import CollapseWatch
 from loss import nt_xent
 from pipeline import textures
 from pipeline.convert import folder_source, write_split
+from pipeline.sources import Source
 from tests.small_sets import texture_shards
 
 ROOT = Path(__file__).parents[1]
@@ -102,6 +105,36 @@ def test_a_run_leaves_what_it_promises(run_here, data, tmp_path, capsys):
         assert expected in printed.replace("\n", "")
 
 
+def test_a_slow_loader_shows_as_data_wait(run_here, data, tmp_path, monkeypatch, capsys):
+    """Two rows of two steps and one of one; each batch comes 60 ms late, and each step takes 20 ms more."""
+    view_loader, nt_xent = train.view_loader, train.nt_xent
+
+    def slow_loader(*arguments, **options):
+        loader = view_loader(*arguments, **options)
+        batches = type(loader).__iter__
+        monkeypatch.setattr(type(loader), "__iter__", lambda self: (time.sleep(0.06) or b for b in batches(self)))
+        return loader
+
+    monkeypatch.setattr(train, "view_loader", slow_loader)
+    monkeypatch.setattr(train, "nt_xent", lambda *args, **options: time.sleep(0.02) or nt_xent(*args, **options))
+    options = ["--data", data, "--epochs", 1, "--eval.no-baselines", *SMALL, "--log-every", 2]
+    started = time.perf_counter()
+    run_here(*options, "--out", tmp_path / "run")
+    elapsed_ms = 1000 * (time.perf_counter() - started)
+    steps = [row for row in rows(tmp_path / "run") if "loss" in row]
+    assert [row["step"] for row in steps] == [2, 4, 5]
+    for row in steps:
+        assert 60 <= row["data_wait_ms"] <= row["step_ms"] - 20, "what is not waiting is the step"
+        assert row["images_per_s"] == pytest.approx(1000 * 16 / row["step_ms"], rel=1e-9), "of the global batch"
+    total = sum(number * row["step_ms"] for number, row in zip((2, 2, 1), steps, strict=True))
+    waited = sum(number * row["data_wait_ms"] for number, row in zip((2, 2, 1), steps, strict=True))
+    assert total <= elapsed_ms
+    said = " ".join(capsys.readouterr().out.split())
+    speed, share = re.search(r"([\d.]+) images/s, ([\d.]+)% of the time waiting for data", said).groups()
+    assert float(speed) == pytest.approx(5000 * 16 / total, abs=0.51)
+    assert float(share) == pytest.approx(100 * waited / total, abs=0.051)
+
+
 def test_a_terminal_gets_a_bar_with_loss_speed_and_wait(run_here, data, tmp_path, monkeypatch):
     terminal = Console(file=io.StringIO(), force_terminal=True, width=120)
     monkeypatch.setattr(run, "console", terminal)
@@ -126,7 +159,50 @@ def test_without_labels_or_test_split(run_here, tmp_path):
     write_split(folder_source(folder), tmp_path / "shards", "train")
     run_here("--data", tmp_path / "shards", "--out", tmp_path / "run", "--epochs", 1, *SMALL)
     assert (tmp_path / "run" / "encoder.safetensors").exists()
-    assert [row["probe_top1"] for row in rows(tmp_path / "run")] == [0.0]
+    assert [row["probe_top1"] for row in rows(tmp_path / "run")] == [None]
+
+
+def test_probe_top1_is_that_of_the_labelled_views(run_here, tmp_path):
+    """One image of 80 has a label: batches without it say nothing about the probe, rather than that it is wrong."""
+    items = [("cells" if number == 7 else None, f"{number:03d}", (0, "train", number)) for number in range(80)]
+    write_split(Source("mixed", items, textures.render), tmp_path / "shards", "train")
+    run_here("--data", tmp_path / "shards", "--out", tmp_path / "run", "--epochs", 1, *SMALL)
+    assert sorted(str(row["probe_top1"]) for row in rows(tmp_path / "run")) == ["1.0", *["None"] * 4]
+
+
+def test_the_probe_leaves_the_encoder_as_it_is(run_here, data, tmp_path):
+    """The same images with and without labels: probe or no probe, the same losses and gradients, bit for bit."""
+    shown = []
+    for name, labelled in (("with", True), ("without", False)):
+        items = [(f"{n % 3}" if labelled else None, f"{n:03d}", (0, "train", n)) for n in range(48)]
+        write_split(Source(name, items, textures.render), tmp_path / name / "shards", "train")
+        run_here("--data", tmp_path / name / "shards", "--out", tmp_path / name / "run", "--epochs", 1, *SMALL)
+        shown.append([(row["loss"], row["gradient_norm"]) for row in rows(tmp_path / name / "run")])
+    assert shown[0] == shown[1] and len(shown[0]) == 3
+
+
+def test_gradient_accumulation_is_refused(run_here, data, tmp_path, monkeypatch):
+    """Accelerate reads it from the environment and would divide the gradients by it, without accumulating any."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(SystemExit, match=r"Gradient accumulation would lose negatives .*use --micro-batch"):
+        run_here("--data", data, "--out", tmp_path / "run", *SMALL)
+    assert not (tmp_path / "run").exists()
+
+
+def test_slices_and_ranks_add_up_to_the_probe_of_the_whole_batch():
+    """Labels in one half of the batch alone, which is all that one of two ranks or slices sees."""
+    scores, label = torch.randn(16, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64), [0, 2, 1, -1]
+    label, scores = torch.tensor([*label, -1, -1, -1, -1]), scores.requires_grad_()
+    whole = train.probe_objective(scores, label, 8)
+    expected = nn.functional.cross_entropy(scores[[0, 1, 2, 8, 9, 10]], label[[0, 1, 2, 0, 1, 2]]) * 6 / 16
+    assert whole[0].item() == pytest.approx(expected.item(), rel=1e-6) and whole[2].item() == 6 / 16
+    parts = [(torch.cat([scores[part], scores[8:][part]]), label[part]) for part in (slice(0, 4), slice(4, 8))]
+    in_slices = [train.probe_objective(*part, 8) for part in parts]
+    on_ranks = [train.probe_objective(*part, 4) for part in parts]
+    for value, first, second in zip(whole, *in_slices, strict=True):
+        assert (first + second).item() == pytest.approx(value.item(), rel=1e-6)
+    for value, first, second in zip(whole, *on_ranks, strict=True):
+        assert (first + second).item() / 2 == pytest.approx(value.item(), rel=1e-6)
 
 
 def test_two_ranks_equal_one_process(run_here, data, tmp_path):
@@ -175,11 +251,14 @@ def test_two_ranks_equal_one_process(run_here, data, tmp_path):
     ("arguments", "message"),
     [
         (["--data", "nowhere"], "No shards at nowhere"),
-        (["--preset", "imagnet"], "no preset 'imagnet': choose one of textures, cifar10, stl10, imagenet"),
-        (["--preset", "cifar10"], "needs shards: give --data"),
-        (["--data", "DATA", "--batch-size", "16", "--encoder.name", "resnet19"], "timm has no encoder 'resnet19'"),
+        (["--preset", "imagnet"], "no preset 'imagnet' (did you mean imagenet?)"),
+        (["--preset", "cifar10"], "needs shards; use --data"),
+        (
+            ["--data", "DATA", "--batch-size", "16", "--encoder.name", "resnet19"],
+            "timm has no encoder 'resnet19'",
+        ),
         (["--data", "DATA", "--batch-size", "81"], "larger than the data set"),
-        (["--data", "DATA", "--batch-size", "1"], "--batch-size is 1: give at least 2"),
+        (["--data", "DATA", "--batch-size", "1"], "--batch-size is 1; it must be at least 2"),
         (["--data", "DATA", "--epochs", "0"], "--epochs is 0"),
         (["--data", "DATA", "--loss.temperature", "0"], "--loss.temperature is 0.0"),
         (["--data", "DATA", "--loss.temperature", "nan"], "--loss.temperature is nan"),
@@ -289,6 +368,34 @@ def test_a_run_that_diverges_skips_steps_then_stops_and_names_them(run_here, dat
     loader_images = {key.decode() for name in (data / "train").glob("*.npy") for key in np.load(name)["key"]}
     assert listed["step"] == rows(out)[-1]["step"] + 1
     assert len(listed["images"]) == 16 and set(listed["images"]) <= loader_images
+
+
+def test_weights_that_are_not_finite_at_the_end_are_no_encoder(run_here, data, tmp_path):
+    """Fewer steps after the overflow than --max-skipped allows: the run ended as if all were well."""
+    explode = ["--optim.name", "sgd", "--optim.lr", "1e30", "--optim.warmup-epochs", "0", "--epochs", 1]
+    with pytest.raises(SystemExit, match=r"weights are not finite at the end .*; use a lower --optim\.lr"):
+        run_here("--data", data, "--out", tmp_path / "run", "--eval.no-baselines", *explode, *SMALL)
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("no room"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nSee the documentation."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+def test_out_of_memory_gets_one_sentence(run_here, data, monkeypatch, error):
+    def fail(config):
+        raise error
+
+    monkeypatch.setattr(train, "pretrain", fail)
+    with pytest.raises(SystemExit, match=r"^error: Out of memory \(.*\); use a smaller --batch-size, a --micro-batch"):
+        run_here("--data", data)
+    monkeypatch.setattr(train, "pretrain", lambda config: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        run_here("--data", data)
 
 
 def test_collapse_is_reported(run_here, data, tmp_path, monkeypatch, capsys):
