@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import train
 from config import FineTune
+from engine import run_lock
 from errors import UserError
 from model import load_classifier, load_encoder, load_head
 from pipeline import textures
@@ -37,7 +38,11 @@ def run():
     def run_train(*arguments):
         AcceleratorState._reset_state(reset_partial_state=True)
         config = parse([*map(str, arguments), *SMALL])
-        {"Config": train.pretrain, "FineTune": train.finetune, "Distill": train.distill}[type(config).__name__](config)
+        stages = {"Config": train.pretrain, "FineTune": train.finetune, "Distill": train.distill}
+        try:
+            stages[type(config).__name__](config)
+        finally:
+            run_lock.release_all()
 
     yield run_train
     AcceleratorState._reset_state(reset_partial_state=True)

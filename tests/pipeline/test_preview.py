@@ -88,7 +88,7 @@ def test_the_command(shards, tmp_path):
     [
         (["--data", "nowhere"], "nowhere"),
         (["--backend", "opengl"], "no backend 'opengl'"),
-        (["--jitter", "fast"], "no jitter 'fast'"),
+        (["--jitter", "fast"], "--views.jitter is fast"),
         (["--samples", "0"], "--samples is 0"),
         (["--size", "3"], "--size is 3"),
         (["--size", "100000"], "--size is 100000: give at most"),
