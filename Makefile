@@ -1,4 +1,4 @@
-# make demo   train on the built-in textures and show what SimCLR learnt
+# make demo   train on the built-in textures and show what SimCLR learned
 # make demo-v2   and fine-tune on few labels, and distil
 # make test   the fast tests; make soak: the long ones; make lint: ruff; make bench: loss, views and step against their peers
 PYTHON ?= python3

@@ -7,13 +7,13 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from errors import UserError
-from pipeline.recipe import Recipe
+from common import UserError
+from pipeline.augment.config import AugmentConfig
 
 
 @dataclass(frozen=True)
 class Data:
-    backend: Literal["auto", "dali", "kornia", "host"] = "auto"
+    backend: Literal["auto", "dali", "kornia", "opencv"] = "auto"
     """Who makes the views. auto: DALI on CUDA (Kornia where DALI is missing), OpenCV threads on a CPU."""
     workers: int = 0
     """Host threads per process for reading and augmenting; 0 for this process's share of the cores."""
@@ -67,7 +67,7 @@ class Optim:
     momentum: float = 0.9
     """Of LARS and SGD; AdamW's first beta."""
     weight_decay: float = 1e-6
-    """Not for biases and normalisation parameters."""
+    """Not for biases and normalization parameters."""
     warmup_epochs: float = 10
     """Linear warm-up, of at most a tenth of the run; then a cosine to 0."""
 
@@ -77,9 +77,9 @@ class Evaluation:
     knn_every: int = 10
     """Epochs between kNN evaluations; 0 for the end only."""
     k: int = 20
-    """Neighbours that vote."""
+    """Neighbors that vote."""
     max_bank: int = 50_000
-    """At most so many training images serve as neighbours and train the final linear probe."""
+    """At most so many training images serve as neighbors and train the final linear probe."""
     baselines: bool = True
     """Also evaluate raw pixels and the untrained encoder."""
 
@@ -119,7 +119,7 @@ class Common:
     log_every: int = 10
     """Steps between rows of metrics.jsonl."""
     loading: Annotated[Data, tyro.conf.arg(name="data")] = field(default_factory=Data)
-    views: Recipe = field(default_factory=Recipe)
+    views: AugmentConfig = field(default_factory=AugmentConfig)
     optim: Optim = field(default_factory=Optim)
     checkpoint: Checkpointing = field(default_factory=Checkpointing)
 
@@ -143,7 +143,7 @@ class Labels:
     """Which images are used with their labels."""
 
     fraction: float = 1.0
-    """Share of the labelled images, as many of every class, drawn by --seed; 0.01 is part of 0.1."""
+    """Share of the labeled images, as many of every class, drawn by --seed; 0.01 is part of 0.1."""
     keys: str = ""
     """A file that names the images instead, a line each, such as SimCLR's own lists of 1 % and 10 % of ImageNet."""
 
@@ -182,7 +182,7 @@ class Distill(Common):
     """Run folder of a fine-tuning or a distillation."""
     temperature: float = 1.0
     """The tau of both softmaxes: 0.1 for a student as large as its teacher, 1 for a smaller one."""
-    labelled_share: float = 0.0
+    labeled_share: float = 0.0
     """Weight of the cross-entropy with the labels of --labels; the teacher has the rest."""
     start: Start = field(default_factory=Start)
     labels: Labels = field(default_factory=Labels)
@@ -237,7 +237,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "log_every": (1, MANY),
     "validate_every": (0, MANY),
     "temperature": (0.001, 1000),
-    "labelled_share": (0, 1),
+    "labeled_share": (0, 1),
     "loading.workers": (0, 1024),
     "loading.prefetch": (1, 1024),
     "loading.max_bad": (0, 1),
@@ -264,7 +264,7 @@ LIMITS: dict[str, tuple[float, float]] = {
 
 
 def flag(field: str) -> str:
-    """The option that sets a field: "loading.max_bad" -> "--data.max-bad"."""
+    """The option that sets a field: "loading.max_bad" -> "--loader.max-bad"."""
     return "--" + field.replace("_", "-").replace("loading.", "data.")
 
 
@@ -302,5 +302,5 @@ def check_values(config: Config | FineTune | Distill) -> None:
         )
     if isinstance(config, Distill) and not config.teacher:
         raise UserError("There is no teacher; use --teacher with the run folder of a fine-tuning.")
-    if isinstance(config, Distill) and not config.labelled_share and config.labels != Labels():
-        raise UserError("--labels are set but --labelled-share is 0, so they would not be used; set it above 0.")
+    if isinstance(config, Distill) and not config.labeled_share and config.labels != Labels():
+        raise UserError("--labels are set but --labeled-share is 0, so they would not be used; set it above 0.")

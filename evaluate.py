@@ -1,6 +1,6 @@
 """Judge an encoder by what simple classifiers make of its frozen features.
 
-    python evaluate.py knn RUN                                      weighted nearest neighbours
+    python evaluate.py knn RUN                                      weighted nearest neighbors
     python evaluate.py linear RUN --seeds 3                         a linear classifier on stored features
     accelerate launch evaluate.py linear RUN --protocol simclr      the paper's, on cropped and flipped views
     python evaluate.py embed RUN --data SHARDS --out FILE           the features themselves
@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, summary, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import sha256
@@ -34,22 +34,23 @@ from torch import Tensor, nn
 
 import model
 import pipeline
+from common import UserError
 from engine.processes import ending_together
-from errors import UserError
 from evaluation.cache import feature_name, load_features, save_features
 from evaluation.features import embed
 from evaluation.files import aside, save_tensors
-from evaluation.knn import check_k, knn_hits
+from evaluation.knn import check_k, knn_correct
 from evaluation.linear import L2_PATH, fast_protocol
 from evaluation.options import Embed, Knn, Linear, parse
 from evaluation.report import over_seeds, scores, scores_table
-from evaluation.sgd_probe import probe_hits, probe_layer, train_on_views
-from evaluation.subject import find_subject
-from model import load_encoder, representation_width
-from pipeline.cache import ShardCache
-from pipeline.loader import ViewLoader, central_batches, choose_backend
-from pipeline.recipe import Recipe
-from pipeline.shards import ShardSet, open_splits
+from evaluation.sgd_probe import probe_correct, probe_layer, train_on_views
+from evaluation.target import find_target
+from model import feature_dim, load_encoder
+from pipeline.augment.backend import choose_backend
+from pipeline.augment.config import AugmentConfig
+from pipeline.loader.loader import ViewLoader, center_crop_batches
+from pipeline.shards.cache import ShardCache
+from pipeline.shards.dataset import ShardSet, open_splits
 from run import TEXTURES, available_cores, checksum_of, computes_in_bf16, digest_of
 
 EMBEDDED_AT_ONCE = 256
@@ -61,17 +62,17 @@ class Parts:
     """What every command works with."""
 
     accelerator: Accelerator
-    represent: Callable[[Tensor], Tensor]
+    forward_features: Callable[[Tensor], Tensor]
     """(B, 3, S, S) -> h (B, D), by the frozen encoder."""
     width: int
     """D."""
-    views: Recipe
+    views: AugmentConfig
     splits: dict[str, ShardSet]
     """The train split first, then that of the test."""
     samples: dict[str, np.ndarray]
     """Of each split, those in use."""
     loading: dict[str, Any]
-    """How images are read, for ViewLoader and central_batches."""
+    """How images are read, for ViewLoader and center_crop_batches."""
     made_by: dict[str, Any]
     """What decides the features besides the images."""
     folder: Path
@@ -108,47 +109,47 @@ def judge(options: Knn | Linear | Embed) -> None:
     bf16 = options.precision == "bf16" or (options.precision == "auto" and computes_in_bf16(device))
 
     # ---- what is judged
-    subject = find_subject(options)
-    encoder, views = load_encoder(subject.encoder), Recipe(**subject.views)
+    target = find_target(options)
+    encoder, views = load_encoder(target.encoder), AugmentConfig(**target.views)
     width = width_of(encoder, views.size)
     encoder = encoder.eval().to(device, memory_format=torch.channels_last)
 
-    def represent(images: Tensor) -> Tensor:
+    def forward_features(images: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             return encoder(images)
 
     # ---- on what
     shard_cache = ShardCache(limit_bytes=round(options.loading.cache_gb * 1e9))
-    splits = named_splits(*open_splits(subject.data or TEXTURES, shard_cache))
+    splits = named_splits(*open_splits(target.data or TEXTURES, shard_cache))
     if isinstance(options, Embed):
         samples = {name: np.arange(len(split)) for name, split in splits.items()}
     else:
-        samples = labelled_samples(splits)
+        samples = labeled_samples(splits)
     command = type(options).__name__.lower() + (f"-{options.protocol}" if isinstance(options, Linear) else "")
     if isinstance(options, Knn):
-        check_k(options.k or (subject.k,), len(next(iter(samples.values()))))
-    out = Path(options.out) if options.out else subject.folder / "evaluation" / f"{command}.json"
+        check_k(options.k or (target.k,), len(next(iter(samples.values()))))
+    out = Path(options.out) if options.out else target.folder / "evaluation" / f"{command}.json"
     prepare_out(out)
     backend = choose_backend(options.loading.backend, device)
     loading = {"device": device, "backend": backend, "workers": options.loading.workers or cores}
     loading |= {"max_bad": options.loading.max_bad, "cache": shard_cache}
-    loading |= {"quarantine": out.with_suffix(".quarantine.jsonl")}
+    loading |= {"bad_samples": out.with_suffix(".bad_samples.jsonl")}
 
     # ---- and how
-    made_by = {"encoder_sha256": digest_of(subject.encoder), "precision": "bf16" if bf16 else "fp32"}
+    made_by = {"encoder_sha256": digest_of(target.encoder), "precision": "bf16" if bf16 else "fp32"}
     made_by |= {"size": views.size, "mean": views.mean, "std": views.std, "device": device.type, "backend": backend}
     made_by |= {"code_sha256": digest_of_code(), "torch": torch.__version__, "timm": timm.__version__}
-    decoder = import_module({"host": "cv2", "dali": "nvidia.dali", "kornia": "kornia"}[backend])
+    decoder = import_module({"opencv": "cv2", "dali": "nvidia.dali", "kornia": "kornia"}[backend])
     made_by |= {decoder.__name__: decoder.__version__}
     record = {"what": command, "arguments": sys.argv[1:], "options": asdict(options), **made_by}
-    record |= {"encoder": str(subject.encoder), "processes": accelerator.num_processes}
+    record |= {"encoder": str(target.encoder), "processes": accelerator.num_processes}
     with feature_folder(options.cache) as folder:
-        parts = Parts(accelerator, represent, width, views, splits, samples, loading, made_by, folder, record)
+        parts = Parts(accelerator, forward_features, width, views, splits, samples, loading, made_by, folder, record)
         if isinstance(options, Embed):
             write_features(parts, out)
             return
         if isinstance(options, Knn):
-            results = knn(parts, options.k or (subject.k,), options.temperature)
+            results = knn(parts, options.k or (target.k,), options.temperature)
         elif options.protocol == "fast":
             results = linear_fast(parts, options)
         else:
@@ -168,8 +169,8 @@ def knn(parts: Parts, k: tuple[int, ...], temperature: tuple[float, ...]) -> lis
     train, test = (features_of(parts, split) for split in parts.splits)
     if not parts.is_main:
         return None
-    right = knn_hits(*train, *test, k=k, temperature=temperature, classes=parts.classes, device=parts.device)
-    return [{"k": k, "temperature": t, **scores(hits, len(test[0]))} for (k, t), hits in right.items()]
+    right = knn_correct(*train, *test, k=k, temperature=temperature, classes=parts.classes, device=parts.device)
+    return [{"k": k, "temperature": t, **scores(correct, len(test[0]))} for (k, t), correct in right.items()]
 
 
 def linear_fast(parts: Parts, options: Linear) -> list[dict[str, Any]] | None:
@@ -222,7 +223,7 @@ def linear_simclr(parts: Parts, options: Linear) -> list[dict[str, Any]] | None:
             )
             epoch_losses = train_on_views(
                 probe,
-                parts.represent,
+                parts.forward_features,
                 loader,
                 batch_size=batch_size,
                 epochs=options.epochs,
@@ -244,7 +245,7 @@ def linear_simclr(parts: Parts, options: Linear) -> list[dict[str, Any]] | None:
     if not parts.is_main:
         return None
     return [
-        result | scores(probe_hits(probe, *tested, parts.device), len(tested[0]))
+        result | scores(probe_correct(probe, *tested, parts.device), len(tested[0]))
         for result, probe in zip(results, probes, strict=True)
     ]
 
@@ -280,10 +281,12 @@ def features_of(parts: Parts, name: str, with_index: bool = False) -> tuple[Tens
     stored = accelerator.reduce(torch.tensor(float(found is not None), device=parts.device), "sum").item() > 0
     begun = time.monotonic()
     if not stored:
-        batches = partial(central_batches, split, parts.views, batch_size=EMBEDDED_AT_ONCE, **parts.tolerant_loading)
+        batches = partial(
+            center_crop_batches, split, parts.views, batch_size=EMBEDDED_AT_ONCE, **parts.tolerant_loading
+        )
         rank, world_size = accelerator.process_index, accelerator.num_processes
         with progress_bar(f"embedding {name}", len(samples), parts.is_main) as advance:
-            embedded = embed(parts.represent, batches, samples, accelerator.gather, rank, world_size)
+            embedded = embed(parts.forward_features, batches, samples, accelerator.gather, rank, world_size)
             embedded = counted(embedded, parts, name, advance)
             if parts.is_main:
                 save_features(path, embedded, made_from)
@@ -320,7 +323,7 @@ def check_left_out(parts: Parts, name: str, left_out: int) -> None:
     if left_out > max_bad * total:
         raise UserError(
             f"{left_out} of {total} images of {split.root} can't be read, listed in {parts.loading['quarantine']}, "
-            f"more than --data.max-bad {max_bad:g} allows: check the shards with `python -m pipeline.shards verify "
+            f"more than --loader.max-bad {max_bad:g} allows: check the shards with `python -m pipeline.shards verify "
             f"{split.root}` or allow more."
         )
 
@@ -337,11 +340,11 @@ def can_be_read_by_now(parts: Parts, name: str, index: Tensor) -> bool:
         return False
     # as many good ones with them: what takes the place of a bad image is drawn from all of these
     tried = np.union1d(missing, index[: max(len(missing), EMBEDDED_AT_ONCE)].numpy())
-    batches = central_batches(
+    batches = center_crop_batches(
         parts.splits[name], parts.views, tried, batch_size=EMBEDDED_AT_ONCE, **parts.tolerant_loading
     )
     begin = 0
-    with suppress(UserError), closing(batches):  # the shards may be out of reach while their features are stored
+    with suppress(UserError), summary(batches):  # the shards may be out of reach while their features are stored
         for batch in batches:
             due = tried[begin : begin + len(batch.index)]
             begin += len(due)
@@ -353,7 +356,7 @@ def can_be_read_by_now(parts: Parts, name: str, index: Tensor) -> bool:
 def width_of(encoder: nn.Module, size: int) -> int:
     """Width of h for views of `size` pixels."""
     try:
-        return representation_width(encoder, size)
+        return feature_dim(encoder, size)
     except UserError as error:
         raise UserError(f"The encoder can't take views of {size} px: give another --size.") from error
 
@@ -370,8 +373,8 @@ def named_splits(train: ShardSet, test: ShardSet | None) -> dict[str, ShardSet]:
     return {"train": train, "test": test}
 
 
-def labelled_samples(splits: dict[str, ShardSet]) -> dict[str, np.ndarray]:
-    """The labelled samples of a train and a test split.
+def labeled_samples(splits: dict[str, ShardSet]) -> dict[str, np.ndarray]:
+    """The labeled samples of a train and a test split.
 
     Raises:
         UserError: one has none, or there is only one split.
@@ -382,7 +385,7 @@ def labelled_samples(splits: dict[str, ShardSet]) -> dict[str, np.ndarray]:
     samples = {name: np.flatnonzero(split.index["label"] >= 0) for name, split in splits.items()}
     for name, split in splits.items():
         if not len(samples[name]):
-            raise UserError(f"No image of {split.root} has a label: give labelled shards.")
+            raise UserError(f"No image of {split.root} has a label: give labeled shards.")
     return samples
 
 

@@ -26,7 +26,7 @@ import torchvision
 import tyro
 from torch import Tensor, nn
 
-from errors import UserError
+from common import UserError
 from evaluation.files import aside, save_tensors
 from model import load_encoder, read_spec
 
@@ -137,7 +137,7 @@ def huggingface_config(encoder: nn.Module, spec: tuple[str, dict], config: dict[
     """The config.json with which `timm.create_model("local-dir:FOLDER", pretrained=True)` builds the encoder.
 
     Args:
-        config: a run's config.json, which knows size and normalisation of the views.
+        config: a run's config.json, which knows size and normalization of the views.
     """
     name, kwargs = spec
     size = config["views"]["size"]
@@ -152,7 +152,7 @@ def huggingface_config(encoder: nn.Module, spec: tuple[str, dict], config: dict[
             "input_size": [3, size, size],
             "fixed_input_size": bool(base and base.fixed_input_size),
             "interpolation": "bicubic",
-            "crop_pct": 1.0 if size <= 64 else 224 / 256,  # the window of `pipeline.recipe.central_view`
+            "crop_pct": 1.0 if size <= 64 else 224 / 256,  # the window of `pipeline.augment.params.center_crop`
             "crop_mode": "center",
             "mean": config["views"]["mean"],
             "std": config["views"]["std"],
@@ -262,7 +262,7 @@ def model_card(
         "",
         data_sentence(config),
         "",
-        "## Recipe",
+        "## AugmentConfig",
         "",
         "| option | value |",
         "|---|---|",
@@ -308,7 +308,7 @@ def data_sentence(config: dict[str, Any]) -> str:
     labels, name = config.get("labels"), last_parts(config["data"], 1).replace("`", "'")
     if labels is None:
         used = "without their labels"
-    elif "teacher" in config and not config.get("labelled_share"):
+    elif "teacher" in config and not config.get("labeled_share"):
         used = "with no other labels than those that the teacher learned from"
     elif labels.get("keys"):
         used = "with labels of those that a list names"

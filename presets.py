@@ -14,6 +14,7 @@ from typing import Any
 
 import tyro
 
+from common import UserError
 from config import (
     Common,
     Config,
@@ -29,8 +30,7 @@ from config import (
     check_values,
     flag,
 )
-from errors import UserError
-from pipeline.recipe import Recipe
+from pipeline.augment.config import AugmentConfig
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
@@ -39,13 +39,13 @@ def textures() -> Config:
     """The built-in data set on a laptop: ResNet-18 at a quarter of its width, standard stem, 32 px.
 
     `accelerate launch train.py` takes two to four minutes on two CPU cores; the README shows what it reaches. Jitter at
-    full strength is what makes the pattern, not the colours, the cheapest thing that two views have in common.
+    full strength is what makes the pattern, not the colors, the cheapest thing that two views have in common.
     """
     return Config(
         preset="textures",
         epochs=50,
         batch_size=128,
-        views=Recipe(size=32, crop_area=(0.2, 1.0), gray_p=0.3, blur_p=0.0, mean=(0.5,) * 3, std=(0.25,) * 3),
+        views=AugmentConfig(size=32, crop_area=(0.2, 1.0), gray_p=0.3, blur_p=0.0, mean=(0.5,) * 3, std=(0.25,) * 3),
         encoder=Encoder("resnet18", stem="standard", width=0.25),
         head=Head("v1", hidden=128, out=64),
         loss=Loss(temperature=0.2),
@@ -64,7 +64,7 @@ def cifar10() -> Config:
         preset="cifar10",
         epochs=1000,
         batch_size=512,
-        views=Recipe(size=32, jitter_strength=0.5, blur_p=0.0, mean=CIFAR_MEAN, std=CIFAR_STD),
+        views=AugmentConfig(size=32, jitter_strength=0.5, blur_p=0.0, mean=CIFAR_MEAN, std=CIFAR_STD),
         encoder=Encoder("resnet18"),
         head=Head("v1", hidden=512, out=128),
         loss=Loss(temperature=0.5),
@@ -82,7 +82,7 @@ def stl10() -> Config:
         preset="stl10",
         epochs=200,
         batch_size=256,
-        views=Recipe(size=96),
+        views=AugmentConfig(size=96),
         encoder=Encoder("resnet18"),
         head=Head("v1", hidden=512, out=64),
         loss=Loss(temperature=0.5),
@@ -101,7 +101,7 @@ def imagenet() -> Config:
         preset="imagenet",
         epochs=100,
         batch_size=4096,
-        views=Recipe(size=224),
+        views=AugmentConfig(size=224),
         encoder=Encoder("resnet50"),
         head=Head("v1", hidden=2048, out=128),
         loss=Loss(temperature=0.1),
@@ -110,9 +110,9 @@ def imagenet() -> Config:
     )
 
 
-def crop_and_flip(size: int, crop_area: tuple[float, float] = (0.08, 1.0)) -> Recipe:
-    """What both papers augment labelled images with."""
-    return Recipe(size, crop_area, jitter_p=0.0, gray_p=0.0, blur_p=0.0)
+def crop_and_flip(size: int, crop_area: tuple[float, float] = (0.08, 1.0)) -> AugmentConfig:
+    """What both papers augment labeled images with."""
+    return AugmentConfig(size, crop_area, jitter_p=0.0, gray_p=0.0, blur_p=0.0)
 
 
 def fine_tune_textures() -> FineTune:

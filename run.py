@@ -22,18 +22,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from common import UserError
 from config import Common, check_same_run
 from engine import checkpoint, run_lock
-from engine.guard import Guard
 from engine.metrics import MetricsFile, RunningMeans
+from engine.nonfinite import NonFiniteGuard
 from engine.run_folder import run_folder, start_run
 from engine.schedule import peak_learning_rate, warmup_cosine
-from errors import UserError
-from model import synchronise_batchnorm
-from pipeline.cache import ShardCache
-from pipeline.convert import ensure_textures
-from pipeline.loader import Batch, ViewLoader, choose_backend
-from pipeline.shards import ShardSet, open_splits
+from model import synchronize_batchnorm
+from pipeline.augment.backend import choose_backend
+from pipeline.convert.textures import ensure_textures
+from pipeline.loader.loader import Batch, ViewLoader
+from pipeline.shards.cache import ShardCache
+from pipeline.shards.dataset import ShardSet, open_splits
 
 TEXTURES = "data/textures"
 console = Console()
@@ -48,7 +49,7 @@ class Run:
     """Of this process."""
     bf16: bool
     out: Path
-    begun_at: Path | None
+    resume_from: Path | None
     """The checkpoint to go on from."""
 
     def autocast(self) -> torch.autocast:
@@ -63,12 +64,12 @@ class Task:
     loader: ViewLoader
     optimizers: list[Optimizer]
     learning_rate: Callable[[int], float]
-    """step -> rate of the first optimiser."""
-    backpropagate: Callable[[nn.Module, Batch], tuple[Tensor, ...]]
+    """step -> rate of the first optimizer."""
+    forward_backward: Callable[[nn.Module, Batch], tuple[Tensor, ...]]
     """(module as it is prepared for several processes, batch) -> figures (), the loss first."""
     figures: tuple[str, ...]
     """Their names."""
-    chance: float
+    collapse_loss: float
     """The loss of a network that tells nothing apart."""
     validate: Callable[[], dict[str, float]] | None
     """Scores in the course of the run; None for none."""
@@ -80,12 +81,12 @@ class Task:
 
 @dataclass
 class State:
-    """How far a run has come, beside weights and optimisers."""
+    """How far a run has come, beside weights and optimizers."""
 
     step: int
     means: RunningMeans
     """Of the metrics row that has not been written yet."""
-    guard: Guard
+    guard: NonFiniteGuard
     report: dict[str, dict[str, float]] = field(default_factory=dict)
     """The final table as far as it is known."""
 
@@ -139,7 +140,7 @@ def loading_options(run: Run, config: Common) -> dict:
         "backend": choose_backend(config.loading.backend, device),
         "workers": config.loading.workers or run.cores,
         "max_bad": config.loading.max_bad,
-        "quarantine": run.out / "quarantine.jsonl",
+        "bad_samples": run.out / "bad_samples.jsonl",
         "cache": ShardCache(limit_bytes=round(config.loading.cache_gb * 1e9)),
     }
 
@@ -178,7 +179,7 @@ def view_loader(run: Run, config: Common, shards: ShardSet, loading: dict, **opt
 def to_device(run: Run, config: Common, module: nn.Module) -> nn.Module:
     """The module where and how it will be trained: batch norm over all ranks, channels last, compiled if asked for."""
     if run.accelerator.num_processes > 1:
-        module = synchronise_batchnorm(module, run.accelerator.device)
+        module = synchronize_batchnorm(module, run.accelerator.device)
     module = module.to(run.accelerator.device, memory_format=torch.channels_last)
     if config.compile:
         module.compile()  # in place: names in checkpoints stay as they are
@@ -194,24 +195,28 @@ def schedule(config: Common, steps_per_epoch: int) -> Callable[[int], float]:
 
 
 def restore(run: Run, config: Common, task: Task) -> State:
-    """A new state, or that of the checkpoint to go on from, with the task's modules and optimisers put back."""
+    """A new state, or that of the checkpoint to go on from, with the task's modules and optimizers put back."""
     device = run.accelerator.device
-    guard = Guard(task.module, task.optimizers, device)
+    guard = NonFiniteGuard(task.module, task.optimizers, device)
     state = State(0, RunningMeans((*task.figures, "gradient_norm"), device), guard)
-    if run.begun_at is None:
+    if run.resume_from is None:
         return state
-    tensors, record = checkpoint.load(run.begun_at)
+    tensors, record = checkpoint.load(run.resume_from)
     check_same_run(config, record["config"])
     if record["data"] != identity(task.loader):
-        raise UserError(f"{run.begun_at} was trained on other shards than {task.loader.shards.root}: give its --data.")
+        raise UserError(
+            f"{run.resume_from} was trained on other shards than {task.loader.shards.root}: give its --data."
+        )
     if record["inputs"] != task.inputs:
         raise UserError(
             f"{' and '.join(name for name in task.inputs if task.inputs[name] != record['inputs'].get(name))} changed "
-            f"since {run.begun_at} was written: begin anew with another --out."
+            f"since {run.resume_from} was written: begin anew with another --out."
         )
     if record["bf16"] != run.bf16:
         before = "bf16" if record["bf16"] else "fp32"
-        raise UserError(f"{run.begun_at} was trained in {before}: go on where that runs, or with --precision {before}.")
+        raise UserError(
+            f"{run.resume_from} was trained in {before}: go on where that runs, or with --precision {before}."
+        )
     checkpoint.unpack(tensors, task.module, task.optimizers)
     state.means.sums, guard.counts = tensors["means"].to(device), tensors["guard"].to(device)
     guard.counts[1] = guard.counts[
@@ -219,14 +224,14 @@ def restore(run: Run, config: Common, task: Task) -> State:
     ]  # what an earlier part was allowed by another --max-skipped is not held against it
     task.loader.load_state_dict(record["loader"])
     if run.accelerator.is_main_process:  # which counts for all that went before
-        task.loader.quarantine.replaced = record["replaced"]
+        task.loader.bad_samples.replaced = record["replaced"]
     state.step, state.report = record["step"], record["report"]
     return state
 
 
 def save(run: Run, config: Common, task: Task, state: State) -> None:
     """Write a checkpoint, unless the weights are not sound: the last good ones shall stay."""
-    replaced = torch.tensor(task.loader.quarantine.replaced, device=run.accelerator.device)
+    replaced = torch.tensor(task.loader.bad_samples.replaced, device=run.accelerator.device)
     replaced = int(run.accelerator.reduce(replaced, "sum"))
     sums = run.accelerator.reduce(state.means.sums, "mean")  # the ranks have different ones, and all go on from these
     if run.accelerator.is_main_process and state.guard.is_sound():
@@ -270,16 +275,16 @@ def open_folder(run: Run, config: Common, task: Task, state: State, record: dict
             f"({order.dropped} left over each epoch), {total_steps:,} steps on {accelerator.num_processes} x "
             f"{accelerator.device.type} in {'bf16' if run.bf16 else 'fp32'}, "
             f"views by {choose_backend(config.loading.backend, accelerator.device)}, encoder {record['timm_name']} "
-            f"{record['timm_kwargs']}" + (f"; going on from {run.begun_at}" if run.begun_at else "")
+            f"{record['timm_kwargs']}" + (f"; going on from {run.resume_from}" if run.resume_from else "")
         )
     accelerator.wait_for_everyone()
     return metrics
 
 
-def finish(run: Run, metrics: MetricsFile, closing: list[str]) -> None:
+def finish(run: Run, metrics: MetricsFile, summary: list[str]) -> None:
     """The last words of a run."""
     metrics.close()
-    for sentence in closing:
+    for sentence in summary:
         console.print(sentence)
     console.print(f"run folder: {run.out}")
     run_lock.release(run.out)

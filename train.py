@@ -25,37 +25,37 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from common import UserError
 from config import Common, Config, Distill, FineTune, Labels
 from engine import checkpoint
-from engine.gradcache import backward_in_slices, equal_slices
-from engine.guard import CollapseWatch
-from engine.metrics import MetricsFile, RunningMeans, StepClock, communication_s, verdict
+from engine.grad_cache import cached_backward, equal_slices
+from engine.metrics import MetricsFile, RunningMeans, StepTimer, communication_s, verdict
+from engine.nonfinite import CollapseWatch
 from engine.optim import create_optimizer, parameter_groups
 from engine.processes import ending_together
-from errors import UserError
 from evaluation.classify import classification
 from evaluation.features import raw_pixels
 from evaluation.report import Evaluator, report_table
-from loss import distillation, labelled_cross_entropy, nt_xent
+from loss import distillation, labeled_cross_entropy, nt_xent
 from model import (
     Classifier,
     SimCLR,
     create_encoder,
     encoder_spec,
+    feature_dim,
     fine_tuned,
     load_classifier,
     load_encoder,
     load_head,
     projection_head,
     read_spec,
-    representation_width,
     save_classifier,
     save_encoder,
     save_head,
 )
-from pipeline.loader import Batch, ViewLoader, central_batches
-from pipeline.shards import ShardSet
-from pipeline.subsets import keys_subset, label_subset
+from pipeline.loader.loader import Batch, ViewLoader, center_crop_batches
+from pipeline.loader.subsets import keys_subset, label_subset
+from pipeline.shards.dataset import ShardSet
 from presets import images_of, parse
 from run import (
     Run,
@@ -87,7 +87,7 @@ def pretrain(config: Config) -> None:
     # ---- encoder: before the data, which may have to be fetched or rendered first
     spec = encoder_spec(image_size=config.views.size, **dataclasses.asdict(config.encoder))
     encoder = create_encoder(spec)
-    width = representation_width(encoder, config.views.size)
+    width = feature_dim(encoder, config.views.size)
 
     # ---- data: shards -> two views of every image
     config, train, test, loading = open_data(run, config)
@@ -97,7 +97,7 @@ def pretrain(config: Config) -> None:
     head = projection_head(config.head.version, width, config.head.hidden, config.head.out)
     simclr = to_device(run, config, SimCLR(encoder, head, width, classes=len(train.classes)))
 
-    # ---- optimisation
+    # ---- optimization
     groups = parameter_groups([simclr.encoder, simclr.head], config.optim.weight_decay)
     learning_rate = schedule(config, len(loader))
     optimizers = [create_optimizer(config.optim.name, groups, learning_rate(0), config.optim.momentum)]
@@ -108,7 +108,7 @@ def pretrain(config: Config) -> None:
         with run.autocast():
             return through(views)  # (2B, out), (2B, classes)
 
-    def backpropagate(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_backward(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         contrast = partial(nt_xent, temperature=config.loss.temperature, impl=config.loss.impl)
         images = len(batch.label)
         if not 0 < config.micro_batch < images:
@@ -124,7 +124,7 @@ def pretrain(config: Config) -> None:
             probes.append(torch.stack(probe))
             return loss
 
-        loss = backward_in_slices(
+        loss = cached_backward(
             lambda views: encode(views, model if torch.is_grad_enabled() else simclr),
             simclr,
             batch.views,
@@ -137,11 +137,11 @@ def pretrain(config: Config) -> None:
 
     # ---- evaluation on frozen features, before, during and after
     evaluate = None
-    labelled = [(split, np.flatnonzero(split.index["label"] >= 0)) for split in (train, test) if split is not None]
-    if len(labelled) == 2 and all(len(samples) for _, samples in labelled):
+    labeled = [(split, np.flatnonzero(split.index["label"] >= 0)) for split in (train, test) if split is not None]
+    if len(labeled) == 2 and all(len(samples) for _, samples in labeled):
         evaluate = Evaluator(
-            *labelled,
-            lambda split, samples: central_batches(split, config.views, samples, batch_size=256, **loading),
+            *labeled,
+            lambda split, samples: center_crop_batches(split, config.views, samples, batch_size=256, **loading),
             accelerator.gather,
             rank,
             world_size,
@@ -149,7 +149,7 @@ def pretrain(config: Config) -> None:
             config.eval.max_bank,
         )
 
-    def represent(views: Tensor) -> Tensor:
+    def forward_features(views: Tensor) -> Tensor:
         """(B, 3, S, S) -> h (B, features), in evaluation mode."""
         simclr.eval()
         with run.autocast():
@@ -163,23 +163,23 @@ def pretrain(config: Config) -> None:
         loader,
         optimizers,
         learning_rate,
-        backpropagate,
-        figures=("loss", "probe_top1", "probe_labelled"),
-        chance=math.log(2 * config.batch_size - 1),
-        validate=evaluate and (lambda: evaluate(represent, linear=False)),
+        forward_backward,
+        figures=("loss", "probe_top1", "probe_labeled"),
+        collapse_loss=math.log(2 * config.batch_size - 1),
+        validate=evaluate and (lambda: evaluate(forward_features, linear=False)),
         validate_every=config.eval.knn_every,
     )
     state = restore(run, config, task)
-    if len(state.means.sums) != len(task.figures) + 2:  # of version 1, whose open row lacked the labelled share
+    if len(state.means.sums) != len(task.figures) + 2:  # of version 1, whose open row lacked the labeled share
         state.means = RunningMeans((*task.figures, "gradient_norm"), accelerator.device)
     metrics = open_folder(run, config, task, state, {"timm_name": spec[0], "timm_kwargs": spec[1]})
     if evaluate is None and accelerator.is_main_process:
-        console.print("There is no labelled test split beside the train split, so no kNN and no table.")
+        console.print("There is no labeled test split beside the train split, so no kNN and no table.")
     if evaluate and config.eval.baselines and not state.step:  # later it is untrained no more
-        state.report = {"raw pixels": evaluate(raw_pixels), "untrained": evaluate(represent)}
+        state.report = {"raw pixels": evaluate(raw_pixels), "untrained": evaluate(forward_features)}
 
-    closing = fit(run, config, task, state, metrics)
-    if closing is None:  # asked to stop
+    summary = fit(run, config, task, state, metrics)
+    if summary is None:  # asked to stop
         return
 
     # ---- what came out; the encoder first, since nothing after it is worth a lost run
@@ -187,13 +187,13 @@ def pretrain(config: Config) -> None:
         save_encoder(simclr.encoder, spec, run.out / "encoder.safetensors")
         save_head(simclr.head, run.out / "head.safetensors")
     if evaluate:
-        state.report["trained"] = evaluate(represent)
+        state.report["trained"] = evaluate(forward_features)
     if accelerator.is_main_process:
         for name, scores in state.report.items():
             metrics.write(step=state.step if name == "trained" else 0, features=name, **scores)
         if state.report:
             console.print(report_table(state.report))
-        finish(run, metrics, closing)
+        finish(run, metrics, summary)
 
 
 def check_slices(config: Config, world_size: int) -> None:
@@ -213,12 +213,12 @@ def probe_objective(scores: Tensor | None, label: Tensor, images: int) -> tuple[
     """Loss of the online probe and its top-1, as sums over some views divided by all views of the process's batch.
 
     Slices of a batch add up to the batch, and the mean over ranks is that of the global batch, however the labels are
-    distributed over them: dividing by the number of labelled views of each would weigh those of a rank that has few of
+    distributed over them: dividing by the number of labeled views of each would weigh those of a rank that has few of
     them more.
 
     Args:
         scores: (2b, classes), both views of b images; None without a probe.
-        label: (b,) int64; images with -1, unlabelled ones, are left out.
+        label: (b,) int64; images with -1, unlabeled ones, are left out.
         images: B, how many the process's whole batch has.
 
     Returns:
@@ -229,8 +229,8 @@ def probe_objective(scores: Tensor | None, label: Tensor, images: int) -> tuple[
         return nothing, nothing, nothing
     label = label.repeat(2)  # (2b,)
     loss = cross_entropy(scores.float(), label, ignore_index=-1, reduction="sum")
-    correct, labelled = (scores.argmax(1) == label).sum(), (label >= 0).sum()
-    return loss / (2 * images), correct / (2 * images), labelled / (2 * images)
+    correct, labeled = (scores.argmax(1) == label).sum(), (label >= 0).sum()
+    return loss / (2 * images), correct / (2 * images), labeled / (2 * images)
 
 
 def fit(run: Run, config: Common, task: Task, state: State, metrics: MetricsFile | None) -> list[str] | None:
@@ -244,9 +244,15 @@ def fit(run: Run, config: Common, task: Task, state: State, metrics: MetricsFile
     loader, optimizers, means, guard = task.loader, task.optimizers, state.means, state.guard
     total_steps = config.epochs * len(loader)
     model = accelerator.prepare_model(task.module)
-    clock, collapse, saved_at, replaced, leaving = StepClock(), CollapseWatch(task.chance), time.monotonic(), 0, False
+    clock, collapse, saved_at, replaced, leaving = (
+        StepTimer(),
+        CollapseWatch(task.collapse_loss),
+        time.monotonic(),
+        0,
+        False,
+    )
     progress = progress_bar(total_steps, accelerator.is_main_process)
-    with progress as advance, checkpoint.StopSignal() as stop, contextlib.closing(loader):
+    with progress as advance, checkpoint.StopSignal() as stop, contextlib.summary(loader):
         while not leaving and state.step < total_steps:
             epoch = state.step // len(loader)
             for batch in clock.watch(loader):
@@ -255,7 +261,7 @@ def fit(run: Run, config: Common, task: Task, state: State, metrics: MetricsFile
                 for group in optimizers[0].param_groups:
                     group["lr"] = lr
                 guard.before_forward()
-                figures = task.backpropagate(model, batch)
+                figures = task.forward_backward(model, batch)
                 taken, gradient_norm = guard.after_backward(state.step + 1)
                 for each in optimizers:
                     each.step()  # leaves everything as it is if the step is not to be taken
@@ -270,18 +276,18 @@ def fit(run: Run, config: Common, task: Task, state: State, metrics: MetricsFile
                     # the one place where the host waits for the device, and where the ranks agree to stop or save
                     minutes = (time.monotonic() - saved_at) / 60
                     late = 0 < config.checkpoint.every_minutes <= minutes
-                    sums = torch.cat([means.take(loader.quarantine.replaced, stop.received, late), guard.counts])
+                    sums = torch.cat([means.take(loader.bad_samples.replaced, stop.received, late), guard.counts])
                     *averages, replaced, stopped, late, _, longest, skipped, last = accelerator.reduce(
                         sums, "mean"
                     ).tolist()
-                    loader.quarantine.check(round(replaced * world_size), epoch)  # on all ranks alike
+                    loader.bad_samples.check(round(replaced * world_size), epoch)  # on all ranks alike
                     if longest > config.max_skipped:
                         raise diverged(run, task, round(longest), round(last))
                     row = {"step": state.step, "epoch": epoch + 1, "lr": lr}
                     row |= dict(zip((*task.figures, "gradient_norm"), averages, strict=True))
-                    if "probe_labelled" in row:  # top-1 of the labelled views, null if there were none
-                        labelled = row.pop("probe_labelled")
-                        row["probe_top1"] = row["probe_top1"] / labelled if labelled else math.nan
+                    if "probe_labeled" in row:  # top-1 of the labeled views, null if there were none
+                        labeled = row.pop("probe_labeled")
+                        row["probe_top1"] = row["probe_top1"] / labeled if labeled else math.nan
                     row |= clock.window(config.batch_size)
                     row |= {"replaced_images": round(replaced * world_size), "skipped_steps": round(skipped)}
                     collapsed = collapse.collapsed(state.step, row["loss"])
@@ -325,10 +331,10 @@ def fit(run: Run, config: Common, task: Task, state: State, metrics: MetricsFile
             "The weights are not finite at the end of the run, so no encoder is written; use a lower --optim.lr, "
             "longer --optim.warmup-epochs or --precision fp32, and a new --out."
         )
-    closing = []
+    summary = []
     if replaced:
-        closing.append(
-            f"{round(replaced * world_size)} times another image took a bad one's place: {run.out}/quarantine.jsonl"
+        summary.append(
+            f"{round(replaced * world_size)} times another image took a bad one's place: {run.out}/bad_samples.jsonl"
         )
     if clock.total_steps:
         images_per_s, waiting = clock.summary(config.batch_size)
@@ -337,25 +343,25 @@ def fit(run: Run, config: Common, task: Task, state: State, metrics: MetricsFile
         if accelerator.device.type == "cuda" and not config.compile:
             faster = "--compile"  # on CPUs it was slower in bf16 wherever it was tried
         decimals = 0 if images_per_s >= 10 else 1  # a large network on a CPU encodes a few
-        closing.append(f"{images_per_s:,.{decimals}f} images/s, {waiting:.1%} of the time waiting for data")
-        closing.append(verdict(waiting, communicating, faster))
-    return closing
+        summary.append(f"{images_per_s:,.{decimals}f} images/s, {waiting:.1%} of the time waiting for data")
+        summary.append(verdict(waiting, communicating, faster))
+    return summary
 
 
 def finetune(config: FineTune) -> None:
-    """A classifier on labelled images: a pretrained encoder, some layers of its head, and a new linear layer."""
+    """A classifier on labeled images: a pretrained encoder, some layers of its head, and a new linear layer."""
     run = begin(config, f"finetune-{config.preset}")
     config, train, test, loading = open_data(run, config)
     if len(train.classes) < 2:
         raise UserError(
             f"Fine-tuning needs two classes or more, but {train.root} has {len(train.classes)}: use another --data."
         )
-    samples = labelled_samples(config.labels, config.seed, train)
+    samples = labeled_samples(config.labels, config.seed, train)
     loader = view_loader(run, config, train, loading, samples=samples, views_per_image=1)
     classifier, spec = classifier_from(config, len(train.classes))
     classifier = to_device(run, config, classifier)
 
-    def backpropagate(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward_backward(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         with run.autocast():
             logits = model(batch.views)  # (B, classes)
         loss = cross_entropy(logits.float(), batch.label)
@@ -363,8 +369,10 @@ def finetune(config: FineTune) -> None:
         return loss, (logits.argmax(1) == batch.label).float().mean()
 
     figures, classes = ("loss", "train_top1"), list(train.classes)
-    chance = math.log(len(classes))
-    train_classifier(run, config, classifier, spec, classes, loader, test, loading, backpropagate, figures, chance)
+    collapse_loss = math.log(len(classes))
+    train_classifier(
+        run, config, classifier, spec, classes, loader, test, loading, forward_backward, figures, collapse_loss
+    )
 
 
 def distill(config: Distill) -> None:
@@ -379,29 +387,29 @@ def distill(config: Distill) -> None:
             )
     weights = Path(config.teacher) / "model.safetensors"
     teacher, classes = load_classifier(weights)
-    representation_width(teacher.encoder, config.views.size)  # can it take these views?
+    feature_dim(teacher.encoder, config.views.size)  # can it take these views?
     config, train, test, loading = open_data(run, config)
     loader = view_loader(run, config, train, loading, views_per_image=1)
     teacher = teacher.eval().requires_grad_(False).to(run.accelerator.device, memory_format=torch.channels_last)
     student, spec = classifier_from(config, len(classes))
     student = to_device(run, config, student)
     used = np.zeros(len(train), dtype=bool)  # whose labels may be looked at
-    if config.labelled_share:
+    if config.labeled_share:
         if list(train.classes) != classes:
-            raise UserError(f"The classes of {train.root} are not those of the teacher: leave out --labelled-share.")
-        used[labelled_samples(config.labels, config.seed, train)] = True
+            raise UserError(f"The classes of {train.root} are not those of the teacher: leave out --labeled-share.")
+        used[labeled_samples(config.labels, config.seed, train)] = True
     used = torch.from_numpy(used)
 
-    def backpropagate(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_backward(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         with run.autocast():
             with torch.no_grad():
                 taught = teacher(batch.views)  # (B, classes), of the very views that the student sees
             logits = model(batch.views)
-        loss = (1 - config.labelled_share) * distillation(logits, taught, config.temperature)
-        if config.labelled_share:
+        loss = (1 - config.labeled_share) * distillation(logits, taught, config.temperature)
+        if config.labeled_share:
             known = used[batch.index]  # on the host, as the index is
             known = (known.pin_memory() if batch.label.is_cuda else known).to(batch.label.device, non_blocking=True)
-            loss = loss + config.labelled_share * labelled_cross_entropy(logits, batch.label.where(known, -1))
+            loss = loss + config.labeled_share * labeled_cross_entropy(logits, batch.label.where(known, -1))
         run.accelerator.backward(loss)
         return loss, (logits.argmax(1) == taught.argmax(1)).float().mean()
 
@@ -415,9 +423,9 @@ def distill(config: Distill) -> None:
         loader,
         test,
         loading,
-        backpropagate,
+        forward_backward,
         figures=("loss", "agreement"),
-        chance=math.nan,  # a teacher that is unsure teaches just that
+        collapse_loss=math.nan,  # a teacher that is unsure teaches just that
         others={"teacher": teacher},
         inputs=inputs,
     )
@@ -433,10 +441,10 @@ def classifier_from(config: FineTune | Distill, classes: int) -> tuple[Classifie
         file = Path(start.run) / "encoder.safetensors"
         spec, encoder = read_spec(file), load_encoder(file)
         head = load_head(Path(start.run) / "head.safetensors") if start.from_layer else None
-    return fine_tuned(encoder, head, start.from_layer, representation_width(encoder, size), classes), spec
+    return fine_tuned(encoder, head, start.from_layer, feature_dim(encoder, size), classes), spec
 
 
-def labelled_samples(labels: Labels, seed: int, train: ShardSet) -> np.ndarray:
+def labeled_samples(labels: Labels, seed: int, train: ShardSet) -> np.ndarray:
     """(n,) int64, ascending: the samples whose labels are used."""
     if labels.keys:
         samples = keys_subset(train, Path(labels.keys))
@@ -455,13 +463,13 @@ def train_classifier(
     loader: ViewLoader,
     test: ShardSet | None,
     loading: dict,
-    backpropagate: Callable[[nn.Module, Batch], tuple[Tensor, ...]],
+    forward_backward: Callable[[nn.Module, Batch], tuple[Tensor, ...]],
     figures: tuple[str, ...],
-    chance: float,
+    collapse_loss: float,
     others: dict[str, Classifier] | None = None,
     inputs: dict[str, str] | None = None,
 ) -> None:
-    """What fine-tuning and distillation share: optimiser, loop, scores on the test split, `model.safetensors`.
+    """What fine-tuning and distillation share: optimizer, loop, scores on the test split, `model.safetensors`.
 
     Args:
         chance, inputs: see `Task`.
@@ -475,19 +483,19 @@ def train_classifier(
     learning_rate = schedule(config, len(loader))
     optimizer = create_optimizer(config.optim.name, groups, learning_rate(0), config.optim.momentum)
 
-    def score(subject: Classifier) -> dict[str, float]:
-        training = subject.training
-        subject.eval()
+    def score(target: Classifier) -> dict[str, float]:
+        training = target.training
+        target.eval()
         with run.autocast():
             found = classification(
-                subject,
-                lambda samples: central_batches(test, config.views, samples, batch_size=256, **loading),
+                target,
+                lambda samples: center_crop_batches(test, config.views, samples, batch_size=256, **loading),
                 np.flatnonzero(test.index["label"] >= 0),
                 accelerator.gather,
                 accelerator.process_index,
                 accelerator.num_processes,
             )
-        subject.train(training)
+        target.train(training)
         return found
 
     known = test is not None and list(test.classes) == classes and bool((test.index["label"] >= 0).any())
@@ -496,9 +504,9 @@ def train_classifier(
         loader,
         [optimizer],
         learning_rate,
-        backpropagate,
+        forward_backward,
         figures,
-        chance=chance,
+        collapse_loss=collapse_loss,
         validate=(lambda: score(classifier)) if known else None,
         validate_every=config.validate_every,
         inputs=inputs or {},
@@ -506,11 +514,11 @@ def train_classifier(
     state = restore(run, config, task)
     metrics = open_folder(run, config, task, state, {"timm_name": spec[0], "timm_kwargs": spec[1]})
     if not known and accelerator.is_main_process:
-        console.print("There is no labelled test split of the same classes beside the train split, so no scores.")
+        console.print("There is no labeled test split of the same classes beside the train split, so no scores.")
     if known and not state.report:
         state.report = {name: score(other) for name, other in others.items()}
-    closing = fit(run, config, task, state, metrics)
-    if closing is None:
+    summary = fit(run, config, task, state, metrics)
+    if summary is None:
         return
     if accelerator.is_main_process:
         save_classifier(classifier, spec, classes, run.out / "model.safetensors")
@@ -522,7 +530,7 @@ def train_classifier(
             metrics.write(step=0 if name in others else state.step, features=name, **scores)
         if state.report:
             console.print(report_table(state.report))
-        finish(run, metrics, closing)
+        finish(run, metrics, summary)
 
 
 def main() -> None:

@@ -22,9 +22,9 @@ from statistics import mean
 import cv2
 import numpy as np
 
+from pipeline.convert.sources import Source, folder_source
+from pipeline.convert.writer import SAMPLES_PER_SHARD, write_split
 from pipeline.images import decode
-from pipeline.sources import Source, folder_source
-from pipeline.writer import SAMPLES_PER_SHARD, write_split
 
 HEIGHT, WIDTH = 375, 500
 QUALITY = 95
@@ -38,7 +38,7 @@ def photograph(number: int) -> bytes:
     image = np.full((HEIGHT, WIDTH, 3), 128, np.float32)
     for octave in range(1, 9):
         noise = random.normal(0, 1, (3 * 2**octave // 2 + 1, 2 * 2**octave + 1, 3)).astype(np.float32)
-        gray = noise.mean(axis=2, keepdims=True)  # the colour of photographs varies less than their brightness
+        gray = noise.mean(axis=2, keepdims=True)  # the color of photographs varies less than their brightness
         image += 42 * 0.82 ** (octave - 1) * cv2.resize(1.5 * gray + 0.3 * noise, (WIDTH, HEIGHT))
     _, encoded = cv2.imencode(".jpg", np.clip(image, 0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
     return encoded.tobytes()

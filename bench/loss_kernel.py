@@ -34,7 +34,7 @@ SHAPES = [(M, 128) for M in (1024, 2048, 4096, 8192)] + [(4096, 64), (4096, 256)
 LONG = [16384, 32768, 65536]
 """Rows M that only the implementations of linear memory are measured at."""
 CUBIC_LIMIT = 512
-"""pytorch-metric-learning materialises M x M (M - 2) similarities: 2 GB here."""
+"""pytorch-metric-learning materializes M x M (M - 2) similarities: 2 GB here."""
 console = Console()
 
 

@@ -37,12 +37,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.harness import environment, interleave, percentiles_ms, write_rows
 from bench.plot import plot_pipeline
 from bench.stages import Candidate, Prepared, dali_stages, host_stages, kornia_stages
-from errors import UserError
+from common import UserError
+from pipeline.augment.backend import make_backend
+from pipeline.augment.config import AugmentConfig
 from pipeline.images import decode
-from pipeline.loader import ViewLoader, make_backend
-from pipeline.reader import Reader
-from pipeline.recipe import Recipe
-from pipeline.shards import ShardSet, open_shards
+from pipeline.loader.loader import ViewLoader
+from pipeline.shards.dataset import ShardSet, open_shards
+from pipeline.shards.reader import Reader
 
 BATCH = 32
 CPU = torch.device("cpu")
@@ -60,9 +61,9 @@ def photograph(number: int) -> bytes:
         cells = 0.35 * cells + 0.65 * cells.mean(-1, keepdims=True)  # most of a photograph's detail is in its gray
         image += cv2.resize(cells.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
     for _ in range(12):
-        centre = (random.uniform(0, 1, 2) * (width, height)).astype(int).tolist()
+        center = (random.uniform(0, 1, 2) * (width, height)).astype(int).tolist()
         axes, angle = random.integers(8, 120, 2).tolist(), random.uniform(0, 180)
-        shape = cv2.ellipse(image.copy(), centre, axes, angle, 0, 360, random.uniform(0, 255, 3).tolist(), -1)
+        shape = cv2.ellipse(image.copy(), center, axes, angle, 0, 360, random.uniform(0, 255, 3).tolist(), -1)
         image = cv2.addWeighted(image, 0.4, shape, 0.6, 0)
     return encode(np.clip(image + random.normal(0, 8, image.shape), 0, 255).astype(np.uint8))
 
@@ -89,7 +90,7 @@ def make_shards(images: list[bytes], folder: Path) -> ShardSet:
     return open_shards(str(folder / "train"))
 
 
-def backends(data: Prepared, recipe: Recipe) -> Iterator[Candidate]:
+def backends(data: Prepared, recipe: AugmentConfig) -> Iterator[Candidate]:
     """Every backend as a whole, under both jitters."""
     for name, count in counts(data).items():
         for jitter in ("exact", "affine"):
@@ -100,14 +101,14 @@ def backends(data: Prepared, recipe: Recipe) -> Iterator[Candidate]:
 
 def counts(data: Prepared) -> dict[str, int]:
     """How many images each backend that is installed gets for one call to time, by its speed."""
-    found = {"host": len(data.samples), "kornia": BATCH // 2}
+    found = {"opencv": len(data.samples), "kornia": BATCH // 2}
     if find_spec("nvidia") and find_spec("nvidia.dali"):
         found["dali"] = min(2 * BATCH, len(data.samples))
     return found
 
 
-def loaders(data: Prepared, recipe: Recipe) -> Iterator[Candidate]:
-    """The whole path, from the files to batches, on the host backend: one epoch, the start of its threads included."""
+def loaders(data: Prepared, recipe: AugmentConfig) -> Iterator[Candidate]:
+    """The whole path, from the files to batches, on the OpenCV backend: one epoch, the start of its threads included."""
 
     def epoch(jitter: str) -> None:
         loader = ViewLoader(
@@ -116,7 +117,7 @@ def loaders(data: Prepared, recipe: Recipe) -> Iterator[Candidate]:
             batch_size=BATCH,
             seed=0,
             device=CPU,
-            backend="host",
+            backend="opencv",
             workers=data.threads,
             epochs=1,  # or the next one would be prepared while others are timed
         )
@@ -142,7 +143,7 @@ class Photographs(Dataset):
         return self.transform(image) if self.both else [self.transform(image), self.transform(image)]
 
 
-def torchvision_views(recipe: Recipe) -> Callable:
+def torchvision_views(recipe: AugmentConfig) -> Callable:
     """One view by torchvision's transforms."""
     s, bicubic = recipe.jitter_strength, transforms.InterpolationMode.BICUBIC
     jitter = transforms.ColorJitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)
@@ -160,7 +161,7 @@ def torchvision_views(recipe: Recipe) -> Callable:
     )
 
 
-def peers(data: Prepared, recipe: Recipe) -> Iterator[Candidate]:
+def peers(data: Prepared, recipe: AugmentConfig) -> Iterator[Candidate]:
     """Other libraries' SimCLR views in a DataLoader with as many workers as we have threads."""
     found = {"torchvision": (torchvision_views(recipe), False)}
     if find_spec("lightly"):
@@ -179,7 +180,7 @@ def peers(data: Prepared, recipe: Recipe) -> Iterator[Candidate]:
         yield Candidate(name, "all", "exact", count, lambda it=loader: sum(1 for _ in it))
 
 
-def measure(shards: ShardSet, kind: str, recipe: Recipe, threads: int, seconds: float) -> list[dict]:
+def measure(shards: ShardSet, kind: str, recipe: AugmentConfig, threads: int, seconds: float) -> list[dict]:
     """One row per candidate, all timed in turns."""
     data = Prepared(shards, recipe, threads, BATCH)
     candidates = [
@@ -187,7 +188,7 @@ def measure(shards: ShardSet, kind: str, recipe: Recipe, threads: int, seconds: 
         *(
             stage
             for name, count in counts(data).items()
-            if name != "host"
+            if name != "opencv"
             for stage in STAGES[name](data, recipe, count)
         ),
         *backends(data, recipe),
@@ -243,7 +244,9 @@ def main() -> None:
             for kind in ("original", "short side 256"):
                 console.print(f"{kind}: {len(images)} images ...")
                 kept = images if kind == "original" else [with_short_side(image, 256) for image in images]
-                rows += measure(make_shards(kept, Path(folder, kind)), kind, Recipe(), arguments.threads, seconds)
+                rows += measure(
+                    make_shards(kept, Path(folder, kind)), kind, AugmentConfig(), arguments.threads, seconds
+                )
     except UserError as error:
         sys.exit(str(error))
     show(rows)

@@ -41,8 +41,8 @@ def plot_pipeline() -> Path:
     for axes, kind in zip(panels[0], kinds, strict=True):
         mine = [row for row in rows if row["shards"] == kind and row["stage"] == "all"][::-1]
         names = [f"{row['implementation']}, {row['jitter']}" for row in mine]
-        colours = ["0.7" if row["implementation"] in ("torchvision", "lightly") else "C0" for row in mine]
-        bars = axes.barh(names, [float(row["images_per_s"]) for row in mine], color=colours)
+        colors = ["0.7" if row["implementation"] in ("torchvision", "lightly") else "C0" for row in mine]
+        bars = axes.barh(names, [float(row["images_per_s"]) for row in mine], color=colors)
         axes.bar_label(bars, fmt="%.0f", padding=3, fontsize=8)
         (decode,) = (float(row["images_per_s"]) for row in rows if (row["shards"], row["stage"]) == (kind, "decode"))
         axes.axvline(decode, color="k", linestyle=":", label=f"decoding alone: {decode:.0f}")

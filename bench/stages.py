@@ -1,4 +1,4 @@
-"""The stages of each backend by themselves: decode, geometry, colour, blur, pack, each fed with what comes before it.
+"""The stages of each backend by themselves: decode, geometry, color, blur, pack, each fed with what comes before it.
 
 They are the backends' own functions, in as many threads, on both views of the same images. What a backend gains by
 doing several at once (caches, one pass over memory) is not in them: the sum of the stages is not the time of the whole.
@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from errors import UserError
-from pipeline import host_backend
+from common import UserError
+from pipeline.augment import opencv as opencv
+from pipeline.augment.config import AugmentConfig
+from pipeline.augment.params import AugmentParams, draw_params
 from pipeline.images import decode
-from pipeline.reader import Reader
-from pipeline.recipe import Recipe, ViewParameters, draw_views
-from pipeline.shards import ShardSet
+from pipeline.shards.dataset import ShardSet
+from pipeline.shards.reader import Reader
 
 
 @dataclass(frozen=True)
@@ -34,53 +35,53 @@ class Candidate:
 class Prepared:
     """The images of a shard set, in memory and in whole batches, with drawn parameters of two views each."""
 
-    def __init__(self, shards: ShardSet, recipe: Recipe, threads: int, batch: int):
+    def __init__(self, shards: ShardSet, recipe: AugmentConfig, threads: int, batch: int):
         self.shards, self.threads = shards, threads
         self.samples = np.arange(len(shards) // batch * batch)
         if not len(self.samples):
             raise UserError(f"{shards.root} holds {len(shards)} images: give a shard set of at least {batch}.")
         self.encoded = Reader(shards)(self.samples)
         rows = shards.index[self.samples]
-        self.drawn = draw_views(recipe, 0, 0, self.samples, rows["height"], rows["width"])
+        self.drawn = draw_params(recipe, 0, 0, self.samples, rows["height"], rows["width"])
 
-    def batches(self, count: int, batch: int) -> Iterator[tuple[list[bytes], ViewParameters]]:
+    def batches(self, count: int, batch: int) -> Iterator[tuple[list[bytes], AugmentParams]]:
         """The first `count` images in batches, as a backend takes them."""
         for first in range(0, count, batch):
             part = slice(first, min(first + batch, count))
-            yield self.encoded[part], ViewParameters(**{name: v[:, part] for name, v in vars(self.drawn).items()})
+            yield self.encoded[part], AugmentParams(**{name: v[:, part] for name, v in vars(self.drawn).items()})
 
 
-def host_stages(data: Prepared, recipe: Recipe) -> Iterator[Candidate]:
-    """Reading, which all backends share, and the stages of the host backend, for all images."""
+def host_stages(data: Prepared, recipe: AugmentConfig) -> Iterator[Candidate]:
+    """Reading, which all backends share, and the stages of the OpenCV backend, for all images."""
     threads = ThreadPoolExecutor(data.threads)
     n, drawn, size = len(data.samples), data.drawn, recipe.size
     images = list(threads.map(decode, data.encoded))
     views = list(np.ndindex(drawn.flip.shape))  # (v, i)
-    resized = {(v, i): host_backend.resized_crop(images[i], drawn, v, i, size) for v, i in views}
+    resized = {(v, i): opencv.resized_crop(images[i], drawn, v, i, size) for v, i in views}
     out = np.zeros((len(views), size, size, 3), np.float32)
-    maps, affine = host_backend.affine_maps(drawn), replace(recipe, jitter="affine")
-    pack, affine_pack = host_backend.Pack(recipe), host_backend.Pack(affine)
+    maps, affine = opencv.affine_maps(drawn), replace(recipe, jitter="affine")
+    pack, affine_pack = opencv.Pack(recipe), opencv.Pack(affine)
     reader = Reader(data.shards)
 
     def every(work: Callable) -> Callable[[], object]:
         return lambda: list(threads.map(lambda number: work(number, *views[number]), range(len(views))))
 
-    yield Candidate("host", "read", "", n, lambda: reader(data.samples))
-    yield Candidate("host", "decode", "", n, lambda: list(threads.map(decode, data.encoded)))
+    yield Candidate("opencv", "read", "", n, lambda: reader(data.samples))
+    yield Candidate("opencv", "decode", "", n, lambda: list(threads.map(decode, data.encoded)))
     for stage, jitter, work in (
-        ("geometry", "", lambda _, v, i: host_backend.resized_crop(images[i], drawn, v, i, size)),
-        ("colour", "exact", lambda _, v, i: host_backend.colour(resized[v, i], drawn, v, i, None)),
-        ("colour", "affine", lambda _, v, i: host_backend.colour(resized[v, i], drawn, v, i, maps)),
-        ("blur", "", lambda _, v, i: host_backend.blur(resized[v, i], float(drawn.sigma[v, i]), recipe.blur_window)),
+        ("geometry", "", lambda _, v, i: opencv.resized_crop(images[i], drawn, v, i, size)),
+        ("color", "exact", lambda _, v, i: opencv.color(resized[v, i], drawn, v, i, None)),
+        ("color", "affine", lambda _, v, i: opencv.color(resized[v, i], drawn, v, i, maps)),
+        ("blur", "", lambda _, v, i: opencv.blur(resized[v, i], float(drawn.sigma[v, i]), recipe.blur_window)),
         ("pack", "exact", lambda number, v, i: pack(resized[v, i], out[number])),
         ("pack", "affine", lambda number, v, i: affine_pack(resized[v, i], out[number])),
     ):
-        yield Candidate("host", stage, jitter, n, every(work))
+        yield Candidate("opencv", stage, jitter, n, every(work))
 
 
-def kornia_stages(data: Prepared, recipe: Recipe, count: int) -> Iterator[Candidate]:
-    """Of the Kornia backend, for one batch of `count` images; on a CPU it decodes as the host backend does."""
-    from pipeline import kornia_backend as kornia
+def kornia_stages(data: Prepared, recipe: AugmentConfig, count: int) -> Iterator[Candidate]:
+    """Of the Kornia backend, for one batch of `count` images; on a CPU it decodes as the OpenCV backend does."""
+    from pipeline.augment import kornia as kornia
 
     ((encoded, drawn),) = data.batches(count, count)
     images = [torch.from_numpy(decode(file)).permute(2, 0, 1) for file in encoded]
@@ -88,22 +89,22 @@ def kornia_stages(data: Prepared, recipe: Recipe, count: int) -> Iterator[Candid
     affine = replace(recipe, jitter="affine")
     for stage, jitter, work in (
         ("geometry", "", lambda: kornia.resized_crops(images, drawn, recipe.size)),
-        ("colour", "exact", lambda: kornia.colour(resized.clone(), drawn, recipe)),
-        ("colour", "affine", lambda: kornia.colour(resized.clone(), drawn, affine)),
+        ("color", "exact", lambda: kornia.color(resized.clone(), drawn, recipe)),
+        ("color", "affine", lambda: kornia.color(resized.clone(), drawn, affine)),
         ("blur", "", lambda: kornia.blur(resized.clone(), drawn, recipe)),
         ("pack", "", lambda: kornia.pack(resized.clone(), recipe)),
     ):
         yield Candidate("kornia", stage, jitter, count, work)
 
 
-def dali_stages(data: Prepared, recipe: Recipe, count: int) -> Iterator[Candidate]:
+def dali_stages(data: Prepared, recipe: AugmentConfig, count: int) -> Iterator[Candidate]:
     """Of the DALI backend on the CPU, for one batch of `count` images: a graph for each stage.
 
     Its decoder's row is called "decode by DALI", since "decode" is the floor.
     """
     from nvidia.dali import fn, pipeline_def, types
 
-    from pipeline import dali_backend as dali
+    from pipeline.augment import dali as dali
 
     ((encoded, drawn),) = data.batches(count, count)
     affine = replace(recipe, jitter="affine")
@@ -120,8 +121,8 @@ def dali_stages(data: Prepared, recipe: Recipe, count: int) -> Iterator[Candidat
     def decoding():
         return dali.decoded(False)
 
-    def colour(x, recipe, view):
-        return dali.coloured(x, recipe, False, view)
+    def color(x, recipe, view):
+        return dali.colored(x, recipe, False, view)
 
     def candidate(stage: str, jitter: str, pipeline, inputs: dict) -> Candidate:
         pipeline.build()
@@ -129,9 +130,7 @@ def dali_stages(data: Prepared, recipe: Recipe, count: int) -> Iterator[Candidat
 
     files = {"encoded": [np.frombuffer(file, np.uint8) for file in encoded]}
     images = [decode(file) for file in encoded]
-    views = [
-        [host_backend.resized_crop(image, drawn, v, i, recipe.size) for i, image in enumerate(images)] for v in (0, 1)
-    ]
+    views = [[opencv.resized_crop(image, drawn, v, i, recipe.size) for i, image in enumerate(images)] for v in (0, 1)]
     views = [[view.astype(np.float32) for view in of_all] for of_all in views]
     options = {"batch_size": count, "num_threads": data.threads, "device_id": None}
     exact_inputs, affine_inputs = (dali.graph_inputs(drawn, jitter) for jitter in ("exact", "affine"))
@@ -141,7 +140,7 @@ def dali_stages(data: Prepared, recipe: Recipe, count: int) -> Iterator[Candidat
     def some(inputs: dict, names: tuple[str, ...]) -> dict:
         return {key: value for key, value in inputs.items() if key[:-2] in names}  # key: name_view
 
-    def colours(inputs: dict) -> dict:
+    def colors(inputs: dict) -> dict:
         return {key: value for key, value in inputs.items() if key[:-2] not in others}
 
     yield candidate("decode by DALI", "", decoding(**options), files)
@@ -150,8 +149,8 @@ def dali_stages(data: Prepared, recipe: Recipe, count: int) -> Iterator[Candidat
     yield candidate("geometry", "", crop, x | some(exact_inputs, geometry))
     x = {"x_0": views[0], "x_1": views[1]}
     for stage, jitter, work, how, inputs in (
-        ("colour", "exact", colour, recipe, colours(exact_inputs)),
-        ("colour", "affine", colour, affine, colours(affine_inputs)),
+        ("color", "exact", color, recipe, colors(exact_inputs)),
+        ("color", "affine", color, affine, colors(affine_inputs)),
         ("blur", "", dali.blurred, recipe, some(exact_inputs, blur)),
         ("pack", "", dali.packed, recipe, some(exact_inputs, pack)),
     ):

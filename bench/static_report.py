@@ -12,9 +12,10 @@ import math
 import torch
 import triton
 
+from bench import loss_static as triton_static
 from bench.harness import write_rows
-from loss import triton_static, triton_tiles
-from loss.triton_static import Case, Form
+from bench.loss_static import Case, Form
+from loss.triton import tiles as triton_tiles
 
 # NVIDIA's data sheets of A100 80GB SXM and H100 SXM: dense tensor-core FLOP/s, bytes/s, multiprocessors. Exponentials
 # per clock and multiprocessor: CUDA C++ programming guide, arithmetic instructions, compute capability 8.0 and 9.0.

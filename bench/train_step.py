@@ -6,7 +6,7 @@
     make bench                                    installs lightly first
 
 The same encoder on the same images, and every run in a fresh process with all cores to itself: ours by its preset as it
-is (optimiser, probe, guard and metrics included), the peers as `bench/trainers.py` has them, with SGD. They take turns;
+is (optimizer, probe, guard and metrics included), the peers as `bench/trainers.py` has them, with SGD. They take turns;
 a ratio is the median over the rounds, so a slow moment of the machine hits both its sides. The peers' DataLoader is
 tried with several numbers of workers in the first round and keeps the fastest. The steps that count begin and end while
 batches are being made: none was made before that the others have to make in time. "same batch" is the step without its
@@ -35,8 +35,9 @@ from rich.table import Table
 from bench.harness import RESULTS, environment, read_rows, write_rows
 from bench.pipeline import encode, photograph
 from bench.trainers import PARTS, Turn
-from pipeline import textures
-from pipeline.convert import folder_source, write_split
+from pipeline.convert import textures
+from pipeline.convert.sources import folder_source
+from pipeline.convert.writer import write_split
 from pipeline.images import decode
 from run import available_cores
 
@@ -91,7 +92,7 @@ SETTINGS = {
     "imagenet": Setting(["--preset", "imagenet"], 16, one_of_many_photographs, warm=2, steps=4),
 }
 """The presets, in batches that a CPU takes a second or a few for. Each weighs data and step otherwise."""
-MEMORY = Setting(["--preset", "cifar10", "--data.prefetch", "1"], 4096, texture, warm=1, steps=1)
+MEMORY = Setting(["--preset", "cifar10", "--loader.prefetch", "1"], 4096, texture, warm=1, steps=1)
 SLICES = ((4096, 64), (128, 0))
 """(batch, images that are encoded at a time; 0 for all)."""
 

@@ -31,8 +31,8 @@ import train
 from bench.harness import peak_resident_mb
 from bench.implementations import dense
 from config import Config
-from model import SimCLR, create_encoder, encoder_spec, projection_head, representation_width
-from pipeline.loader import ViewLoader
+from model import SimCLR, create_encoder, encoder_spec, feature_dim, projection_head
+from pipeline.loader.loader import ViewLoader
 from presets import parse
 
 PARTS = ("wait", "forward", "loss", "backward", "optimizer", "other")
@@ -151,7 +151,7 @@ def train_peer(turn: Turn, config: Config, marks: Marks, supply: Callable[[Itera
     device, views = marks.device, config.views
     torch.manual_seed(config.seed)
     encoder = create_encoder(encoder_spec(config.encoder.name, views.size, config.encoder.stem, config.encoder.width))
-    width = representation_width(encoder, views.size)
+    width = feature_dim(encoder, views.size)
     peer = lightly if turn.trainer == "lightly" else plain
     transform, head, encode, contrast = peer(config, width)
     model = nn.Sequential(encoder, head).to(device)

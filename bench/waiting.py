@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.harness import environment, write_rows
-from engine.metrics import StepClock
-from pipeline.convert import ensure_textures
-from pipeline.loader import ViewLoader
-from pipeline.recipe import Recipe
-from pipeline.shards import open_shards
+from engine.metrics import StepTimer
+from pipeline.augment.config import AugmentConfig
+from pipeline.convert.textures import ensure_textures
+from pipeline.loader.loader import ViewLoader
+from pipeline.shards.dataset import open_shards
 
 BATCH, WARM, STEPS, SIZE = 64, 4, 120, 96
 STEP_TIMES = (0.8, 1.0, 1.2, 1.5)
@@ -33,7 +33,7 @@ def main() -> None:
         ensure_textures(Path(folder))
         loader = ViewLoader(
             open_shards(f"{folder}/train"),
-            Recipe(size=SIZE),
+            AugmentConfig(size=SIZE),
             batch_size=BATCH,
             seed=0,
             device=CPU,
@@ -47,7 +47,7 @@ def main() -> None:
         stream = batches()
         for times in STEP_TIMES:
             alone_s = batch_seconds(stream)
-            clock = StepClock()
+            clock = StepTimer()
             for _ in clock.watch(islice(stream, WARM)):
                 time.sleep(times * alone_s)
             clock.pause()

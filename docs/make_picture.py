@@ -4,9 +4,9 @@ import cv2
 import numpy as np
 import torch
 
-from pipeline import textures
-from pipeline.host_backend import HostBackend
-from pipeline.recipe import draw_views
+from pipeline.augment.opencv import OpenCVBackend
+from pipeline.augment.params import draw_params
+from pipeline.convert import textures
 from presets import textures as preset
 
 COLUMNS, SIDE, GAP = 10, 72, 6
@@ -16,8 +16,8 @@ def main() -> None:
     numbers = np.arange(20, 20 + COLUMNS)  # one image of every class
     encoded = [textures.render(0, "train", int(number)) for number in numbers]
     recipe, side = preset().views, np.full(COLUMNS, textures.SIDE)
-    backend = HostBackend(recipe, torch.device("cpu"), COLUMNS, 2, 1)
-    views = backend(encoded, draw_views(recipe, 0, 0, numbers, side, side)).permute(0, 2, 3, 1).numpy()
+    backend = OpenCVBackend(recipe, torch.device("cpu"), COLUMNS, 2, 1)
+    views = backend(encoded, draw_params(recipe, 0, 0, numbers, side, side)).permute(0, 2, 3, 1).numpy()
     levels = np.clip((views * recipe.std + recipe.mean) * 255, 0, 255).astype(np.uint8)
     images = [cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR_RGB) for jpeg in encoded]
     canvas = np.full((3 * SIDE + 4 * GAP, COLUMNS * (SIDE + GAP) + GAP, 3), 255, np.uint8)

@@ -1,1 +1,1 @@
-"""Optimisers, schedules and measurement for the training loop."""
+"""Optimizers, schedules and measurement for the training loop."""

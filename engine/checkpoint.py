@@ -1,6 +1,6 @@
 """Checkpoints: all that a run needs to go on bit for bit, in folders that are only ever whole.
 
-    RUN/checkpoints/step-00001200/state.safetensors   weights, optimiser states, the sums of the open metrics row
+    RUN/checkpoints/step-00001200/state.safetensors   weights, optimizer states, the sums of the open metrics row
     RUN/checkpoints/step-00001200/record.json         step, loader position, configuration, checksum of the other file
 
 A folder is written under another name and renamed when it is complete and on the disk. Nothing is unpickled.
@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from errors import UserError
+from .common import UserError
 
 FORMAT = "streamclr-checkpoint-2"
 
@@ -147,7 +147,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def pack(module: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
-    """Weights, buffers and optimiser states under names of their own, on the host."""
+    """Weights, buffers and optimizer states under names of their own, on the host."""
     tensors = {f"model/{name}": tensor for name, tensor in module.state_dict().items()}
     for number, optimizer in enumerate(optimizers):
         for index, state in optimizer.state_dict()["state"].items():

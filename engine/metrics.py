@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 
-class StepClock:
+class StepTimer:
     """Where the time of a run goes: waiting for data, and everything else.
 
     It reads the host's clock only. A GPU works behind the host, which catches up whenever a row is logged: images per
@@ -65,7 +65,7 @@ class StepClock:
 def communication_s(model: nn.Module) -> float:
     """Seconds per step in which averaging the gradients was not hidden behind the backward pass, as DDP samples them.
 
-    Messages of synchronised batch norm and of the loss are not among them.
+    Messages of synchronized batch norm and of the loss are not among them.
     """
     if not isinstance(model, DistributedDataParallel):
         return 0.0
@@ -84,7 +84,7 @@ def verdict(waiting: float, communicating: float, faster_step: str) -> str:
     """
     if waiting >= 0.05 and waiting >= communicating:
         return (
-            f"Data-bound: {waiting:.1%} of the time went into waiting for data; more --data.workers, --views.jitter "
+            f"Data-bound: {waiting:.1%} of the time went into waiting for data; more --loader.workers, --views.jitter "
             "affine or shards made with --short-side would help."
         )
     if communicating >= 0.1:

@@ -1,4 +1,4 @@
-"""Optimisers: LARS in the form SimCLR was trained with, beside torch's SGD and AdamW."""
+"""Optimizers: LARS in the form SimCLR was trained with, beside torch's SGD and AdamW."""
 
 from collections.abc import Callable, Iterable
 
@@ -105,9 +105,9 @@ def _begin_at_rest(optimizer: Optimizer, weights: Iterable[torch.Tensor]) -> Non
 
 
 def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict]:
-    """Weights that decay and adapt, apart from biases and normalisation parameters, which do neither.
+    """Weights that decay and adapt, apart from biases and normalization parameters, which do neither.
 
-    The second kind are recognised by having at most one dimension, as they do in every timm encoder.
+    The second kind are recognized by having at most one dimension, as they do in every timm encoder.
     """
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     return [
@@ -119,7 +119,7 @@ def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[
 def create_optimizer(name: str, groups: list[dict], lr: float, momentum: float) -> Optimizer:
     """`lars`, `sgd`, `nesterov` or `adamw` (betas 0.9, 0.95 as usual for large-batch self-supervision).
 
-    All of them skip a step where their attribute `found_inf` is 1 (see `engine.guard`).
+    All of them skip a step where their attribute `found_inf` is 1 (see `engine.nonfinite`).
     """
     if name == "lars":
         return LARS(groups, lr, momentum)

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from engine import run_lock
-from errors import UserError
+from . import run_lock
+from .common import UserError
 
 FAILURE = "streamclr/failure"
 

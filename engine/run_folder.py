@@ -5,12 +5,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from engine import checkpoint, run_lock
-from engine.metrics import MetricsFile
-from errors import UserError
+from . import checkpoint, run_lock
+from .common import UserError
+from .metrics import MetricsFile
 
 PARTIAL_CONFIG = ".config.json.partial"
-BEFORE_FIRST_CHECKPOINT = {"config.json", "metrics.jsonl", "quarantine.jsonl", "checkpoints", "diverged.json"}
+BEFORE_FIRST_CHECKPOINT = {"config.json", "metrics.jsonl", "bad_samples.jsonl", "checkpoints", "diverged.json"}
 BEFORE_FIRST_CHECKPOINT |= {".metrics.jsonl.partial"}
 """Files of a run that was stopped or killed before its first checkpoint; it starts again from step 0."""
 

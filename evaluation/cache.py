@@ -19,8 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from errors import UserError
-from evaluation.files import save_tensors
+from .common import UserError
+from .files import save_tensors
 
 FORMAT = "streamclr-features-1"
 """To be changed whenever these files hold something else."""

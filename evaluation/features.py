@@ -11,7 +11,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 @torch.no_grad()
 def embed(
     function: Callable[[Tensor], Tensor],
-    central_batches: Callable[[np.ndarray], Iterable],
+    center_crop_batches: Callable[[np.ndarray], Iterable],
     samples: np.ndarray,
     gather: Callable[[Tensor], Tensor] = lambda part: part,
     rank: int = 0,
@@ -24,7 +24,7 @@ def embed(
 
     Args:
         function: (B, 3, S, S) -> (B, D); an encoder in evaluation mode, or `raw_pixels`.
-        central_batches: samples -> batches with `views` (B, 3, S, S), `label` (B,) and `index` (B,), in their order.
+        center_crop_batches: samples -> batches with `views` (B, 3, S, S), `label` (B,) and `index` (B,), in their order.
         samples: (N,) int64, places in the shard set.
         gather: (n, ...) of each rank -> (W n, ...) of all, rank-major.
 
@@ -34,7 +34,7 @@ def embed(
     count = len(samples)
     padded = np.resize(samples, -(-count // world_size) * world_size)  # every rank the same number
     begin = 0
-    for batch in central_batches(padded[rank::world_size]):
+    for batch in center_crop_batches(padded[rank::world_size]):
         parts = function(batch.views).float(), batch.label, batch.index.to(batch.label.device)
         features, label, index = (_interleave(gather(part.contiguous()), world_size) for part in parts)
         due = torch.from_numpy(padded[begin : begin + len(index)][: count - begin]).to(index.device)
@@ -49,5 +49,5 @@ def _interleave(gathered: Tensor, world_size: int) -> Tensor:
 
 
 def raw_pixels(views: Tensor) -> Tensor:
-    """(B, 3, S, S) -> (B, 3 * 32 * 32): the baseline that has learnt nothing, on views averaged down to 32 px."""
+    """(B, 3, S, S) -> (B, 3 * 32 * 32): the baseline that has learned nothing, on views averaged down to 32 px."""
     return adaptive_avg_pool2d(views, min(32, views.shape[-1])).flatten(1)

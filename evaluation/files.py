@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from errors import UserError
+from .common import UserError
 
 
 @contextmanager

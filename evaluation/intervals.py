@@ -23,9 +23,9 @@ def wilson(right: int, total: int, level: float = 0.95) -> tuple[float, float]:
     two-sided normal quantile.
     """
     z, p = NormalDist().inv_cdf((1 + level) / 2), right / total
-    centre = p + z * z / (2 * total)
+    center = p + z * z / (2 * total)
     half = z * math.sqrt(p * (1 - p) / total + (z / (2 * total)) ** 2)
-    low, high = (centre - half) / (1 + z * z / total), (centre + half) / (1 + z * z / total)
+    low, high = (center - half) / (1 + z * z / total), (center + half) / (1 + z * z / total)
     return (low if right else 0.0), (high if right < total else 1.0)  # at the ends exactly, without rounding
 
 

@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification of frozen features (Wu et al. 2018, arXiv 1805.01978, section 3.4)."""
+"""Weighted k-nearest-neighbor classification of frozen features (Wu et al. 2018, arXiv 1805.01978, section 3.4)."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from errors import UserError
-from evaluation.accuracy import classes_ahead, top_n
+from .accuracy import classes_ahead, top_n
+from .common import UserError
 
 QUERY_ROWS, BANK_ROWS = 512, 65_536
 """Similarities are computed in tiles of this shape: 134 MB."""
 LOW = 2**32 - 1
 
 
-def knn_hits(
+def knn_correct(
     bank: Tensor,
     bank_label: Tensor,
     query: Tensor,
@@ -40,16 +40,16 @@ def knn_hits(
         UserError: there are fewer than k bank features.
     """
     check_k(k, len(bank))
-    hits = dict.fromkeys([(each, t) for each in k for t in temperature], (0, 0))
+    correct = dict.fromkeys([(each, t) for each in k for t in temperature], (0, 0))
     bank_label = bank_label.to(device)
     for rows, (cosine, place) in nearest(bank, query, max(k), device):
         label, truth = bank_label[place], query_label[rows].to(device)
-        for each, t in hits:
+        for each, t in correct:
             votes = class_votes(cosine[:, :each], label[:, :each], classes, t)
             ahead = classes_ahead(votes, truth).masked_fill(votes.gather(1, truth[:, None])[:, 0] == 0, classes)
-            top1, top5 = hits[each, t]
-            hits[each, t] = top1 + int((ahead < 1).sum()), top5 + int((ahead < top_n(classes)).sum())
-    return hits
+            top1, top5 = correct[each, t]
+            correct[each, t] = top1 + int((ahead < 1).sum()), top5 + int((ahead < top_n(classes)).sum())
+    return correct
 
 
 def check_k(k: Sequence[int], bank: int) -> None:
@@ -65,13 +65,13 @@ def check_k(k: Sequence[int], bank: int) -> None:
 def knn_top1(
     bank: Tensor, bank_label: Tensor, query: Tensor, query_label: Tensor, *, k: int = 20, temperature: float = 0.1
 ) -> float:
-    """Share of queries whose class is right by at most k neighbours: as many as there are in a smaller bank."""
+    """Share of queries whose class is right by at most k neighbors: as many as there are in a smaller bank."""
     classes = int(torch.maximum(bank_label.max(), query_label.max())) + 1
     k = min(k, len(bank))
-    hits = knn_hits(
+    correct = knn_correct(
         bank, bank_label, query, query_label, k=[k], temperature=[temperature], classes=classes, device=bank.device
     )
-    return hits[k, temperature][0] / len(query)
+    return correct[k, temperature][0] / len(query)
 
 
 def nearest(bank: Tensor, query: Tensor, k: int, device: torch.device) -> Iterator[tuple[slice, tuple[Tensor, Tensor]]]:
@@ -135,10 +135,10 @@ def _cosine_and_place(keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def class_votes(cosine: Tensor, label: Tensor, classes: int, temperature: float) -> Tensor:
-    """(m, k) neighbours in descending order and their classes -> (m, classes) votes, the nearest one's being 1."""
+    """(m, k) neighbors in descending order and their classes -> (m, classes) votes, the nearest one's being 1."""
     weight = ((cosine - cosine[:, :1]) / temperature).exp()  # the largest taken out: small temperatures overflow
     votes = cosine.new_zeros(len(cosine), classes)
     rows = torch.arange(len(cosine), device=cosine.device)
-    for neighbour in range(cosine.shape[1]):  # one after the other: the order of a scattered sum varies on a GPU
-        votes[rows, label[:, neighbour]] += weight[:, neighbour]
+    for neighbor in range(cosine.shape[1]):  # one after the other: the order of a scattered sum varies on a GPU
+        votes[rows, label[:, neighbor]] += weight[:, neighbor]
     return votes

@@ -1,6 +1,6 @@
 """Multinomial logistic regression on stored features, solved to convergence (the fast linear protocol).
 
-Features are standardised per dimension by the mean and standard deviation of the training set: one penalty then means
+Features are standardized per dimension by the mean and standard deviation of the training set: one penalty then means
 the same for every dimension and every encoder, whatever the scale of its features, and L-BFGS needs fewer steps. The
 penalty is chosen on a part of the training set that is kept apart for it; the test set has no say.
 """
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from errors import UserError
-from evaluation.accuracy import classes_ahead, top_n
+from .accuracy import classes_ahead, top_n
+from .common import UserError
 
 L2_PATH = tuple(10.0 ** (-half / 2) for half in range(-4, 13))
 """From 100 to 1e-6 in half decades: strong penalties are solved quickly and each solution begins the next."""
@@ -24,7 +24,7 @@ BLOCK_ROWS = 16_384
 
 @dataclass(frozen=True)
 class Split:
-    """Some rows of stored features, seen standardised and in blocks, so that they need not fit on the device."""
+    """Some rows of stored features, seen standardized and in blocks, so that they need not fit on the device."""
 
     features: Tensor
     """(N, D) float, on any device or mapped into memory."""
@@ -63,7 +63,7 @@ class Fit:
     """Whether `gradient` is within the tolerance."""
 
 
-def standardisation(features: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+def standardization(features: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean (D,) and inverse standard deviation (D,), float64; 0 where a dimension never varies."""
 
     def mean_of(of) -> Tensor:
@@ -140,7 +140,7 @@ def _logits(theta: Tensor, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def hits(fit: Fit, split: Split) -> tuple[int, int]:
+def correct(fit: Fit, split: Split) -> tuple[int, int]:
     """How many samples are classified rightly at top-1 and top-5."""
     top1, top5 = 0, 0
     for x, label in split.blocks():
@@ -160,7 +160,7 @@ def l2_path(
     for l2 in path:
         start = None if fit is None else fit.theta
         fit = logistic_regression(train, classes, l2, start, tolerance=1e-4, max_iterations=max_iterations)
-        yield fit, hits(fit, held_out)[0] / len(held_out)
+        yield fit, correct(fit, held_out)[0] / len(held_out)
 
 
 def stratified_split(label: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -193,7 +193,7 @@ def fast_protocol(
     device: torch.device,
     advance: Callable[[int], None] = lambda fits: None,
 ) -> list[dict[str, Any]]:
-    """One outcome for each seed, with `hits` on the test set, which is looked at when every choice has been made.
+    """One outcome for each seed, with `correct` on the test set, which is looked at when every choice has been made.
 
     A seed decides which part of the training set is kept apart, so which penalty is chosen; the classifier then learns
     from all of the training set. Seeds that choose the same penalty share it.
@@ -209,18 +209,18 @@ def fast_protocol(
     if device.type == "mps":  # which has no float64
         device = torch.device("cpu")
     train, test = near(*train, device), near(*test, device)
-    mean, scale = standardisation(train[0], device)
+    mean, scale = standardization(train[0], device)
     whole, tested = Split(*train, mean, scale, device), Split(*test, mean, scale, device)
     outcomes: list[dict[str, Any]] = []
     fits: dict[float, Fit] = {}
     for seed in range(seeds):
-        learnt, apart = (
+        learned, apart = (
             replace(whole, rows=rows.to(train[0].device)) for rows in stratified_split(train[1], held_out, seed)
         )
         if not len(apart):
             raise UserError("No class has two training images, one of which could be kept apart: use more images.")
         path, best = [], -1.0
-        for fit, top1 in l2_path(learnt, apart, classes, max_iterations=max_iterations):
+        for fit, top1 in l2_path(learned, apart, classes, max_iterations=max_iterations):
             path.append({"l2": fit.l2, "top1": top1, "converged": fit.converged, "iterations": fit.iterations})
             if top1 > best:  # of equal ones the strongest penalty
                 chosen, best = fit, top1
@@ -233,5 +233,5 @@ def fast_protocol(
         fit = fits[chosen.l2]
         solved = {"converged": fit.converged, "gradient": fit.gradient, "iterations": fit.iterations}
         outcomes.append({"seed": seed, "l2": fit.l2, **solved, "held_out_images": len(apart), "l2_path": path})
-    right = {l2: hits(fit, tested) for l2, fit in fits.items()}
+    right = {l2: correct(fit, tested) for l2, fit in fits.items()}
     return [outcome | {"hits": right[outcome["l2"]]} for outcome in outcomes]

@@ -6,12 +6,12 @@ from typing import Annotated, Literal
 
 import tyro
 
-from errors import UserError
+from .common import UserError
 
 
 @dataclass(frozen=True)
 class Loading:
-    backend: Literal["auto", "dali", "kornia", "host"] = "auto"
+    backend: Literal["auto", "dali", "kornia", "opencv"] = "auto"
     """Who makes the views. auto: DALI on CUDA (Kornia where DALI is missing), OpenCV threads on a CPU."""
     workers: int = 0
     """Host threads per process for reading and decoding; 0 for this process's share of the cores."""
@@ -46,12 +46,12 @@ class Options:
 
 @dataclass(frozen=True)
 class Knn(Options):
-    """Weighted nearest neighbours among the training images (arXiv 1805.01978, section 3.4)."""
+    """Weighted nearest neighbors among the training images (arXiv 1805.01978, section 3.4)."""
 
     k: tuple[int, ...] = ()
-    """Neighbours that vote. Default: as many as in the run's own evaluation, or 20."""
+    """Neighbors that vote. Default: as many as in the run's own evaluation, or 20."""
     temperature: tuple[float, ...] = (0.1,)
-    """A neighbour's vote weighs exp(cosine / temperature). Every pair of k and temperature is reported."""
+    """A neighbor's vote weighs exp(cosine / temperature). Every pair of k and temperature is reported."""
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from evaluation.features import embed
-from evaluation.intervals import mean_and_half_width, wilson
-from evaluation.knn import knn_top1
-from evaluation.sgd_probe import linear_top1
+from .features import embed
+from .intervals import mean_and_half_width, wilson
+from .knn import knn_top1
+from .sgd_probe import linear_top1
 
 
 @dataclass(frozen=True)
@@ -21,17 +21,17 @@ class Evaluator:
     """Scores any features; the ranks share the embedding and each ends with the same figures."""
 
     train: tuple[Any, np.ndarray]
-    """(split, its labelled samples): neighbours, and what the linear classifier learns from."""
+    """(split, its labeled samples): neighbors, and what the linear classifier learns from."""
     test: tuple[Any, np.ndarray]
-    """(split, its labelled samples) to be classified."""
-    central_batches: Callable[[Any, np.ndarray], Iterable]
+    """(split, its labeled samples) to be classified."""
+    center_crop_batches: Callable[[Any, np.ndarray], Iterable]
     """(split, samples) -> batches of their central views."""
     gather: Callable[[Tensor], Tensor]
     """(n, ...) of each rank -> (W n, ...) of all, rank-major."""
     rank: int
     world_size: int
     k: int
-    """Neighbours that vote."""
+    """Neighbors that vote."""
     max_bank: int
     """At most so many samples of a split are used, evenly spread."""
 
@@ -45,7 +45,7 @@ class Evaluator:
 
     def _features(self, function: Callable[[Tensor], Tensor], split: Any, samples: np.ndarray) -> tuple[Tensor, Tensor]:
         chosen = samples[np.linspace(0, len(samples) - 1, min(len(samples), self.max_bank)).astype(np.int64)]
-        batches = partial(self.central_batches, split)
+        batches = partial(self.center_crop_batches, split)
         features, label, _ = zip(
             *embed(function, batches, chosen, self.gather, self.rank, self.world_size), strict=True
         )
@@ -62,9 +62,9 @@ def report_table(report: dict[str, dict[str, float]]) -> Table:
     return table
 
 
-def scores(hits: tuple[int, int], total: int) -> dict[str, Any]:
+def scores(correct: tuple[int, int], total: int) -> dict[str, Any]:
     """Shares of `total` test images from how many of them were right at top-1 and top-5."""
-    return {"top1": hits[0] / total, "top5": hits[1] / total, "top1_wilson_95": wilson(hits[0], total)}
+    return {"top1": correct[0] / total, "top5": correct[1] / total, "top1_wilson_95": wilson(correct[0], total)}
 
 
 def over_seeds(results: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from evaluation.accuracy import classes_ahead, top_n
+from .accuracy import classes_ahead, top_n
 
 
 def probe_layer(width: int, classes: int, seed: int, device: torch.device) -> nn.Linear:
@@ -25,7 +25,7 @@ def probe_layer(width: int, classes: int, seed: int, device: torch.device) -> nn
 
 def train_on_views(
     probe: nn.Linear,
-    represent: Callable[[Tensor], Tensor],
+    forward_features: Callable[[Tensor], Tensor],
     loader: Iterable,
     *,
     batch_size: int,
@@ -53,7 +53,7 @@ def train_on_views(
         for batch in loader:
             optimizer.param_groups[0]["lr"] = cosine(rate, step, total)
             with torch.no_grad():
-                h = represent(batch.views).float()
+                h = forward_features(batch.views).float()
             loss = cross_entropy(probe(h), batch.label)
             optimizer.zero_grad()
             loss.backward()
@@ -65,7 +65,7 @@ def train_on_views(
 
 
 @torch.no_grad()
-def probe_hits(probe: nn.Linear, features: Tensor, label: Tensor, device: torch.device) -> tuple[int, int]:
+def probe_correct(probe: nn.Linear, features: Tensor, label: Tensor, device: torch.device) -> tuple[int, int]:
     """How many of the features (M, D) are classified rightly at top-1 and top-5."""
     top1, top5 = 0, 0
     for rows, truth in zip(features.split(8192), label.split(8192), strict=True):
@@ -79,8 +79,8 @@ def linear_top1(
 ) -> float:
     """Share of test samples that a linear classifier trained on `train` gets right, after its last epoch.
 
-    The optimisation is that of the paper, in batches of 256. The features are those of central views and are
-    standardised per dimension, which stands in for augmenting them.
+    The optimization is that of the paper, in batches of 256. The features are those of central views and are
+    standardized per dimension, which stands in for augmenting them.
 
     Args:
         train: (N, D) float. train_label: (N,) int64. test: (M, D). test_label: (M,).

@@ -1,4 +1,4 @@
-from loss.distill import distillation, labelled_cross_entropy
-from loss.ntxent import nt_xent
+from .distill import distillation, labeled_cross_entropy
+from .ntxent import nt_xent
 
-__all__ = ["distillation", "labelled_cross_entropy", "nt_xent"]
+__all__ = ["distillation", "labeled_cross_entropy", "nt_xent"]

@@ -29,10 +29,10 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor
     return -(target * log_softmax(student.float() / temperature, 1)).sum(1).mean()
 
 
-def labelled_cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
+def labeled_cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
     """Cross-entropy summed over the images that have a label and divided by the number of all, () float32.
 
-    Next to `distillation` it has the weight of equation 3, whose sums run over labelled and over all images.
+    Next to `distillation` it has the weight of equation 3, whose sums run over labeled and over all images.
 
     Args:
         logits: (B, C), B and C >= 1. label: (B,) int64, -1 for none.

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
 
-from loss import distributed
-from loss.blockwise import nt_xent_blockwise
-from loss.reference import nt_xent_reference
+from . import distributed
+from .cpu.blockwise import nt_xent_blockwise
+from .reference import nt_xent_reference
 
 try:
-    from loss.triton_loss import nt_xent_triton
-    from loss.triton_tiles import refusal
+    from .triton.ops import nt_xent_triton
+    from .triton.tiles import refusal
 except ImportError:
 
     def refusal(device: torch.device, dtype: torch.dtype) -> str:

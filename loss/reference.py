@@ -17,8 +17,8 @@ def nt_xent_reference(z: Tensor, temperature: Tensor, z_all: Tensor) -> Tensor:
     The fraction is written as sigmoid(s_ij / tau - log of the sum over k not in {i, j}): once the positive outweighs
     the negatives by 1e16, as after training at a low temperature, a softmax is 1 even in float64, its gradient 0.
     """
-    anchors = _normalise(z)  # (2n, D)
-    similarity = anchors @ _normalise(z_all).T / temperature  # (2n, 2N)
+    anchors = _normalize(z)  # (2n, D)
+    similarity = anchors @ _normalize(z_all).T / temperature  # (2n, 2N)
     i = torch.arange(z.shape[0], device=z.device)
     j = i.roll(z.shape[0] // 2)
     not_negative = torch.zeros_like(similarity, dtype=torch.bool)
@@ -28,7 +28,7 @@ def nt_xent_reference(z: Tensor, temperature: Tensor, z_all: Tensor) -> Tensor:
     return -F.logsigmoid(similarity[i, j] - negatives).mean()
 
 
-def _normalise(z: Tensor) -> Tensor:
+def _normalize(z: Tensor) -> Tensor:
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
     norm = norm.masked_fill(norm == math.inf, math.nan)  # too long to be squared

@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import FrozenBatchNorm2d
 
-from errors import UserError
+from .common import UserError
 
 
-def synchronise_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
+def synchronize_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
     """Let every batch norm's statistics span all ranks: torch's SyncBatchNorm on a GPU, ours elsewhere.
 
     Activation and dropout inside timm's fused norm layers are kept; frozen batch norm has nothing to synchronize.
@@ -42,7 +42,7 @@ def _convert(module: nn.Module, converted: dict[nn.Module, nn.Module]) -> nn.Mod
     if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d):
         if module.momentum is None or not module.track_running_stats:
             raise UserError("Batch norm without exponential running statistics can't span ranks: use one process.")
-        result = HostSyncBatchNorm(module.num_features, module.eps, module.momentum, module.affine)
+        result = CpuSyncBatchNorm(module.num_features, module.eps, module.momentum, module.affine)
         if isinstance(module, BatchNormAct2d):
             result.drop, result.act = module.drop, module.act
         result.to(module.running_mean.dtype).train(module.training)
@@ -72,7 +72,7 @@ class _SumOverRanks(torch.autograd.Function):
         return total
 
 
-class HostSyncBatchNorm(_BatchNorm):
+class CpuSyncBatchNorm(_BatchNorm):
     """`torch.nn.SyncBatchNorm` for ranks without a GPU, which torch's own refuses. Equal batches on every rank."""
 
     def _check_input_dim(self, input: torch.Tensor) -> None:
@@ -80,7 +80,7 @@ class HostSyncBatchNorm(_BatchNorm):
             raise ValueError(f"batch norm expects (N, C, ...), got {tuple(input.shape)}")
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """(N, C, ...) of this rank -> the same shape, normalised by mean and variance over all ranks."""
+        """(N, C, ...) of this rank -> the same shape, normalized by mean and variance over all ranks."""
         self._check_input_dim(input)
         if not self.training:
             return self._activate(super().forward(input))
@@ -90,8 +90,8 @@ class HostSyncBatchNorm(_BatchNorm):
         world_size = dist.get_world_size()
         # the mean first and the variance around it: two small messages, no cancellation as in E[x^2] - E[x]^2
         mean = _SumOverRanks.apply(x.mean(axes)) / world_size
-        centred = x - mean.view(shape)
-        variance = _SumOverRanks.apply(centred.square().mean(axes)) / world_size
+        centered = x - mean.view(shape)
+        variance = _SumOverRanks.apply(centered.square().mean(axes)) / world_size
         if self.track_running_stats:
             with torch.no_grad():
                 count = world_size * x.numel() // x.shape[1]
@@ -99,15 +99,15 @@ class HostSyncBatchNorm(_BatchNorm):
                 self.num_batches_tracked += 1
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
                 self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
-        normalised = centred * torch.rsqrt(variance + self.eps).view(shape)
+        normalized = centered * torch.rsqrt(variance + self.eps).view(shape)
         if self.affine:
-            normalised = normalised * self.weight.view(shape) + self.bias.view(shape)
-        return self._activate(normalised.to(input.dtype))
+            normalized = normalized * self.weight.view(shape) + self.bias.view(shape)
+        return self._activate(normalized.to(input.dtype))
 
     def _activate(self, x: torch.Tensor) -> torch.Tensor:
         """Dropout and activation of the fused layer in whose place this one stands, if it was one."""
         return self.act(self.drop(x)) if hasattr(self, "act") else x
 
 
-SYNCHRONIZED = (nn.SyncBatchNorm, HostSyncBatchNorm)
+SYNCHRONIZED = (nn.SyncBatchNorm, CpuSyncBatchNorm)
 FROZEN = (FrozenBatchNormAct2d, FrozenBatchNorm2d)

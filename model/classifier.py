@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
-from model.encoder import create_encoder, spec_in
-from model.head import head_spec, projection_head
-from model.weights import load_strictly, read_weights, reading_metadata, write_weights
+from .common import UserError
+from .encoder import create_encoder, spec_in
+from .head import head_spec, projection_head
+from .weights import load_strictly, read_weights, reading_metadata, write_weights
 
 
 class Classifier(nn.Module):

@@ -16,9 +16,9 @@ import torch
 from timm.models import load_pretrained, register_model, resolve_pretrained_cfg
 from torch import nn
 
-from errors import UserError
-from model.selective_kernels import SelectiveKernelBottleneck
-from model.weights import load_strictly, read_weights, reading_metadata, write_weights
+from .common import UserError
+from .selective_kernels import SelectiveKernelBottleneck
+from .weights import load_strictly, read_weights, reading_metadata, write_weights
 
 SMALL_IMAGE = 64
 """Images of at most this side, in pixels, get the small stem."""
@@ -153,7 +153,7 @@ def create_encoder(spec: tuple[str, dict]) -> nn.Module:
         ) from error
 
 
-def representation_width(encoder: nn.Module, image_size: int) -> int:
+def feature_dim(encoder: nn.Module, image_size: int) -> int:
     """Width of h for views of `image_size` pixels, measured by encoding two black ones.
 
     timm's `num_features` is wrong for some models, which widen once more after pooling.

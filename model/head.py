@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from model.weights import load_strictly, read_weights, reading_metadata, write_weights
+from .weights import load_strictly, read_weights, reading_metadata, write_weights
 
 
 def projection_head(version: str, features: int, hidden: int, out: int) -> nn.Sequential:
@@ -28,7 +28,7 @@ def projection_head(version: str, features: int, hidden: int, out: int) -> nn.Se
         head.add_module(f"bn{number}", nn.BatchNorm1d(fan_out))
         if last:
             nn.init.zeros_(head[-1].bias)
-            head[-1].bias.requires_grad_(False)  # the official code normalises z's last layer without a learnt shift
+            head[-1].bias.requires_grad_(False)  # the official code normalizes z's last layer without a learned shift
         else:
             head.add_module(f"relu{number}", nn.ReLU(inplace=True))
     return head

@@ -15,7 +15,7 @@ REDUCTION, LEAST = 16, 32
 
 
 class SelectiveKernels(nn.Module):
-    """(N, C_in, H, W) -> (N, C, H', W'), normalised and rectified; the names are those of arXiv 1903.06586.
+    """(N, C_in, H, W) -> (N, C, H', W'), normalized and rectified; the names are those of arXiv 1903.06586.
 
     Args:
         conv: the 3x3 convolution whose place it takes, with C_in, C, stride, padding and dilation.

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, contiguous_format, nn
 
-from errors import UserError
+from .common import UserError
 
 KINDS = ("classes", "head", "timm_name")
 """The entry that tells a file of each kind: a classifier has all three, a projection head the second, an encoder the

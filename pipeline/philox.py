@@ -1,6 +1,6 @@
 """Counter-based random numbers: the value depends on its address alone, never on what was drawn before it.
 
-Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3), vectorised over numpy
+Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3), vectorized over numpy
 arrays. A sample's views are therefore the same whichever thread, rank, backend or resumed run asks for them.
 """
 

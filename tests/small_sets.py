@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import textures
-from pipeline.convert import write_split
-from pipeline.sources import folder_source
+from pipeline.convert import textures
+from pipeline.convert.sources import folder_source
+from pipeline.convert.writer import write_split
 
 
 def texture_shards(root: Path, **counts: int) -> Path:

@@ -8,9 +8,9 @@ import re
 
 import pytest
 
+from common import UserError
 from config import LIMITS, Config, Distill, FineTune, check_same_run
 from engine.processes import ending_together
-from errors import UserError
 from presets import PRESETS, images_of, option_names, parse
 from run import schedule
 
@@ -35,7 +35,7 @@ def run_folder(tmp_path):
         (["--epoch=2"], "There is no option '--epoch' (did you mean --epochs?); see train.py pretrain --help."),
         (["--lr", "1"], "There is no option '--lr' (did you mean --optim.lr?); see train.py pretrain --help."),
         (["--eval.no-baseline"], "did you mean --eval.no-baselines?"),
-        (["--data.max-bat", "0"], "did you mean --data.max-bad?"),
+        (["--data.max-bat", "0"], "did you mean --loader.max-bad?"),
         (["distill", "--temperatur", "1"], "did you mean --temperature?); see train.py distill --help."),
         (["--zzz"], "There is no option '--zzz'; see train.py pretrain --help."),
         (["fintune"], "There is no stage 'fintune' (did you mean finetune?); use one of pretrain, finetune, distill."),
@@ -185,8 +185,8 @@ def test_the_views_of_the_presets():
         assert (views.flip_p, views.jitter_p, views.gray_p) == (0.5, 0.8, 0.2) and views.blur_sigma == (0.1, 2.0)
     assert (imagenet.size, imagenet.jitter_strength, imagenet.blur_p, imagenet.blur_window) == (224, 1.0, 0.5, 23)
     assert (cifar.size, cifar.jitter_strength, cifar.blur_p) == (32, 0.5, 0.0)
-    labelled = [make().views for stage in ("finetune", "distill") for make in PRESETS[stage].values()]
-    assert all((views.flip_p, views.jitter_p, views.gray_p, views.blur_p) == (0.5, 0, 0, 0) for views in labelled)
+    labeled = [make().views for stage in ("finetune", "distill") for make in PRESETS[stage].values()]
+    assert all((views.flip_p, views.jitter_p, views.gray_p, views.blur_p) == (0.5, 0, 0, 0) for views in labeled)
 
 
 def test_heads_temperatures_and_first_layers_of_the_presets():
@@ -204,4 +204,4 @@ def test_heads_temperatures_and_first_layers_of_the_presets():
     shares = {name: make().labels.fraction for name, make in PRESETS["finetune"].items()}
     assert shares == {"textures": 0.1, "v1-1": 0.01, "v1-10": 0.1, "v2-1": 0.01, "v2-10": 0.1}
     student = PRESETS["distill"]["v2"]()
-    assert student.temperature == 1.0 and student.labelled_share == 0 and math.isclose(student.optim.warmup_epochs, 20)
+    assert student.temperature == 1.0 and student.labeled_share == 0 and math.isclose(student.optim.warmup_epochs, 20)

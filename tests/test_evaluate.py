@@ -1,4 +1,4 @@
-"""evaluate.py as its users run it, on a few textures and an encoder that has learnt nothing."""
+"""evaluate.py as its users run it, on a few textures and an encoder that has learned nothing."""
 
 import dataclasses
 import json
@@ -17,15 +17,15 @@ from safetensors.torch import load_file, save_file
 
 import evaluate
 import presets
-from errors import UserError
+from common import UserError
 from evaluation import linear
 from evaluation.intervals import wilson
 from evaluation.knn import knn_top1
 from evaluation.options import Linear
 from model import create_encoder, encoder_spec, load_encoder, save_encoder
-from pipeline import textures
-from pipeline.loader import central_batches
-from pipeline.shards import open_splits
+from pipeline.convert import textures
+from pipeline.loader.loader import center_crop_batches
+from pipeline.shards.dataset import open_splits
 from tests.small_sets import remove_labels, texture_shards
 
 ROOT = Path(__file__).parents[1]
@@ -93,7 +93,7 @@ def embedded_by_hand(run, data):
     encoder, views = load_encoder(run / "encoder.safetensors"), presets.textures().views
     found = []
     for split in open_splits(str(data)):
-        batches = central_batches(split, views, np.arange(len(split)), batch_size=256, device=torch.device("cpu"))
+        batches = center_crop_batches(split, views, np.arange(len(split)), batch_size=256, device=torch.device("cpu"))
         with torch.no_grad():
             parts = [(encoder(batch.views), batch.label) for batch in batches]
         found.append(tuple(torch.cat(part) for part in zip(*parts, strict=True)))
@@ -124,7 +124,7 @@ def test_features_are_embedded_once(run, data, run_here, tmp_path, monkeypatch):
     first = record_of(run, "knn")
     stored = sorted((tmp_path / "cache" / "features").iterdir())
     assert len(stored) == 2
-    monkeypatch.setattr(evaluate, "central_batches", None)  # which nobody may need now
+    monkeypatch.setattr(evaluate, "center_crop_batches", None)  # which nobody may need now
     printed = run_here("knn", run)
     again = record_of(run, "knn")
     assert printed.count("from the cache") == 2 and again["data"]["test"]["from_cache"]
@@ -188,7 +188,7 @@ def test_linear_simclr_in_two_processes_is_that_of_one(run, data, run_here, tmp_
     is one for all: both are of the first process, which embeds 20 images.
     """
     options = ["linear", run, "--protocol", "simclr", "--epochs", 2, "--batch-size", 32, "--precision", "fp32"]
-    options += ["--data", damage(data, tmp_path, [2, 4]), "--data.max-bad", 0.05]
+    options += ["--data", damage(data, tmp_path, [2, 4]), "--loader.max-bad", 0.05]
     run_here(*options, "--seeds", 2)
     one = record_of(run, "linear-simclr")
     assert one["batch_size"] == 32 and one["lr"] == 0.0125 and one["results"][0]["steps"] == 4
@@ -246,12 +246,12 @@ def test_embed_writes_every_split_and_takes_one(run, data, run_here, tmp_path):
 
 def unlabel(data, tmp_path, split, count=None):
     """A copy of the shards in which the first `count` samples of each shard of a split have no label."""
-    shutil.copytree(data, tmp_path / "unlabelled")
-    remove_labels(tmp_path / "unlabelled" / split, count)
-    return tmp_path / "unlabelled"
+    shutil.copytree(data, tmp_path / "unlabeled")
+    remove_labels(tmp_path / "unlabeled" / split, count)
+    return tmp_path / "unlabeled"
 
 
-def test_unlabelled_images_are_not_judged_but_embedded(run, data, run_here, tmp_path):
+def test_unlabeled_images_are_not_judged_but_embedded(run, data, run_here, tmp_path):
     partly = unlabel(data, tmp_path, "train", 5)
     run_here("knn", run, "--data", partly)
     assert record_of(run, "knn")["data"]["train"]["images"] == 80 - 3 * 5
@@ -267,22 +267,22 @@ def test_a_bad_image_is_left_out_and_named(run, data, run_here, tmp_path):
     with open(tmp_path / "shards" / "test" / "test-000000.tar", "r+b") as tar:
         tar.seek(int(rows["offset"][3]))
         tar.write(bytes(100))
-    printed = run_here("knn", run, "--data", tmp_path / "shards", "--data.max-bad", 0.05)
+    printed = run_here("knn", run, "--data", tmp_path / "shards", "--loader.max-bad", 0.05)
     record = record_of(run, "knn")
     assert record["data"]["test"]["images"] == 39 and record["data"]["test"]["left_out"] == 1
     assert "1 bad images left out" in printed
-    (bad,) = map(json.loads, (run / "evaluation" / "knn.quarantine.jsonl").read_text().splitlines())
+    (bad,) = map(json.loads, (run / "evaluation" / "knn.bad_samples.jsonl").read_text().splitlines())
     assert bad["key"] == rows["key"][3].decode()
 
 
 def test_features_without_bad_images_are_used_until_an_image_can_be_read(run, data, run_here, tmp_path):
     shards = damage(data, tmp_path, [3, 5])
-    options = ["knn", run, "--data", shards, "--data.max-bad", 0.05]
+    options = ["knn", run, "--data", shards, "--loader.max-bad", 0.05]
     run_here(*options)
     out = tmp_path / "again.json"
     printed = run_here(*options, "--out", out)
     assert printed.count("from the cache") == 2 and "2 bad images left out" in printed
-    listed = (tmp_path / "again.quarantine.jsonl").read_text().splitlines()
+    listed = (tmp_path / "again.bad_samples.jsonl").read_text().splitlines()
     assert len(listed) == 2, "the file that the message names"
     with pytest.raises(SystemExit, match=r"2 of 40 images of .*test can't be read, listed in .*--data\.max-bad 0\.04"):
         run_here(*options[:-1], 0.04)  # also if they are stored already
@@ -390,7 +390,7 @@ def test_what_cannot_be_judged_gets_one_sentence(run, data, run_here, tmp_path):
     assert "--temperature is 0" in refused("knn", run, "--temperature", 0)
     assert "--temperature is 0.1 nan: use finite" in refused("knn", run, "--temperature", 0.1, "nan")
     assert "--std is 1.0 nan 1.0: use finite" in refused("knn", run, "--std", 1, "nan", 1)
-    assert "--data.cache-gb is inf: use finite" in refused("knn", run, "--data.cache-gb", "inf")
+    assert "--loader.cache-gb is inf: use finite" in refused("knn", run, "--loader.cache-gb", "inf")
     assert "--seeds is 0" in refused("linear", run, "--seeds", 0)
     assert "--held-out is 1.0" in refused("linear", run, "--held-out", 1)
     assert "--std is 0.0 1.0 1.0" in refused("knn", run, "--std", 0, 1, 1)
@@ -445,7 +445,7 @@ def test_help_names_commands_and_options(run_here, capsys):
         run_here("linear", "--help")
     shown = capsys.readouterr().out
     assert stopped.value.code == 0
-    for option in ("--data", "--size", "--protocol", "--seeds", "--no-cache", "--data.workers"):
+    for option in ("--data", "--size", "--protocol", "--seeds", "--no-cache", "--loader.workers"):
         assert option in shown
 
 

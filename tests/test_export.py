@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 import model
+from common import UserError
 from config import Config, Distill, FineTune, Start
-from errors import UserError
 from export import TORCHVISION, Export, data_sentence, export, main, torchvision_state
-from pipeline.recipe import Recipe, central_view
+from pipeline.augment.config import AugmentConfig
+from pipeline.augment.params import center_crop
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
@@ -35,7 +36,7 @@ def a_run(folder, spec, size, kind=Config, **options):
                 nn.init.uniform_(tensor, 0.5, 1.5)
     folder.mkdir()
     model.save_encoder(encoder, spec, folder / "encoder.safetensors")
-    config = kind(views=Recipe(size=size, mean=MEAN, std=STD), **options)
+    config = kind(views=AugmentConfig(size=size, mean=MEAN, std=STD), **options)
     record = {**dataclasses.asdict(config), "timm_name": spec[0], "timm_kwargs": spec[1]}
     (folder / "config.json").write_text(json.dumps(record))
     return encoder.eval()
@@ -101,7 +102,7 @@ def test_the_folder_opens_in_timm(tmp_path, name, size, width, selective_kernels
     prepared = timm.data.resolve_model_data_config(again)
     assert list(prepared["input_size"]) == [3, size, size] and prepared["interpolation"] == "bicubic"
     assert tuple(prepared["mean"]) == MEAN and tuple(prepared["std"]) == STD
-    window = central_view(Recipe(size=size), np.array([1000]), np.array([1500])).crop[0, 0, 2] / 1000
+    window = center_crop(AugmentConfig(size=size), np.array([1000]), np.array([1500])).crop[0, 0, 2] / 1000
     assert prepared["crop_pct"] == window, "the part of an image that evaluation here looks at"
 
 
@@ -201,8 +202,8 @@ def test_a_card_keeps_no_secret_of_an_address():
         ({"labels": {"fraction": 1.0, "keys": ""}}, "with labels."),
         ({"labels": {"fraction": 0.01, "keys": ""}}, "with labels of a share of 0.01."),
         ({"labels": {"fraction": 1.0, "keys": "/secret/list"}}, "with labels of those that a list names."),
-        ({"labels": {"fraction": 1.0}, "teacher": "/t", "labelled_share": 0.0}, "those that the teacher learned from."),
-        ({"labels": {"fraction": 0.1}, "teacher": "/t", "labelled_share": 0.5}, "with labels of a share of 0.1."),
+        ({"labels": {"fraction": 1.0}, "teacher": "/t", "labeled_share": 0.0}, "those that the teacher learned from."),
+        ({"labels": {"fraction": 0.1}, "teacher": "/t", "labeled_share": 0.5}, "with labels of a share of 0.1."),
     ],
 )
 def test_the_card_says_which_labels_were_used(options, said):

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from engine.guard import Guard
 from engine.metrics import RunningMeans
+from engine.nonfinite import NonFiniteGuard
 from engine.optim import create_optimizer, parameter_groups
 from loss import nt_xent
-from model import SimCLR, create_encoder, encoder_spec, projection_head, representation_width
+from model import SimCLR, create_encoder, encoder_spec, feature_dim, projection_head
 
 
 def forward_on_cuda(module: nn.Module, views: tuple[int, ...]):
@@ -26,7 +26,7 @@ def forward_on_cuda(module: nn.Module, views: tuple[int, ...]):
 )
 def test_everything_follows_the_views_device(name, size, head):
     encoder = create_encoder(encoder_spec(name, size, "auto", 1.0))
-    width = representation_width(encoder, size)
+    width = feature_dim(encoder, size)
     simclr = SimCLR(encoder, projection_head(head, width, 64, 16), width, classes=10)
     with FakeTensorMode(allow_non_fake_inputs=False):
         z, scores = forward_on_cuda(simclr, (8, 3, size, size))
@@ -54,7 +54,7 @@ def test_a_tensor_left_on_the_cpu_fails():
 
 @pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
 def test_a_step_asks_the_device_for_nothing(name, monkeypatch):
-    """Guard, means and optimiser: a fake tensor has no numbers, so reading one on the host would fail."""
+    """NonFiniteGuard, means and optimizer: a fake tensor has no numbers, so reading one on the host would fail."""
 
     def fused_sgd(weights, gradients, buffers, found_inf, **_):  # torch's own has no fake form
         assert {tensor.device.type for tensor in [*weights, *gradients, *buffers, found_inf]} == {"cuda"}
@@ -65,7 +65,7 @@ def test_a_step_asks_the_device_for_nothing(name, monkeypatch):
         with device:
             net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 2))
         optimizer = create_optimizer(name, parameter_groups([net], 1e-4), 0.1, 0.9)
-        guard, means = Guard(net, [optimizer], device), RunningMeans(("loss", "gradient_norm"), device)
+        guard, means = NonFiniteGuard(net, [optimizer], device), RunningMeans(("loss", "gradient_norm"), device)
         for step in (1, 2):
             guard.before_forward()
             loss = net(torch.empty(8, 3, 5, 5, device=device)).square().mean()

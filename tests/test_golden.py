@@ -102,8 +102,8 @@ def test_the_literals_of_nt_xent_are_their_closed_forms():
 
 @pytest.mark.parametrize(("impl", "rows_at_once"), [("reference", 4), ("blockwise", 4), ("blockwise", 1), ("auto", 4)])
 def test_nt_xent(impl, rows_at_once, monkeypatch):
-    monkeypatch.setattr("loss.blockwise.BAND_ROWS", rows_at_once)
-    monkeypatch.setattr("loss.blockwise.BLOCK_COLUMNS", rows_at_once)
+    monkeypatch.setattr("loss.cpu.blockwise.BAND_ROWS", rows_at_once)
+    monkeypatch.setattr("loss.cpu.blockwise.BLOCK_COLUMNS", rows_at_once)
     z, turned, lengths = four_views()
     z.requires_grad_()
     tau = torch.tensor(1 / math.log(4), dtype=torch.float64, requires_grad=True)

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from common import UserError
 from engine import run_lock
 from engine.processes import ending_together
-from errors import UserError
 from tests.small_sets import texture_shards
 
 ROOT = Path(__file__).parents[1]

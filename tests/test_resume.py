@@ -15,10 +15,10 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import train
+from common import UserError
 from engine import run_lock
-from errors import UserError
-from pipeline.convert import write_split
-from pipeline.sources import folder_source
+from pipeline.convert.sources import folder_source
+from pipeline.convert.writer import write_split
 from tests.small_sets import texture_shards
 
 ROOT = Path(__file__).parents[1]
@@ -88,8 +88,8 @@ def test_twenty_kills(data, tmp_path, precision):
 @pytest.mark.parametrize("step", [3, 5, 10])
 def test_any_checkpoint_leads_to_the_same_end(pretrain, whole, data, tmp_path, step):
     """In the middle of an epoch and of a metrics row, at the end of an epoch, at the end of the run."""
-    begun_at = whole / "checkpoints" / f"step-{step:08d}"
-    pretrain("--data", data, "--out", tmp_path / "run", "--epochs", 2, "--resume", begun_at)
+    resume_from = whole / "checkpoints" / f"step-{step:08d}"
+    pretrain("--data", data, "--out", tmp_path / "run", "--epochs", 2, "--resume", resume_from)
     known = rows(whole)
     assert rows(tmp_path / "run") == [row for row in known if row["step"] > step or "features" in row]
     actual, expected = (load_file(folder / "encoder.safetensors") for folder in (tmp_path / "run", whole))
@@ -160,22 +160,22 @@ def test_other_options_are_refused_by_name(pretrain, whole, data):
     ):
         with pytest.raises(UserError, match=said):
             pretrain("--data", data, "--out", whole, "--epochs", 2, *options)
-    begun_at = whole / "checkpoints" / "step-00000003"
+    resume_from = whole / "checkpoints" / "step-00000003"
     (whole.parent / "mine").mkdir()
     (whole.parent / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="holds other files than the run that --resume names"):
-        pretrain("--data", data, "--out", whole.parent / "mine", "--epochs", 2, "--resume", begun_at)
+        pretrain("--data", data, "--out", whole.parent / "mine", "--epochs", 2, "--resume", resume_from)
     with pytest.raises(UserError, match="holds a run or other files already"):
         pretrain("--data", data, "--out", whole, "--epochs", 2, "--resume", "none")
 
 
 def test_another_precision_is_refused_and_its_cure_works(pretrain, whole, data, tmp_path):
-    begun_at = whole / "checkpoints" / "step-00000008"
-    options = ["--data", data, "--epochs", 2, "--resume", begun_at]
+    resume_from = whole / "checkpoints" / "step-00000008"
+    options = ["--data", data, "--epochs", 2, "--resume", resume_from]
     with pytest.raises(UserError, match=r"was trained in fp32: .* or with --precision fp32"):
         train.pretrain(train.parse([*map(str, options), "--out", str(tmp_path / "a"), *OPTIONS, "--precision", "bf16"]))
-    copy = tmp_path / "checkpoints" / begun_at.name
-    shutil.copytree(begun_at, copy)
+    copy = tmp_path / "checkpoints" / resume_from.name
+    shutil.copytree(resume_from, copy)
     record = json.loads((copy / "record.json").read_text())
     record["config"]["precision"] = "auto"  # as on hardware whose automatic choice it was
     del record["checksum"]

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 import run
+from common import UserError
 from config import Config
 from engine import run_lock
-from errors import UserError
 
 
 @pytest.fixture
@@ -24,8 +24,8 @@ def choose(tmp_path, monkeypatch):
 def test_jobs_that_start_in_the_same_second_get_folders_of_their_own(choose, tmp_path):
     folders = []
     for _ in range(3):
-        folder, begun_at = choose(Config())
-        assert begun_at is None
+        folder, resume_from = choose(Config())
+        assert resume_from is None
         (folder / "encoder.safetensors").touch()
         folders.append(str(folder))
     assert folders == ["runs/textures-NOW", "runs/textures-NOW-2", "runs/textures-NOW-3"]

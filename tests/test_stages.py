@@ -11,13 +11,13 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import train
+from common import UserError
 from config import FineTune
 from engine import run_lock
-from errors import UserError
 from model import load_classifier, load_encoder, load_head
-from pipeline import textures
-from pipeline.convert import write_split
-from pipeline.sources import folder_source
+from pipeline.convert import textures
+from pipeline.convert.sources import folder_source
+from pipeline.convert.writer import write_split
 from presets import parse
 from tests.small_sets import texture_shards
 
@@ -105,11 +105,11 @@ def test_only_the_chosen_labels_are_used(run, pretrained, data, tmp_path, monkey
     fit = train.fit
 
     def watched(run, config, task, state, metrics):
-        backpropagate = task.backpropagate
+        forward_backward = task.forward_backward
 
         def noted(model, batch):
             seen.append((batch.index.clone(), batch.views.shape))
-            return backpropagate(model, batch)
+            return forward_backward(model, batch)
 
         object.__setattr__(task, "backpropagate", noted)
         return fit(run, config, task, state, metrics)
@@ -168,13 +168,13 @@ def test_a_student_needs_no_labels(run, tuned, tmp_path):
 
 def test_labels_beside_the_teacher_are_those_that_may_be_looked_at(run, tuned, tmp_path, monkeypatch):
     known = []
-    labelled_cross_entropy = train.labelled_cross_entropy
+    labeled_cross_entropy = train.labeled_cross_entropy
     monkeypatch.setattr(
         train,
-        "labelled_cross_entropy",
-        lambda logits, label: known.append((label >= 0).sum().item()) or labelled_cross_entropy(logits, label),
+        "labeled_cross_entropy",
+        lambda logits, label: known.append((label >= 0).sum().item()) or labeled_cross_entropy(logits, label),
     )
-    options = ["--labelled-share", 0.5, "--labels.fraction", 0.25, "--epochs", 1]
+    options = ["--labeled-share", 0.5, "--labels.fraction", 0.25, "--epochs", 1]
     run("distill", "--teacher", tuned, *options, "--out", tmp_path / "run")
     assert len(known) == 5 and sum(known) == 20, "a quarter of the 80 images, each once"
 
@@ -183,12 +183,12 @@ def test_a_stopped_fine_tuning_goes_on_bit_for_bit(run, pretrained, tmp_path):
     options = ["--start.run", pretrained, "--labels.fraction", 0.5, "--epochs", 3, "--checkpoint.every-steps", 1]
     options += ["--checkpoint.keep", 9]
     run("finetune", *options, "--out", tmp_path / "whole")
-    begun_at = tmp_path / "whole" / "checkpoints" / "step-00000003"
-    run("finetune", *options, "--resume", begun_at, "--out", tmp_path / "rest")
+    resume_from = tmp_path / "whole" / "checkpoints" / "step-00000003"
+    run("finetune", *options, "--resume", resume_from, "--out", tmp_path / "rest")
     whole, rest = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "rest"))
     assert all(torch.equal(whole[name], rest[name]) for name in whole)
     with pytest.raises(UserError, match=r"--labels\.fraction 0\.5 \(now 1\.0\)"):
-        run("finetune", *options, "--labels.fraction", 1, "--resume", begun_at, "--out", tmp_path / "other")
+        run("finetune", *options, "--labels.fraction", 1, "--resume", resume_from, "--out", tmp_path / "other")
 
 
 @pytest.mark.parametrize(
@@ -211,8 +211,8 @@ def test_a_stopped_fine_tuning_goes_on_bit_for_bit(run, pretrained, tmp_path):
             ["distill", "--teacher", "RUN", "--views.mean", "0", "0", "0"],
             "was trained with --views.mean 0.5 0.5 0.5: use the same",
         ),
-        (["distill", "--teacher", "RUN", "--labelled-share", "2"], "--labelled-share is 2.0"),
-        (["distill", "--teacher", "RUN", "--labels.fraction", "0.1"], "--labelled-share is 0"),
+        (["distill", "--teacher", "RUN", "--labeled-share", "2"], "--labeled-share is 2.0"),
+        (["distill", "--teacher", "RUN", "--labels.fraction", "0.1"], "--labeled-share is 0"),
         (
             ["finetune", "--data", "DATA", "--optim.name", "nesterov", "--optim.momentum", "0"],
             "--optim.momentum is 0.0",

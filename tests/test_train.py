@@ -24,11 +24,11 @@ from torch import nn
 
 import run
 import train
-from engine.guard import CollapseWatch
+from engine.nonfinite import CollapseWatch
 from loss import nt_xent
-from pipeline import textures
-from pipeline.convert import folder_source, write_split
-from pipeline.sources import Source
+from pipeline.convert import textures
+from pipeline.convert.sources import Source, folder_source
+from pipeline.convert.writer import write_split
 from tests.small_sets import remove_labels, texture_shards
 
 ROOT = Path(__file__).parents[1]
@@ -162,7 +162,7 @@ def test_without_labels_or_test_split(run_here, tmp_path):
     assert [row["probe_top1"] for row in rows(tmp_path / "run")] == [None]
 
 
-def test_probe_top1_is_that_of_the_labelled_views(run_here, tmp_path):
+def test_probe_top1_is_that_of_the_labeled_views(run_here, tmp_path):
     """One image of 80 has a label: batches without it say nothing about the probe, rather than that it is wrong."""
     items = [("cells" if number == 7 else None, f"{number:03d}", (0, "train", number)) for number in range(80)]
     write_split(Source("mixed", items, textures.render), tmp_path / "shards", "train")
@@ -173,8 +173,8 @@ def test_probe_top1_is_that_of_the_labelled_views(run_here, tmp_path):
 def test_the_probe_leaves_the_encoder_as_it_is(run_here, data, tmp_path):
     """The same images with and without labels: probe or no probe, the same losses and gradients, bit for bit."""
     shown = []
-    for name, labelled in (("with", True), ("without", False)):
-        items = [(f"{n % 3}" if labelled else None, f"{n:03d}", (0, "train", n)) for n in range(48)]
+    for name, labeled in (("with", True), ("without", False)):
+        items = [(f"{n % 3}" if labeled else None, f"{n:03d}", (0, "train", n)) for n in range(48)]
         write_split(Source(name, items, textures.render), tmp_path / name / "shards", "train")
         run_here("--data", tmp_path / name / "shards", "--out", tmp_path / name / "run", "--epochs", 1, *SMALL)
         shown.append([(row["loss"], row["gradient_norm"]) for row in rows(tmp_path / name / "run")])
@@ -290,7 +290,7 @@ def test_other_files_are_not_written_over(run_here, data, tmp_path):
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again(run_here, data, tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "quarantine.jsonl").write_text("")
+    (tmp_path / "bad_samples.jsonl").write_text("")
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 4.0}\n{"step": 2, "lo')
     run_here("--data", data, "--out", tmp_path, "--epochs", 1, "--eval.no-baselines", *SMALL)
     assert [row["step"] for row in rows(tmp_path) if "loss" in row] == [1, 2, 3, 4, 5]
@@ -303,22 +303,22 @@ def test_a_bad_image_is_replaced_and_reported(run_here, data, tmp_path, capsys):
         tar.seek(int(rows_of_shard["offset"][3]))
         tar.write(bytes(100))
     options = ["--data", tmp_path / "shards", "--epochs", 1, "--eval.no-baselines", *SMALL]
-    run_here(*options, "--out", tmp_path / "run", "--data.max-bad", 0.02, "--checkpoint.every-steps", 1)
-    (bad,) = map(json.loads, (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines())
+    run_here(*options, "--out", tmp_path / "run", "--loader.max-bad", 0.02, "--checkpoint.every-steps", 1)
+    (bad,) = map(json.loads, (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines())
     assert bad["key"] == rows_of_shard["key"][3].decode() and bad["shard"] == "train-000000.tar"
     assert [row["replaced_images"] for row in rows(tmp_path / "run") if "loss" in row][-1] == 1
-    begun_at = tmp_path / "run" / "checkpoints" / "step-00000005"
-    assert json.loads((begun_at / "record.json").read_text())["replaced"] == 1
+    resume_from = tmp_path / "run" / "checkpoints" / "step-00000005"
+    assert json.loads((resume_from / "record.json").read_text())["replaced"] == 1
     assert "1 times another image took a bad one's place" in capsys.readouterr().out.replace("\n", " ")
     with pytest.raises(SystemExit, match=r"more than --data\.max-bad 0\.01 allows"):
         run_here(*options, "--out", tmp_path / "strict")
     # what was replaced before counts, and is told even if nothing bad has been met since
-    begun_at = begun_at.with_name("step-00000004")
-    record = json.loads((begun_at / "record.json").read_text()) | {"replaced": 2}
+    resume_from = resume_from.with_name("step-00000004")
+    record = json.loads((resume_from / "record.json").read_text()) | {"replaced": 2}
     del record["checksum"]
-    (begun_at / "record.json").write_text(json.dumps(record))
+    (resume_from / "record.json").write_text(json.dumps(record))
     with pytest.raises(SystemExit, match=r"[23] of 80 images of .* were bad.*more than --data\.max-bad 0\.02 allows"):
-        run_here(*options, "--out", tmp_path / "more", "--data.max-bad", 0.02, "--resume", begun_at)
+        run_here(*options, "--out", tmp_path / "more", "--loader.max-bad", 0.02, "--resume", resume_from)
 
 
 def test_a_place_that_cannot_be_written(run_here, data, tmp_path):
@@ -332,11 +332,11 @@ def test_knn_before_the_first_row_and_a_split_without_labels(run_here, data, tmp
     often = [*SMALL[:-2], "--log-every", 100, "--epochs", 2, "--eval.knn-every", 1, "--eval.no-baselines"]
     run_here("--data", data, "--out", tmp_path / "a", *often)
     assert [row["step"] for row in rows(tmp_path / "a") if "loss" in row] == [5, 10]
-    unlabelled = tmp_path / "shards"
-    shutil.copytree(data, unlabelled)
-    remove_labels(unlabelled / "test")
-    run_here("--data", unlabelled, "--out", tmp_path / "b", *often)
-    assert "no labelled test split" in capsys.readouterr().out.replace("\n", " ")
+    unlabeled = tmp_path / "shards"
+    shutil.copytree(data, unlabeled)
+    remove_labels(unlabeled / "test")
+    run_here("--data", unlabeled, "--out", tmp_path / "b", *often)
+    assert "no labeled test split" in capsys.readouterr().out.replace("\n", " ")
     assert (tmp_path / "b" / "encoder.safetensors").exists()
 
 
@@ -344,7 +344,7 @@ def test_knn_before_the_first_row_and_a_split_without_labels(run_here, data, tmp
     "options",
     [
         ["--precision", "bf16", "--optim.name", "lars", "--optim.lr", "0.1", "--head.version", "v2"],
-        ["--data.backend", "kornia", "--optim.name", "sgd", "--optim.lr", "0.01", "--loss.impl", "reference"],
+        ["--loader.backend", "kornia", "--optim.name", "sgd", "--optim.lr", "0.01", "--loss.impl", "reference"],
     ],
     ids=["bf16, LARS, head v2", "Kornia, SGD, reference loss"],
 )
@@ -448,5 +448,5 @@ def test_exit_codes_and_no_traceback(data, tmp_path):
 def test_help_names_the_options():
     shown = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True)
     assert shown.returncode == 0
-    for option in ("--preset", "--data", "--batch-size", "--optim.name", "--loss.temperature", "--data.backend"):
+    for option in ("--preset", "--data", "--batch-size", "--optim.name", "--loss.temperature", "--loader.backend"):
         assert option in shown.stdout

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from common import UserError
 from engine import checkpoint
 from engine.checkpoint import Checkpoints, StopSignal
 from engine.optim import create_optimizer, parameter_groups
-from errors import UserError
 
 TENSORS = {"x": torch.arange(3.0)}
 

@@ -6,11 +6,11 @@ import time
 import pytest
 import torch
 
-from engine.metrics import MetricsFile, RunningMeans, StepClock, verdict
+from engine.metrics import MetricsFile, RunningMeans, StepTimer, verdict
 
 
 def test_the_clock_tells_waiting_from_working():
-    clock = StepClock()
+    clock = StepTimer()
     waited = worked = 0.0
 
     def slow():
@@ -39,7 +39,7 @@ def test_the_clock_tells_waiting_from_working():
 
 
 def test_a_pause_does_not_count():
-    clock = StepClock()
+    clock = StepTimer()
     time.sleep(0.05)
     clock.pause()
     for _ in clock.watch([0]):
@@ -68,7 +68,7 @@ def test_skipped_steps_do_not_count_in_the_means():
 @pytest.mark.parametrize(
     ("waiting", "communicating", "said"),
     [
-        (0.30, 0.20, "Data-bound: 30.0% of the time .*--data.workers"),
+        (0.30, 0.20, "Data-bound: 30.0% of the time .*--loader.workers"),
         (0.20, 0.30, "Communication-bound: 30.0% of the time .*larger --batch-size"),
         (0.01, 0.02, "Compute-bound: 97.0% of the time .*; --compile would help"),
         (0.049, 0.099, "Compute-bound: 85.2%"),

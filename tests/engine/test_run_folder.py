@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from common import UserError
 from engine import run_lock
 from engine.checkpoint import Checkpoints
 from engine.run_folder import run_folder, start_run
-from errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def test_the_newest_checkpoint_or_the_one_that_is_named(tmp_path):
         [".config.json.partial"],
         ["config.json"],
         ["config.json", "metrics.jsonl", ".metrics.jsonl.partial"],
-        ["config.json", "metrics.jsonl", "quarantine.jsonl", "diverged.json"],
+        ["config.json", "metrics.jsonl", "bad_samples.jsonl", "diverged.json"],
         ["config.json", "checkpoints/.step-00000001.partial/state.safetensors"],
     ],
 )

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from common import UserError
 from engine import run_lock
 from engine.run_folder import run_folder
-from errors import UserError
 
 ROOT = Path(__file__).parents[2]
 HOLD = """

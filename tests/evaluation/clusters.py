@@ -1,11 +1,11 @@
-"""Labelled features that can be told apart more or less well."""
+"""Labeled features that can be told apart more or less well."""
 
 import torch
 
 
 def clusters(n, seed, spread, classes=4, width=16):
-    """(n, width) float32 around one centre per class, and (n,) labels."""
+    """(n, width) float32 around one center per class, and (n,) labels."""
     random = torch.Generator().manual_seed(seed)
     label = torch.arange(n) % classes
-    centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(9))
-    return centres[label] + spread * torch.randn(n, width, generator=random), label
+    centers = torch.randn(classes, width, generator=torch.Generator().manual_seed(9))
+    return centers[label] + spread * torch.randn(n, width, generator=random), label

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from errors import UserError
+from common import UserError
 from evaluation.cache import feature_name, load_features, save_features
 from evaluation.files import aside, save_tensors
 

@@ -10,14 +10,14 @@ from tests.evaluation.clusters import clusters
 
 
 def batches_of(features, label, size=10, bad=None):
-    """As `central_batches`: `bad` maps samples to those that take their place."""
+    """As `center_crop_batches`: `bad` maps samples to those that take their place."""
 
-    def central_batches(samples):
+    def center_crop_batches(samples):
         for first in range(0, len(samples), size):
             chosen = np.array([(bad or {}).get(each, each) for each in samples[first : first + size]])
             yield SimpleNamespace(views=features[chosen], label=label[chosen], index=torch.from_numpy(chosen))
 
-    return central_batches
+    return center_crop_batches
 
 
 def identity(x):
@@ -53,10 +53,10 @@ def test_embedding_leaves_no_graph_and_keeps_order():
 
 def test_bad_images_are_left_out_on_any_number_of_ranks():
     features, label = torch.randn(41, 5), torch.arange(41)
-    central_batches = batches_of(features, label, bad={7: 3, 40: 12})
+    center_crop_batches = batches_of(features, label, bad={7: 3, 40: 12})
 
     def run(rank, gather, world_size=2):
-        parts = embed(identity, central_batches, np.arange(41), gather, rank, world_size)
+        parts = embed(identity, center_crop_batches, np.arange(41), gather, rank, world_size)
         return [torch.cat(part) for part in zip(*parts, strict=True)]
 
     good = [place for place in range(41) if place not in (7, 40)]

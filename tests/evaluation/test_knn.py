@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 
-from errors import UserError
+from common import UserError
 from evaluation import knn
 from evaluation.accuracy import classes_ahead
-from evaluation.knn import class_votes, knn_hits, knn_top1, nearest
+from evaluation.knn import class_votes, knn_correct, knn_top1, nearest
 from tests.evaluation.clusters import clusters
 
 CPU = torch.device("cpu")
@@ -23,11 +23,11 @@ def knn_in_loops(bank, bank_label, query, query_label, k, temperature):
         def cosine(b, q=q):
             return sum(x * y for x, y in zip(b, q, strict=True)) / (math.hypot(*b) * math.hypot(*q))
 
-        neighbours = sorted(
+        neighbors = sorted(
             ((cosine(b), c) for b, c in zip(bank.tolist(), bank_label.tolist(), strict=True)), reverse=True
         )
         votes = {}
-        for similarity, label in neighbours[:k]:
+        for similarity, label in neighbors[:k]:
             votes[label] = votes.get(label, 0) + math.exp(similarity / temperature)
         right += max(votes, key=votes.get) == truth
     return right / len(query)
@@ -97,7 +97,7 @@ def test_running_top_k_is_that_of_the_whole_matrix(bank_size, queries, bank_rows
     assert (sorted_place[:, 1:] > sorted_place[:, :-1])[equal].all()
 
 
-def test_of_equal_neighbours_the_first_votes():
+def test_of_equal_neighbors_the_first_votes():
     bank = torch.tensor([[1.0, 0.0]]).repeat(50, 1)
     ((_, (cosine, place)),) = nearest(bank, torch.tensor([[2.0, 0.0], [-1.0, 0.0], [0.0, 1.0]]), 3, CPU)
     assert place.tolist() == [[0, 1, 2]] * 3 and cosine.tolist() == [[1.0] * 3, [-1.0] * 3, [0.0] * 3]
@@ -105,15 +105,15 @@ def test_of_equal_neighbours_the_first_votes():
 
 def test_top_5_and_classes_without_a_vote():
     bank, query = clusters(80, 0, 2.0, classes=8), clusters(80, 1, 2.0, classes=8)
-    hits = knn_hits(*bank, *query, k=[1, 40], temperature=[0.1, 0.5], classes=8, device=CPU)
-    assert list(hits) == [(1, 0.1), (1, 0.5), (40, 0.1), (40, 0.5)]
-    assert hits[1, 0.1][0] == hits[1, 0.1][1] == hits[1, 0.5][1], "a single vote names a single class"
-    assert hits[40, 0.5][0] < hits[40, 0.5][1] < 80
+    correct = knn_correct(*bank, *query, k=[1, 40], temperature=[0.1, 0.5], classes=8, device=CPU)
+    assert list(correct) == [(1, 0.1), (1, 0.5), (40, 0.1), (40, 0.5)]
+    assert correct[1, 0.1][0] == correct[1, 0.1][1] == correct[1, 0.5][1], "a single vote names a single class"
+    assert correct[40, 0.5][0] < correct[40, 0.5][1] < 80
     # with the vote of everyone, top-5 by its definition
     ((_, (cosine, place)),) = nearest(bank[0], query[0], 80, CPU)
     votes = class_votes(cosine, bank[1][place], 8, 0.5)
     expected = sum(int(truth) in row for truth, row in zip(query[1], votes.topk(5).indices.tolist(), strict=True))
-    assert knn_hits(*bank, *query, k=[80], temperature=[0.5], classes=8, device=CPU)[80, 0.5][1] == expected
+    assert knn_correct(*bank, *query, k=[80], temperature=[0.5], classes=8, device=CPU)[80, 0.5][1] == expected
 
 
 def test_a_small_temperature_does_not_overflow():
@@ -121,10 +121,10 @@ def test_a_small_temperature_does_not_overflow():
     assert knn_top1(*bank, *query, k=5, temperature=0.001) == knn_top1(*bank, *query, k=1)
 
 
-def test_more_neighbours_than_images_are_refused():
+def test_more_neighbors_than_images_are_refused():
     bank = clusters(10, 0, 1.0)
     with pytest.raises(UserError, match="11 neighbors can't vote among 10 training images"):
-        knn_hits(*bank, *bank, k=[3, 11], temperature=[0.1], classes=4, device=CPU)
+        knn_correct(*bank, *bank, k=[3, 11], temperature=[0.1], classes=4, device=CPU)
 
 
 def test_of_equal_scores_the_lower_class_comes_first():
@@ -137,8 +137,8 @@ def test_scores_that_are_not_numbers_are_never_right():
     scores = torch.tensor([[nan, nan, nan], [1.0, nan, 0.0], [1.0, nan, 2.0], [2.0, nan, 1.0]])
     assert classes_ahead(scores, torch.tensor([0, 1, 2, 0])).tolist() == [3, 3, 1, 1]
     bank = clusters(20, 0, 1.0)
-    hits = knn_hits(*bank, *bank, k=[3], temperature=[nan], classes=4, device=CPU)
-    assert hits[3, nan] == (0, 0)
+    correct = knn_correct(*bank, *bank, k=[3], temperature=[nan], classes=4, device=CPU)
+    assert correct[3, nan] == (0, 0)
 
 
 @pytest.mark.parametrize("scale", [1e-42, 1e-20, 1e20, 1e37])

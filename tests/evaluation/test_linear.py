@@ -3,15 +3,15 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from errors import UserError
+from common import UserError
 from evaluation import linear
 from evaluation.linear import (
     L2_PATH,
     Split,
+    correct,
     fast_protocol,
-    hits,
     logistic_regression,
-    standardisation,
+    standardization,
     stratified_split,
 )
 from tests.evaluation.clusters import clusters
@@ -20,11 +20,11 @@ CPU = torch.device("cpu")
 
 
 def split_of(features, label, rows=None):
-    return Split(features, label, *standardisation(features, CPU), CPU, rows)
+    return Split(features, label, *standardization(features, CPU), CPU, rows)
 
 
 def objective(theta, x, label, l2):
-    """Mean cross-entropy + l2 / 2 |weights|^2 of (C, D + 1) parameters, spelt out."""
+    """Mean cross-entropy + l2 / 2 |weights|^2 of (C, D + 1) parameters, spelled out."""
     logits = x @ theta[:, :-1].T + theta[:, -1]
     own = logits[torch.arange(len(x)), label]
     return (logits.logsumexp(1) - own).mean() + l2 / 2 * theta[:, :-1].square().sum()
@@ -46,7 +46,7 @@ def test_solution_is_that_of_scikit_learn(l2):
     peer = LogisticRegression(C=1 / (l2 * len(x)), solver="newton-cholesky", tol=1e-10).fit(x.numpy(), label.numpy())
     theirs = torch.from_numpy(np.column_stack([peer.coef_, peer.intercept_]))
 
-    def centred(theta):
+    def centered(theta):
         return torch.cat([theta[:, :-1], theta[:, -1:] - theta[:, -1:].mean()], 1)
 
     def gradient(theta):
@@ -59,13 +59,13 @@ def test_solution_is_that_of_scikit_learn(l2):
     shift[:, -1] = 0.5
     curvature = torch.linalg.eigvalsh(hessian + shift.flatten()[:, None] * shift.flatten()).min()
     tolerance = 2 * (gradient(fit.theta) + gradient(theirs)) / curvature
-    difference = (centred(fit.theta) - centred(theirs)).norm()
+    difference = (centered(fit.theta) - centered(theirs)).norm()
     assert difference <= tolerance < 1e-4 * theirs.norm()
     # a probability moves by at most half of what its logits move by
     ours = (x @ fit.theta[:, :-1].T + fit.theta[:, -1]).softmax(1)
     reach = tolerance * (x.norm(dim=1).max() + 1)
     assert (ours - torch.from_numpy(peer.predict_proba(x.numpy()))).abs().max() <= reach
-    assert hits(fit, train)[0] == (peer.predict(x.numpy()) == label.numpy()).sum()
+    assert correct(fit, train)[0] == (peer.predict(x.numpy()) == label.numpy()).sum()
 
 
 def test_blocks_and_rows_change_nothing(monkeypatch):
@@ -74,14 +74,14 @@ def test_blocks_and_rows_change_nothing(monkeypatch):
     whole = logistic_regression(split_of(features, label, rows), 4, 0.01, tolerance=1e-8)
     monkeypatch.setattr(linear, "BLOCK_ROWS", 7)
     blocks = logistic_regression(split_of(features, label, rows), 4, 0.01, tolerance=1e-8)
-    mean, scale = standardisation(features, CPU)
+    mean, scale = standardization(features, CPU)
     copied = logistic_regression(Split(features[rows], label[rows], mean, scale, CPU), 4, 0.01, tolerance=1e-8)
     for other in (blocks, copied):  # 2 |g| / m: weights curve by l2 at least, and the biases are steeper
         assert other.converged and whole.converged
         torch.testing.assert_close(other.theta, whole.theta, rtol=0, atol=2 * 1e-8 * 68**0.5 / 0.01)
 
 
-def test_standardised_features_have_mean_0_and_deviation_1_and_constant_ones_vanish():
+def test_standardized_features_have_mean_0_and_deviation_1_and_constant_ones_vanish():
     features = clusters(500, 0, 1.0)[0] * 1e-3 + 100
     features[:, 3] = 0.1
     ((x, _),) = split_of(features, torch.zeros(500, dtype=torch.int64)).blocks()
@@ -99,8 +99,8 @@ def test_one_that_is_stopped_early_says_so():
 
 def test_the_part_kept_apart_has_its_share_of_every_class():
     label = torch.tensor([0] * 100 + [1] * 10 + [2] * 2 + [3])
-    learnt, apart = stratified_split(label, 0.2, seed=0)
-    assert torch.equal(torch.cat([learnt, apart]).sort().values, torch.arange(113))
+    learned, apart = stratified_split(label, 0.2, seed=0)
+    assert torch.equal(torch.cat([learned, apart]).sort().values, torch.arange(113))
     assert label[apart].bincount(minlength=4).tolist() == [20, 2, 1, 0]
     assert torch.equal(apart, stratified_split(label, 0.2, seed=0)[1])
     assert not torch.equal(apart, stratified_split(label, 0.2, seed=1)[1])

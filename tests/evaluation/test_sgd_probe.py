@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 from torch.nn.functional import cross_entropy
 
-from evaluation.sgd_probe import linear_top1, probe_hits, probe_layer, train_on_views
+from evaluation.sgd_probe import linear_top1, probe_correct, probe_layer, train_on_views
 from tests.evaluation.clusters import clusters
 
 CPU = torch.device("cpu")
@@ -84,9 +84,9 @@ def test_a_probe_begins_by_its_seed_and_learns():
     assert not torch.equal(probe_layer(16, 4, 3, CPU).weight, probe_layer(16, 4, 4, CPU).weight)
     train, test = clusters(512, 0, 0.3, classes=8), clusters(200, 1, 0.3, classes=8)
     probe = probe_layer(16, 8, 0, CPU)
-    untrained = probe_hits(probe, *test, CPU)
+    untrained = probe_correct(probe, *test, CPU)
     list(train_on_views(probe, lambda x: x, loader_of(*train, 64), batch_size=64, epochs=20))
-    top1, top5 = probe_hits(probe, *test, CPU)
+    top1, top5 = probe_correct(probe, *test, CPU)
     assert untrained[0] < untrained[1] < 195 < top1 <= top5 <= 200
 
 

@@ -1,4 +1,4 @@
-"""distillation and labelled_cross_entropy: equations 2 and 3 of SimCLR v2 (arXiv 2006.10029)."""
+"""distillation and labeled_cross_entropy: equations 2 and 3 of SimCLR v2 (arXiv 2006.10029)."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loss import distillation, labelled_cross_entropy
+from loss import distillation, labeled_cross_entropy
 
 EPS = 2**-24  # half an ulp of float32, in which both losses are computed
 
@@ -180,10 +180,10 @@ def test_nan_and_inf_make_the_loss_nan(bad, whose):
     assert loss.isnan() and gradient.isnan().any()
 
 
-# ---- the labelled part of equation 3
+# ---- the labeled part of equation 3
 
 
-def labelled_in_loops(f: Tensor, label: list[int]) -> float:
+def labeled_in_loops(f: Tensor, label: list[int]) -> float:
     total = 0.0
     for row, y in zip(f.tolist(), label, strict=True):
         if y >= 0:
@@ -194,10 +194,10 @@ def labelled_in_loops(f: Tensor, label: list[int]) -> float:
 @pytest.mark.parametrize("label", [[3, 0, 6, 1], [-1, 2, -1, -1], [5, -1, 5, -1]])
 def test_labels_are_summed_over_those_that_are_and_divided_by_all(label):
     f = logits(4, 7).requires_grad_()
-    loss = labelled_cross_entropy(f, torch.tensor(label))
+    loss = labeled_cross_entropy(f, torch.tensor(label))
     loss.backward()
     assert loss.dtype == torch.float32 and loss.shape == ()
-    assert loss.item() == close_to(labelled_in_loops(f, label), f, tau=1.0)
+    assert loss.item() == close_to(labeled_in_loops(f, label), f, tau=1.0)
     for row, gradient, y in zip(f.tolist(), f.grad, label, strict=True):
         expected = [(p - (k == y)) / 4 * (y >= 0) for k, p in enumerate(probabilities(row, 1.0))]
         assert gradient.tolist() == pytest.approx(expected, rel=0, abs=2 * rounding(f, tau=1.0) / 4)
@@ -206,13 +206,13 @@ def test_labels_are_summed_over_those_that_are_and_divided_by_all(label):
 def test_three_images_by_hand():
     """P = (3/4, 1/4) with label 0, (1/2, 1/2) without, (1/10, 9/10) with label 0: (ln(4/3) + ln 10) / 3."""
     f = torch.tensor([[math.log(3), 0], [0, 0], [0, math.log(9)]])
-    loss = labelled_cross_entropy(f, torch.tensor([0, -1, 0]))
+    loss = labeled_cross_entropy(f, torch.tensor([0, -1, 0]))
     assert loss.item() == pytest.approx(math.log(40 / 3) / 3, rel=8 * EPS)
 
 
 def test_no_labels_cost_nothing():
     f = logits(4, 7).requires_grad_()
-    loss = labelled_cross_entropy(f, torch.full((4,), -1))
+    loss = labeled_cross_entropy(f, torch.full((4,), -1))
     loss.backward()
     assert loss == 0 and torch.equal(f.grad, torch.zeros(4, 7))
 
@@ -220,15 +220,15 @@ def test_no_labels_cost_nothing():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_labels_in_low_precision_are_computed_in_fp32(dtype):
     f, label = logits(4, 7).to(dtype), torch.tensor([1, -1, 6, 0])
-    expected = labelled_cross_entropy(f.float(), label)
-    assert expected.dtype == torch.float32 and torch.equal(labelled_cross_entropy(f, label), expected)
+    expected = labeled_cross_entropy(f.float(), label)
+    assert expected.dtype == torch.float32 and torch.equal(labeled_cross_entropy(f, label), expected)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(labelled_cross_entropy(f, label), expected)
+        assert torch.equal(labeled_cross_entropy(f, label), expected)
 
 
 def test_large_logits_with_labels():
     f = torch.tensor([[1e4, 0.0, -1e30], [0.0, 1e4, -1e30]], requires_grad=True)
-    loss = labelled_cross_entropy(f, torch.tensor([1, 1]))
+    loss = labeled_cross_entropy(f, torch.tensor([1, 1]))
     loss.backward()
     assert loss.item() == pytest.approx(5e3, rel=4 * EPS)
     assert torch.equal(f.grad, torch.tensor([[0.5, -0.5, 0], [0, 0, 0]]))
@@ -236,13 +236,13 @@ def test_large_logits_with_labels():
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_both_together_are_equation_3(share):
-    """Divided by the number of all images, both its sums: over the labelled ones, (1 - alpha), and over all, alpha."""
+    """Divided by the number of all images, both its sums: over the labeled ones, (1 - alpha), and over all, alpha."""
     student, teacher, label, tau = logits(6, 5, seed=1), logits(6, 5, seed=2), [2, -1, -1, 4, -1, 0], 0.5
-    labelled_sum = sum(-math.log(probabilities(student[i].tolist(), 1.0)[y]) for i, y in enumerate(label) if y >= 0)
+    labeled_sum = sum(-math.log(probabilities(student[i].tolist(), 1.0)[y]) for i, y in enumerate(label) if y >= 0)
     taught_sum = 6 * distillation_in_loops(student, teacher, tau)
-    expected = (share * labelled_sum + (1 - share) * taught_sum) / 6
-    labelled, taught = labelled_cross_entropy(student, torch.tensor(label)), distillation(student, teacher, tau)
-    total = share * labelled + (1 - share) * taught
+    expected = (share * labeled_sum + (1 - share) * taught_sum) / 6
+    labeled, taught = labeled_cross_entropy(student, torch.tensor(label)), distillation(student, teacher, tau)
+    total = share * labeled + (1 - share) * taught
     assert total.item() == close_to(expected, student, teacher, tau=tau)
 
 
@@ -267,4 +267,4 @@ def test_a_temperature_must_be_positive(tau):
 @pytest.mark.parametrize(("f", "label"), [((6, 5), (3,)), ((6, 5), (6, 5)), ((5,), ()), ((0, 5), (0,))])
 def test_labels_of_other_images_are_refused(f, label):
     with pytest.raises(ValueError, match=r"must be of the same images; got shapes"):
-        labelled_cross_entropy(torch.zeros(f), torch.zeros(label, dtype=torch.int64))
+        labeled_cross_entropy(torch.zeros(f), torch.zeros(label, dtype=torch.int64))

@@ -8,8 +8,8 @@ from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, GroupNormAct
 from timm.layers.evo_norm import EvoNorm2dB0, EvoNorm2dS0
 from torch import nn
 
-from errors import UserError
-from model.batchnorm import HostSyncBatchNorm, synchronise_batchnorm
+from common import UserError
+from model.batchnorm import CpuSyncBatchNorm, synchronize_batchnorm
 from tests.ranks import run_ranks
 
 
@@ -44,9 +44,9 @@ def fused_network():
 
 
 def on_rank(rank, world_size, x):
-    net = synchronise_batchnorm(network(), torch.device("cpu"))
-    assert isinstance(net[1], HostSyncBatchNorm) and not net[-1].bias.requires_grad
-    fused = synchronise_batchnorm(fused_network(), torch.device("cpu"))
+    net = synchronize_batchnorm(network(), torch.device("cpu"))
+    assert isinstance(net[1], CpuSyncBatchNorm) and not net[-1].bias.requires_grad
+    fused = synchronize_batchnorm(fused_network(), torch.device("cpu"))
     assert fused[3] is fused[5] and fused.state_dict().keys() == fused_network().state_dict().keys()
     assert not fused[1].weight.requires_grad and isinstance(fused[1].drop, nn.Dropout)
     results = [step(each, x.chunk(world_size)[rank], share=1) for each in (net, fused)]
@@ -76,27 +76,27 @@ def test_ranks_equal_one_process(tmp_path):
 @pytest.mark.parametrize("norm", [EvoNorm2dB0(4), nn.InstanceNorm2d(4, track_running_stats=True)])
 def test_statistics_that_would_stay_local_are_refused(norm, device):
     with pytest.raises(UserError, match=rf"{type(norm).__name__} can't take .*use one process"):
-        synchronise_batchnorm(nn.Sequential(norm), torch.device(device))
+        synchronize_batchnorm(nn.Sequential(norm), torch.device(device))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_what_has_no_statistics_of_the_batch_stays_as_it_is(device):
     layers = [EvoNorm2dS0(32), GroupNormAct(4, 2), FrozenBatchNormAct2d(4), nn.InstanceNorm2d(4), nn.LayerNorm(4)]
-    assert list(synchronise_batchnorm(nn.Sequential(*layers), torch.device(device))) == layers
+    assert list(synchronize_batchnorm(nn.Sequential(*layers), torch.device(device))) == layers
 
 
 def test_evaluation_needs_no_other_rank():
     net = network()
     net(torch.randn(8, 3, 8, 8, dtype=torch.float64))
-    synchronised = synchronise_batchnorm(network(), torch.device("cpu"))
-    synchronised.load_state_dict(net.state_dict())
+    synchronized = synchronize_batchnorm(network(), torch.device("cpu"))
+    synchronized.load_state_dict(net.state_dict())
     x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
-    torch.testing.assert_close(synchronised.eval()(x), net.eval()(x))
+    torch.testing.assert_close(synchronized.eval()(x), net.eval()(x))
 
 
 def test_a_norm_that_cannot_span_ranks_is_refused():
     with pytest.raises(UserError, match="use one process"):
-        synchronise_batchnorm(nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)), torch.device("cpu"))
+        synchronize_batchnorm(nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "regnety_002"])  # the second has activations inside its norms
@@ -105,6 +105,6 @@ def test_on_a_gpu_the_network_stays_the_same(name):
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         before = encoder(x)
-        synchronised = synchronise_batchnorm(encoder, torch.device("cuda"))
-        torch.testing.assert_close(synchronised(x), before)
-    assert any(isinstance(module, nn.SyncBatchNorm) for module in synchronised.modules())
+        synchronized = synchronize_batchnorm(encoder, torch.device("cuda"))
+        torch.testing.assert_close(synchronized(x), before)
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in synchronized.modules())

@@ -5,7 +5,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import model
-from errors import UserError
+from common import UserError
 
 SPEC = ("simclr_resnet18", {"num_classes": 0, "small_stem": True, "width": 0.125})
 CLASSES = ["cat", "dog", "owl"]
@@ -146,7 +146,7 @@ def test_a_saved_head_comes_back(tmp_path, version):
 def test_a_head_whose_norms_span_ranks_is_saved_alike(tmp_path):
     head = parts()[1]
     model.save_head(head, tmp_path / "one.safetensors")
-    model.save_head(model.synchronise_batchnorm(head, torch.device("cpu")), tmp_path / "ranks.safetensors")
+    model.save_head(model.synchronize_batchnorm(head, torch.device("cpu")), tmp_path / "ranks.safetensors")
     assert contents(tmp_path / "ranks.safetensors") == contents(tmp_path / "one.safetensors")
 
 

@@ -7,8 +7,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import model
+from common import UserError
 from engine import checkpoint
-from errors import UserError
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
@@ -118,15 +118,15 @@ def test_what_cannot_be_built_is_said_in_a_sentence(arguments, message):
 @pytest.mark.parametrize(("name", "size"), [("resnet18", 32), ("mobilenetv3_small_050", 64), ("convnext_atto", 32)])
 def test_the_width_of_h_is_that_of_its_output(name, size):
     encoder = model.create_encoder(model.encoder_spec(name, size))
-    features = model.representation_width(encoder, size)
+    features = model.feature_dim(encoder, size)
     assert encoder(torch.randn(2, 3, size, size)).shape == (2, features) and encoder.training
-    assert model.representation_width(encoder.eval(), size) == features and not encoder.training
+    assert model.feature_dim(encoder.eval(), size) == features and not encoder.training
 
 
 def test_views_too_small_for_an_encoder_are_said_in_a_sentence():
     encoder = model.create_encoder(("inception_v3", {"num_classes": 0}))
     with pytest.raises(UserError, match=r"can't take views of 32 px \(.*change --views.size"):
-        model.representation_width(encoder, 32)
+        model.feature_dim(encoder, 32)
 
 
 def test_an_impossible_size_is_said_in_a_sentence():
@@ -144,7 +144,7 @@ def test_an_impossible_width_is_said_in_a_sentence(width):
 def test_whatever_timm_raises_becomes_a_sentence():
     """HaloNet's windows do not fit small images, which timm says by an assertion without words."""
     with pytest.raises(UserError, match=r"32 px \(AssertionError\): change"):
-        model.representation_width(model.create_encoder(model.encoder_spec("eca_halonext26ts", 32)), 32)
+        model.feature_dim(model.create_encoder(model.encoder_spec("eca_halonext26ts", 32)), 32)
 
 
 class Returning(torch.nn.Module):
@@ -162,4 +162,4 @@ class Returning(torch.nn.Module):
 )
 def test_an_encoder_must_return_one_vector_per_view(output, found):
     with pytest.raises(UserError, match=f"returns .*{found}.* instead of one vector each"):
-        model.representation_width(Returning(output), 32)
+        model.feature_dim(Returning(output), 32)

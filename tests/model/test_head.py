@@ -22,10 +22,10 @@ def test_head_is_what_its_equation_says():
     h = torch.randn(32, 6, dtype=torch.float64)
     head.double()
 
-    def standardise(x):
+    def standardize(x):
         return (x - x.mean(0)) / torch.sqrt(x.var(0, unbiased=False) + 1e-5)
 
-    expected = standardise(torch.relu(standardise(h @ head.fc1.weight.T)) @ head.fc2.weight.T)
+    expected = standardize(torch.relu(standardize(h @ head.fc1.weight.T)) @ head.fc2.weight.T)
     torch.testing.assert_close(head(h), expected)
 
 

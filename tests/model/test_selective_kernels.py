@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import conv2d
 
 import model
-from errors import UserError
+from common import UserError
 from model.selective_kernels import SelectiveKernelBottleneck, SelectiveKernels, Smoothing
 
 TABLE = {  # (depth, width, selective kernels) -> millions of parameters: arXiv 2006.10029, table 1, every row
@@ -166,7 +166,7 @@ def test_every_block_begins_as_its_shortcut(selective_kernels):
 def test_forward_and_backward(size, stem):
     spec = model.encoder_spec("resnet50", size, stem, width=0.25, selective_kernels=True)
     encoder = model.create_encoder(spec)
-    assert model.representation_width(encoder, size) == 512
+    assert model.feature_dim(encoder, size) == 512
     for block in encoder.modules():
         if isinstance(block, SelectiveKernelBottleneck):
             nn.init.ones_(block.bn3.weight)

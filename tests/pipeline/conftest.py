@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from pipeline.sources import folder_source
-from pipeline.writer import write_split
+from pipeline.convert.sources import folder_source
+from pipeline.convert.writer import write_split
 from tests.pipeline.image_sets import pictures, write_folder
 from tests.pipeline.web_server import write_set
 

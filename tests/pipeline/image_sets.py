@@ -18,8 +18,8 @@ from typing import ClassVar
 import numpy as np
 import webdataset
 
-from pipeline.shards import ShardSet
-from tests.pipeline.reference_views import encode, smooth_field
+from pipeline.shards.dataset import ShardSet
+from tests.pipeline.augment.reference_views import encode, smooth_field
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,8 +12,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from pipeline.images import LARGEST_PIXELS, DecodeError, decode, inspect, prepare
+from tests.pipeline.augment.reference_views import encode, smooth_field
 from tests.pipeline.image_sets import ROOT
-from tests.pipeline.reference_views import encode, smooth_field
 
 ORIENTATION = 274
 PICTURE = smooth_field(5, 0, 60, 90)

@@ -19,19 +19,19 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.convert import write_split
-from pipeline.loader import ViewLoader
-from pipeline.producer import Batch
-from pipeline.recipe import Recipe
-from pipeline.shards import ShardSet, open_shards
-from pipeline.sources import folder_source
-from tests.pipeline import reference_views as reference
+from pipeline.augment.config import AugmentConfig
+from pipeline.convert.sources import folder_source
+from pipeline.convert.writer import write_split
+from pipeline.loader.loader import ViewLoader
+from pipeline.loader.prefetch import Batch
+from pipeline.shards.dataset import ShardSet, open_shards
+from tests.pipeline.augment import reference_views as reference
 from tests.pipeline.image_sets import write_folder
 from tests.pipeline.web_server import cache_at, serving_elsewhere
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's account of this process")
 CPU = torch.device("cpu")
-BACKENDS = ["host", "kornia", *(["dali"] if find_spec("nvidia") and find_spec("nvidia.dali") else [])]
+BACKENDS = ["opencv", "kornia", *(["dali"] if find_spec("nvidia") and find_spec("nvidia.dali") else [])]
 SECONDS = float(os.environ.get("STREAMCLR_SOAK_S", "120"))
 SHARDS, EACH, BATCH = 48, 4, 8
 
@@ -46,7 +46,7 @@ def shards(tmp_path_factory) -> ShardSet:
 
 
 def loader(shards: ShardSet, backend: str, **options) -> ViewLoader:
-    recipe = Recipe(size=64)  # a batch of views is 0.8 MB
+    recipe = AugmentConfig(size=64)  # a batch of views is 0.8 MB
     return ViewLoader(shards, recipe, batch_size=BATCH, seed=0, device=CPU, backend=backend, workers=2, **options)
 
 
@@ -54,7 +54,7 @@ def remote_loader(shards: ShardSet, url: str, folder: Path) -> ViewLoader:
     """Over the web, with a cache for five of eight shards: something is evicted and fetched again in every epoch."""
     size = sum(shard["bytes"] for shard in shards.manifest["shards"])
     cache = cache_at(folder, limit_bytes=size * 5 // 8)
-    return loader(open_shards(url, cache), "host", cache=cache)
+    return loader(open_shards(url, cache), "opencv", cache=cache)
 
 
 class Account(NamedTuple):
@@ -113,7 +113,7 @@ def follow(batches: Iterator[Batch], every: int, limit: int | None = None, secon
 
 
 def test_a_batch_in_twenty_that_is_kept_would_be_noticed(shards):
-    kept, whole = [], loader(shards, "host")
+    kept, whole = [], loader(shards, "opencv")
 
     def leaking() -> Iterator[Batch]:
         for number, batch in enumerate(endless(whole)):
@@ -127,7 +127,7 @@ def test_a_batch_in_twenty_that_is_kept_would_be_noticed(shards):
 
 def test_open_files_stay_constant(shards):
     """Memory is for the soaks: in a process that has run hundreds of tests it moves by itself."""
-    whole = loader(shards, "host")
+    whole = loader(shards, "opencv")
     account = follow(endless(whole), every=5, limit=300)
     whole.close()
     assert account.grown_files < 2

@@ -14,14 +14,14 @@ from urllib.parse import quote, unquote
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.cache import ShardCache
-from pipeline.order import Order
-from pipeline.reader import Reader
-from pipeline.remote import Patience
-from pipeline.shard_files import Sample, write_manifest, write_shard
-from pipeline.shards import ShardSet, open_shards
+from pipeline.loader.sampler import ShardSampler
+from pipeline.shards.cache import ShardCache
+from pipeline.shards.dataset import ShardSet, open_shards
+from pipeline.shards.format import Sample, write_manifest, write_shard
+from pipeline.shards.reader import Reader
+from pipeline.shards.remote import RetryPolicy
 
-QUICK = Patience(attempts=6, first_wait_s=0.002, longest_wait_s=0.01, stall_s=0.3)
+QUICK = RetryPolicy(attempts=6, first_wait_s=0.002, longest_wait_s=0.01, stall_s=0.3)
 
 
 def write_set(folder: Path, shards: int, each: int = 6, size: int = 3000) -> ShardSet:
@@ -181,14 +181,14 @@ def _serve(folder: Path, urls) -> None:
 
 
 def cache_at(folder: Path, **options) -> ShardCache:
-    return ShardCache(folder / "cache", patience=QUICK, **options)
+    return ShardCache(folder / "cache", retry_policy=QUICK, **options)
 
 
 def read_slices(url: str, folder: Path, rank: int, results) -> None:
     """A process's whole life as one of four ranks; here because its module loads quickly."""
     cache = cache_at(folder)
     shards = open_shards(url, cache)
-    order = Order(shards.shard_starts, 8, seed=3, block_shards=4)
+    order = ShardSampler(shards.shard_starts, 8, seed=3, block_shards=4)
     reader, encoded = Reader(shards, cache), []
     for step in range(order.steps_per_epoch):
         reader.prefetch(order.upcoming_shards(0, step, step, rank, 4))
@@ -199,7 +199,7 @@ def read_slices(url: str, folder: Path, rank: int, results) -> None:
 
 def epoch(shards: ShardSet, cache: ShardCache | None = None, epochs: int = 1) -> list:
     """All bytes in the order of a run of eight samples per batch and four shards per block."""
-    order = Order(shards.shard_starts, 8, seed=3, block_shards=4)
+    order = ShardSampler(shards.shard_starts, 8, seed=3, block_shards=4)
     reader, encoded = Reader(shards, cache), []
     for number in range(epochs):
         for step in range(order.steps_per_epoch):

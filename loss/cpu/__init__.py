@@ -1,0 +1,1 @@
+"""NT-Xent in blocks with torch, for CPUs and any other device."""

@@ -1,0 +1,1 @@
+"""NT-Xent in Triton kernels, for NVIDIA GPUs."""

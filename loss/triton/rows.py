@@ -1,0 +1,139 @@
+"""The kernels of NT-Xent that go over rows, O(M D): lengths before the tiles, losses and gradient after them.
+
+The derivation and the names stand in triton_kernels.py.
+"""
+
+import triton
+import triton.language as tl
+
+from .blocks import inverse_norm, load_temperature, power_of_two_above
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def scale_rows_kernel(
+    x_ptr,  # (M, D)
+    temperature,  # a number or, if TAU_IS_POINTER, a pointer to one
+    g_ptr,  # (M,) fp32
+    positive_ptr,  # (M / 2,) fp32: t_ip(i), one for both views of a sample
+    y_ptr,  # (M, PITCH): the rows, scaled if SCALED, and zeros, if COPIED
+    n,
+    D: tl.constexpr,
+    PITCH: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TAU_IS_POINTER: tl.constexpr,
+    COPIED: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    # g_i = sqrt(log2(e) / tau) / |x_i|,     t_ip(i) = g_i g_p(i) (x_i . x_p(i))
+    rank = tl.program_id(1)
+    k = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    i, p = rank * 2 * n + k, (rank * 2 + 1) * n + k
+    d = tl.arange(0, D_PADDED)
+    inside = (k < n)[:, None] & (d < D)[None, :]
+    at_i = i.to(tl.int64)[:, None] * D + d[None, :]
+    at_p = p.to(tl.int64)[:, None] * D + d[None, :]
+    x_i = tl.load(x_ptr + at_i, mask=inside, other=0.0).to(tl.float32)  # (BLOCK_M, D_PADDED)
+    x_p = tl.load(x_ptr + at_p, mask=inside, other=0.0).to(tl.float32)
+
+    tau = load_temperature(temperature, TAU_IS_POINTER)
+    root = tl.sqrt_rn(tl.where(tau > 0, LOG2_E / tau, float("nan")))
+    g_i = root * inverse_norm(x_i)  # (BLOCK_M,)
+    g_p = root * inverse_norm(x_p)
+    positive = tl.sum((x_i * g_i[:, None]) * (x_p * g_p[:, None]), axis=1)
+    if SCALED:
+        power_i, power_p = power_of_two_above(g_i), power_of_two_above(g_p)
+        g_i, g_p = g_i / power_i, g_p / power_p
+        x_i, x_p = x_i * power_i[:, None], x_p * power_p[:, None]
+    if COPIED:
+        y_i = y_ptr + i.to(tl.int64)[:, None] * PITCH + d[None, :]
+        y_p = y_ptr + p.to(tl.int64)[:, None] * PITCH + d[None, :]
+        padded = (k < n)[:, None] & (d < PITCH)[None, :]
+        tl.store(y_i, x_i.to(y_ptr.dtype.element_ty), mask=padded)
+        tl.store(y_p, x_p.to(y_ptr.dtype.element_ty), mask=padded)
+    tl.store(g_ptr + i, g_i, mask=k < n)
+    tl.store(g_ptr + p, g_p, mask=k < n)
+    tl.store(positive_ptr + rank * n + k, positive, mask=k < n)
+
+
+@triton.jit
+def row_losses_kernel(
+    partial_ptr,  # (slots, 2n)
+    positive_ptr,  # (n,)
+    loss_ptr,  # (2n,)
+    lse_ptr,  # (2n,): lse_i log2(e)
+    q_ptr,  # (2n,)
+    n,
+    slots,
+    BLOCK_M: tl.constexpr,
+):
+    # l_i = softplus(L_i - s_ip(i)),     lse_i = s_ip(i) + l_i,     q_i = sigmoid(L_i - s_ip(i)),     all in base 2
+    i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = i < 2 * n
+    high = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    for slot in range(slots):
+        high = tl.maximum(high, tl.load(partial_ptr + slot * 2 * n + i, mask=inside, other=0.0))
+    high = tl.where(high == -float("inf"), 0.0, high)  # one sample alone has no negatives
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for slot in range(slots):
+        total += tl.exp2(tl.load(partial_ptr + slot * 2 * n + i, mask=inside, other=0.0) - high)
+    positive = tl.load(positive_ptr + i % n, mask=inside, other=0.0)
+    excess = high + tl.log2(total) - positive
+
+    # log2(1 + small) in full precision even where 1 + small rounds to 1: a trained model's losses are that small.
+    small = tl.exp2(-tl.abs(excess))
+    one_more = 1 + small
+    log_one_more = tl.where(one_more == 1, small / LN_2, tl.log2(one_more) * (small / (one_more - 1)))
+    loss = tl.where(excess > 0, excess, 0.0) + log_one_more  # NaN stays NaN by way of `small`
+    tl.store(loss_ptr + i, loss * LN_2, mask=inside)
+    tl.store(lse_ptr + i, positive + loss, mask=inside)
+    tl.store(q_ptr + i, 1 / (1 + tl.exp2(-excess)), mask=inside)
+
+
+@triton.jit
+def gradient_kernel(
+    x_ptr,  # (2n, D)
+    product_ptr,  # (splits, 2n, PITCH)
+    q_ptr,  # (2n,)
+    temperature,
+    grad_loss_ptr,  # ()
+    dx_ptr,  # (2n, D)
+    along_ptr,  # (2n,) fp32: <z_i, dL/dz_i>
+    n,
+    splits,
+    headroom,
+    D: tl.constexpr,
+    PITCH: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TAU_IS_POINTER: tl.constexpr,
+):
+    # dL/dz_i = W [ sum (P_ij + P_ji) z_j - (q_i + q_p(i)) z_p(i) ] / (M tau),     2n = M / W
+    # dL/dx_i = (dL/dz_i - <z_i, dL/dz_i> z_i) / |x_i|
+    i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    p = tl.where(i < n, i + n, i - n)
+    d = tl.arange(0, D_PADDED)
+    inside = (i < 2 * n)[:, None] & (d < D)[None, :]
+    at = i.to(tl.int64)[:, None] * D + d[None, :]
+    x_i = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)  # (BLOCK_M, D_PADDED)
+    x_p = tl.load(x_ptr + p.to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    r_i = inverse_norm(x_i)
+    z_i = x_i * r_i[:, None]
+    z_p = x_p * inverse_norm(x_p)[:, None]
+    q = tl.load(q_ptr + i, mask=i < 2 * n, other=0.0) + tl.load(q_ptr + p, mask=i < 2 * n, other=0.0)
+
+    product = tl.zeros((BLOCK_M, D_PADDED), tl.float32)
+    at_split = i.to(tl.int64)[:, None] * PITCH + d[None, :]
+    for _ in range(splits):
+        product += tl.load(product_ptr + at_split, mask=inside, other=0.0)
+        at_split += 2 * n * PITCH
+    tau = load_temperature(temperature, TAU_IS_POINTER)
+    product *= tl.sqrt_rn(tau / LOG2_E) / headroom
+    dz = (product - q[:, None] * z_p) * (tl.load(grad_loss_ptr) / (2 * n * tau))
+    along = tl.sum(z_i * dz, axis=1)
+    dx = (dz - along[:, None] * z_i) * r_i[:, None]  # the part along z_i cannot change its direction
+    tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+    tl.store(along_ptr + i, along, mask=i < 2 * n)

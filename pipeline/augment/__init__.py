@@ -1,0 +1,1 @@
+"""SimCLR augmentation: parameters and the backends that render them."""

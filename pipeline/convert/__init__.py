@@ -1,0 +1,1 @@
+"""Conversion of image collections into shard sets."""

@@ -1,0 +1,200 @@
+"""A data set that needs no download: ten classes of procedural textures, rendered from (seed, split, number).
+
+A class is a *pattern*; colors, scale, orientation, phase, lighting and noise are drawn per image, so neighbors in
+pixel space share colors rather than a class, and an encoder has to learn what the SimCLR views have in common.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+from filelock import FileLock
+
+from ..common import UserError
+from ..philox import uniforms
+from ..shards.dataset import open_shards
+from .sources import Source
+from .writer import write_split
+
+VERSION = 1
+SIDE = 40
+"""Pixels of an image's side."""
+SPLITS = {"train": 4000, "test": 1000}
+
+
+def _stripes(x, y, u):
+    return np.sin(x)
+
+
+def _checkerboard(x, y, u):
+    return 4 * np.sin(0.65 * x) * np.sin(0.65 * y)
+
+
+def _dots(x, y, u):
+    return 3 * (np.cos(x) + np.cos(y)) - 2.5
+
+
+def _grid(x, y, u):
+    return 8 * np.maximum(np.cos(0.7 * x), np.cos(0.7 * y)) - 7
+
+
+def _zigzag(x, y, u):
+    return np.sin(x + 2.5 * np.abs((y / np.pi) % 2 - 1))
+
+
+def _bricks(x, y, u):
+    row = np.floor(y / 4)
+    column = (x / 10 + 0.5 * (row % 2)) % 1
+    mortar = np.minimum(np.minimum(column, 1 - column) * 2.5, np.minimum((y / 4) % 1, 1 - (y / 4) % 1))
+    return 12 * (mortar - 0.14)
+
+
+def _scales(x, y, u):
+    """Rows of half discs, each row over the next and shifted by half a disc."""
+    height = np.full(x.shape, -2.0)
+    for row in (0, 1):
+        down = y / np.pi - row
+        across = x / (2 * np.pi) + 0.5 * ((np.floor(down / 2) * 2 + row) % 2)
+        distance = np.hypot((across % 1 - 0.5) * 2, (down % 2) / 1.2)
+        height = np.maximum(height, 3 * np.cos(3.3 * np.pi * distance) * (distance < 1.1) - 1.0)
+    return height
+
+
+def _cells(x, y, u):
+    nearest = np.full((2, *x.shape), np.inf)
+    for point in (u[:64].reshape(32, 2) - 0.5) * 28:
+        distance = np.hypot(x - point[0], y - point[1])
+        nearest = np.sort(np.concatenate([nearest, distance[None]]), 0)[:2]
+    return 4 * (nearest[1] - nearest[0]) - 2
+
+
+def _clouds(x, y, u):
+    field = np.zeros_like(x)
+    for wave in range(12):
+        angle, phase, octave = 2 * np.pi * u[3 * wave], 2 * np.pi * u[3 * wave + 1], 0.2 * 2 ** (2 * u[3 * wave + 2])
+        field += np.sin(octave * (x * np.cos(angle) + y * np.sin(angle)) + phase) / octave
+    return 0.4 * field
+
+
+def _grain(x, y, u):
+    """Grains of random gray, one or two pixels wide: a hash of the grain's place."""
+    column, row = np.floor(x * 1.1), np.floor(y * 1.1)
+    return 6 * ((np.sin(column * 12.9898 + row * 78.233 + 100 * u[0]) * 43758.5453) % 1) - 3
+
+
+PATTERNS = (_bricks, _cells, _checkerboard, _clouds, _dots, _grain, _grid, _scales, _stripes, _zigzag)
+CLASSES = [pattern.__name__.removeprefix("_") for pattern in PATTERNS]
+
+
+def render(seed: int, split: str, number: int) -> bytes:
+    """Image `number` of a split as JPEG; its class is number % 10."""
+    stream = list(SPLITS).index(split)
+    u = uniforms(seed, 0, np.array([number]), stream, 128)[0]
+    grid = (np.arange(SIDE) - SIDE * (0.25 + 0.5 * u[0:2, None])) * 2 * np.pi / (7 + 6 * u[2])  # px per period: 7..13
+    x, y = grid[0][None, :], grid[1][:, None]
+    angle = np.pi / 3 * (u[3] - 0.5)
+    x, y = x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)
+    height = PATTERNS[number % len(PATTERNS)](x, y, u[20:])
+    mix = 1 / (1 + np.exp(-(1.5 + 3 * u[4]) * height))  # edges between soft and hard
+    dark, light = _two_colors(u[6:12])
+    image = dark + (light - dark) * mix[..., None]  # (SIDE, SIDE, 3)
+    slope = (u[12:14] - 0.5) * 0.8 / SIDE
+    light = 1 + slope[0] * (np.arange(SIDE)[None, :] - SIDE / 2) + slope[1] * (np.arange(SIDE)[:, None] - SIDE / 2)
+    noise = uniforms(seed, 1, np.arange(number * SIDE, (number + 1) * SIDE), stream, SIDE * 3).reshape(SIDE, SIDE, 3)
+    image = image * light[..., None] + (noise - 0.5) * (0.05 + 0.15 * u[14])
+    _, encoded = cv2.imencode(".jpg", np.clip(image * 255, 0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 90])
+    return encoded.tobytes()
+
+
+def _two_colors(u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A dark and a light random color, at least 0.35 of the range apart, or the pattern would vanish."""
+    dark, light = sorted((u[:3], u[3:]), key=np.mean)
+    push = max(0.0, 0.35 - (light.mean() - dark.mean())) / 2
+    return np.clip(dark - push, 0, 1), np.clip(light + push, 0, 1)
+
+
+def textures_source(split: str, seed: int = 0) -> Source:
+    """The built-in textures; see `pipeline.convert.textures`."""
+    classes = CLASSES
+    items = [
+        (classes[number % len(classes)], f"{split}-{number:06d}", (seed, split, number))
+        for number in range(SPLITS[split])
+    ]
+    return Source(f"textures-{VERSION}", items, render, classes, encodes=True)
+
+
+RENDERED_KEY = re.compile(rb"(train|test)-[0-9]{6}")
+"""The key of a built-in texture, in every version of them."""
+
+
+def ensure_textures(out: Path) -> None:
+    """Render the built-in data set unless it exists; one of several processes renders and the others wait.
+
+    Splits that another version of the textures rendered are replaced. Nothing else is ever deleted.
+
+    Raises:
+        UserError: the folder holds something that was not rendered here.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with FileLock(out / ".lock"):
+        sources = {split: textures_source(split) for split in SPLITS}
+        if any(out.glob("*.tar")):
+            raise _foreign(out, out)
+        outdated = [split for split, source in sources.items() if _is_outdated(out, split, source.name)]
+        for split in sources:  # only after all splits have been checked
+            aside = out / f".{split}.outdated"
+            shutil.rmtree(aside, ignore_errors=True)
+            if split in outdated:
+                os.replace(out / split, aside)  # atomic: a process may be killed at any time
+                shutil.rmtree(aside, ignore_errors=True)
+        for split, source in sources.items():
+            if not (out / split).exists():
+                if _is_rendered(_plan_of(out / f".{split}.partial")):  # maybe by another version
+                    shutil.rmtree(out / f".{split}.partial", ignore_errors=True)
+                write_split(source, out, split)
+
+
+def _is_outdated(out: Path, split: str, name: str) -> bool:
+    """Whether a split was rendered by another version of the textures; False if it does not exist.
+
+    Raises:
+        UserError: it was not rendered.
+    """
+    if not (out / split).exists():
+        return False
+    try:
+        shards = open_shards(str(out / split))
+    except UserError as error:  # damaged or without an index, so it may hold anything
+        raise _foreign(out / split, out) from error
+    if not _is_rendered(shards.manifest) or not all(map(RENDERED_KEY.fullmatch, shards.index["key"].tolist())):
+        raise _foreign(out / split, out)
+    return shards.manifest["name"] != name
+
+
+def _foreign(folder: Path, out: Path) -> UserError:
+    return UserError(
+        f"{folder} does not hold the built-in textures and is left as it is; use --data {out} to train on it, or move "
+        "it away to train on the "
+    )
+
+
+def _plan_of(partial: Path) -> dict:
+    """The plan of an unfinished conversion; empty if it has none that can be read."""
+    try:
+        plan = json.loads((partial / "plan.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return plan if isinstance(plan, dict) else {}
+
+
+def _is_rendered(manifest: dict) -> bool:
+    """Whether a manifest or plan is that of rendered textures, of any version, and not of a folder of the same name."""
+    made_by = manifest.get("made_by")
+    if not isinstance(made_by, dict) or not re.fullmatch(r"textures-\d+", str(manifest.get("name"))):
+        return False
+    # of all sources that keep the size of images, only those that encode pixels record OpenCV's version
+    return made_by.get("command") == "pipeline.convert" and "opencv" in made_by and "short_side" not in made_by

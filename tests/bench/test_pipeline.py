@@ -1,0 +1,85 @@
+"""The bench of the pipeline: what it renders, what it compares, and the arithmetic of its rows, on a few images."""
+
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+
+from bench import pipeline as bench
+from bench import plot, stages
+from pipeline.augment.config import AugmentConfig
+from pipeline.augment.opencv import resized_crop
+from pipeline.images import decode
+
+
+def test_rendered_photographs():
+    images = [decode(bench.photograph(number)) for number in range(4)]
+    assert [image.shape[:2] for image in images] == [(500, 400), (400, 500), (400, 500), (500, 400)]
+    assert bench.photograph(2) == bench.photograph(2) != bench.photograph(1)
+    for image in images:
+        assert image.std() > 25 and image.min() < 60 and image.max() > 190  # light and shade
+    small = decode(bench.with_short_side(bench.photograph(1), 256))
+    assert small.shape == (256, 320, 3)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> list[dict]:
+    """A bench of four small images, without the processes of the peers' workers."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(bench, "BATCH", 4)
+    patch.setattr(bench, "DataLoader", lambda dataset, batch, **_: torch.utils.data.DataLoader(dataset, batch))
+    images = [bench.with_short_side(bench.photograph(number), 64) for number in range(5)]
+    shards = bench.make_shards(images, tmp_path_factory.mktemp("bench"))
+    yield bench.measure(shards, "small", AugmentConfig(size=48), threads=2, seconds=0)
+    patch.undo()
+
+
+def test_rows(rows):
+    named = {(row["implementation"], row["jitter"], row["stage"]): row for row in rows}
+    assert len(named) == len(rows)  # none twice
+    for name in ("opencv", "kornia", "loader"):
+        assert {(name, "exact", "all"), (name, "affine", "all")} <= set(named)
+    backends = ["opencv", "kornia", *(["dali"] if find_spec("nvidia") and find_spec("nvidia.dali") else [])]
+    for name in backends:
+        assert {(name, "", "geometry"), (name, "exact", "color"), (name, "affine", "color")} <= set(named)
+        assert (name, "", "blur") in named and (name, "affine" if name == "opencv" else "", "pack") in named
+    assert {("opencv", "", "read"), ("opencv", "", "decode")} <= set(named)
+    assert ("dali" in backends) == (("dali", "", "decode by DALI") in named)
+    assert ("torchvision", "exact", "all") in named
+    for row in rows:
+        assert row["runs"] == 3 and row["images"] in (2, 4) and row["workers"] == 2 and row["shards"] == "small"
+        assert row["images_per_s"] == pytest.approx(1000 * row["images"] / row["median_ms"], rel=0.01)
+    assert named["opencv", "", "decode"]["ratio_to_decode"] == 1
+    peers = [row for row in rows if row["implementation"] in ("torchvision", "lightly")]
+    assert max(peers, key=lambda row: row["images_per_s"])["ratio_to_best_peer"] == 1
+
+
+def test_a_ratio_is_the_median_over_the_turns():
+    assert bench._ratio([2.0, 40.0, 3.0], [1.0, 10.0, 6.0]) == 2.0
+
+
+def test_the_plot_comes_from_the_rows(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(plot, "RESULTS", tmp_path)
+    monkeypatch.setattr(plot, "read_rows", lambda name: [{k: str(v) for k, v in row.items()} for row in rows])
+    assert plot.plot_pipeline().stat().st_size > 10_000
+
+
+def test_each_stage_of_dali_gets_what_the_one_before_it_makes(tmp_path):
+    """The crops of its geometry are those of the host's, and the other stages start from such."""
+    pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is there for Linux only")
+    images = [bench.with_short_side(bench.photograph(number), 64) for number in range(4)]
+    data = stages.Prepared(bench.make_shards(images, tmp_path), AugmentConfig(size=48), 2, 4)
+    found = {(c.stage, c.jitter): c.call for c in stages.dali_stages(data, AugmentConfig(size=48), 4)}
+    sizes = [file.shape for file in map(decode, data.encoded)]
+    assert [tuple(size) for size in found["decode by DALI", ""]()[0].shape()] == sizes
+    crops = np.array([crop for view in found["geometry", ""]() for crop in view.as_array()])
+    at = np.ndindex(2, 4)
+    expected = [
+        resized_crop(decode(data.encoded[i]), data.drawn, v, i, 48)[:, :: 1 - 2 * data.drawn.flip[v, i]] for v, i in at
+    ]
+    assert np.abs(crops - expected).mean() < 1
+    for stage in (("color", "exact"), ("color", "affine"), ("blur", ""), ("pack", "")):
+        outputs = found[stage]()
+        assert len(outputs) == 2 and all(output.as_array().shape == (4, 48, 48, 3) for output in outputs)
+    assert np.abs(found["pack", ""]()[0].as_array()).max() < 3 < np.abs(found["blur", ""]()[0].as_array()).max()

@@ -1,0 +1,194 @@
+import copy
+import math
+
+import pytest
+import torch
+from timm.layers.evo_norm import EvoNorm2dB0
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+
+from engine.grad_cache import cached_backward, equal_slices
+from loss import nt_xent
+from model import synchronize_batchnorm
+from tests.ranks import run_ranks
+
+
+class Net(nn.Module):
+    """Encoder, projection and probe scores in the small; float64, so that what differs is not rounding."""
+
+    def __init__(self, norm=nn.Identity, dropout=0.0):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(3, 6, 3), norm(6), nn.ReLU(), nn.Flatten(), nn.Dropout(dropout))
+        self.head, self.probe = nn.Linear(6 * 16, 5), nn.Linear(6 * 16, 4)
+        self.double()
+
+    def forward(self, views):
+        h = self.encoder(views)
+        return self.head(h), self.probe(h.detach())
+
+
+def contrast(z):
+    return nt_xent(z, 0.2, impl="reference")
+
+
+def whole(net, views, label):
+    z, scores = net(views)
+    loss = contrast(z)
+    (loss + cross_entropy(scores, label.repeat(2))).backward()
+    return loss.detach()
+
+
+def sliced(net, views, label, micro_batch):
+    def beside(scores, part):
+        return cross_entropy(scores, label[part].repeat(2), reduction="sum") / (2 * len(label))
+
+    return cached_backward(net, net, views, micro_batch, contrast, beside)
+
+
+def make(norm=nn.Identity, dropout=0.0, seed=0):
+    torch.manual_seed(seed)
+    return Net(norm, dropout), torch.randn(22, 3, 6, 6, dtype=torch.float64), torch.randint(4, (11,))
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 4, 10, 11])
+@pytest.mark.parametrize("norm", [nn.Identity, nn.BatchNorm2d], ids=["norm-free", "frozen statistics"])
+def test_the_gradient_is_that_of_the_whole_batch(norm, micro_batch):
+    net, views, label = make(norm)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    other = copy.deepcopy(net)
+    loss = whole(net, views, label)
+    torch.testing.assert_close(sliced(other, views, label, micro_batch), loss, rtol=1e-12, atol=0)
+    for expected, actual in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-10, atol=1e-13)
+
+
+def test_plain_accumulation_is_something_else():
+    """The check can fail: with each slice contrasted with itself alone, the gradient differs widely."""
+    net, views, label = make()
+    other = copy.deepcopy(net)
+    whole(net, views, label)
+    for first in range(0, 11, 4):
+        part = slice(first, min(first + 4, 11))
+        own = torch.cat([views[part], views[11 + part.start : 11 + part.stop]])
+        (contrast(other(own)[0]) * (part.stop - part.start) / 11).backward()
+    gradients = [torch.cat([w.grad.flatten() for w in each.head.parameters()]) for each in (net, other)]
+    assert (gradients[0] - gradients[1]).norm() > 0.1 * gradients[0].norm()
+
+
+def test_batch_norm_sees_slices_and_moves_as_far_as_for_one_batch():
+    net, views, label = make(nn.BatchNorm2d)
+    norm, before = net.encoder[1], net.encoder[1].running_mean.clone()
+    with torch.no_grad():
+        means = [
+            net.encoder[0](torch.cat([views[a:b], views[11 + a : 11 + b]])).mean((0, 2, 3))
+            for a, b in ((0, 3), (3, 7), (7, 11))
+        ]
+    sliced(net, views, label, 4)
+    step = 1 - (1 - 0.1) ** (1 / 3)
+    expected = before
+    for mean in means:
+        expected = (1 - step) * expected + step * mean
+    torch.testing.assert_close(norm.running_mean, expected, rtol=1e-12, atol=1e-15)
+    kept = (1 - step) ** 3
+    assert kept == pytest.approx(0.9)
+    assert norm.momentum == 0.1 and norm.track_running_stats
+
+
+def test_other_running_statistics_move_as_far_as_for_one_batch():
+    """EvoNorm has a running variance and is not one of torch's batch norms."""
+    net, views, label = make(EvoNorm2dB0)
+    with torch.no_grad():
+        variances = [
+            net.encoder[0](torch.cat([views[a:b], views[11 + a : 11 + b]])).var((0, 2, 3))
+            for a, b in ((0, 3), (3, 7), (7, 11))
+        ]
+    sliced(net, views, label, 4)
+    step, expected = 1 - (1 - 0.1) ** (1 / 3), torch.ones(6, dtype=torch.float64)
+    for variance in variances:
+        expected = (1 - step) * expected + step * variance
+    # timm computes the variances in float32
+    torch.testing.assert_close(net.encoder[1].running_var, expected, rtol=1e-6, atol=0)
+    assert net.encoder[1].momentum == 0.1
+
+
+@pytest.mark.parametrize(("images", "micro_batch"), [(11, 4), (16, 5), (16, 16), (16, 17), (7, 1), (1, 1), (4097, 64)])
+def test_slices_cover_the_batch_and_are_of_equal_size(images, micro_batch):
+    slices = equal_slices(images, micro_batch)
+    sizes = [len(range(images)[part]) for part in slices]
+    assert [image for part in slices for image in range(images)[part]] == list(range(images))
+    assert max(sizes) <= micro_batch and max(sizes) - min(sizes) <= 1
+    assert len(slices) == math.ceil(images / micro_batch)
+
+
+def test_both_passes_draw_the_same_dropout():
+    """Else dL/dz would belong to other projections: here the encoder's gradient would miss the differences' by far."""
+    net, views, label = make(dropout=0.5)
+    torch.manual_seed(7)
+    sliced(net, views, label, 4)
+    weight, direction = net.head.weight, torch.randn_like(net.head.weight)
+    step = 1e-6
+    values = []
+    for sign in (1, -1):
+        moved = copy.deepcopy(net)
+        moved.head.weight.data += sign * step * direction
+        torch.manual_seed(7)
+        values.append(sliced(moved, views, label, 4).item())
+    slope = (values[0] - values[1]) / (2 * step)
+    assert (weight.grad * direction).sum().item() == pytest.approx(slope, rel=1e-6)
+
+
+def test_statistics_are_as_before_after_an_error():
+    net, views, label = make(nn.BatchNorm2d)
+    before = net.encoder[1].running_var.clone()
+    with pytest.raises(ZeroDivisionError):
+        cached_backward(net, net, views, 4, lambda z: 1 / 0, lambda scores, part: torch.zeros(()))
+    assert torch.equal(net.encoder[1].running_var, before) and net.encoder[1].num_batches_tracked == 0
+    assert net.encoder[1].track_running_stats and net.encoder[1].momentum == 0.1
+    assert math.isfinite(sliced(net, views, label, 4).item())
+
+
+def sliced_on_a_rank(rank, world_size, norms):
+    return [_sliced_on_a_rank(rank, world_size, norm) for norm in norms]
+
+
+def _sliced_on_a_rank(rank, world_size, norm):
+    net, views, label = make(norm)
+    net = synchronize_batchnorm(net, torch.device("cpu"))
+    images = range(rank, 8, world_size)
+    rows = torch.tensor([*images, *(11 + image for image in images)])
+    model, synchronized = DistributedDataParallel(net, broadcast_buffers=False), []
+    model.register_comm_hook(None, lambda _, bucket: synchronized.append(1) or _mean(bucket, world_size))
+
+    def beside(scores, part):
+        own = label[list(images)]
+        return cross_entropy(scores, own[part].repeat(2), reduction="sum") / (2 * len(own))
+
+    def encode(these):
+        return (model if torch.is_grad_enabled() else net)(these)
+
+    cached_backward(encode, net, views[rows], 2, lambda z: nt_xent(z, 0.2), beside, no_sync=model.no_sync)
+    return [w.grad for w in net.parameters()], dict(net.named_buffers()), len(synchronized)
+
+
+def _mean(bucket, world_size):
+    work = torch.distributed.all_reduce(bucket.buffer().div_(world_size), async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])
+
+
+def test_two_ranks_in_slices_are_one_process_without(tmp_path):
+    """With batch norm they are one process in slices, each of which is the slices of all ranks taken together."""
+    norms = nn.Identity, nn.BatchNorm2d
+    ranks = run_ranks(2, tmp_path, sliced_on_a_rank, norms)
+    for number, norm in enumerate(norms):
+        net, views, label = make(norm)
+        sliced(net, torch.cat([views[:8], views[11:19]]), label[:8], 8 if norm is nn.Identity else 4)
+        for rank in ranks:
+            gradients, buffers, synchronized = rank[number]
+            assert synchronized == 1, "gradients cross the network once per step, not once per slice"
+            for expected, actual in zip(net.parameters(), gradients, strict=True):
+                torch.testing.assert_close(actual, expected.grad, rtol=1e-10, atol=1e-13)
+            for name, expected in net.named_buffers():
+                torch.testing.assert_close(buffers[name], expected, rtol=1e-12, atol=1e-15)

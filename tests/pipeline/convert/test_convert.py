@@ -1,0 +1,377 @@
+"""Images through the converter and back: their order, their classes, what can't be read, and what is refused."""
+
+import hashlib
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from common import UserError
+from pipeline.convert import textures
+from pipeline.convert.imagenet import imagenet_sources
+from pipeline.convert.sources import CLASS_LEVELS, folder_source, named
+from pipeline.convert.textures import ensure_textures, textures_source
+from pipeline.convert.writer import write_split
+from pipeline.shards.dataset import open_shards, open_splits
+from pipeline.shards.format import Sample, write_shard
+from tests.pipeline.image_sets import (
+    ROOT,
+    contents,
+    damaged,
+    digests,
+    pictures,
+    rejected,
+    run_module,
+    tar_bytes,
+    write_folder,
+    write_imagenet,
+    write_tar,
+)
+
+
+@pytest.fixture
+def few_textures(monkeypatch):
+    monkeypatch.setattr(textures, "SPLITS", {"train": 30, "test": 10})
+
+
+def expected(files: dict[str, bytes]) -> dict[str, tuple[str, bytes]]:
+    return {name.rsplit(".", 1)[0]: (name.split("/")[0], content) for name, content in files.items()}
+
+
+@pytest.mark.parametrize("form", ["folder", "tar"])
+def test_class_folders(tmp_path, form):
+    files = pictures()
+    path = write_folder(tmp_path / "in", files) if form == "folder" else write_tar(tmp_path / "in.tar", files)
+    shards = write_split(folder_source(path), tmp_path / "out", "train", samples_per_shard=5)
+    assert contents(shards) == expected(files)
+    assert shards.manifest["name"] == "in" and shards.manifest["split"] == "train"
+    assert shards.classes == ["class_0", "class_1", "class_2"] and shards.manifest["class_counts"] == [4, 4, 4]
+    assert [shard["samples"] for shard in shards.manifest["shards"]] == [5, 5, 2]
+    assert shards.manifest["rejected"] == 0 and rejected(shards) == {}
+
+
+def test_imagenet_tar_is_streamed(tmp_path):
+    files = pictures()
+    source = imagenet_sources(write_imagenet(tmp_path / "ILSVRC2012_img_train.tar", files))["train"]
+    opened, watching = [], True
+
+    def watch(event: str, arguments: tuple) -> None:  # an audit hook stays for good, so it is switched off
+        if watching and event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+            opened.append(Path(arguments[0]).name)
+
+    sys.addaudithook(watch)
+    shards = write_split(source, tmp_path / "out", "train")
+    watching = False
+    assert contents(shards) == {key.split("/")[1]: value for key, value in expected(files).items()}
+    # no image was unpacked
+    assert not any(name.endswith((".jpg", ".JPEG", ".png")) for name in opened)
+    assert {name for name in opened if name.endswith(".tar")} == {"train-000000.tar"}
+
+
+def test_textures(tmp_path, few_textures):
+    ensure_textures(tmp_path)
+    train, test = open_splits(str(tmp_path))
+    assert train.classes == test.classes == textures.CLASSES
+    assert train.manifest["class_counts"] == [3] * 10 and test.manifest["class_counts"] == [1] * 10
+    rendered = contents(train)
+    assert rendered["train-000013"] == (textures.CLASSES[3], textures.render(0, "train", 13))
+    before = (tmp_path / "train" / "dataset.json").stat().st_mtime_ns
+    ensure_textures(tmp_path)
+    assert (tmp_path / "train" / "dataset.json").stat().st_mtime_ns == before
+
+
+def test_textures_of_another_version_are_rendered_anew(tmp_path, few_textures, monkeypatch):
+    ensure_textures(tmp_path)
+    monkeypatch.setattr(textures, "VERSION", textures.VERSION + 1)
+    ensure_textures(tmp_path)
+    for shards in open_splits(str(tmp_path)):
+        assert shards.manifest["name"] == f"textures-{textures.VERSION}"
+
+
+FOREIGN = ["a set", "a set of the textures' name", "tars without an index", "a damaged manifest", "tars at the top"]
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_textures_never_replace_data_of_the_user(tmp_path, few_textures, case):
+    """Rendered splits of another version are replaced; not even they are when the other split is not rendered."""
+    out, source = tmp_path / "out", write_folder(tmp_path / f"textures-{textures.VERSION + 1}", pictures())
+    ensure_textures(out)
+    manifest = out / "test" / "dataset.json"
+    manifest.write_text(manifest.read_text().replace(f'"textures-{textures.VERSION}"', '"textures-0"'))
+    shutil.rmtree(out / "train")
+    if case == "a set of the textures' name":
+        write_split(folder_source(source), out.parent / "other", "train")
+        os.replace(tmp_path / "other" / "train", out / "train")
+    elif case == "tars at the top":
+        write_tar(out / "mine.tar", pictures())
+    else:
+        write_split(folder_source(write_folder(tmp_path / "in", pictures())), tmp_path / "other", "train")
+        os.replace(tmp_path / "other" / "train", out / "train")
+        if case == "tars without an index":
+            (out / "train" / "dataset.json").unlink()
+        elif case == "a damaged manifest":
+            (out / "train" / "dataset.json").write_text('{"format"')
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    with pytest.raises(UserError, match=r"does not hold the built-in textures and is left as it is; use --data"):
+        ensure_textures(out)
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+
+
+def test_textures_leave_an_unfinished_conversion_of_the_user(tmp_path, few_textures):
+    source = folder_source(write_folder(tmp_path / "in", pictures()))
+    assert write_split(source, tmp_path / "out", "train", samples_per_shard=5, part=(1, 2)) is None
+    written = digests(tmp_path / "out" / ".train.partial" / "shards")
+    with pytest.raises(UserError, match="holds an unfinished conversion"):
+        ensure_textures(tmp_path / "out")
+    assert digests(tmp_path / "out" / ".train.partial" / "shards") == written
+    assert len(write_split(source, tmp_path / "out", "train", samples_per_shard=5)) == 12
+
+
+def test_textures_replace_what_another_version_left_unfinished(tmp_path, few_textures, monkeypatch):
+    """Killed while rendering, or between setting an outdated split aside and deleting it."""
+    write_split(textures_source("train"), tmp_path, "train", samples_per_shard=10, part=(1, 2))
+    write_split(textures_source("test"), tmp_path, "test")
+    os.replace(tmp_path / "test", tmp_path / ".test.outdated")
+    monkeypatch.setattr(textures, "VERSION", textures.VERSION + 1)
+    ensure_textures(tmp_path)
+    assert [len(shards) for shards in open_splits(str(tmp_path))] == [30, 10]
+    assert {path.name for path in tmp_path.iterdir()} <= {"train", "test", ".lock"}
+
+
+def test_the_same_bytes_twice(tmp_path):
+    path = write_folder(tmp_path / "in", pictures())
+    for out in "a", "b":
+        write_split(folder_source(path), tmp_path / out, "train", samples_per_shard=5)
+    first, second = (digests(tmp_path / out / "train") for out in ("a", "b"))
+    assert first == second and len(first) >= 3 + 3 + 2
+    other = write_split(folder_source(path), tmp_path / "c", "train", seed=1)
+    assert other.index["key"].tolist() != open_shards(str(tmp_path / "a" / "train")).index["key"].tolist()
+
+
+def test_classes_are_mixed_in_every_shard(tmp_path):
+    files = pictures(classes=2, each=20)
+    shards = write_split(folder_source(write_folder(tmp_path / "in", files)), tmp_path, "train", samples_per_shard=10)
+    for first in range(0, 40, 10):
+        assert len(set(shards.index["label"][first : first + 10].tolist())) == 2
+
+
+def test_unreadable_images_are_left_out_named_and_counted(tmp_path):
+    suffixes = {"animation": "gif", "float": "tif", "broken": "avif"}
+    bad = {f"class_0/{name}.{suffixes.get(name, 'jpg')}": content for name, content in damaged().items()}
+    files = pictures()
+    source = folder_source(write_folder(tmp_path / "in", files | bad))
+    shards = write_split(source, tmp_path / "out", "train")
+    assert contents(shards) == expected(files)
+    reasons = {name.split("/")[1]: reason for name, reason in rejected(shards).items()}
+    assert reasons.keys() == damaged().keys()
+    assert "GIF" in reasons["animation"] and "truncated" in reasons["truncated"] and "not an image" in reasons["text"]
+    assert shards.manifest["rejected"] == 7
+    result = run_module("pipeline.convert", "folder", tmp_path / "in", tmp_path / "again", "--workers", "1")
+    assert result.returncode == 0 and "12 images of 3 classes in 1 shards, 7 left out." in result.stdout
+    assert all(f"left out class_0/{name}: " in result.stderr for name in reasons)
+
+
+def test_names_of_several_lines_are_shown_on_one(tmp_path):
+    path = write_folder(tmp_path / "in", pictures() | {"class_0/a\n\x1b[31m,é.jpg": b"text"})
+    result = run_module("pipeline.convert", "folder", path, tmp_path / "out", "--workers", "1")
+    assert result.stderr == "left out class_0/a\\n\\x1b[31m,é: not an image, or its header is damaged\n"
+
+
+def test_images_in_no_folder_have_no_class(tmp_path):
+    files = {f"{number}.jpg": content for number, content in enumerate(list(pictures().values())[:2])}
+    shards = write_split(folder_source(write_tar(tmp_path / "in.tar", files)), tmp_path / "out", "train")
+    assert contents(shards) == {"0": (None, files["0.jpg"]), "1": (None, files["1.jpg"])}
+    assert shards.index["label"].tolist() == [-1, -1] and shards.classes == []
+
+
+def test_keys_have_no_dot_and_are_unique(tmp_path):
+    content = next(iter(pictures().values()))
+    names = ["a/x.1.jpg", "a/x_1.jpg", "b/a/x_1.jpg", "a/y.jpg", "a/y.JPEG", ".v/..z.jpg"]
+    path = write_folder(tmp_path / "in", dict.fromkeys(names, content))
+    shards = write_split(folder_source(path, "last"), tmp_path, "train")
+    keys = [key.decode() for key in shards.index["key"]]
+    assert len(set(keys)) == 6 and all("." not in key.rsplit("/", 1)[-1] for key in keys)
+    twice = write_folder(tmp_path / "twice", dict.fromkeys(["a/x.jpg", "b/a/x.jpg", "b/a/x_jpg.jpg"], content))
+    write_folder(twice, {"c/b/a/x.jpg": content})
+    for level in CLASS_LEVELS:
+        assert len({key for _, key, _ in folder_source(twice, level).items}) == 4
+
+
+NESTED = {  # folders of one image each -> the classes of the images by --class-level; None: refused
+    "classes": ("cat dog", {None: "cat dog", "first": "cat dog", "last": "cat dog"}),
+    "one folder below each class": ("cat/images dog/images", {None: "cat dog", "last": "images images"}),
+    "other folders below each class": ("cat/a dog/b", {None: "cat dog", "last": "a b"}),
+    "a folder around all": ("in/all/cat in/all/dog", {None: "cat dog", "first": "cat dog"}),
+    "splits": ("train/cat val/cat val/dog", {None: None, "first": "train val val", "last": "cat cat dog"}),
+    "a group of classes": ("a/cat a/dog", {None: "cat dog"}),
+    "groups of classes": ("a/cat b/car a/dog", {None: None, "last": "cat car dog"}),
+    "two depths": ("cat dog dog/more", {None: None, "first": "cat dog dog"}),
+    "two depths of one class": ("cat cat/more", {None: None, "first": "cat cat"}),
+}
+
+
+@pytest.mark.parametrize("case", NESTED)
+@pytest.mark.parametrize("form", ["folder", "tar"])
+def test_classes_of_nested_folders(tmp_path, case, form):
+    """The class is the folder below what all images share; where that is one of several readings, the user chooses."""
+    folders, expected = NESTED[case]
+    content = next(iter(pictures().values()))
+    files = {f"{folder}/{n}.jpg": content for n, folder in enumerate(folders.split())}
+    files |= {"top.jpg": content, "cat/._0.jpg": b"macOS's metadata of 0.jpg"}
+    path = write_folder(tmp_path / "in", files) if form == "folder" else write_tar(tmp_path / "in.tar", files)
+    for level, labels in expected.items():
+        if labels is None:
+            with pytest.raises(UserError, match=r"Images lie in \S+ and in \S+, so their class is ambiguous; use"):
+                folder_source(path, level)
+        else:
+            items = {key.rpartition("/")[2]: label for label, key, _ in folder_source(path, level).items}
+            assert items.pop("top") is None and [items[str(n)] for n in range(len(items))] == labels.split()
+    assert {label for label, _, _ in folder_source(path, "none").items} == {None}
+
+
+def test_the_level_of_the_classes_is_an_option(tmp_path):
+    content = next(iter(pictures().values()))
+    path = write_folder(tmp_path / "in", dict.fromkeys(["train/cat/0.jpg", "val/dog/1.jpg", "val/cat/2.jpg"], content))
+    result = run_module("pipeline.convert", "folder", path, tmp_path / "out")
+    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1 and "--class-level" in result.stderr
+    result = run_module("pipeline.convert", "folder", path, tmp_path / "out", "--class-level", "last", "--workers", "1")
+    assert result.returncode == 0 and "3 images of 2 classes" in result.stdout, result.stderr
+
+
+def test_a_second_split_gets_the_same_class_numbers(tmp_path):
+    files = pictures()
+    write_split(folder_source(write_folder(tmp_path / "in", files)), tmp_path / "out", "train")
+    fewer = {name: content for name, content in files.items() if not name.startswith("class_0")}
+    test = write_split(folder_source(write_folder(tmp_path / "test", fewer)), tmp_path / "out", "test")
+    assert contents(test) == expected(fewer) and set(test.index["label"].tolist()) == {1, 2}
+    foreign = {name.replace("class_1", "owl"): content for name, content in files.items()}
+    with pytest.raises(UserError, match=r"has classes that (.*) does not have \(owl\)"):
+        write_split(folder_source(write_folder(tmp_path / "val", foreign)), tmp_path / "out", "val")
+    assert not (tmp_path / "out" / "val").exists()
+    with pytest.raises(UserError, match=r"train exists already: delete it .*seed is 0 instead of 1"):
+        write_split(folder_source(tmp_path / "in"), tmp_path / "out", "train", seed=1)
+    train, opened = open_splits(str(tmp_path / "out"))
+    assert (len(train), len(opened)) == (12, 8)
+
+
+def test_splits_with_other_classes_are_refused(tmp_path):
+    write_split(folder_source(write_folder(tmp_path / "in", pictures())), tmp_path / "out", "train")
+    write_split(folder_source(write_folder(tmp_path / "two", pictures(classes=2))), tmp_path / "other", "test")
+    os.replace(tmp_path / "other" / "test", tmp_path / "out" / "test")
+    with pytest.raises(UserError, match="has other classes than"):
+        open_splits(str(tmp_path / "out"))
+
+
+ENSURE = """
+import sys
+from pathlib import Path
+from pipeline import convert, textures
+textures.SPLITS = {"train": 60, "test": 20}
+render = textures.render
+def counted(*address):
+    print(*address, flush=True)
+    return render(*address)
+textures.render = counted
+convert.ensure_textures(Path(sys.argv[1]))
+"""
+
+
+def test_of_concurrent_processes_one_renders_the_textures(tmp_path):
+    arguments = [sys.executable, "-c", ENSURE, tmp_path / "textures"]
+    processes = [subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert sorted(len(output.splitlines()) for output in outputs) == [0, 80]
+    train, test = open_splits(str(tmp_path / "textures"))
+    assert (len(train), len(test)) == (60, 20)
+
+
+def test_a_million_images_fit_into_memory(tmp_path):
+    """The list of items: some 300 bytes per image, with one string per class."""
+    files = ((f"n{number % 10:08d}/n{number % 10:08d}_{number}.JPEG", (number, 1)) for number in range(20_000))
+    tracemalloc.start()
+    items = named(files)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(items) == 20_000 and peak / len(items) < 450
+    assert len({id(label) for label, _, _ in items}) == 10
+
+
+@pytest.mark.parametrize("split", ["../train", "a/b", "/tmp/x", ".hidden", "..", ""])
+def test_a_split_is_a_plain_name(tmp_path, split):
+    source = folder_source(write_folder(tmp_path / "in", pictures()))
+    with pytest.raises(UserError, match="can't be the name of a split"):
+        write_split(source, tmp_path / "out", split)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+REFUSED = {
+    "missing": (["folder", "nowhere"], "does not exist"),
+    "empty folder": (["folder", "empty"], "No images in empty"),
+    "tar without images": (["folder", "text.tar"], "No images in text"),
+    "compressed tar": (["folder", "images.tar.gz"], "is not a whole, uncompressed tar"),
+    "truncated tar": (["folder", "cut.tar"], "is not a whole, uncompressed tar"),
+    "nothing readable": (["folder", "damaged"], "No image of damaged could be read"),
+    "imagenet without classes": (["imagenet", "images.tar"], "holds no class tars"),
+    "imagenet as a folder": (["imagenet", "empty"], r"holds neither train/ nor val/"),
+    "truncated imagenet": (["imagenet", "cut_imagenet.tar"], "is not a whole, uncompressed tar"),
+}
+
+
+@pytest.fixture(scope="module")
+def refused_sources(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("refused")
+    (root / "empty").mkdir()
+    write_tar(root / "text.tar", {"a/readme.txt": b"nothing"})
+    write_tar(root / "images.tar.gz", pictures(), "w:gz")
+    write_tar(root / "images.tar", pictures())
+    (root / "cut.tar").write_bytes(tar_bytes(pictures())[:1500])
+    write_folder(root / "damaged", {"a/text.jpg": damaged()["text"]})
+    whole = write_imagenet(root / "whole.tar", pictures()).read_bytes()
+    (root / "cut_imagenet.tar").write_bytes(whole[:12_000])
+    return root
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused(refused_sources, tmp_path, case):
+    (kind, name), message = REFUSED[case]
+    with pytest.raises(UserError, match=message):
+        path = refused_sources / name
+        source = folder_source(path) if kind == "folder" else imagenet_sources(path)["train"]
+        write_split(source, tmp_path / "out", "train")
+    assert not list(tmp_path.rglob("*.tar"))
+
+
+@pytest.mark.parametrize("case", ["missing", "compressed tar", "imagenet without classes", "nothing readable"])
+def test_a_refusal_is_one_sentence_and_exit_code_1(refused_sources, tmp_path, case):
+    (kind, name), message = REFUSED[case]
+    result = run_module("pipeline.convert", kind, refused_sources / name, tmp_path / "out")
+    assert result.returncode == 1 and message in result.stderr
+    assert "Traceback" not in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_a_shard_is_byte_for_byte_as_tarfile_writes_it(tmp_path):
+    """Names that need more than one header among them, and sizes around a block."""
+    names = ["a", "k" * 99, "folder/" + "k" * 150, "ü/ñ"]
+    samples = [
+        Sample(f"{name}{size}", ("jpg", 2, 3), bytes(size), size % 2 - 1)
+        for name in names
+        for size in (0, 511, 512, 513)
+    ]
+    entry = write_shard(tmp_path, "ours.tar", samples)
+    with tarfile.open(tmp_path / "theirs.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for key, _, encoded, label in samples:
+            for name, content in ((f"{key}.jpg", encoded), (f"{key}.cls", str(label).encode())):
+                if name.endswith(".jpg") or label >= 0:
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    ours = (tmp_path / "ours.tar").read_bytes()
+    assert ours == (tmp_path / "theirs.tar").read_bytes()
+    assert (entry["bytes"], entry["sha256"]) == (len(ours), hashlib.sha256(ours).hexdigest())

@@ -1,0 +1,480 @@
+"""WebDataset tars from elsewhere: indexed where they are, whole, cut short or damaged."""
+
+import io
+import os
+import shutil
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+
+from common import UserError
+from pipeline.convert.sources import folder_source, webdataset_source
+from pipeline.images import inspect
+from pipeline.shards.dataset import open_shards, open_splits
+from pipeline.shards.index import index_shards
+from pipeline.shards.reader import Reader
+from pipeline.shards.verify import verify_shards
+from tests.pipeline.image_sets import contents, damaged, pictures, read_by_webdataset, run_module, write_tar
+from tests.pipeline.web_server import serving
+
+
+def foreign_tars(root: Path, files: list[dict[str, bytes]]) -> Path:
+    """Tars as webdataset's own writer makes them, one per dictionary."""
+    root.mkdir()
+    for number, samples in enumerate(files):
+        with webdataset.TarWriter(str(root / f"shard-{number:03d}.tar")) as writer:
+            for name, content in samples.items():
+                key, extension = name.split(".", 1)
+                sample = content if isinstance(content, dict) else {extension: content}
+                writer.write({"__key__": key, **sample})
+    return root
+
+
+def labeled(first: int) -> dict[str, dict[str, bytes]]:
+    images = list(pictures().values())
+    return {f"{i:03d}.": {"jpg": images[i], "cls": i % 3} for i in range(first, first + 4) if i != 2}
+
+
+def test_foreign_tars_get_an_index(tmp_path):
+    """As `python -m pipeline.shards index` makes it: with a damaged image, a class in words, files of other kinds."""
+    jpeg = pictures()["class_0/image_0.jpg"]
+    odd = {
+        "bad.": {"jpg": damaged()["truncated"], "cls": 1},
+        "deep/words.": {"jpeg": jpeg, "cls": b"owl", "json": {"a": 1}},
+        "notes.txt": b"nothing",
+        "masked.": {"jpg": jpeg, "mask.png": jpeg},
+    }
+    root = foreign_tars(tmp_path / "foreign", [labeled(0), labeled(4) | odd])
+    result = run_module("pipeline.shards", "index", root)
+    assert result.returncode == 0, result.stderr
+    assert "9 images in 2 shards indexed." in result.stdout
+    assert "left out shard-001.tar:bad.jpg: a damaged or truncated JPEG" in result.stderr
+    assert "left out shard-001.tar:deep/words.cls: the class is not a number" in result.stderr
+    shards = open_shards(str(root))
+    by_webdataset = {key: sample for key, sample in read_by_webdataset(root).items() if {"jpg", "jpeg"} & sample.keys()}
+    by_webdataset.pop("bad")
+    assert [key.decode() for key in shards.index["key"]] == list(by_webdataset)
+    for row, (key, sample) in zip(shards.index, by_webdataset.items(), strict=True):
+        assert row["crc32"] == zlib.crc32(sample.get("jpg") or sample["jpeg"])
+        assert row["label"] == (-1 if key in ("deep/words", "masked") else int(sample["cls"]))
+    assert shards.classes == ["0", "1", "2"] and verify_shards(str(root)) == []
+
+
+@pytest.mark.parametrize(
+    ("cut", "taken"), [("in an image", 6), ("before a class", 6), ("in a class header", 6), ("end mark", 7)]
+)
+def test_a_truncated_foreign_tar(tmp_path, cut, taken):
+    """Only samples are taken that another one follows: a class may be what is missing from the last."""
+    root = foreign_tars(tmp_path / "foreign", [labeled(4)])
+    pairs = [(f"{key}jpg", f"{key}cls", sample) for key, sample in labeled(8).items()]
+    members = {name: content for jpg, cls, s in pairs for name, content in ((jpg, s["jpg"]), (cls, b"%d" % s["cls"]))}
+    write_tar(root / "shard-001.tar", members)  # the class behind its image, where webdataset puts it before
+    whole = index_shards(str(root))
+    row = whole.index[6]  # the third sample of the second tar
+    after = int(row["offset"] + -(-row["size"] // 512) * 512)
+    kept = {
+        "in an image": int(row["offset"] + 100),
+        "before a class": after,
+        "in a class header": after + 100,
+        "end mark": int(whole.index[7]["offset"] + -(-whole.index[7]["size"] // 512) * 512 + 1024),  # its class too
+    }[cut]
+    os.truncate(root / "shard-001.tar", kept)
+    shards = index_shards(str(root))
+    keys = [key.decode() for key in shards.index["key"]]
+    assert keys == ["004", "005", "006", "007", "008", "009", "010"][:taken]
+    assert shards.index["label"].tolist() == [1, 2, 0, 1, 2, 0, 1][: len(keys)]
+    rest, changed = shards.manifest["left_out"]
+    assert rest["name"] == "shard-001.tar:the rest of the tar" and changed["name"] == "shard-001.tar"
+    assert verify_shards(str(root)) == []  # the checksum is that of the file as it is
+
+
+def test_a_damaged_header_in_a_foreign_tar(tmp_path):
+    root = foreign_tars(tmp_path / "foreign", [labeled(0), labeled(4)])
+    with tarfile.open(root / "shard-000.tar") as tar:
+        third = tar.getmembers()[2].offset
+    content = bytearray((root / "shard-000.tar").read_bytes())
+    content[third + 2] ^= 1
+    (root / "shard-000.tar").write_bytes(content)
+    shards = index_shards(str(root))
+    (entry,) = shards.manifest["left_out"]
+    assert entry["name"] == "shard-000.tar:the rest of the tar" and "bad checksum" in entry["reason"]
+    assert {"004", "007"} <= {key.decode() for key in shards.index["key"]}
+
+
+def test_a_foreign_set_at_a_read_only_address(tmp_path, monkeypatch):
+    """Its index is made over http, past broken connections, and kept in the cache; so is that of a folder."""
+    root = foreign_tars(tmp_path / "foreign", [labeled(0), labeled(4)])
+    files = {file.name for file in root.iterdir()}
+    monkeypatch.setenv("STREAMCLR_CACHE", str(tmp_path / "cache"))
+    with serving(root, "drop", "503", suffix="000.tar") as server:
+        with pytest.raises(
+            UserError, match=rf"have no index: run `python -m pipeline\.shards index {server.url}` first"
+        ):
+            open_shards(server.url)
+        result = run_module("pipeline.shards", "index", server.url)
+        assert result.returncode == 0 and "7 images in 2 shards indexed." in result.stdout, result.stderr
+        shards = open_shards(server.url)
+        assert shards.root == server.url and Path(shards.index_root).is_relative_to(tmp_path / "cache" / "indexes")
+        assert {file.name for file in root.iterdir()} == files
+        assert run_module("pipeline.shards", "verify", server.url).returncode == 0
+        encoded = Reader(shards).read(np.arange(7))
+        monkeypatch.setattr("pipeline.shards.index._writable", lambda *_: False)
+        there = index_shards(str(root))
+        assert {file.name for file in root.iterdir()} == files and there.index_root != there.root
+        monkeypatch.undo()
+        here = index_shards(str(root))
+        assert np.array_equal(here.index, shards.index) and np.array_equal(there.index, shards.index)
+        assert Reader(here).read(np.arange(7)) == encoded and here.index_root == str(root)
+        (root / "shard-001.tar").write_bytes((root / "shard-000.tar").read_bytes())
+        monkeypatch.setenv("STREAMCLR_CACHE", str(tmp_path / "cache"))
+        (problem,) = verify_shards(server.url)
+        assert "shard-001.tar is not the file that was written" in problem
+
+
+def test_a_foreign_set_of_many_shards_gets_a_common_index(tmp_path):
+    image = pictures()["class_0/image_0.jpg"]
+    root = foreign_tars(tmp_path / "foreign", [{f"{i}.": {"jpg": image, "cls": i % 2}} for i in range(17)])
+    shards = index_shards(str(root))
+    assert (root / "index.npy").exists() and isinstance(shards.index.base, np.memmap) and len(shards) == 17
+    (root / "shard-016.tar").unlink()
+    assert len(index_shards(str(root))) == 16 and not (root / "index.npy").exists()
+    assert verify_shards(str(root)) == []
+
+
+def test_tars_without_an_index_name_the_cure(tmp_path):
+    root = foreign_tars(tmp_path / "foreign", [labeled(0)])
+    with pytest.raises(UserError, match=rf"have no index: run `python -m pipeline.shards index {root}` first"):
+        open_shards(str(root))
+    (tmp_path / "empty").mkdir()
+    for name, message in (("empty", "No shards at"), ("nowhere", "No shards at"), ("foo://x", "can't be opened")):
+        with pytest.raises(UserError, match=message):
+            open_splits(name if "://" in name else str(tmp_path / name))
+    with pytest.raises(UserError, match=r"There is no \.tar in"):
+        index_shards(str(tmp_path / "empty"))
+    foreign_tars(tmp_path / "text", [{"a.txt": b"nothing"}])
+    with pytest.raises(UserError, match="No image could be read from the tars"):
+        index_shards(str(tmp_path / "text"))
+    result = run_module("pipeline.shards", "verify", tmp_path / "nowhere")
+    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1 and "No shards at" in result.stderr
+
+
+def found_in(root: Path) -> tuple[dict[str, int], list[str]]:
+    """Label by key as the index of a foreign set has them, and its manifest's list of what is left out."""
+    shards = index_shards(str(root))
+    left_out = [f"{entry['name']}: {entry['reason']}" for entry in shards.manifest["left_out"]]
+    return {row["key"].decode(): int(row["label"]) for row in shards.index}, left_out
+
+
+FAULTS = {
+    "a folder named as a tar": "z.tar is a folder, not a tar; rename it or move it away",
+    "interrupted": "^$",
+    "two images": "Sample x of .* has two images",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_index_that_fails_leaves_the_old_one(original, tmp_path, monkeypatch, fault):
+    """Classes, split and checksums of the set are in the old manifest only."""
+    root = tmp_path / "train"
+    shutil.copytree(original, root)
+    before = {file.name: file.read_bytes() for file in root.iterdir()}
+    image = pictures()["class_0/image_0.jpg"]
+    if fault == "a folder named as a tar":
+        (root / "z.tar").mkdir()
+    elif fault == "two images":
+        write_tar(root / "z.tar", {"x.jpg": image, "x.png": image})
+    else:
+        write_tar(root / "z.tar", {"x.jpg": image})
+        calls = []
+
+        def interrupted(path):
+            calls.append(path)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return inspect(path)
+
+        monkeypatch.setattr("pipeline.shards.index.inspect", interrupted)
+    with pytest.raises((UserError, KeyboardInterrupt), match=FAULTS[fault]):
+        index_shards(str(root))
+    assert {file.name: file.read_bytes() for file in root.iterdir() if file.name != "z.tar"} == before
+    monkeypatch.undo()
+    shutil.rmtree(root / "z.tar") if fault == "a folder named as a tar" else (root / "z.tar").unlink()
+    again = index_shards(str(root))
+    assert again.classes == ["class_0", "class_1", "class_2"] and again.manifest["split"] == "train"
+    assert again.manifest["left_out"] == []
+
+
+def test_an_index_that_cannot_be_completed_leaves_the_old_one(original, tmp_path, monkeypatch):
+    """The disk is full when the new manifest is written."""
+    root = tmp_path / "train"
+    shutil.copytree(original, root)
+    before = (root / "dataset.json").read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pipeline.shards.index.write_manifest", full)
+    with pytest.raises(OSError, match="No space"):
+        index_shards(str(root))
+    assert (root / "dataset.json").read_bytes() == before and not list(root.glob("*.partial"))
+    assert open_shards(str(root)).classes == ["class_0", "class_1", "class_2"]
+
+
+def test_an_index_in_the_cache_keeps_what_was_known(tmp_path, monkeypatch):
+    """The manifest of a set that can't be written to lies in the cache, and so do its checksums."""
+    monkeypatch.setenv("STREAMCLR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("pipeline.shards.index._writable", lambda *_: False)
+    root = foreign_tars(tmp_path / "foreign", [labeled(0), labeled(4)])
+    first = index_shards(str(root))
+    manifest = Path(first.index_root, "dataset.json")
+    manifest.write_text(manifest.read_text().replace('"0",\n  "1",\n  "2"', '"owl",\n  "cat",\n  "dog"'))
+    (root / "shard-001.tar").write_bytes((root / "shard-000.tar").read_bytes())
+    again = index_shards(str(root))
+    assert again.classes == ["owl", "cat", "dog"]
+    assert [entry["name"] for entry in again.manifest["left_out"]] == ["shard-001.tar"]
+
+
+def test_a_manifest_that_cannot_be_replaced_is_refused(original, tmp_path, monkeypatch):
+    """An index in the cache would never be read: the set's own manifest comes first."""
+    monkeypatch.setenv("STREAMCLR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("pipeline.shards.index._writable", lambda *_: False)
+    with pytest.raises(UserError, match=r"dataset.json exists and can't be replaced; make the folder writable, or"):
+        index_shards(str(original))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_labels_that_do_not_follow_their_images_are_not_lost(tmp_path):
+    """All images first, classes before images, and classes that can't be matched."""
+    images = [content for name, content in pictures().items() if name.endswith("jpg")]
+    (tmp_path / "in").mkdir()
+    write_tar(
+        tmp_path / "in" / "a.tar",
+        {"a.jpg": images[0], "b.jpg": images[1], "c.jpg": images[2], "c.cls": b"2", "a.cls": b"1", "b.cls": b"0"},
+    )
+    write_tar(
+        tmp_path / "in" / "b.tar",
+        {
+            "e.cls": b"2",
+            "d.cls": b"0",
+            "d.jpg": images[3],
+            "e.jpg": images[4],
+            "f.cls": b"1",
+            "d.txt": b"",
+            "g.cls": b"1",
+        },
+    )
+    labels, left_out = found_in(tmp_path / "in")
+    assert labels == {"a": 1, "b": 0, "c": 2, "d": 0, "e": 2}
+    assert left_out == ["b.tar:f.cls: its sample has no image, as 1 more in this tar"]
+    source = webdataset_source(tmp_path / "in")
+    assert {key: int(label) for label, key, _ in source.items} == labels
+    assert source.left_out == [("b.tar:f.cls", "its sample has no image, as 1 more in this tar")]
+
+
+def test_labels_survive_every_order_of_members(tmp_path):
+    (tmp_path / "in").mkdir()
+    random = np.random.default_rng(0)
+    images = [content for name, content in pictures().items() if name.endswith("jpg")]
+    files = {f"{n}.jpg": images[n] for n in range(7)} | {f"{n}.cls": b"%d" % (n % 3) for n in range(5)} | {"x.txt": b""}
+    for _ in range(20):
+        names = random.permutation(list(files)).tolist()
+        write_tar(tmp_path / "in" / "in.tar", {name: files[name] for name in names})
+        (tmp_path / "in" / "dataset.json").unlink(missing_ok=True)
+        labels, left_out = found_in(tmp_path / "in")
+        assert labels == {str(n): n % 3 if n < 5 else -1 for n in range(7)} and left_out == [], names
+        items = webdataset_source(tmp_path / "in").items
+        assert {key: label for label, key, _ in items} == {str(n): str(n % 3) if n < 5 else None for n in range(7)}
+
+
+def test_labels_of_repeated_keys(tmp_path):
+    """Next to each other one is listed; apart, each keeps the class next to it, and others are ambiguous."""
+    first, second, third = list(pictures().values())[3:6]
+    (tmp_path / "in").mkdir()
+    with tarfile.open(tmp_path / "in" / "in.tar", "w") as tar:
+        for name, content in (
+            ("a.jpg", first),
+            ("a.cls", b"0"),
+            ("a.jpg", second),
+            ("a.cls", b"1"),
+            ("b.jpg", first),
+            ("b.cls", b"2"),
+            ("c.jpg", first),
+            ("b.jpg", second),
+            ("b.cls", b"3"),
+            ("d.jpg", first),
+            ("c.jpg", second),
+            ("e.jpg", third),
+            ("c.cls", b"4"),
+            ("a.cls", b"0"),
+        ):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    shards = index_shards(str(tmp_path / "in"))
+    rows = [(row["key"].decode(), int(row["label"]), int(row["crc32"])) for row in shards.index]
+    one, two, three = map(zlib.crc32, (first, second, third))
+    expected = [("a", 0, one), ("b", 2, one), ("c", -1, one), ("b", 3, two), ("d", -1, one), ("c", -1, two)]
+    assert rows == [*expected, ("e", -1, three)]
+    assert [(entry["name"][7:], entry["reason"][:20]) for entry in shards.manifest["left_out"]] == [
+        ("a.jpg", "a second image of th"),
+        ("a.cls", "a second class of it"),
+        ("c.cls", "which image it belon"),
+        ("a.cls", "which image it belon"),
+    ]
+
+
+@pytest.mark.parametrize("order", ["by sample", "by kind"])
+def test_a_sample_with_two_images_is_refused_unless_one_is_chosen(tmp_path, order):
+    """Photographs and masks."""
+    images = list(pictures().values())
+    files = {
+        f"{key}.{kind}": images[2 if kind == "png" else i] for i, key in ((0, "a"), (1, "b")) for kind in ("jpg", "png")
+    }
+    if order == "by kind":
+        files = dict(sorted(files.items(), key=lambda item: item[0][::-1]))
+    files |= {"a.cls": b"1", "only.png": images[2], "c.mask.png": images[2], "c.JPG": images[4]}
+    (tmp_path / "in").mkdir()
+    write_tar(tmp_path / "in" / "in.tar", files)
+    message = r"Sample a of \S+in.tar has two images, a.(jpg|png) and a.(jpg|png); use --image-extension (jpg|png) or "
+    with pytest.raises(UserError, match=message):
+        index_shards(str(tmp_path / "in"))
+    with pytest.raises(UserError, match=message):
+        webdataset_source(tmp_path / "in")
+    result = run_module("pipeline.shards", "index", tmp_path / "in", "--image-extension", "jpg")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == "left out in.tar:only.png: its sample has no .jpg\n"
+    by_key = {
+        row["key"].decode(): (int(row["crc32"]), int(row["label"])) for row in open_shards(str(tmp_path / "in")).index
+    }
+    assert by_key == {
+        "a": (zlib.crc32(images[0]), 1),
+        "b": (zlib.crc32(images[1]), -1),
+        "c": (zlib.crc32(images[4]), -1),
+    }
+    arguments = ("webdataset", tmp_path / "in", tmp_path / "out", "--image-extension", ".PNG", "--workers", "1")
+    result = run_module("pipeline.convert", *arguments)
+    assert result.returncode == 0 and "left out in.tar:c.mask.png: its sample has no .png" in result.stderr, (
+        result.stderr
+    )
+    assert {key: label for key, (label, _) in contents(open_shards(str(tmp_path / "out" / "train"))).items()} == {
+        "a": "1",
+        "b": None,
+        "only": None,
+    }
+    assert index_shards(str(tmp_path / "in"), image_extension="mask.png").index["key"].tolist() == [b"c"]
+
+
+def test_images_with_dots_in_their_names_are_listed(tmp_path):
+    """WebDataset takes what follows the first dot for the extension."""
+    image = pictures()["class_0/image_0.jpg"]
+    (tmp_path / "in").mkdir()
+    write_tar(tmp_path / "in" / "in.tar", {"a.1.jpg": image, "a.2.jpg": image, "b.3.jpg": image, "c.jpg": image})
+    labels, left_out = found_in(tmp_path / "in")
+    assert labels == {"c": -1}
+    reason = "its extension, all behind the first dot, is unknown; use --image-extension or rename it"
+    assert left_out == [f"in.tar:a.1.jpg: {reason}, as 1 more in this tar"]
+
+
+CLASSES = {
+    "25 digits": (b"1" * 25, "the class is not a number below 1000000"),
+    "5000 digits": (b"1" * 5000, "a class of more than 1024 bytes"),
+    "900 digits": (b"1" * 900, "the class is not a number below 1000000"),
+    "1700000000": (b"1700000000", "the class is not a number below 1000000"),
+    "million": (b"1000000", "the class is not a number below 1000000"),
+    "superscript": ("²".encode(), "the class is not a number below 1000000"),
+    "negative": (b"-3", "the class is not a number below 1000000"),
+    "float": (b"1.0", "the class is not a number below 1000000"),
+    "bytes": (bytes(range(128, 256)), "the class is not a number below 1000000"),
+}
+
+
+@pytest.mark.parametrize("case", CLASSES)
+def test_foreign_classes_that_are_no_class_numbers(tmp_path, case):
+    """Listed by the index, which takes numbers only; the conversion takes them for names, if they are short."""
+    content, reason = CLASSES[case]
+    image = pictures()["class_0/image_0.jpg"]
+    (tmp_path / "in").mkdir()
+    write_tar(tmp_path / "in" / "in.tar", {"a.jpg": image, "a.cls": content, "b.jpg": image, "b.cls": b" 0000000001\n"})
+    labels, left_out = found_in(tmp_path / "in")
+    assert labels == {"a": -1, "b": 1} and len(left_out) == 1 and left_out[0].startswith(f"in.tar:a.cls: {reason}")
+    source = webdataset_source(tmp_path / "in")
+    if len(content) > 1024:
+        assert [label for label, _, _ in source.items] == [None, "1"] and source.classes == ["0", "1"]
+    else:
+        name = content.decode(errors="replace")
+        assert [label for label, _, _ in source.items] == [name, "0000000001"]
+        assert source.classes == sorted([name, "0000000001"])
+
+
+def test_no_class_in_words(tmp_path):
+    image = pictures()["class_0/image_0.jpg"]
+    (tmp_path / "in").mkdir()
+    write_tar(tmp_path / "in" / "in.tar", {"a.jpg": image, "a.cls": b"-1", "b.jpg": image, "b.cls": b" \n"})
+    assert found_in(tmp_path / "in") == ({"a": -1, "b": -1}, [])
+    assert [label for label, _, _ in webdataset_source(tmp_path / "in").items] == [None, None]
+
+
+def test_foreign_names_in_latin_1(tmp_path):
+    image = pictures()["class_0/image_0.jpg"]
+    (tmp_path / "in").mkdir()
+    write_tar(tmp_path / "in" / "in.tar", {"caf\udce9/\udcfc.jpg": image, "caf\udce9/\udcfc.cls": b"1", "b.jpg": image})
+    assert found_in(tmp_path / "in") == ({r"caf\udce9/\udcfc": 1, "b": -1}, [])
+    assert [key for _, key, _ in webdataset_source(tmp_path / "in").items] == [r"caf\udce9/\udcfc", "b"]
+    result = run_module("pipeline.shards", "index", tmp_path / "in")
+    assert result.returncode == 0 and "2 images in 1 shards indexed." in result.stdout
+
+
+@pytest.mark.parametrize("form", ["index", "webdataset", "folder"])
+def test_long_names_are_left_out(tmp_path, form):
+    """All keys of an index are as wide as the longest one."""
+    image = pictures()["class_0/image_0.jpg"]
+    (tmp_path / "in").mkdir()
+    files = {
+        f"a/{'k' * 300_000}.jpg": image,
+        f"b/{'k' * 1018}.jpg": image,
+        "c/" + "\udce9" * 500 + ".jpg": image,
+        "d.jpg": image,
+    }
+    path = write_tar(tmp_path / "in" / "in.tar", files)
+    if form == "index":
+        shards = index_shards(str(tmp_path / "in"))
+        left_out = [(entry["name"], entry["reason"]) for entry in shards.manifest["left_out"]]
+        assert [len(key) for key in shards.index["key"]] == [1020, 1] and shards.index.nbytes < 3000
+    else:
+        source = webdataset_source(path) if form == "webdataset" else folder_source(path)
+        assert [len(key) for _, key, _ in source.items] == [1020, 1]
+        left_out = source.left_out
+    assert [reason for _, reason in left_out] == ["its name is longer than 1024 bytes"] * 2
+    assert max(len(name) for name, _ in left_out) < 100
+
+
+SIZES = {
+    "minus one": b"\xff" * 12,
+    "minus 1024": b"\xff" * 10 + b"\xfc\x00",
+    "terabytes": b"\x80" + bytes(4) + b"\x20" + bytes(6),
+    "beyond 64 bits": b"\x80" + b"\x01" * 11,
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_an_impossible_size_in_a_tar_is_damage(tmp_path, size):
+    """tarfile would read the same members for ever, or nothing for ages."""
+    (tmp_path / "in").mkdir()
+    image = pictures()["class_0/image_0.jpg"]
+    path = write_tar(tmp_path / "in" / "in.tar", {"a.jpg": image, "b.txt": b"x", "c.txt": b"x"})
+    content = bytearray(path.read_bytes())
+    at = content.index(b"b.txt")
+    content[at + 124 : at + 136] = SIZES[size]
+    content[at + 148 : at + 156] = b" " * 8
+    content[at + 148 : at + 156] = b"%06o\0 " % sum(content[at : at + 512])
+    path.write_bytes(content)
+    message = "unexpected end of data" if size == "terabytes" else "an impossible size at byte"
+    for read in folder_source, webdataset_source:
+        with pytest.raises(UserError, match=rf"is not a whole, uncompressed tar .{message}"):
+            read(path)
+    with pytest.raises(UserError, match="No image could be read"):  # nothing follows the only sample
+        index_shards(str(tmp_path / "in"))
