@@ -38,7 +38,7 @@ from bench.harness import environment, interleave, percentiles_ms, write_rows
 from bench.plot import plot_pipeline
 from bench.stages import Candidate, Prepared, dali_stages, host_stages, kornia_stages
 from common import UserError
-from pipeline.augment.backend import make_backend
+from pipeline.augment.backend import create_backend
 from pipeline.augment.config import AugmentConfig
 from pipeline.images import decode
 from pipeline.loader.loader import ViewLoader
@@ -94,7 +94,7 @@ def backends(data: Prepared, recipe: AugmentConfig) -> Iterator[Candidate]:
     """Every backend as a whole, under both jitters."""
     for name, count in counts(data).items():
         for jitter in ("exact", "affine"):
-            backend = make_backend(name, replace(recipe, jitter=jitter), CPU, BATCH, 2, data.threads)
+            backend = create_backend(name, replace(recipe, jitter=jitter), CPU, BATCH, 2, data.threads)
             batches = list(data.batches(count, BATCH))
             yield Candidate(name, "all", jitter, count, lambda b=backend, p=batches: [b(*batch) for batch in p])
 

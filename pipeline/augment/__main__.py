@@ -12,7 +12,7 @@ from ..common import UserError
 from ..images import DecodeError, decode
 from ..shards.dataset import ShardSet, open_splits
 from ..shards.reader import Reader
-from .backend import make_backend
+from .backend import create_backend
 from .config import AugmentConfig
 from .params import HUE, AugmentParams, draw_params
 
@@ -84,7 +84,7 @@ def _views(
     name: str, shards: ShardSet, recipe: AugmentConfig, encoded: list[bytes], parameters: AugmentParams
 ) -> np.ndarray:
     """(2, n, S, S, 3) uint8 by one backend, no longer normalized."""
-    backend = make_backend(name, recipe, torch.device("cpu"), len(encoded), 2, 1)
+    backend = create_backend(name, recipe, torch.device("cpu"), len(encoded), 2, 1)
     try:
         views = backend(encoded, parameters)
     except DecodeError as error:

@@ -29,7 +29,7 @@ def _dali_loads() -> bool:
     return True
 
 
-def make_backend(name: str, recipe: AugmentConfig, device: torch.device, batch_size: int, views: int, workers: int):
+def create_backend(name: str, recipe: AugmentConfig, device: torch.device, batch_size: int, views: int, workers: int):
     """The chosen backend; each is imported only when it is used, so that none has to be installed."""
     name = choose_backend(name, device)
     if name == "dali":

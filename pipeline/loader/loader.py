@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..augment.backend import make_backend
+from ..augment.backend import choose_backend, create_backend
 from ..augment.config import AugmentConfig
 from ..augment.params import AugmentParams, center_crop, draw_params
 from ..common import UserError
@@ -15,6 +15,7 @@ from ..shards.cache import ShardCache
 from ..shards.dataset import ShardSet
 from ..shards.reader import Reader
 from .bad_samples import BadSampleTracker
+from .config import LoaderConfig
 from .prefetch import Batch, Prefetcher, shards_of
 from .sampler import ShardSampler
 
@@ -36,20 +37,16 @@ class ViewLoader:
 
     Args:
         shards: where the samples are.
-        recipe: how they are augmented.
+        augment: how they are augmented.
+        config: backend, threads, prefetching, and how many images may be unreadable.
         batch_size: *global* batch size in samples; each rank gets batch_size / world_size of them.
         seed: of order and views.
         device: where the batches are handed over.
-        backend: one of `BACKENDS`.
         rank, world_size: which slice of every global batch this process takes.
-        node_groups: see `ShardSampler`.
-        workers: threads for decoding and augmenting.
-        prefetch: batches that are prepared ahead.
         epochs: how many there will be, so that nothing is prepared beyond; None for any number.
-        max_bad: share of the images that may be bad, see `BadSampleTracker`; with several ranks the caller has to check
-            the sum over all of them (`BadSampleTracker.check`), since each counts its own.
-        quarantine: the file that lists them; None for none.
-        cache: where the shards of a remote set are kept; None for the default one.
+        bad_samples_file: lists unreadable images; None for no file. With several ranks the caller checks their number
+            over all of them (`BadSampleTracker.check`), because each rank counts its own.
+        cache: where the shards of a remote set are kept; default as `config` says.
         views_per_image: V. View 0 of a sample is the same whether there is another one or not.
         samples: (n,) int64, ascending: the epochs run over these alone, and so do replacements of bad images; None for
             all. Shards of a remote set are fetched whole if they fit into the cache or at least a quarter of their
@@ -63,23 +60,19 @@ class ViewLoader:
     def __init__(
         self,
         shards: ShardSet,
-        recipe: AugmentConfig,
+        augment: AugmentConfig,
+        config: LoaderConfig,
         *,
         batch_size: int,
         seed: int,
         device: torch.device,
-        backend: str = "auto",
         rank: int = 0,
         world_size: int = 1,
-        node_groups: int = 1,
-        workers: int = 1,
-        prefetch: int = 2,
         epochs: int | None = None,
-        max_bad: float = 0.01,
-        bad_samples: Path | None = None,
-        cache: ShardCache | None = None,
         views_per_image: int = 2,
         samples: np.ndarray | None = None,
+        cache: ShardCache | None = None,
+        bad_samples_file: Path | None = None,
     ):
         population = len(shards) if samples is None else len(samples)
         if batch_size % world_size:
@@ -93,20 +86,24 @@ class ViewLoader:
                 f"A batch of {batch_size} is larger than the {part} {shards.root} ({population} images): "
                 f"use a --batch-size of at most {population}."
             )
-        self.shards, self.recipe, self.seed, self.views_per_image = shards, recipe, seed, views_per_image
-        self.order = ShardSampler(shards.shard_starts, batch_size, seed, node_groups=node_groups, samples=samples)
-        self.rank, self.world_size, self.prefetch, self.epochs = rank, world_size, prefetch, epochs
+        self.shards, self.augment, self.seed, self.views_per_image = shards, augment, seed, views_per_image
+        groups = config.node_groups
+        self.sampler = ShardSampler(shards.shard_starts, batch_size, seed, node_groups=groups, samples=samples)
+        self.rank, self.world_size, self.prefetch, self.epochs = rank, world_size, config.prefetch, epochs
         self.epoch, self.step = 0, 0
-        self.bad_samples = BadSampleTracker(shards, seed, max_bad, bad_samples, samples)
-        self.reader = Reader(shards, cache)
+        self.bad_samples = BadSampleTracker(shards, seed, config.max_bad, bad_samples_file, samples)
+        self.reader = Reader(shards, cache or config.cache())
         self.whole_shards = samples is None or worth_whole_shards(shards, samples, self.reader.cache.limit_bytes)
-        made_by = make_backend(backend, recipe, device, batch_size // world_size, views_per_image, workers)
-        self.producer = Prefetcher(shards, self.reader, made_by, device, self.bad_samples)
+        self.backend_name = choose_backend(config.backend, device)
+        backend = create_backend(
+            self.backend_name, augment, device, batch_size // world_size, views_per_image, config.threads
+        )
+        self.prefetcher = Prefetcher(shards, self.reader, backend, device, self.bad_samples)
         self._batches, self._next = iter(()), None  # what is being prepared, and from which position on
 
     def __len__(self) -> int:
         """Steps of a whole epoch."""
-        return self.order.steps_per_epoch
+        return self.sampler.steps_per_epoch
 
     def __iter__(self) -> Iterator[Batch]:
         self.epoch, self.step = self._position()
@@ -115,7 +112,7 @@ class ViewLoader:
         while self.step < len(self):
             if self._next != (self.epoch, self.step):
                 self._stop()
-                self._batches = self.producer.batches(self._plan(), self._parameters, self.prefetch)
+                self._batches = self.prefetcher.batches(self._plan(), self._parameters, self.prefetch)
             try:
                 batch = next(self._batches)
             except BaseException:
@@ -133,14 +130,14 @@ class ViewLoader:
             for position in range(step, len(self)):
                 part, coming = (self.rank, self.world_size), None
                 if self.whole_shards:
-                    coming = self.order.upcoming_shards(epoch, position, position, *part, self.epochs)
-                yield epoch, self.order.batch(epoch, position, *part), coming
+                    coming = self.sampler.upcoming_shards(epoch, position, position, *part, self.epochs)
+                yield epoch, self.sampler.batch(epoch, position, *part), coming
             epoch, step = epoch + 1, 0
 
     def _parameters(self, epoch: int, samples: np.ndarray) -> AugmentParams:
         rows = self.shards.index
         height, width = rows["height"][samples], rows["width"][samples]
-        return draw_params(self.recipe, self.seed, epoch, samples, height, width, self.views_per_image)
+        return draw_params(self.augment, self.seed, epoch, samples, height, width, self.views_per_image)
 
     def _position(self) -> tuple[int, int]:
         """(epoch, step) of the next batch to be handed over; after the last of an epoch, the first of the next."""
@@ -153,9 +150,9 @@ class ViewLoader:
         return {"epoch": epoch, "step": step, **self._order_options()}
 
     def _order_options(self) -> dict[str, int]:
-        options = {"seed": self.seed, "batch_size": self.order.batch_size, "node_groups": self.order.node_groups}
-        if self.order.samples is not None:
-            options["samples_crc32"] = zlib.crc32(self.order.samples.astype("<i8").tobytes())
+        options = {"seed": self.seed, "batch_size": self.sampler.batch_size, "node_groups": self.sampler.node_groups}
+        if self.sampler.samples is not None:
+            options["samples_crc32"] = zlib.crc32(self.sampler.samples.astype("<i8").tobytes())
         return options
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -179,29 +176,27 @@ class ViewLoader:
 
     def close(self) -> None:
         self._stop()
-        self.producer.close()
+        self.prefetcher.close()
 
 
 def center_crop_batches(
     shards: ShardSet,
-    recipe: AugmentConfig,
+    augment: AugmentConfig,
     samples: np.ndarray,
+    config: LoaderConfig,
     *,
     batch_size: int,
     device: torch.device,
-    backend: str = "auto",
-    workers: int = 1,
-    max_bad: float = 0.01,
-    bad_samples: Path | None = None,
     cache: ShardCache | None = None,
+    bad_samples_file: Path | None = None,
 ) -> Iterator[Batch]:
     """The central view of each of `samples` ((n,) integers), in that order, for evaluation; the last batch is partial.
 
     A bad image is replaced by another one of `samples`, whose label comes with it.
     """
-    replacements = BadSampleTracker(shards, 0, max_bad, bad_samples, samples)
-    made_by = make_backend(backend, recipe, device, batch_size, 1, workers)
-    producer = Prefetcher(shards, Reader(shards, cache), made_by, device, replacements)
+    replacements = BadSampleTracker(shards, 0, config.max_bad, bad_samples_file, samples)
+    backend = create_backend(config.backend, augment, device, batch_size, 1, config.threads)
+    prefetcher = Prefetcher(shards, Reader(shards, cache or config.cache()), backend, device, replacements)
     whole = worth_whole_shards(shards, samples)
     plan = (
         (
@@ -214,9 +209,9 @@ def center_crop_batches(
     rows = shards.index
 
     def parameters(_: int, chosen: np.ndarray) -> AugmentParams:
-        return center_crop(recipe, rows["height"][chosen], rows["width"][chosen])
+        return center_crop(augment, rows["height"][chosen], rows["width"][chosen])
 
     try:
-        yield from producer.batches(plan, parameters, prefetch=2)
+        yield from prefetcher.batches(plan, parameters, prefetch=2)
     finally:
-        producer.close()
+        prefetcher.close()

@@ -1,6 +1,7 @@
 """Parts of a shard set, for training with few labels: what `ViewLoader` takes as `samples`."""
 
 import posixpath
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,36 @@ from ..shards.archives import clean_key, is_image
 from ..shards.dataset import ShardSet
 from ..shards.format import ROWS
 
+
+@dataclass(frozen=True)
+class LabelsConfig:
+    """Which images are used with their labels."""
+
+    fraction: float = 1.0
+    """Share of the labeled images, class-balanced, drawn by --seed; 0.01 is part of 0.1."""
+    keys: str = ""
+    """File that lists the images instead, one key per line, such as SimCLR's lists of 1 % and 10 % of ImageNet."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise UserError(f"--labels.fraction is {self.fraction}; use a fraction above 0 and at most 1.")
+
+
 SUBSET_STREAM = 2**32 - 5  # of random numbers: apart from order, views, conversion and replacements
+
+
+def labeled_subset(shards: ShardSet, labels: LabelsConfig, seed: int) -> np.ndarray:
+    """(n,) int64, ascending: the samples whose labels are used.
+
+    Raises:
+        UserError: the listed images are not in the set or have no label, or the set has no labels.
+    """
+    if not labels.keys:
+        return label_subset(shards.index["label"], labels.fraction, seed)
+    samples = keys_subset(shards, Path(labels.keys))
+    if unlabeled := int((shards.index["label"][samples] < 0).sum()):
+        raise UserError(f"{labels.keys} lists {unlabeled} images of {shards.root} without a label; remove them.")
+    return samples
 
 
 def label_subset(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:

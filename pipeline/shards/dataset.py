@@ -55,6 +55,11 @@ class ShardSet:
     def classes(self) -> list[str]:
         return self.manifest["classes"]
 
+    @property
+    def checksum(self) -> str:
+        """One SHA-256 over those of all shards, 64 hexadecimal digits."""
+        return hashlib.sha256("".join(shard["sha256"] for shard in self.manifest["shards"]).encode()).hexdigest()
+
     @cached_property
     def shard_starts(self) -> np.ndarray:
         """(S + 1,) int64: sample i lies in shard s where shard_starts[s] <= i < shard_starts[s + 1]."""

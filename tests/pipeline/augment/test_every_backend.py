@@ -14,7 +14,7 @@ import torch
 import torchvision.transforms.functional as F
 from PIL import Image
 
-from pipeline.augment.backend import make_backend
+from pipeline.augment.backend import create_backend
 from pipeline.augment.config import AugmentConfig
 from pipeline.augment.params import AugmentParams, center_crop, draw_params
 from pipeline.images import DecodeError, inspect
@@ -34,7 +34,7 @@ def photographs() -> list[bytes]:
 
 def views_of(name: str, recipe: AugmentConfig, encoded: list[bytes], parameters: AugmentParams) -> torch.Tensor:
     """(V*n, 3, S, S) float64 in levels 0..255."""
-    backend = make_backend(name, recipe, CPU, len(encoded), len(parameters.flip), 2)
+    backend = create_backend(name, recipe, CPU, len(encoded), len(parameters.flip), 2)
     try:
         return reference.denormalize(backend(encoded, parameters), recipe)
     finally:
@@ -184,7 +184,7 @@ def test_central_views_and_a_partial_last_batch(photographs, name, jitter):
     recipe = AugmentConfig(size=112, jitter=jitter)
     width, height = np.array([F.get_image_size(reference.decode(file)) for file in photographs]).T
     parameters = center_crop(recipe, height, width)
-    backend = make_backend(name, recipe, CPU, 4, 1, 2)
+    backend = create_backend(name, recipe, CPU, 4, 1, 2)
     parts = [backend(photographs[part], reference.take(parameters, part)).clone() for part in in_parts(photographs, 4)]
     backend.close()
     assert [tuple(part.shape) for part in parts] == [(n, 3, 112, 112) for n in (4, 4, 2)]
