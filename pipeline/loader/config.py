@@ -17,7 +17,7 @@ class LoaderConfig:
     workers: int = 0
     """Threads per process for reading and augmenting; 0 for this process's share of the cores."""
     prefetch: int = 2
-    """Batches prepared ahead of the training step."""
+    """Batches prepared ahead of the training step; 0 prepares each one when it is needed."""
     max_bad: float = 0.01
     """Share of the images that may be unreadable and be replaced by others before the run stops."""
     node_groups: int = 1
@@ -27,7 +27,7 @@ class LoaderConfig:
 
     def __post_init__(self) -> None:
         check_range("--loader.workers", self.workers, 0, 1024)
-        check_range("--loader.prefetch", self.prefetch, 1, 1024)
+        check_range("--loader.prefetch", self.prefetch, 0, 1024)
         check_range("--loader.max-bad", self.max_bad, 0, 1)
         check_range("--loader.node-groups", self.node_groups, 1, 10**9)
         check_range("--loader.cache-gb", self.cache_gb, 0, 10**9)

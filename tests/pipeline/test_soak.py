@@ -22,11 +22,12 @@ import torch
 from pipeline.augment.config import AugmentConfig
 from pipeline.convert.sources import folder_source
 from pipeline.convert.writer import write_split
-from pipeline.loader.loader import ViewLoader
+from pipeline.loader import ViewLoader
 from pipeline.loader.prefetch import Batch
 from pipeline.shards.dataset import ShardSet, open_shards
 from tests.pipeline.augment import reference_views as reference
 from tests.pipeline.image_sets import write_folder
+from tests.pipeline.loaders import view_loader
 from tests.pipeline.web_server import cache_at, serving_elsewhere
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's account of this process")
@@ -47,7 +48,7 @@ def shards(tmp_path_factory) -> ShardSet:
 
 def loader(shards: ShardSet, backend: str, **options) -> ViewLoader:
     recipe = AugmentConfig(size=64)  # a batch of views is 0.8 MB
-    return ViewLoader(shards, recipe, batch_size=BATCH, seed=0, device=CPU, backend=backend, workers=2, **options)
+    return view_loader(shards, recipe, batch_size=BATCH, seed=0, device=CPU, backend=backend, workers=2, **options)
 
 
 def remote_loader(shards: ShardSet, url: str, folder: Path) -> ViewLoader:

@@ -15,9 +15,9 @@ from common import UserError
 from pipeline.augment.config import AugmentConfig
 from pipeline.convert.sources import folder_source
 from pipeline.convert.writer import write_split
-from pipeline.loader.loader import ViewLoader, center_crop_batches
 from pipeline.shards.dataset import ShardSet, open_shards
 from tests.pipeline.image_sets import pictures, write_folder
+from tests.pipeline.loaders import center_crops, view_loader
 from tests.pipeline.web_server import cache_at, serving
 
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ def spoil(shards: ShardSet, folder, samples=(), lost_shards=(), noticed=False) -
 
 def epochs(shards: ShardSet, count: int = 2, **options) -> list:
     options = {"batch_size": 10, "seed": 0, "device": CPU, "backend": "opencv", "workers": 2, "max_bad": 0.5} | options
-    loader = ViewLoader(shards, RECIPE, **options)
+    loader = view_loader(shards, RECIPE, **options)
     batches = [batch for _ in range(count) for batch in loader]
     loader.close()
     return batches
@@ -71,7 +71,7 @@ def test_bad_images_are_replaced_and_written_down(whole, tmp_path, backend, noti
     bad = [3, 17, 18]
     spoilt = spoil(whole, tmp_path / "set", bad, noticed=noticed)
     plain = epochs(whole, backend=backend)
-    batches = epochs(spoilt, backend=backend, bad_samples=tmp_path / "bad_samples.jsonl")
+    batches = epochs(spoilt, backend=backend, bad_samples_file=tmp_path / "bad_samples.jsonl")
     replaced = 0
     for batch, due in zip(batches, plain, strict=True):
         assert batch.views.shape == due.views.shape and torch.isfinite(batch.views).all()
@@ -90,7 +90,7 @@ def test_bad_images_are_replaced_and_written_down(whole, tmp_path, backend, noti
 
 def test_a_lost_shard_is_replaced_too(whole, tmp_path):
     spoilt = spoil(whole, tmp_path / "set", lost_shards=[2])
-    batches = epochs(spoilt, bad_samples=tmp_path / "bad_samples.jsonl")
+    batches = epochs(spoilt, bad_samples_file=tmp_path / "bad_samples.jsonl")
     assert not set(torch.cat([batch.index for batch in batches]).tolist()) & set(range(12, 18))
     rows = recorded(tmp_path / "bad_samples.jsonl")
     assert len(rows) == 6 and all(shard == "train-000002.tar" for shard, _ in rows.values())
@@ -106,7 +106,7 @@ def test_a_lost_or_damaged_shard_of_a_remote_set_stops_nothing(whole, tmp_path, 
     with serving(tmp_path / "set") as server:
         cache = cache_at(tmp_path, limit_bytes=10**6 if part is None else 0)
         remote = open_shards(server.url, cache)
-        batches = epochs(remote, cache=cache, bad_samples=tmp_path / "bad_samples.jsonl", **options)
+        batches = epochs(remote, cache=cache, bad_samples_file=tmp_path / "bad_samples.jsonl", **options)
     for batch, due in zip(batches, local, strict=True):
         assert torch.equal(batch.index, due.index) and torch.equal(batch.views, due.views)
     bad = set(range(12, 18) if harm == "gone" else [13, 14]) & set(range(30) if part is None else part.tolist())
@@ -134,8 +134,8 @@ def test_what_the_disk_failed_to_read_is_tried_again_in_the_next_epoch(whole, tm
 
     monkeypatch.setattr("pipeline.shards.reader.open", fail, raising=False)
     monkeypatch.setattr("pipeline.shards.reader.RETRY_WAITS_S", (0.001,))
-    loader = ViewLoader(whole, RECIPE, batch_size=10, seed=0, device=CPU, backend="opencv", max_bad=0.5, epochs=3,
-                        prefetch=0, bad_samples=tmp_path / "bad_samples.jsonl")  # fmt: skip
+    loader = view_loader(whole, RECIPE, batch_size=10, seed=0, device=CPU, backend="opencv", max_bad=0.5, epochs=3,
+                        prefetch=0, bad_samples_file=tmp_path / "bad_samples.jsonl")  # fmt: skip
     seen = [set(torch.cat([batch.index for batch in loader]).tolist())]
     failing.clear()
     seen += [set(torch.cat([batch.index for batch in loader]).tolist()) for _ in range(2)]
@@ -151,7 +151,7 @@ def test_the_same_image_takes_the_place_on_any_rank_and_after_resuming(whole, tm
     for batch, *shares in zip(batches, *ranks, strict=True):
         assert torch.equal(batch.index, torch.cat([share.index for share in shares]))
     for first in range(1, 6):
-        loader = ViewLoader(spoilt, RECIPE, batch_size=10, seed=0, device=CPU, backend="opencv", max_bad=0.5)
+        loader = view_loader(spoilt, RECIPE, batch_size=10, seed=0, device=CPU, backend="opencv", max_bad=0.5)
         loader.load_state_dict(loader.state_dict() | {"epoch": first // 3, "step": first % 3})
         batch = next(iter(loader))
         loader.close()
@@ -161,7 +161,7 @@ def test_the_same_image_takes_the_place_on_any_rank_and_after_resuming(whole, tm
 def test_too_many_bad_images_stop_the_run(whole, tmp_path):
     spoilt = spoil(whole, tmp_path / "set", range(0, 30, 5))
     with pytest.raises(UserError, match=r"images of .* were bad, listed in .*more than --loader.max-bad 0.1 allows"):
-        epochs(spoilt, max_bad=0.1, bad_samples=tmp_path / "bad_samples.jsonl")
+        epochs(spoilt, max_bad=0.1, bad_samples_file=tmp_path / "bad_samples.jsonl")
     assert len(epochs(spoilt, max_bad=0.2)) == 6
 
 
@@ -221,10 +221,10 @@ def test_evaluation_replaces_within_its_samples(whole, tmp_path, backend):
     spoilt = spoil(whole, tmp_path / "set", [4, 9])
     samples = np.array([1, 4, 9, 12, 25])
     options = {"batch_size": 3, "device": CPU, "backend": backend, "max_bad": 0.5}
-    batches = list(center_crop_batches(spoilt, RECIPE, samples, **options))
+    batches = list(center_crops(spoilt, RECIPE, samples, **options))
     index = torch.cat([batch.index for batch in batches])
     assert [len(batch.index) for batch in batches] == [3, 2] and index[[0, 3, 4]].tolist() == [1, 12, 25]
     assert set(index.tolist()) <= {1, 12, 25}
     assert torch.cat([batch.label for batch in batches]).tolist() == whole.index["label"][index.numpy()].tolist()
     with pytest.raises(UserError, match=r"more than --data\.max-bad"):
-        list(center_crop_batches(spoilt, RECIPE, samples, **options | {"max_bad": 0.3}))
+        list(center_crops(spoilt, RECIPE, samples, **options | {"max_bad": 0.3}))

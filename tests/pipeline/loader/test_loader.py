@@ -16,13 +16,15 @@ from pipeline.augment.config import AugmentConfig
 from pipeline.augment.params import center_crop, draw_params
 from pipeline.convert.sources import folder_source
 from pipeline.convert.writer import write_split
-from pipeline.loader.loader import Batch, ViewLoader, center_crop_batches
+from pipeline.loader import ViewLoader
+from pipeline.loader.loader import Batch
 from pipeline.loader.sampler import ShardSampler
 from pipeline.shards.cache import ShardCache
 from pipeline.shards.dataset import ShardSet, open_shards
 from pipeline.shards.reader import Reader
 from tests.pipeline.augment import reference_views as reference
 from tests.pipeline.image_sets import pictures, write_folder
+from tests.pipeline.loaders import center_crops, view_loader
 from tests.pipeline.web_server import cache_at, serving
 
 CPU = torch.device("cpu")
@@ -39,7 +41,7 @@ def shards(tmp_path_factory) -> ShardSet:
 
 def loader(shards: ShardSet, **options) -> ViewLoader:
     options = {"batch_size": 8, "seed": 0, "device": CPU, "backend": "opencv", "workers": 2} | options
-    return ViewLoader(shards, RECIPE, **options)
+    return view_loader(shards, RECIPE, **options)
 
 
 def same(first: Batch, second: Batch) -> bool:
@@ -82,7 +84,7 @@ def test_an_epoch(shards):
     whole = loader(shards)
     first, second = list(whole), list(whole)
     whole.close()
-    assert len(whole) == len(first) == len(second) == 3 and whole.order.dropped == 7
+    assert len(whole) == len(first) == len(second) == 3 and whole.sampler.dropped == 7
     for epoch in first, second:
         samples = torch.cat([batch.index for batch in epoch])
         assert len(samples.unique()) == 24
@@ -285,7 +287,7 @@ def test_central_batches(shards, backend):
     if backend == "dali":
         pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is there for Linux only")
     samples = np.array([30, 4, 4, 17, 0, 9, 21])
-    batches = list(center_crop_batches(shards, RECIPE, samples, batch_size=3, device=CPU, backend=backend))
+    batches = list(center_crops(shards, RECIPE, samples, batch_size=3, device=CPU, backend=backend))
     assert [len(batch.index) for batch in batches] == [3, 3, 1]
     assert torch.cat([batch.index for batch in batches]).tolist() == samples.tolist()
     assert torch.cat([batch.label for batch in batches]).tolist() == shards.index["label"][samples].tolist()
@@ -298,7 +300,7 @@ def test_central_batches(shards, backend):
 
 def test_central_batches_may_be_left_early(shards):
     before = set(threading.enumerate())
-    for _ in center_crop_batches(shards, RECIPE, np.arange(31), batch_size=4, device=CPU, backend="opencv"):
+    for _ in center_crops(shards, RECIPE, np.arange(31), batch_size=4, device=CPU, backend="opencv"):
         break
     assert {thread for thread in threading.enumerate() if thread not in before} == set()
 
@@ -309,14 +311,14 @@ def test_a_failing_web_server_changes_no_batch(shards, tmp_path, faults):
     expected = [batch for _ in range(2) for batch in local]
     local.close()
     samples = np.array([3, 4, 30, 17])
-    expected += center_crop_batches(shards, RECIPE, samples, batch_size=3, device=CPU, backend="opencv")
+    expected += center_crops(shards, RECIPE, samples, batch_size=3, device=CPU, backend="opencv")
     with serving(Path(shards.root), *faults) as server:
         cache = cache_at(tmp_path / "cache")
         remote = open_shards(server.url, cache)
         over_the_web = loader(remote, cache=cache)
         batches = [batch for _ in range(2) for batch in over_the_web]
         over_the_web.close()
-        batches += center_crop_batches(remote, RECIPE, samples, batch_size=3, device=CPU, backend="opencv", cache=cache)
+        batches += center_crops(remote, RECIPE, samples, batch_size=3, device=CPU, backend="opencv", cache=cache)
     assert len(batches) == 8 and all(map(same, batches, expected))
 
 

@@ -15,12 +15,14 @@ from pipeline.augment.config import AugmentConfig
 from pipeline.convert.imagenet import imagenet_sources
 from pipeline.convert.sources import folder_source
 from pipeline.convert.writer import write_split
-from pipeline.loader.loader import ViewLoader, worth_whole_shards
+from pipeline.loader import ViewLoader
+from pipeline.loader.loader import worth_whole_shards
 from pipeline.loader.sampler import ShardSampler
 from pipeline.loader.subsets import keys_subset, label_subset
 from pipeline.shards.dataset import ShardSet, open_shards
 from pipeline.shards.reader import Reader
 from tests.pipeline.image_sets import pictures, write_folder, write_imagenet
+from tests.pipeline.loaders import view_loader
 from tests.pipeline.web_server import cache_at, serving
 
 CPU = torch.device("cpu")
@@ -228,7 +230,7 @@ PART = np.array([0, 1, 5, 8, 13, 20, 21, 22, 33, 34, 50, 51, 58])
 
 def loader(shards: ShardSet, **options) -> ViewLoader:
     options = {"batch_size": 4, "seed": 0, "device": CPU, "backend": "opencv", "workers": 2, "samples": PART} | options
-    return ViewLoader(shards, RECIPE, **options)
+    return view_loader(shards, RECIPE, **options)
 
 
 def taken(loader: ViewLoader, count: int) -> list:

@@ -21,12 +21,12 @@ from common import UserError
 from pipeline.augment.config import AugmentConfig
 from pipeline.convert.sources import folder_source
 from pipeline.convert.writer import write_split
-from pipeline.loader.loader import ViewLoader
 from pipeline.shards.dataset import open_shards, open_splits
 from pipeline.shards.index import index_shards
 from pipeline.shards.reader import Reader
 from pipeline.shards.verify import verify_shards
 from tests.pipeline.image_sets import pictures, write_folder
+from tests.pipeline.loaders import view_loader
 from tests.pipeline.web_server import cache_at
 
 URLS = ("s3://bucket/some/prefix", "gs://bucket/prefix/", "hf://datasets/someone/set")
@@ -150,7 +150,7 @@ def test_the_training_sequence_is_that_of_the_local_set(local, tmp_path, monkeyp
     """Whole shards through the cache; every object fails `failures` times with an error of the store's own."""
 
     def batches(root: str, **options) -> list:
-        loader = ViewLoader(open_shards(root, options.get("cache")), AugmentConfig(size=16), batch_size=8, seed=1,
+        loader = view_loader(open_shards(root, options.get("cache")), AugmentConfig(size=16), batch_size=8, seed=1,
                             device=torch.device("cpu"), backend="opencv", epochs=2, **options)  # fmt: skip
         found = [batch for _ in range(2) for batch in loader]
         loader.close()
