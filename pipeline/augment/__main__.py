@@ -141,3 +141,7 @@ def _save(sheet: np.ndarray, path: Path) -> None:
         path.write_bytes(encoded.tobytes())
     except OSError as error:
         raise UserError(f"{path} can't be written ({error.strerror}): choose another place.") from error
+
+
+if __name__ == "__main__":
+    main()

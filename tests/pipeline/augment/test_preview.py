@@ -99,7 +99,7 @@ def test_the_command(shards, tmp_path):
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
 def test_mistakes_are_told_in_one_sentence(shards, tmp_path, monkeypatch, capsys, options, cause):
-    from pipeline.augment import main
+    from pipeline.augment.__main__ import main
 
     monkeypatch.chdir(tmp_path)
     arguments = ["preview", "--data", shards.root, "--out", "grid.png", "--samples", "1", *options]
@@ -120,7 +120,7 @@ def test_mistakes_are_told_in_one_sentence(shards, tmp_path, monkeypatch, capsys
     ids=lambda value: type(value).__name__,
 )
 def test_no_traceback_when_it_is_interrupted_or_fails(shards, tmp_path, monkeypatch, error, code):
-    from pipeline import augment as preview
+    from pipeline.augment import __main__ as preview
 
     def fail(*_):
         raise error
