@@ -13,26 +13,23 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import partial
 from itertools import islice, pairwise, repeat
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
+from engine.loop import Instruments
 from PIL.Image import Image
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 import train
 from bench.harness import peak_resident_mb
 from bench.implementations import dense
-from config import Config
-from model import SimCLR, create_encoder, encoder_spec, feature_dim, projection_head
-from pipeline.loader.loader import ViewLoader
+from config import PretrainConfig
+from model import create_encoder, encoder_spec, feature_dim, projection_head
 from presets import parse
 
 PARTS = ("wait", "forward", "loss", "backward", "optimizer", "other")
@@ -74,19 +71,6 @@ class Marks:
             now.record()
         self.taken.append((part, now))
 
-    def around(self, part: str, function: Callable) -> Callable:
-        """The same function, marked as `part`."""
-
-        @wraps(function)
-        def marked(*args, **kwargs):
-            self(part)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self("other")
-
-        return marked
-
     def batches(self, batches: Iterable) -> Iterator:
         """The same batches, the wait for each marked; each begins a step."""
         iterator = iter(batches)
@@ -113,40 +97,28 @@ class Marks:
         return steps
 
 
-@contextmanager
-def marked_training(marks: Marks, supply: Callable[[Iterable], Iterator]) -> Iterator[None]:
-    """Inside, the parts of `train.pretrain` are marked, and `supply` chooses among its loader's batches.
+def train_ours(turn: Turn, config: PretrainConfig, marks: Marks, supply: Callable[[Iterable], Iterator]) -> float:
+    """`train.pretrain`, observed by its own hooks; returns the mean loss of the last metrics row.
 
-    A run ends where its loader does. The loss is its forward pass: its gradient is part of the backward pass. The
-    other parts are the seed, the probe's loss, the guard, the means and the metrics rows.
+    The loss is its forward pass, that of the probe included: its gradient is part of the backward pass. The other
+    parts are the seed, the guard, the means and the metrics rows.
     """
-    iterate = ViewLoader.__iter__
-    with ExitStack() as stack:
-        for owner, name, replacement in (
-            (ViewLoader, "__iter__", lambda loader: marks.batches(supply(iterate(loader)))),
-            (SimCLR, "__call__", marks.around("forward", SimCLR.__call__)),  # around DDP's inside, and a compiled one
-            (train, "nt_xent", marks.around("loss", train.nt_xent)),
-            (torch.autograd, "backward", marks.around("backward", torch.autograd.backward)),
-            (train.console, "quiet", True),
-        ):
-            stack.enter_context(patch.object(owner, name, replacement))
-        for register, part in (
-            (register_optimizer_step_pre_hook, "optimizer"),
-            (register_optimizer_step_post_hook, "other"),
-        ):
-            stack.callback(register(lambda *_, part=part: marks(part)).remove)
-        yield
-
-
-def train_ours(turn: Turn, config: Config, marks: Marks, supply: Callable[[Iterable], Iterator]) -> float:
-    """`train.pretrain`; returns the mean loss of the last metrics row."""
-    with marked_training(marks, supply):
-        train.pretrain(config)
+    train.pretrain(config, LoopMarks(marks, supply))
     rows = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
     return rows[-1]["loss"] or math.nan
 
 
-def train_peer(turn: Turn, config: Config, marks: Marks, supply: Callable[[Iterable], Iterator]) -> float:
+class LoopMarks(Instruments):
+    """Marks the parts of a step of the training loop, and chooses among the loader's batches."""
+
+    def __init__(self, marks: Marks, supply: Callable[[Iterable], Iterator]):
+        self.mark, self.supply = marks, supply
+
+    def batches(self, loader: Iterable) -> Iterator:
+        return self.mark.batches(self.supply(loader))
+
+
+def train_peer(turn: Turn, config: PretrainConfig, marks: Marks, supply: Callable[[Iterable], Iterator]) -> float:
     """The loop of lightly's examples, or a plain one, in torch's own number of threads; returns the last loss."""
     device, views = marks.device, config.views
     torch.manual_seed(config.seed)
@@ -183,7 +155,7 @@ def train_peer(turn: Turn, config: Config, marks: Marks, supply: Callable[[Itera
 Encode = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, ...]]
 
 
-def lightly(config: Config, width: int) -> tuple[Callable, nn.Module, Encode, Callable[..., Tensor]]:
+def lightly(config: PretrainConfig, width: int) -> tuple[Callable, nn.Module, Encode, Callable[..., Tensor]]:
     """Views, head and loss of lightly, and one pass for each view as in its examples."""
     from lightly.loss import NTXentLoss
     from lightly.models.modules import SimCLRProjectionHead
@@ -205,7 +177,7 @@ def lightly(config: Config, width: int) -> tuple[Callable, nn.Module, Encode, Ca
     return transform, head, lambda model, *both: tuple(map(model, both)), NTXentLoss(config.loss.temperature)
 
 
-def plain(config: Config, width: int) -> tuple[Callable, nn.Module, Encode, Callable[..., Tensor]]:
+def plain(config: PretrainConfig, width: int) -> tuple[Callable, nn.Module, Encode, Callable[..., Tensor]]:
     """torchvision's transforms, both views in one pass and the dense loss."""
     from bench.pipeline import torchvision_views  # only here: it brings much with it, and memory is measured
 
