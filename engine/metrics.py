@@ -97,27 +97,34 @@ def verdict(waiting: float, communicating: float, faster_step: str) -> str:
 
 
 class RunningMeans:
-    """Means of scalars that live on a device; nothing is brought to the host before `take`.
+    """Means of named scalars on a device, without waiting for it.
 
-    Args:
-        names: of the scalars, in the order in which `add` is given them.
+    Attributes:
+        names: names of the scalars, those of the first `add`.
+        sums: (len(names) + 1,) sums of the scalars, then their count; None before the first `add`.
     """
 
-    def __init__(self, names: tuple[str, ...], device: torch.device):
-        self.names = names
-        self.sums = torch.zeros(len(names) + 1, device=device)
-        """The sums of the scalars, and how many of each there are."""
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.sums: torch.Tensor | None = None
 
-    def add(self, taken: torch.Tensor, *values: torch.Tensor) -> None:
-        """Add one of each; nothing if `taken`, () bool, says that the step was skipped."""
-        row = torch.stack([*(value.detach().float() for value in values), torch.ones_like(self.sums[0])])
+    def load(self, names: list[str], sums: torch.Tensor) -> None:
+        """Continue with the sums of a checkpoint."""
+        self.names, self.sums = list(names), sums
+
+    def add(self, taken: torch.Tensor, **values: torch.Tensor) -> None:
+        """Add one value of each scalar, (); nothing if `taken`, () bool, says that the step was skipped."""
+        scalars = [value.detach().float() for value in values.values()]
+        row = torch.stack([*scalars, torch.ones_like(scalars[0])])
+        if self.sums is None:
+            self.names, self.sums = list(values), torch.zeros_like(row)
         self.sums = self.sums + torch.where(taken, row, 0)  # nan times 0 would be nan
 
-    def take(self, *also: float) -> torch.Tensor:
-        """The means since the last call (nan if there is none), then `also`, still on the device."""
+    def compute_and_reset(self) -> dict[str, torch.Tensor]:
+        """Means since the last call, each () on the device; nan if every step was skipped."""
         means = self.sums[:-1] / self.sums[-1]
         self.sums = torch.zeros_like(self.sums)
-        return torch.cat([means, means.new_tensor(also)])
+        return dict(zip(self.names, means.unbind(), strict=True))
 
 
 class MetricsFile:

@@ -8,12 +8,15 @@ from torch.optim import Optimizer
 
 from .optim import laid_out_as
 
+COUNTS = ("skipped_in_a_row", "longest_skipped", "skipped", "last_skipped")
+"""Skipped steps: consecutive until now, the longest such run, the total, and the last one's number, from 1."""
+
 
 class NonFiniteGuard:
     """Skips a step whose gradient is not finite: weights, optimizer states and running statistics stay as they were.
 
     The verdict is a scalar on the device, which torch's fused optimizers and `LARS` read there (`found_inf`, as under
-    gradient scaling); the host learns of it when it looks at `counts`. After DDP's averaging the gradients, and so the
+    gradient scaling); the host sees it in `counts`. After DDP's averaging the gradients, and so the
     verdicts, are the same on all ranks.
 
     Args:
@@ -27,8 +30,7 @@ class NonFiniteGuard:
         self.parameters = [w for each in self.optimizers for group in each.param_groups for w in group["params"]]
         self.buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
         self.kept: list[Tensor] = []
-        self.counts = torch.zeros(4, device=device)
-        """Skipped steps: in a row until now, at most in a row, in all; and which was the last (they count from 1)."""
+        self.counts = torch.zeros(len(COUNTS), device=device)
 
     def before_forward(self) -> None:
         """Keep the running statistics: a forward pass that overflows would spoil them for good."""
@@ -68,7 +70,11 @@ class NonFiniteGuard:
             self.counts = torch.stack([row, torch.maximum(row, longest), count + skipped, last])
         return taken, norm
 
-    def is_sound(self) -> bool:
+    def counts_by_name(self) -> dict[str, Tensor]:
+        """The entries of `counts`, each () on the device."""
+        return dict(zip(COUNTS, self.counts.unbind(), strict=True))
+
+    def weights_are_finite(self) -> bool:
         """Whether all weights are finite; the host waits for the device."""
         return bool(torch.stack(torch._foreach_norm([w.detach() for w in self.parameters])).isfinite().all())
 

@@ -1,10 +1,40 @@
 """Optimizers: LARS in the form SimCLR was trained with, beside torch's SGD and AdamW."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+
+from .common import UserError, check_range
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and learning rate of the network; the online probe has its own."""
+
+    name: Literal["lars", "sgd", "nesterov", "adamw"] = "lars"
+    """Optimizer. lars: layer-wise adaptive rate scaling, for large batches."""
+    lr: float = 0.3
+    """Base learning rate, scaled by batch/256 (linear), sqrt(batch) (sqrt) or unscaled (none)."""
+    scaling: Literal["linear", "sqrt", "none"] = "linear"
+    """How the learning rate grows with the batch size."""
+    momentum: float = 0.9
+    """Momentum of LARS and SGD; first beta of AdamW."""
+    weight_decay: float = 1e-6
+    """Weight decay, except of biases and normalization parameters."""
+    warmup_epochs: float = 10
+    """Epochs of linear warm-up, at most a tenth of the run; a cosine decay to 0 follows."""
+
+    def __post_init__(self) -> None:
+        check_range("--optim.lr", self.lr, 0, 1e30)
+        check_range("--optim.momentum", self.momentum, 0, 0.9999)
+        check_range("--optim.weight-decay", self.weight_decay, 0, 1000)
+        check_range("--optim.warmup-epochs", self.warmup_epochs, 0, 10**9)
+        if self.name == "nesterov" and not self.momentum:
+            raise UserError("--optim.momentum is 0.0; it must be above 0 for nesterov.")
 
 
 class LARS(Optimizer):
@@ -104,29 +134,36 @@ def _begin_at_rest(optimizer: Optimizer, weights: Iterable[torch.Tensor]) -> Non
             optimizer.state[w]["momentum_buffer"] = torch.zeros_like(w)
 
 
-def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict]:
+def parameter_groups(
+    modules: Iterable[nn.Module], weight_decay: float, new_layer: nn.Linear | None = None
+) -> list[dict]:
     """Weights that decay and adapt, apart from biases and normalization parameters, which do neither.
 
     The second kind are recognized by having at most one dimension, as they do in every timm encoder.
     """
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    return [
+    groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, "adapt": False},
     ]
+    if new_layer is not None:  # decays but does not adapt, as in the official code
+        groups.append({"params": [new_layer.weight], "weight_decay": weight_decay, "adapt": False})
+        groups.append({"params": [new_layer.bias], "weight_decay": 0.0, "adapt": False})
+    return groups
 
 
-def create_optimizer(name: str, groups: list[dict], lr: float, momentum: float) -> Optimizer:
+def create_optimizer(config: OptimConfig, groups: list[dict], lr: float) -> Optimizer:
     """`lars`, `sgd`, `nesterov` or `adamw` (betas 0.9, 0.95 as usual for large-batch self-supervision).
 
     All of them skip a step where their attribute `found_inf` is 1 (see `engine.nonfinite`).
     """
-    if name == "lars":
+    momentum = config.momentum
+    if config.name == "lars":
         return LARS(groups, lr, momentum)
     groups = [{key: value for key, value in group.items() if key != "adapt"} for group in groups]
-    if name == "adamw":
+    if config.name == "adamw":
         return torch.optim.AdamW(groups, lr, betas=(momentum, 0.95), fused=True)
-    optimizer = torch.optim.SGD(groups, lr, momentum, nesterov=name == "nesterov", fused=True)
+    optimizer = torch.optim.SGD(groups, lr, momentum, nesterov=config.name == "nesterov", fused=True)
     if momentum:
         _begin_at_rest(optimizer, [w for group in optimizer.param_groups for w in group["params"]])
     return optimizer

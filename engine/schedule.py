@@ -1,6 +1,10 @@
 """Learning rates as functions of the step."""
 
 import math
+from collections.abc import Callable
+from functools import partial
+
+from .optim import OptimConfig
 
 
 def peak_learning_rate(base: float, batch_size: int, scaling: str) -> float:
@@ -21,3 +25,16 @@ def warmup_cosine(step: int, warmup_steps: int, total_steps: int, peak: float) -
         return peak * step / warmup_steps
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
     return peak * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def create_schedule(config: OptimConfig, batch_size: int, epochs: int, steps_per_epoch: int) -> Callable[[int], float]:
+    """Learning rate as a function of the step; epochs become steps here and nowhere else.
+
+    Warm-up takes at most a tenth of the run.
+    """
+    return partial(
+        warmup_cosine,
+        warmup_steps=round(min(config.warmup_epochs, epochs / 10) * steps_per_epoch),
+        total_steps=epochs * steps_per_epoch,
+        peak=peak_learning_rate(config.lr, batch_size, config.scaling),
+    )
