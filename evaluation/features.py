@@ -1,6 +1,7 @@
 """Frozen features of a set of images."""
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,11 +12,9 @@ from torch.nn.functional import adaptive_avg_pool2d
 @torch.no_grad()
 def embed(
     function: Callable[[Tensor], Tensor],
-    center_crop_batches: Callable[[np.ndarray], Iterable],
+    batches: Callable[..., Iterable],
     samples: np.ndarray,
-    gather: Callable[[Tensor], Tensor] = lambda part: part,
-    rank: int = 0,
-    world_size: int = 1,
+    session: Any,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Features of `samples`, batch by batch and in their order; the ranks share the work and each gets all of it.
 
@@ -24,19 +23,19 @@ def embed(
 
     Args:
         function: (B, 3, S, S) -> (B, D); an encoder in evaluation mode, or `raw_pixels`.
-        center_crop_batches: samples -> batches with `views` (B, 3, S, S), `label` (B,) and `index` (B,), in their order.
+        batches: called with samples=...; yields batches with `views` (B, 3, S, S), `label` (B,) and `index` (B,), in order.
         samples: (N,) int64, places in the shard set.
-        gather: (n, ...) of each rank -> (W n, ...) of all, rank-major.
+        session: has rank, world_size and gather, which maps (n, ...) of each rank to (world_size * n, ...), rank-major.
 
     Yields:
         features (n, D) float32, labels (n,) int64 and samples (n,) int64, on the device of the batches.
     """
-    count = len(samples)
+    count, world_size = len(samples), session.world_size
     padded = np.resize(samples, -(-count // world_size) * world_size)  # every rank the same number
     begin = 0
-    for batch in center_crop_batches(padded[rank::world_size]):
+    for batch in batches(samples=padded[session.rank :: world_size]):
         parts = function(batch.views).float(), batch.label, batch.index.to(batch.label.device)
-        features, label, index = (_interleave(gather(part.contiguous()), world_size) for part in parts)
+        features, label, index = (_interleave(session.gather(part.contiguous()), world_size) for part in parts)
         due = torch.from_numpy(padded[begin : begin + len(index)][: count - begin]).to(index.device)
         begin += len(index)
         kept = index[: len(due)] == due

@@ -16,42 +16,6 @@ from .knn import knn_top1
 from .sgd_probe import linear_top1
 
 
-@dataclass(frozen=True)
-class Evaluator:
-    """Scores any features; the ranks share the embedding and each ends with the same figures."""
-
-    train: tuple[Any, np.ndarray]
-    """(split, its labeled samples): neighbors, and what the linear classifier learns from."""
-    test: tuple[Any, np.ndarray]
-    """(split, its labeled samples) to be classified."""
-    center_crop_batches: Callable[[Any, np.ndarray], Iterable]
-    """(split, samples) -> batches of their central views."""
-    gather: Callable[[Tensor], Tensor]
-    """(n, ...) of each rank -> (W n, ...) of all, rank-major."""
-    rank: int
-    world_size: int
-    k: int
-    """Neighbors that vote."""
-    max_bank: int
-    """At most so many samples of a split are used, evenly spread."""
-
-    def __call__(self, function: Callable[[Tensor], Tensor], linear: bool = True) -> dict[str, float]:
-        """`knn_top1`, and `linear_top1` if wanted, of the features that `function` makes of (B, 3, S, S) views."""
-        bank, query = self._features(function, *self.train), self._features(function, *self.test)
-        scores = {"knn_top1": knn_top1(*bank, *query, k=self.k)}
-        if linear:
-            scores["linear_top1"] = linear_top1(*bank, *query)
-        return scores
-
-    def _features(self, function: Callable[[Tensor], Tensor], split: Any, samples: np.ndarray) -> tuple[Tensor, Tensor]:
-        chosen = samples[np.linspace(0, len(samples) - 1, min(len(samples), self.max_bank)).astype(np.int64)]
-        batches = partial(self.center_crop_batches, split)
-        features, label, _ = zip(
-            *embed(function, batches, chosen, self.gather, self.rank, self.world_size), strict=True
-        )
-        return torch.cat(features), torch.cat(label)
-
-
 def report_table(report: dict[str, dict[str, float]]) -> Table:
     """One line per kind of features or classifier: {"trained": {"knn_top1": 0.7, "linear_top1": 0.8}, ...}."""
     titles = {"knn_top1": "kNN top-1", "linear_top1": "linear top-1", "top1": "top-1", "top5": "top-5"}

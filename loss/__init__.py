@@ -1,4 +1,4 @@
 from .distill import distillation, labeled_cross_entropy
-from .ntxent import nt_xent
+from .ntxent import LossConfig, nt_xent
 
-__all__ = ["distillation", "labeled_cross_entropy", "nt_xent"]
+__all__ = ["LossConfig", "distillation", "labeled_cross_entropy", "nt_xent"]

@@ -1,6 +1,7 @@
 """The one public door to the NT-Xent loss."""
 
 import math
+from dataclasses import dataclass
 from functools import partial
 from numbers import Real
 from typing import Literal, get_args
@@ -11,6 +12,7 @@ from torch._C import _functorch
 from torch.autograd import forward_ad
 
 from . import distributed
+from .common import check_range
 from .cpu.blockwise import nt_xent_blockwise
 from .reference import nt_xent_reference
 
@@ -25,6 +27,19 @@ except ImportError:
 
 Impl = Literal["auto", "blockwise", "reference", "triton"]
 Precision = Literal["tf32", "ieee"]
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Contrastive loss."""
+
+    temperature: float = 0.1
+    """Temperature of NT-Xent."""
+    impl: Impl = "auto"
+    """Implementation. auto: triton on NVIDIA GPUs that can run it, blockwise elsewhere."""
+
+    def __post_init__(self) -> None:
+        check_range("--loss.temperature", self.temperature, 0.001, 1000)
 
 
 def nt_xent(

@@ -1,14 +1,18 @@
 """Encoders, projection heads, SimCLR itself and classifiers. Importing this registers `simclr_resnet*` with timm."""
 
 from .batchnorm import synchronize_batchnorm
-from .classifier import Classifier, fine_tuned, load_classifier, save_classifier
-from .encoder import create_encoder, encoder_spec, feature_dim, load_encoder, read_spec, save_encoder
-from .head import load_head, projection_head, save_head
+from .classifier import Classifier, StartConfig, fine_tuned, load_classifier, save_classifier, start_classifier
+from .encoder import EncoderConfig, EncoderSpec, create_encoder, encoder_spec, feature_dim, load_encoder, read_spec, save_encoder
+from .head import HeadConfig, load_head, projection_head, save_head
 from .simclr import SimCLR
 
 __all__ = [
     "Classifier",
+    "EncoderConfig",
+    "EncoderSpec",
+    "HeadConfig",
     "SimCLR",
+    "StartConfig",
     "create_encoder",
     "encoder_spec",
     "feature_dim",
@@ -21,5 +25,6 @@ __all__ = [
     "save_classifier",
     "save_encoder",
     "save_head",
+    "start_classifier",
     "synchronize_batchnorm",
 ]

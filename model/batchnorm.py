@@ -17,11 +17,14 @@ from .common import UserError
 def synchronize_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
     """Let every batch norm's statistics span all ranks: torch's SyncBatchNorm on a GPU, ours elsewhere.
 
-    Activation and dropout inside timm's fused norm layers are kept; frozen batch norm has nothing to synchronize.
+    Activation and dropout inside timm's fused norm layers are kept; frozen batch norm has nothing to synchronize. With
+    one process the module is returned unchanged.
 
     Raises:
         UserError: a layer has running statistics that can't span ranks.
     """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return module
     # timm's conversion, since torch's would drop the activation inside timm's own norms
     module = convert_sync_batchnorm(module) if device.type == "cuda" else _convert(module, {})
     for layer in module.modules():

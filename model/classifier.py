@@ -5,15 +5,38 @@ SimCLR v1 fine-tunes from h; v2 from the first layer of its deeper head, which t
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .common import UserError
-from .encoder import create_encoder, spec_in
-from .head import head_spec, projection_head
+from .common import UserError, check_range
+from .encoder import (
+    EncoderConfig,
+    EncoderSpec,
+    create_encoder,
+    encoder_spec,
+    feature_dim,
+    load_encoder,
+    read_spec,
+    spec_in,
+)
+from .head import head_from_spec, head_spec, load_head
 from .weights import load_strictly, read_weights, reading_metadata, write_weights
+
+
+@dataclass(frozen=True)
+class StartConfig:
+    """Initial weights of a classifier."""
+
+    run: str = ""
+    """Run folder of a finished pretraining; empty for random weights."""
+    from_layer: int = 0
+    """Layers of its projection head to keep below the new one: 0 starts from h; SimCLR v2 keeps 1."""
+
+    def __post_init__(self) -> None:
+        check_range("--start.from-layer", self.from_layer, 0, 10**9)
 
 
 class Classifier(nn.Module):
@@ -83,7 +106,31 @@ def fine_tuned(
     return Classifier(encoder, kept, fc, spec).train()
 
 
-def save_classifier(classifier: Classifier, spec: tuple[str, dict], classes: list[str], path: Path) -> None:
+def start_classifier(
+    start: StartConfig, encoder: EncoderConfig, image_size: int, classes: int
+) -> tuple[Classifier, EncoderSpec]:
+    """A classifier with the initial weights that the configuration names, in training mode.
+
+    Args:
+        start: run to start from, or random weights.
+        encoder: architecture for random weights.
+        image_size: side of a view in pixels.
+        classes: number of classes.
+
+    Raises:
+        UserError: the run is not finished, or its encoder cannot take such views.
+    """
+    if not start.run:
+        spec = encoder_spec(encoder, image_size)
+        network, head = create_encoder(spec), None
+    else:
+        file = Path(start.run) / "encoder.safetensors"
+        spec, network = read_spec(file), load_encoder(file)
+        head = load_head(Path(start.run) / "head.safetensors") if start.from_layer else None
+    return fine_tuned(network, head, start.from_layer, feature_dim(network, image_size), classes), spec
+
+
+def save_classifier(classifier: Classifier, spec: EncoderSpec, classes: list[str], path: Path) -> None:
     """Weights in safetensors, with all that it takes to build the classifier in the file's metadata.
 
     Args:
@@ -107,7 +154,7 @@ def load_classifier(path: Path) -> tuple[Classifier, list[str]]:
     with reading_metadata(path):
         classes, kept = json.loads(metadata["classes"]), json.loads(metadata["head"])
         layers = kept.pop("layers") if kept else 0
-        head = projection_head(**kept) if kept else None
+        head = head_from_spec(kept) if kept else None
         features = kept["features"] if kept else state["fc.weight"].shape[1]
         classifier = fine_tuned(create_encoder(spec_in(metadata)), head, layers, features, len(classes))
     return load_strictly(classifier, state, path), classes

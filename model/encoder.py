@@ -8,17 +8,44 @@ are timm models of their own, registered here as `simclr_resnet18` and so on: af
 """
 
 import json
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import timm
 import torch
 from timm.models import load_pretrained, register_model, resolve_pretrained_cfg
 from torch import nn
 
-from .common import UserError
+from .common import UserError, check_range
 from .selective_kernels import SelectiveKernelBottleneck
 from .weights import load_strictly, read_weights, reading_metadata, write_weights
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Architecture of the encoder."""
+
+    name: str = "resnet50"
+    """Name of any timm model."""
+    stem: Literal["auto", "small", "standard"] = "auto"
+    """Stem of a ResNet. small: 3x3, stride 1, no max-pool. standard: 7x7 (three 3x3 with selective kernels), stride 2,
+    max-pool. auto: small for views of 64 px or less."""
+    width: float = 1.0
+    """Multiplier of all channel counts of a ResNet."""
+    selective_kernels: bool = False
+    """Use SimCLR v2's selective kernels, and with them ResNet-D's stem and shortcuts, in a ResNet of 50 layers or more."""
+
+    def __post_init__(self) -> None:
+        check_range("--encoder.width", self.width, 0.05, 32)
+
+
+class EncoderSpec(NamedTuple):
+    """How to build an encoder: `timm.create_model(name, **kwargs)`."""
+
+    name: str
+    kwargs: dict
+
 
 SMALL_IMAGE = 64
 """Images of at most this side, in pixels, get the small stem."""
@@ -83,9 +110,7 @@ for _base in RESNETS:
     _register(_base)
 
 
-def encoder_spec(
-    name: str, image_size: int, stem: str = "auto", width: float = 1.0, selective_kernels: bool = False
-) -> tuple[str, dict]:
+def encoder_spec(config: EncoderConfig, image_size: int) -> EncoderSpec:
     """What to hand to `timm.create_model` for an encoder on views of `image_size` pixels.
 
     Args:
@@ -102,6 +127,7 @@ def encoder_spec(
         UserError: timm has no such model, the name contains a pretrained tag, or width, stem or selective kernels are
             not for it.
     """
+    name, stem, width, selective_kernels = config.name, config.stem, config.width, config.selective_kernels
     base, dot, tag = name.partition(".")
     if dot and timm.is_model(base):
         raise UserError(f"{name} names the pretrained weights {tag!r}, but weights start random: use {base}.")
@@ -126,7 +152,7 @@ def encoder_spec(
             kwargs["width"] = width
         if selective_kernels:
             kwargs["selective_kernels"] = True
-        return (f"simclr_{name}" if len(kwargs) > 1 else name), kwargs
+        return EncoderSpec(f"simclr_{name}" if len(kwargs) > 1 else name, kwargs)
     if width != 1 or stem == "small":
         raise UserError(
             f"{name} has neither a width multiplier nor SimCLR's small stem, which are for {', '.join(RESNETS)}: "
@@ -135,10 +161,10 @@ def encoder_spec(
     config = timm.get_pretrained_cfg(name)
     if config is not None and config.fixed_input_size:  # a ViT, whose position embeddings are for one image size
         kwargs["img_size"] = image_size
-    return name, kwargs
+    return EncoderSpec(name, kwargs)
 
 
-def create_encoder(spec: tuple[str, dict]) -> nn.Module:
+def create_encoder(spec: EncoderSpec) -> nn.Module:
     """Build the encoder of a spec: (N, 3, H, W) -> pooled representation h (N, features).
 
     Raises:
@@ -185,7 +211,7 @@ def first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def save_encoder(encoder: nn.Module, spec: tuple[str, dict], path: Path) -> None:
+def save_encoder(encoder: nn.Module, spec: EncoderSpec, path: Path) -> None:
     """Weights in safetensors, with the spec in the file's metadata; `timm.create_model(name, **kwargs)` loads them."""
     write_weights(encoder, {"timm_name": spec[0], "timm_kwargs": spec[1]}, path)
 
@@ -202,7 +228,7 @@ def load_encoder(path: Path) -> nn.Module:
     return load_strictly(encoder, state, path)
 
 
-def read_spec(path: Path) -> tuple[str, dict]:
+def read_spec(path: Path) -> EncoderSpec:
     """The spec of the encoder that `save_encoder` wrote.
 
     Raises:
@@ -212,7 +238,7 @@ def read_spec(path: Path) -> tuple[str, dict]:
         return spec_in(read_weights(path, "timm_name")[0])
 
 
-def spec_in(metadata: dict[str, str]) -> tuple[str, dict]:
+def spec_in(metadata: dict[str, str]) -> EncoderSpec:
     """The spec in a file's metadata.
 
     Raises:
@@ -222,4 +248,4 @@ def spec_in(metadata: dict[str, str]) -> tuple[str, dict]:
     # "hf-hub:..." would be downloaded, and a checkpoint may be a pickle: this file's own tensors are the weights
     if not timm.is_model(name) or not isinstance(kwargs, dict) or kwargs.keys() & {"pretrained", "checkpoint_path"}:
         raise ValueError(f"timm_name {name}, timm_kwargs {kwargs}")
-    return name, kwargs
+    return EncoderSpec(name, kwargs)

@@ -1,15 +1,34 @@
 """Projection heads: from the representation h to the space in which views are compared."""
 
 import json
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 from torch import nn
 
+from .common import check_range
 from .weights import load_strictly, read_weights, reading_metadata, write_weights
 
 
-def projection_head(version: str, features: int, hidden: int, out: int) -> nn.Sequential:
+@dataclass(frozen=True)
+class HeadConfig:
+    """Projection head."""
+
+    version: Literal["v1", "v2"] = "v1"
+    """v1: two layers (arXiv 2002.05709). v2: three layers (arXiv 2006.10029)."""
+    hidden: int = 2048
+    """Width of the hidden layers."""
+    out: int = 128
+    """Width of z."""
+
+    def __post_init__(self) -> None:
+        check_range("--head.hidden", self.hidden, 1, 2**17)
+        check_range("--head.out", self.out, 1, 2**17)
+
+
+def projection_head(config: HeadConfig, features: int) -> nn.Sequential:
     """The head g of SimCLR.
 
     Args:
@@ -20,7 +39,8 @@ def projection_head(version: str, features: int, hidden: int, out: int) -> nn.Se
     Returns:
         (N, features) -> (N, out). Layers are named `fc1`, `bn1`, ... so that fine-tuning can begin at any of them.
     """
-    widths = [features, hidden, out] if version == "v1" else [features, hidden, hidden, out]
+    hidden = [config.hidden] * (1 if config.version == "v1" else 2)
+    widths = [features, *hidden, config.out]
     head = nn.Sequential()
     for number, (fan_in, fan_out) in enumerate(pairwise(widths), start=1):
         last = number == len(widths) - 1
@@ -45,6 +65,11 @@ def head_spec(head: nn.Sequential) -> dict:
     }
 
 
+def head_from_spec(spec: dict) -> nn.Sequential:
+    """The projection head, with new weights, of what `head_spec` returned."""
+    return projection_head(HeadConfig(spec["version"], spec["hidden"], spec["out"]), spec["features"])
+
+
 def save_head(head: nn.Sequential, path: Path) -> None:
     """Weights in safetensors, with version, features, hidden and out in the file's metadata."""
     write_weights(head, {"head": head_spec(head)}, path)
@@ -58,5 +83,5 @@ def load_head(path: Path) -> nn.Sequential:
     """
     metadata, state = read_weights(path, "head")
     with reading_metadata(path):
-        head = projection_head(**json.loads(metadata["head"]))
+        head = head_from_spec(json.loads(metadata["head"]))
     return load_strictly(head, state, path)

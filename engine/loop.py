@@ -1,0 +1,360 @@
+"""The training loop's surroundings: resume, learning rate, non-finite guard, metrics, checkpoints, stop signals.
+
+A stage keeps its forward pass and its loss visible and leaves everything else to `TrainingLoop`:
+
+    with TrainingLoop(session, config, model, loader, optimizers, schedule) as loop:
+        for batch in loop:  # every batch still to come, across epochs
+            loss = loss_fn(model(batch.views), batch.label)
+            loop.backward(loss)
+            loop.step(loss=loss)  # optimizer, metrics row
+            if loop.validation_due:
+                loop.log(**validate())
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from . import checkpoint
+from .checkpoint import MAY_CHANGE, CheckpointConfig, Checkpoints, StopSignal
+from .common import UserError, check_range, progress_bar
+from .metrics import RunningMeans, StepTimer, communication_s, verdict
+from .nonfinite import CollapseWatch, NonFiniteGuard
+from .optim import OptimConfig
+from .run_folder import start_run
+from .session import Session
+
+PROGRESS = "loss {task.fields[loss]:.3f}  {task.fields[images_per_s]:,.0f} images/s  wait {task.fields[wait]:.0%}"
+MANY = 10**9
+"""Upper bound of counts: larger than any that makes sense, small enough for every library it reaches."""
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """Options of the training loop, the same for every stage."""
+
+    out: str = field(default="", metadata=MAY_CHANGE)
+    """Run folder; default runs/<preset>-<time>, prefixed by the stage unless that is pretraining."""
+    resume: str = field(default="auto", metadata=MAY_CHANGE)
+    """auto: continue what --out holds, if anything. none: --out must be new. Otherwise a run folder or a checkpoint."""
+    epochs: int = 100
+    """Passes over the training images."""
+    batch_size: int = 4096
+    """Global batch size in images, over all processes."""
+    seed: int = 0
+    """Seed of initial weights, sample order and views."""
+    precision: Literal["auto", "bf16", "fp32"] = field(default="auto", metadata=MAY_CHANGE)
+    """Precision of the networks. auto: bf16 where the hardware multiplies in it."""
+    compile: bool = False
+    """Compile the networks with torch.compile; the first steps then take minutes."""
+    max_skipped: int = field(default=5, metadata=MAY_CHANGE)
+    """Consecutive steps that may be skipped because of a non-finite gradient before the run stops."""
+    log_every: int = field(default=10, metadata=MAY_CHANGE)
+    """Steps between rows of metrics.jsonl."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=MAY_CHANGE)
+
+    def __post_init__(self) -> None:
+        check_range("--epochs", self.epochs, 1, MANY)
+        check_range("--batch-size", self.batch_size, 2, MANY)
+        check_range("--seed", self.seed, 0, 2**32 - 1)
+        check_range("--max-skipped", self.max_skipped, 0, MANY)
+        check_range("--log-every", self.log_every, 1, MANY)
+        if not self.resume:
+            raise UserError("--resume is empty; use auto, none, or the path of a run folder or checkpoint.")
+
+
+class Instruments:
+    """Hooks of a run for benchmarks; the default observes and replaces nothing."""
+
+    def mark(self, part: str) -> None:
+        """Note that a part of the step starts: "forward", "loss", "backward", "optimizer" or "other"."""
+
+    def batches(self, loader: Iterable) -> Iterable:
+        """Return the batches of one epoch."""
+        return loader
+
+
+class TrainingLoop:
+    """Iterator over every batch of a run still to come, with all that surrounds the forward pass.
+
+    Entering the context opens the run folder; leaving it closes the loader.
+
+    Args:
+        session: device, ranks, precision and run folder.
+        config: configuration of the stage.
+        model: what `session.distribute` returned; a resumed run loads its weights.
+        loader: batches of this rank, len(loader) steps per epoch.
+        optimizers: optimizers that together own all trainable parameters; the schedule drives the first one.
+        schedule: step -> learning rate of the first optimizer.
+        validate_every: epochs between validations; 0 for none.
+        collapse_loss: loss of a network that maps all images to the same output; nan where there is none.
+        inputs: option -> checksum of what else the result depends on; a resumed run must have the same.
+        about: what config.json states in addition to the configuration.
+        instruments: hooks for benchmarks.
+
+    Attributes:
+        global_step: number of completed steps.
+        validation_due: whether the caller should validate before the next batch.
+        stopped: whether a stop signal ended the run before its last step.
+        results: rows of the final table, by name; kept in checkpoints.
+
+    Raises:
+        UserError: the checkpoint to resume from belongs to another run.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        config: LoopConfig,
+        model: nn.Module,
+        loader: Any,
+        optimizers: list[Optimizer],
+        schedule: Callable[[int], float],
+        *,
+        validate_every: int = 0,
+        collapse_loss: float = math.nan,
+        inputs: dict[str, str] | None = None,
+        about: dict[str, Any] | None = None,
+        instruments: Instruments | None = None,
+    ):
+        self.session, self.config, self.model, self.loader = session, config, model, loader
+        self.module = model.module if isinstance(model, DistributedDataParallel) else model
+        self.optimizers, self.schedule, self.validate_every = optimizers, schedule, validate_every
+        self.inputs, self.about, self.instruments = inputs or {}, about or {}, instruments or Instruments()
+        self.guard = NonFiniteGuard(self.module, optimizers, session.device)
+        self.means, self.timer, self.collapse = RunningMeans(), StepTimer(), CollapseWatch(collapse_loss)
+        self.total_steps = config.epochs * len(loader)
+        self.global_step, self.results, self.replaced_images = 0, {}, 0
+        self.validation_due = self.save_due = self.stopping = self.stopped = False
+        self.saved_at_s = time.monotonic()
+        if session.resume_from is not None:
+            self._restore(session.resume_from)
+
+    def __enter__(self) -> "TrainingLoop":
+        session = self.session
+        with ExitStack() as contexts:  # closes the loader if anything below fails
+            contexts.callback(self.loader.close)
+            record = {**asdict(self.config), **self.about}
+            self.metrics = start_run(session.out, record, self.global_step) if session.is_main else None
+            session.barrier()  # the run folder exists before any rank writes into it
+            self._announce()
+            self.signal = contexts.enter_context(StopSignal())
+            values = {"loss": math.nan, "images_per_s": 0, "wait": 0}
+            bar = progress_bar(self.total_steps, fields=PROGRESS, shown=session.is_main, **values)
+            self.update_progress = contexts.enter_context(bar)
+            if type(self.instruments) is not Instruments:
+                hooks = self.module.register_forward_pre_hook, self.module.register_forward_hook
+                for register, part in zip(hooks, ("forward", "loss"), strict=True):
+                    contexts.callback(register(lambda *_, part=part: self.instruments.mark(part)).remove)
+            self.contexts = contexts.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.contexts.close()
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield every batch still to come; for each, the caller calls `backward` and then `step`."""
+        epoch_ends = True
+        while epoch_ends and self.global_step < self.total_steps and not self.stopping:
+            for batch in self.timer.watch(self.instruments.batches(self.loader)):
+                self._before_forward()
+                yield batch
+                epoch_ends = self.global_step % len(self.loader) == 0
+                if epoch_ends or self.save_due or self.stopping:
+                    self._save()
+                if self.stopping:
+                    break
+        self.stopped = self.stopping and self.global_step < self.total_steps
+        if self.stopped:
+            resume = "" if self.config.resume == "auto" else " --resume auto"
+            self.session.print(
+                f"Stopped after step {self.global_step} of {self.total_steps}; run the same command with "
+                f"--out {self.session.out}{resume} to continue."
+            )
+
+    def _before_forward(self) -> None:
+        config, session = self.config, self.session
+        # Dropout is reseeded in every step, so that checkpoints need not hold random states.
+        torch.manual_seed((config.seed << 32) + self.global_step * session.world_size + session.rank)
+        self.learning_rate = self.schedule(self.global_step)
+        for group in self.optimizers[0].param_groups:
+            group["lr"] = self.learning_rate
+        self.guard.before_forward()
+
+    def backward(self, loss: Tensor) -> None:
+        """Backpropagate a loss (); gradients are averaged over ranks."""
+        self.instruments.mark("backward")
+        self.session.backward(loss)
+        self.instruments.mark("other")
+
+    def step(self, **metrics: Tensor) -> None:
+        """Take the optimizer step, unless the gradient is not finite, and write a metrics row if one is due.
+
+        Args:
+            metrics: scalars () on the device, `loss` among them; a row holds their means over its steps.
+        """
+        taken, gradient_norm = self.guard.after_backward(self.global_step + 1)
+        self.instruments.mark("optimizer")
+        for optimizer in self.optimizers:
+            optimizer.step()  # changes nothing where the guard rejected the gradient
+            optimizer.zero_grad(set_to_none=True)
+        self.instruments.mark("other")
+        self.means.add(taken, **metrics, gradient_norm=gradient_norm)
+
+        self.global_step += 1
+        config, step = self.config, self.global_step
+        self.epoch = -(-step // len(self.loader))
+        epoch_ends, every_steps = step % len(self.loader) == 0, config.checkpoint.every_steps
+        validates = bool(epoch_ends and self.validate_every and self.epoch % self.validate_every == 0)
+        self.validation_due = validates and step < self.total_steps
+        self.save_due = bool(every_steps and step % every_steps == 0)
+        self.stopping = self.signal.received and self.session.world_size == 1  # several ranks agree in `_write_row`
+        if step % config.log_every == 0 or step == self.total_steps or validates:
+            self._write_row()
+        if self.stopping and self.validation_due:
+            self._save()  # whoever asked to stop may not wait for the validation
+
+    def _write_row(self) -> None:
+        """Write a metrics row of all ranks: the one place where the host waits for the device, and ranks agree."""
+        config, session, bad_samples = self.config, self.session, self.loader.bad_samples
+        save_late = 0 < config.checkpoint.every_minutes <= (time.monotonic() - self.saved_at_s) / 60
+        flags = {"replaced": bad_samples.replaced, "stop": self.signal.received, "save": save_late}
+        mean = session.mean_of(self.means.compute_and_reset() | flags | self.guard.counts_by_name())
+        self.replaced_images = round(mean.pop("replaced") * session.world_size)
+        self.stopping, self.save_due = mean.pop("stop") > 0, mean.pop("save") > 0 or self.save_due
+        skipped = {name: round(mean.pop(name)) for name in self.guard.counts_by_name()}
+        bad_samples.check(self.replaced_images, self.epoch - 1)
+        if skipped["longest_skipped"] > config.max_skipped:
+            raise self._diverged(skipped["longest_skipped"], skipped["last_skipped"])
+
+        self.row = {"step": self.global_step, "epoch": self.epoch, "lr": self.learning_rate, **mean}
+        self.row |= self.timer.window(config.batch_size)
+        self.row |= {"replaced_images": self.replaced_images, "skipped_steps": skipped["skipped"]}
+        if session.is_main:
+            self.metrics.write(**self.row)
+            wait = self.row["data_wait_ms"] / self.row["step_ms"]
+            shown = {"loss": self.row["loss"], "images_per_s": self.row["images_per_s"], "wait": wait}
+            self.update_progress(completed=self.global_step, **shown)
+        if self.collapse.collapsed(self.global_step, self.row["loss"]):
+            session.print(
+                f"The loss stays at {self.row['loss']:.4f}, its value when the network maps all images to the same "
+                "output (collapse); lower --optim.lr or raise --optim.warmup-epochs."
+            )
+
+    def log(self, **scores: float) -> None:
+        """Write the scores of a validation to metrics.jsonl and print them."""
+        if self.session.is_main:
+            self.metrics.write(step=self.global_step, epoch=self.epoch, **scores)
+        shown = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
+        self.session.print(f"epoch {self.epoch}: loss {self.row['loss']:.3f}, {shown}")
+        self.timer.pause()  # validation is not part of the training speed
+
+    def finish(self, table: Any = None) -> None:
+        """Write the rows of the final table and print it with a summary of the run.
+
+        Args:
+            table: printable form of `results`.
+        """
+        if not self.session.is_main:
+            return
+        for name, scores in self.results.items():
+            self.metrics.write(features=name, **scores)
+        self.metrics.close()
+        if table is not None:
+            self.session.print(table)
+        for sentence in self._summary():
+            self.session.print(sentence)
+        self.session.print(f"run folder: {self.session.out}")
+
+    def add_result(self, name: str, **scores: float) -> None:
+        """Add a row to the final table, with the step at which it was measured."""
+        self.results[name] = {"step": self.global_step, **scores}
+
+    def _summary(self) -> list[str]:
+        """Sentences on unreadable images, speed, and what limited it."""
+        config, session, timer = self.config, self.session, self.timer
+        sentences = []
+        if self.replaced_images:
+            listing = session.out / "bad_samples.jsonl"
+            sentences.append(f"{self.replaced_images} unreadable images were replaced; see {listing}")
+        if timer.total_steps:
+            images_per_s, waiting = timer.summary(config.batch_size)
+            communicating = communication_s(self.model) * timer.total_steps / timer.total_s
+            faster = "faster hardware" if session.bf16 else "hardware that computes in bf16"
+            if session.device.type == "cuda" and not config.compile:
+                faster = "--compile"  # on CPUs it was slower in bf16 in every measurement
+            sentences.append(f"{images_per_s:,.0f} images/s, {waiting:.1%} of the time waiting for data")
+            sentences.append(verdict(waiting, communicating, faster))
+        return sentences
+
+    def _announce(self) -> None:
+        """Print what the run is about to do."""
+        session, config, dropped = self.session, self.config, self.loader.sampler.dropped
+        images = len(self.loader) * config.batch_size + dropped
+        resumed = f"; resumes from {session.resume_from}" if session.resume_from else ""
+        session.print(
+            f"{images:,} images, batch {config.batch_size} ({dropped} left over each epoch), {self.total_steps:,} steps "
+            f"on {session.world_size} x {session.device.type} in {'bf16' if session.bf16 else 'fp32'}, "
+            f"views by {self.loader.backend_name}, encoder {self.about.get('timm_name')} "
+            f"{self.about.get('timm_kwargs')}{resumed}"
+        )
+
+    def _restore(self, path: Any) -> None:
+        """Load a checkpoint into model, optimizers, loader and counters."""
+        session, loader, device = self.session, self.loader, self.session.device
+        tensors, record = checkpoint.load(path)
+        checkpoint.check_same_run(self.config, record["config"])
+        if record["data"] != loader.shards.identity():
+            raise UserError(f"{path} was trained on other shards than {loader.shards.root}; set its --data.")
+        if changed := [name for name, digest in self.inputs.items() if record["inputs"].get(name) != digest]:
+            raise UserError(
+                f"{' and '.join(changed)} changed since {path} was written; start a new run with another --out."
+            )
+        if record["bf16"] != session.bf16:
+            before = "bf16" if record["bf16"] else "fp32"
+            raise UserError(f"{path} was trained in {before}; resume it on such hardware or with --precision {before}.")
+        checkpoint.load_state_tensors(tensors, self.module, self.optimizers)
+        self.means.load(record["metrics"], tensors["means"].to(device))
+        self.guard.counts = tensors["guard"].to(device)
+        loader.load_state_dict(record["loader"])
+        loader.bad_samples.replaced = record["replaced"] if session.is_main else 0  # rank 0 counts for all before
+        self.global_step, self.results = record["step"], record["results"]
+
+    def _save(self) -> None:
+        """Write a checkpoint, unless a weight is not finite, so that the last good checkpoint survives."""
+        session, loader = self.session, self.loader
+        replaced = torch.tensor(loader.bad_samples.replaced, device=session.device)
+        replaced, means = int(session.sum(replaced)), session.mean(self.means.sums)
+        if session.is_main and self.guard.weights_are_finite():
+            tensors = checkpoint.state_tensors(self.module, self.optimizers)
+            tensors |= {"means": means.cpu(), "guard": self.guard.counts.cpu()}
+            record = {"loader": loader.state_dict(), "results": self.results, "data": loader.shards.identity()}
+            record |= {"inputs": self.inputs, "bf16": session.bf16, "metrics": self.means.names}
+            record |= {"replaced": replaced, "config": asdict(self.config)}
+            Checkpoints(session.out / "checkpoints", self.config.checkpoint.keep).save(self.global_step, tensors, record)
+        self.saved_at_s = time.monotonic()
+
+    def _diverged(self, in_a_row: int, step: int) -> UserError:
+        """The error of a run with too many non-finite gradients; lists the images of the last such step."""
+        epoch, position = divmod(step - 1, len(self.loader))
+        samples = np.sort(self.loader.sampler.batch(epoch, position))
+        keys = [key.decode() for key in self.loader.shards.index["key"][samples]]
+        listing = self.session.out / "diverged.json"
+        if self.session.is_main:
+            listing.write_text(json.dumps({"step": step, "images": keys}, indent=1) + "\n")
+        return UserError(
+            f"The gradient was not finite in {in_a_row} consecutive steps, the last of them step {step} (images "
+            f"{', '.join(keys[:3])} and more, listed in {listing}); lower --optim.lr, raise --optim.warmup-epochs or "
+            "use --precision fp32, each with a new --out, or raise --max-skipped."
+        )

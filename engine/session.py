@@ -1,0 +1,128 @@
+"""One process of a run: device, ranks, precision, threads and console. The only file that imports accelerate."""
+
+import os
+import shutil
+import time
+from contextlib import AbstractContextManager
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import broadcast_object_list, set_seed
+from rich.console import Console
+from torch import Tensor, nn
+
+from .common import UserError, available_cores
+from .run_folder import run_folder
+
+
+class Session:
+    """Everything that depends on where a script runs, shared by all scripts.
+
+    Args:
+        precision: "bf16", "fp32", or "auto" for bf16 where the hardware multiplies in it.
+        seed: seed of Python, NumPy and torch on every rank.
+        compile: whether `prepare` compiles networks; refused where no C++ compiler is installed.
+
+    Attributes:
+        device: device of this rank.
+        rank, world_size: number of this process and of all processes.
+        cores: CPU cores of this process.
+        bf16: whether `autocast` computes in bfloat16.
+        out, resume_from: run folder and checkpoint, once `open_run` was called.
+    """
+
+    def __init__(self, precision: str = "auto", seed: int = 0, compile: bool = False):
+        self.accelerator = Accelerator(
+            mixed_precision="no",  # `autocast` is opened around forward passes alone, never around the loss
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        )
+        self.device = self.accelerator.device
+        self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self.cores = max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        self.compile, self.console = compile, Console()
+        if self.device.type == "cpu":
+            torch.set_num_threads(self.cores)  # the launcher restricts each process to one thread
+            if compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
+                raise UserError("--compile needs a C++ compiler on a CPU; install g++ or omit the option.")
+        torch.backends.cudnn.benchmark = True  # all steps have the same shapes
+        self.bf16 = precision == "bf16" or (precision == "auto" and computes_in_bf16(self.device))
+        set_seed(seed)
+
+    def open_run(self, out: str, resume: str, name: str) -> None:
+        """Choose the run folder (`out`) and the checkpoint to resume from (`resume_from`), None for a new run.
+
+        Args:
+            out: --out; "" for runs/<name>-<time>, or for the folder of the run that `resume` names.
+            resume: --resume.
+            name: of the default folder.
+
+        Raises:
+            UserError: the folder is in use, or holds something other than a run that can be resumed.
+        """
+        default = self.broadcast_text(f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")  # the ranks' clocks differ
+        self.out, self.resume_from = run_folder(out, resume, default)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the one that prints and writes."""
+        return self.rank == 0
+
+    def print(self, *content: object) -> None:
+        """Print on rank 0."""
+        if self.is_main:
+            self.console.print(*content)
+
+    def autocast(self) -> torch.autocast:
+        """Context in which forward passes run in the precision of the session."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def to_device(self, module: nn.Module) -> nn.Module:
+        """Move a module to the device in channels-last layout, and compile it if the session compiles."""
+        module = module.to(self.device, memory_format=torch.channels_last)
+        if self.compile:
+            module.compile()  # in place, so that names in checkpoints do not change
+        return module
+
+    def distribute(self, module: nn.Module) -> nn.Module:
+        """Wrap a module in DistributedDataParallel if there are several ranks."""
+        return self.accelerator.prepare_model(module)
+
+    def backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss)
+
+    def no_sync(self, module: nn.Module) -> AbstractContextManager:
+        """Context in which backward passes through `module` do not average gradients over ranks."""
+        return self.accelerator.no_sync(module)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(n, ...) of each rank -> (world_size * n, ...), rank-major, on every rank."""
+        return self.accelerator.gather(x)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Elementwise mean over ranks."""
+        return self.accelerator.reduce(x, "mean")
+
+    def mean_of(self, values: dict[str, Tensor | float]) -> dict[str, float]:
+        """Mean over ranks of every value, () each, on the host: one collective and one wait for the device."""
+        numbers = [float(value) for value in values.values() if not isinstance(value, Tensor)]
+        numbers = iter(torch.tensor(numbers, device=self.device).unbind())
+        scalars = [value if isinstance(value, Tensor) else next(numbers) for value in values.values()]
+        return dict(zip(values, self.mean(torch.stack(scalars)).tolist(), strict=True))
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Elementwise sum over ranks."""
+        return self.accelerator.reduce(x, "sum")
+
+    def broadcast_text(self, text: str) -> str:
+        """The text of rank 0, on every rank."""
+        return broadcast_object_list([text])[0]
+
+    def barrier(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies in bfloat16; emulation would be slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16"))

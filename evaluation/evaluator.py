@@ -1,0 +1,74 @@
+"""Evaluation of frozen features in the course of a run."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .common import check_range
+from .features import embed
+from .knn import knn_top1
+from .sgd_probe import linear_top1
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation of the encoder before, during and after pretraining."""
+
+    knn_every: int = 10
+    """Epochs between kNN evaluations; 0 for the end only."""
+    k: int = 20
+    """Number of neighbors that vote."""
+    max_bank: int = 50_000
+    """Maximum number of images of each split that are used, evenly spread."""
+    baselines: bool = True
+    """Also evaluate raw pixels and the untrained encoder."""
+
+    def __post_init__(self) -> None:
+        check_range("--eval.knn-every", self.knn_every, 0, 10**9)
+        check_range("--eval.k", self.k, 1, 10**9)
+        check_range("--eval.max-bank", self.max_bank, 1, 10**9)
+
+
+class Evaluator:
+    """kNN and linear accuracy of any features; the ranks share the embedding and each gets the same figures.
+
+    Args:
+        train: (split, its labeled samples (n,)): neighbors, and the training set of the linear classifier.
+        test: (split, its labeled samples (n,)) to classify.
+        batches: called with (split, samples=...); yields batches of their center crops.
+        session: see `evaluation.features.embed`.
+        config: number of neighbors and of images.
+    """
+
+    def __init__(
+        self,
+        train: tuple[Any, np.ndarray],
+        test: tuple[Any, np.ndarray],
+        batches: Callable[..., Iterable],
+        session: Any,
+        config: EvalConfig,
+    ):
+        self.train, self.test, self.batches, self.session, self.config = train, test, batches, session, config
+
+    def __call__(self, function: Callable[[Tensor], Tensor], linear: bool = True) -> dict[str, float]:
+        """`knn_top1` and, unless `linear` is False, `linear_top1` of features.
+
+        Args:
+            function: views (B, 3, S, S) -> features (B, D).
+        """
+        bank, query = self._features(function, *self.train), self._features(function, *self.test)
+        scores = {"knn_top1": knn_top1(*bank, *query, k=self.config.k)}
+        if linear:
+            scores["linear_top1"] = linear_top1(*bank, *query)
+        return scores
+
+    def _features(self, function: Callable[[Tensor], Tensor], split: Any, samples: np.ndarray) -> tuple[Tensor, Tensor]:
+        count = min(len(samples), self.config.max_bank)
+        chosen = samples[np.linspace(0, len(samples) - 1, count).astype(np.int64)]
+        parts = list(embed(function, partial(self.batches, split), chosen, self.session))
+        return torch.cat([features for features, _, _ in parts]), torch.cat([label for _, label, _ in parts])
