@@ -2,13 +2,18 @@
 
 import hashlib
 import os
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from uuid import uuid4
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
-__all__ = ["UserError", "available_cores", "check_range", "file_sha256", "progress_bar", "replacing"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["UserError", "available_cores", "check_range", "file_sha256", "progress_bar", "replacing", "save_tensors"]
 
 
 class UserError(Exception):
@@ -40,21 +45,54 @@ def file_sha256(path: str | os.PathLike) -> str:
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Atomic replacement: yields a temporary path next to `path`, which is renamed to it if the block succeeds.
+    """Atomic replacement: yields a temporary path, which becomes `path` if the block succeeds.
 
-    Readers see the old content or the new content, never a part of it; after an error the old file is untouched and
-    the temporary one is gone. The content reaches the disk before the rename, so a crash of the machine cannot leave
-    an empty file under the final name.
+    The temporary path, for a file or a folder, has the same name inside a hidden folder next to `path`. Readers see the
+    old content or the new one, never a part of it; after an error the old content is untouched and nothing is left. A
+    file reaches the disk before it is renamed, so that a crash of the machine cannot leave an empty one.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial")
     try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=path.parent, prefix=".unfinished-") as folder:
+            temporary = Path(folder) / path.name
+            yield temporary
+            if temporary.is_file():
+                with open(temporary, "rb+") as file:
+                    os.fsync(file.fileno())
+            temporary.replace(path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path} can't be written ({reason}); free some space or use another place.") from error
+
+
+def save_tensors(tensors: "dict[str, Tensor]", path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file that is readable as far as the umask allows, like any other new file.
+
+    safetensors itself creates files that only their owner can read, refuses tensors that share memory, and raises errors
+    that are not those of the operating system.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    separate, seen = {}, set()
+    for name, tensor in tensors.items():
+        tensor, memory = tensor.contiguous(), tensor.untyped_storage().data_ptr()
+        separate[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    with open(path, "wb") as file:
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    try:
+        save_file(separate, path, metadata)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    os.chmod(path, mode)
 
 
 @contextmanager

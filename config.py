@@ -64,8 +64,8 @@ class PretrainConfig(StageConfig):
 
 
 @dataclass(frozen=True)
-class ClassifierConfig(StageConfig):
-    """Options that fine-tuning and distillation share."""
+class FinetuneConfig(StageConfig):
+    """Train a classifier on few labels, from a pretrained encoder or, as a baseline, from random weights."""
 
     start: StartConfig = field(default_factory=StartConfig)
     labels: LabelsConfig = field(default_factory=LabelsConfig)
@@ -88,15 +88,10 @@ class ClassifierConfig(StageConfig):
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(ClassifierConfig):
-    """Train a classifier on few labels, from a pretrained encoder or, as a baseline, from random weights."""
-
-
-@dataclass(frozen=True)
-class DistillConfig(ClassifierConfig):
+class DistillConfig(FinetuneConfig):
     """Train a student to predict a fine-tuned teacher's probabilities, on images that need no labels."""
 
-    teacher: str = ""
+    teacher: str = field(default="", metadata=MAY_CHANGE)  # its weights are compared by their checksum
     """Run folder of a fine-tuning or a distillation."""
     temperature: float = 1.0
     """Temperature of both softmaxes: 0.1 for a student as large as its teacher, 1 for a smaller one."""

@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, summary, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import sha256
@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
@@ -34,11 +33,11 @@ from torch import Tensor, nn
 
 import model
 import pipeline
-from common import UserError
+from common import UserError, file_sha256, replacing, save_tensors
 from engine.processes import ending_together
+from engine.session import Session
 from evaluation.cache import feature_name, load_features, save_features
 from evaluation.features import embed
-from evaluation.files import aside, save_tensors
 from evaluation.knn import check_k, knn_correct
 from evaluation.linear import L2_PATH, fast_protocol
 from evaluation.options import Embed, Knn, Linear, parse
@@ -48,10 +47,11 @@ from evaluation.target import find_target
 from model import feature_dim, load_encoder
 from pipeline.augment.backend import choose_backend
 from pipeline.augment.config import AugmentConfig
+from pipeline.data import open_data
+from pipeline.loader import LoaderConfig
 from pipeline.loader.loader import ViewLoader, center_crop_batches
 from pipeline.shards.cache import ShardCache
-from pipeline.shards.dataset import ShardSet, open_splits
-from run import TEXTURES, available_cores, checksum_of, computes_in_bf16, digest_of
+from pipeline.shards.dataset import ShardSet
 
 EMBEDDED_AT_ONCE = 256
 console = Console()
@@ -61,7 +61,7 @@ console = Console()
 class Parts:
     """What every command works with."""
 
-    accelerator: Accelerator
+    session: Session
     forward_features: Callable[[Tensor], Tensor]
     """(B, 3, S, S) -> h (B, D), by the frozen encoder."""
     width: int
@@ -71,6 +71,7 @@ class Parts:
     """The train split first, then that of the test."""
     samples: dict[str, np.ndarray]
     """Of each split, those in use."""
+    loader: LoaderConfig
     loading: dict[str, Any]
     """How images are read, for ViewLoader and center_crop_batches."""
     made_by: dict[str, Any]
@@ -83,15 +84,15 @@ class Parts:
     @property
     def tolerant_loading(self) -> dict[str, Any]:
         """`loading` without the limit on bad images, which a rank would apply to its own share of the images alone."""
-        return self.loading | {"max_bad": 1.0}
+        return self.loading | {"config": replace(self.loader, max_bad=1.0)}
 
     @property
     def device(self) -> torch.device:
-        return self.accelerator.device
+        return self.session.device
 
     @property
     def is_main(self) -> bool:
-        return self.accelerator.is_main_process
+        return self.session.is_main
 
     @property
     def classes(self) -> int:
@@ -101,12 +102,8 @@ class Parts:
 def judge(options: Knn | Linear | Embed) -> None:
     """One evaluation, from shards to a table and a file."""
     begun = time.monotonic()
-    accelerator = Accelerator(mixed_precision="no")  # autocast is opened around the encoder alone
-    device = accelerator.device
-    cores = max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    if device.type == "cpu":
-        torch.set_num_threads(cores)  # the launcher leaves one thread to each process
-    bf16 = options.precision == "bf16" or (options.precision == "auto" and computes_in_bf16(device))
+    session = Session(options.precision)
+    device = session.device
 
     # ---- what is judged
     target = find_target(options)
@@ -115,12 +112,12 @@ def judge(options: Knn | Linear | Embed) -> None:
     encoder = encoder.eval().to(device, memory_format=torch.channels_last)
 
     def forward_features(images: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with session.autocast():
             return encoder(images)
 
     # ---- on what
-    shard_cache = ShardCache(limit_bytes=round(options.loading.cache_gb * 1e9))
-    splits = named_splits(*open_splits(target.data or TEXTURES, shard_cache))
+    loader = LoaderConfig(**asdict(options.loader))
+    splits = named_splits(*open_data(target.data, loader))
     if isinstance(options, Embed):
         samples = {name: np.arange(len(split)) for name, split in splits.items()}
     else:
@@ -130,21 +127,21 @@ def judge(options: Knn | Linear | Embed) -> None:
         check_k(options.k or (target.k,), len(next(iter(samples.values()))))
     out = Path(options.out) if options.out else target.folder / "evaluation" / f"{command}.json"
     prepare_out(out)
-    backend = choose_backend(options.loading.backend, device)
-    loading = {"device": device, "backend": backend, "workers": options.loading.workers or cores}
-    loading |= {"max_bad": options.loading.max_bad, "cache": shard_cache}
-    loading |= {"bad_samples": out.with_suffix(".bad_samples.jsonl")}
+    backend = choose_backend(loader.backend, device)
+    loading = {"config": loader, "device": device, "bad_samples_file": out.with_suffix(".bad_samples.jsonl")}
 
     # ---- and how
-    made_by = {"encoder_sha256": digest_of(target.encoder), "precision": "bf16" if bf16 else "fp32"}
+    made_by = {"encoder_sha256": file_sha256(target.encoder), "precision": "bf16" if session.bf16 else "fp32"}
     made_by |= {"size": views.size, "mean": views.mean, "std": views.std, "device": device.type, "backend": backend}
     made_by |= {"code_sha256": digest_of_code(), "torch": torch.__version__, "timm": timm.__version__}
     decoder = import_module({"opencv": "cv2", "dali": "nvidia.dali", "kornia": "kornia"}[backend])
     made_by |= {decoder.__name__: decoder.__version__}
     record = {"what": command, "arguments": sys.argv[1:], "options": asdict(options), **made_by}
-    record |= {"encoder": str(target.encoder), "processes": accelerator.num_processes}
+    record |= {"encoder": str(target.encoder), "processes": session.world_size}
     with feature_folder(options.cache) as folder:
-        parts = Parts(accelerator, forward_features, width, views, splits, samples, loading, made_by, folder, record)
+        parts = Parts(
+            session, forward_features, width, views, splits, samples, loader, loading, made_by, folder, record
+        )
         if isinstance(options, Embed):
             write_features(parts, out)
             return
@@ -196,7 +193,7 @@ def linear_simclr(parts: Parts, options: Linear) -> list[dict[str, Any]] | None:
     """A result for every seed, on the main process: SGD on random views, which all processes train together."""
     (train, split), (test, _) = parts.splits.items()
     tested = features_of(parts, test)
-    world_size = parts.accelerator.num_processes
+    world_size = parts.session.world_size
     batch_size = min(options.batch_size, len(parts.samples[train])) // world_size * world_size
     if not batch_size:
         raise UserError(
@@ -214,7 +211,7 @@ def linear_simclr(parts: Parts, options: Linear) -> list[dict[str, Any]] | None:
                 recipe,
                 batch_size=batch_size,
                 seed=seed,
-                rank=parts.accelerator.process_index,
+                rank=parts.session.rank,
                 world_size=world_size,
                 epochs=options.epochs,
                 views_per_image=1,
@@ -227,7 +224,7 @@ def linear_simclr(parts: Parts, options: Linear) -> list[dict[str, Any]] | None:
                 loader,
                 batch_size=batch_size,
                 epochs=options.epochs,
-                mean_over_ranks=partial(parts.accelerator.reduce, reduction="mean"),
+                mean_over_ranks=parts.session.mean,
             )
             try:
                 for loss in epoch_losses:
@@ -270,23 +267,22 @@ def features_of(parts: Parts, name: str, with_index: bool = False) -> tuple[Tens
 
     They are embedded by all processes together if they are not stored already.
     """
-    split, samples, accelerator = parts.splits[name], parts.samples[name], parts.accelerator
-    made_from = parts.made_by | {"shards": checksum_of(split)}
+    split, samples, session = parts.splits[name], parts.samples[name], parts.session
+    made_from = parts.made_by | {"shards": split.checksum}
     made_from["samples"] = sha256(samples.astype("<i8").tobytes()).hexdigest()
     path = parts.folder / feature_name(made_from)
     found = load_features(path) if parts.is_main else None
     if found and can_be_read_by_now(parts, name, found[1]):
         found = None
     # the main process decides: others may have another disk, or look a moment later
-    stored = accelerator.reduce(torch.tensor(float(found is not None), device=parts.device), "sum").item() > 0
+    stored = session.sum(torch.tensor(float(found is not None), device=parts.device)).item() > 0
     begun = time.monotonic()
     if not stored:
         batches = partial(
             center_crop_batches, split, parts.views, batch_size=EMBEDDED_AT_ONCE, **parts.tolerant_loading
         )
-        rank, world_size = accelerator.process_index, accelerator.num_processes
         with progress_bar(f"embedding {name}", len(samples), parts.is_main) as advance:
-            embedded = embed(parts.forward_features, batches, samples, accelerator.gather, rank, world_size)
+            embedded = embed(parts.forward_features, batches, samples, session)
             embedded = counted(embedded, parts, name, advance)
             if parts.is_main:
                 save_features(path, embedded, made_from)
@@ -306,7 +302,7 @@ def features_of(parts: Parts, name: str, with_index: bool = False) -> tuple[Tens
         about["embedding_s"] = round(time.monotonic() - begun, 3)
         about["images_per_s"] = round(len(samples) / about["embedding_s"], 1)
         how = f"in {parts.made_by['precision']} at {about['images_per_s']:,.0f} images/s"
-    bad = f"; {about['left_out']} bad images left out: {parts.loading['quarantine']}" if about["left_out"] else ""
+    bad = f"; {about['left_out']} bad images left out: {parts.loading['bad_samples_file']}" if about["left_out"] else ""
     console.print(f"{name}: {len(index):,} features of width {features.shape[1]} {how}{bad}")
     parts.record.setdefault("data", {})[name] = about
     label = torch.from_numpy(split.index["label"][index.numpy()])
@@ -319,10 +315,10 @@ def check_left_out(parts: Parts, name: str, left_out: int) -> None:
     Raises:
         UserError: they are too many.
     """
-    split, total, max_bad = parts.splits[name], len(parts.samples[name]), parts.loading["max_bad"]
+    split, total, max_bad = parts.splits[name], len(parts.samples[name]), parts.loader.max_bad
     if left_out > max_bad * total:
         raise UserError(
-            f"{left_out} of {total} images of {split.root} can't be read, listed in {parts.loading['quarantine']}, "
+            f"{left_out} of {total} images of {split.root} can't be read, listed in {parts.loading['bad_samples_file']}, "
             f"more than --loader.max-bad {max_bad:g} allows: check the shards with `python -m pipeline.shards verify "
             f"{split.root}` or allow more."
         )
@@ -344,7 +340,7 @@ def can_be_read_by_now(parts: Parts, name: str, index: Tensor) -> bool:
         parts.splits[name], parts.views, tried, batch_size=EMBEDDED_AT_ONCE, **parts.tolerant_loading
     )
     begin = 0
-    with suppress(UserError), summary(batches):  # the shards may be out of reach while their features are stored
+    with suppress(UserError), closing(batches):  # the shards may be out of reach while their features are stored
         for batch in batches:
             due = tried[begin : begin + len(batch.index)]
             begin += len(due)
@@ -363,7 +359,7 @@ def width_of(encoder: nn.Module, size: int) -> int:
 
 def digest_of_code() -> str:
     """Checksum of the code that decides the features besides the encoder: how images are read and encoded."""
-    files = sorted(path for package in (pipeline, model) for path in Path(package.__file__).parent.glob("*.py"))
+    files = sorted(path for package in (pipeline, model) for path in Path(package.__file__).parent.rglob("*.py"))
     return sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
@@ -407,7 +403,7 @@ def feature_folder(kept: bool) -> Iterator[Path]:
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Written aside and renamed, so that whoever finds the file finds all of it."""
-    with aside(path) as unfinished:
+    with replacing(path) as unfinished:
         write(unfinished)
 
 
@@ -457,7 +453,7 @@ def counted(embedded: Iterable, parts: Parts, name: str, advance: Callable[[int]
     """The batches of `embed`, each of which advances the bar by its samples; all ranks stop at too many bad images."""
     due = kept = 0
     for batch in embedded:
-        due = min(due + EMBEDDED_AT_ONCE * parts.accelerator.num_processes, len(parts.samples[name]))
+        due = min(due + EMBEDDED_AT_ONCE * parts.session.world_size, len(parts.samples[name]))
         kept += len(batch[0])
         check_left_out(parts, name, due - kept)
         yield batch

@@ -26,8 +26,7 @@ import torchvision
 import tyro
 from torch import Tensor, nn
 
-from common import UserError
-from evaluation.files import aside, save_tensors
+from common import UserError, replacing, save_tensors
 from model import load_encoder, read_spec
 
 TORCHVISION = [f"resnet{depth}" for depth in (18, 34, 50, 101, 152)]
@@ -67,7 +66,7 @@ def export(options: Export) -> None:
         config = run_config(run)
         record = huggingface_config(encoder, spec, config)
         card = model_card(out.name, spec, config, run_scores(run), evaluations(run, file))
-        with aside(out) as folder:
+        with replacing(out) as folder:
             folder.mkdir()
             (folder / "config.json").write_text(json.dumps(record, indent=2) + "\n")
             (folder / "README.md").write_text(card, encoding="utf-8")
@@ -76,11 +75,11 @@ def export(options: Export) -> None:
     if out.suffix != ".safetensors":
         raise UserError(f"{out} would be a safetensors file: give it a name that ends in .safetensors.")
     if options.format == "timm":
-        with aside(out) as partial:
+        with replacing(out) as partial:
             shutil.copyfile(file, partial)
     else:
         state = torchvision_state(encoder, spec)
-        with aside(out) as partial:
+        with replacing(out) as partial:
             save_tensors(state, partial, {"torchvision_name": spec[0]})
 
 

@@ -21,7 +21,7 @@ from engine.optim import create_optimizer, parameter_groups
 from engine.processes import ending_together
 from engine.schedule import create_schedule
 from engine.session import Session
-from evaluation.classify import labeled_test_samples, evaluate_classifier
+from evaluation.classify import evaluate_classifier, labeled_test_samples
 from evaluation.report import report_table
 from model import save_classifier, save_encoder, start_classifier, synchronize_batchnorm
 from pipeline.data import open_data

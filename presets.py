@@ -15,98 +15,89 @@ from typing import Any
 import tyro
 
 from common import UserError
-from config import (
-    Common,
-    Config,
-    Distill,
-    Encoder,
-    Evaluation,
-    FineTune,
-    Head,
-    Labels,
-    Loss,
-    Optim,
-    Start,
-    check_values,
-    flag,
-)
-from pipeline.augment.config import AugmentConfig
+from config import DistillConfig, FinetuneConfig, PretrainConfig, StageConfig
+from engine.optim import OptimConfig
+from evaluation.evaluator import EvalConfig
+from loss import LossConfig
+from model import EncoderConfig, HeadConfig, StartConfig
+from pipeline.augment import AugmentConfig
+from pipeline.loader.subsets import LabelsConfig
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
-def textures() -> Config:
+def textures() -> PretrainConfig:
     """The built-in data set on a laptop: ResNet-18 at a quarter of its width, standard stem, 32 px.
 
     `accelerate launch train.py` takes two to four minutes on two CPU cores; the README shows what it reaches. Jitter at
     full strength is what makes the pattern, not the colors, the cheapest thing that two views have in common.
     """
-    return Config(
+    return PretrainConfig(
         preset="textures",
         epochs=50,
         batch_size=128,
         views=AugmentConfig(size=32, crop_area=(0.2, 1.0), gray_p=0.3, blur_p=0.0, mean=(0.5,) * 3, std=(0.25,) * 3),
-        encoder=Encoder("resnet18", stem="standard", width=0.25),
-        head=Head("v1", hidden=128, out=64),
-        loss=Loss(temperature=0.2),
-        optim=Optim("adamw", lr=6e-3, scaling="none", weight_decay=1e-4, warmup_epochs=2),
-        eval=Evaluation(knn_every=10, k=20),
+        encoder=EncoderConfig("resnet18", stem="standard", width=0.25),
+        head=HeadConfig("v1", hidden=128, out=64),
+        loss=LossConfig(temperature=0.2),
+        optim=OptimConfig("adamw", lr=6e-3, scaling="none", weight_decay=1e-4, warmup_epochs=2),
+        eval=EvalConfig(knn_every=10, k=20),
     )
 
 
-def cifar10() -> Config:
+def cifar10() -> PretrainConfig:
     """CIFAR-10 with augmentation and temperature of arXiv 2002.05709, appendix B.9, and ResNet-18 for its ResNet-50.
 
     `accelerate launch train.py --preset cifar10 --data CIFAR` on shards made by `pipeline.convert`. Neither hours nor
     accuracy have been measured here; ResNet-18 is commonly reported at about 91 % linear after 1000 epochs.
     """
-    return Config(
+    return PretrainConfig(
         preset="cifar10",
         epochs=1000,
         batch_size=512,
         views=AugmentConfig(size=32, jitter_strength=0.5, blur_p=0.0, mean=CIFAR_MEAN, std=CIFAR_STD),
-        encoder=Encoder("resnet18"),
-        head=Head("v1", hidden=512, out=128),
-        loss=Loss(temperature=0.5),
-        optim=Optim("lars", lr=1.0, scaling="linear", weight_decay=1e-4, warmup_epochs=10),
-        eval=Evaluation(knn_every=20, k=200),
+        encoder=EncoderConfig("resnet18"),
+        head=HeadConfig("v1", hidden=512, out=128),
+        loss=LossConfig(temperature=0.5),
+        optim=OptimConfig("lars", lr=1.0, scaling="linear", weight_decay=1e-4, warmup_epochs=10),
+        eval=EvalConfig(knn_every=20, k=200),
     )
 
 
-def stl10() -> Config:
+def stl10() -> PretrainConfig:
     """STL-10 at 96 px with ResNet-18 and a head 512 -> 64, as small-scale SimCLR is usually run.
 
     `accelerate launch train.py --preset stl10 --data STL`; neither hours nor accuracy have been measured here.
     """
-    return Config(
+    return PretrainConfig(
         preset="stl10",
         epochs=200,
         batch_size=256,
         views=AugmentConfig(size=96),
-        encoder=Encoder("resnet18"),
-        head=Head("v1", hidden=512, out=64),
-        loss=Loss(temperature=0.5),
-        optim=Optim("adamw", lr=3e-4, scaling="none", weight_decay=1e-4, warmup_epochs=10),
-        eval=Evaluation(knn_every=20, k=20),
+        encoder=EncoderConfig("resnet18"),
+        head=HeadConfig("v1", hidden=512, out=64),
+        loss=LossConfig(temperature=0.5),
+        optim=OptimConfig("adamw", lr=3e-4, scaling="none", weight_decay=1e-4, warmup_epochs=10),
+        eval=EvalConfig(knn_every=20, k=20),
     )
 
 
-def imagenet() -> Config:
+def imagenet() -> PretrainConfig:
     """ImageNet as in arXiv 2002.05709: ResNet-50, batch 4096, LARS 4.8, 100 epochs: 64.6 % linear top-1 (table B.1).
 
     `accelerate launch train.py --preset imagenet --data IMAGENET` on as many GPUs as hold 4096 images at 224 px; hours
     have not been measured.
     """
-    return Config(
+    return PretrainConfig(
         preset="imagenet",
         epochs=100,
         batch_size=4096,
         views=AugmentConfig(size=224),
-        encoder=Encoder("resnet50"),
-        head=Head("v1", hidden=2048, out=128),
-        loss=Loss(temperature=0.1),
-        optim=Optim("lars", lr=0.3, scaling="linear", weight_decay=1e-6, warmup_epochs=10),
-        eval=Evaluation(knn_every=10, k=200, baselines=False),
+        encoder=EncoderConfig("resnet50"),
+        head=HeadConfig("v1", hidden=2048, out=128),
+        loss=LossConfig(temperature=0.1),
+        optim=OptimConfig("lars", lr=0.3, scaling="linear", weight_decay=1e-6, warmup_epochs=10),
+        eval=EvalConfig(knn_every=10, k=200, baselines=False),
     )
 
 
@@ -115,137 +106,140 @@ def crop_and_flip(size: int, crop_area: tuple[float, float] = (0.08, 1.0)) -> Au
     return AugmentConfig(size, crop_area, jitter_p=0.0, gray_p=0.0, blur_p=0.0)
 
 
-def fine_tune_textures() -> FineTune:
+def fine_tune_textures() -> FinetuneConfig:
     """A tenth of the built-in data set's labels: `train.py finetune --start.run RUN`; half a minute on two cores."""
     start = textures()
-    return FineTune(
+    return FinetuneConfig(
         epochs=100,
         batch_size=64,
         views=replace(crop_and_flip(32, (0.2, 1.0)), mean=start.views.mean, std=start.views.std),
-        optim=Optim("adamw", lr=3e-3, scaling="none", weight_decay=1e-4, warmup_epochs=3),
-        labels=Labels(0.1),
+        optim=OptimConfig("adamw", lr=3e-3, scaling="none", weight_decay=1e-4, warmup_epochs=3),
+        labels=LabelsConfig(0.1),
         encoder=start.encoder,
         validate_every=20,
     )
 
 
-def fine_tune_v1(percent: int) -> FineTune:
+def fine_tune_v1(percent: int) -> FinetuneConfig:
     """ImageNet as in arXiv 2002.05709, appendix B.5: SGD with Nesterov momentum; its 48.3 % (1 % of the labels) and
     65.6 % (10 %) with ResNet-50 come after 1000 epochs. Not run here."""
-    return FineTune(
+    return FinetuneConfig(
         preset=f"v1-{percent}",
         epochs={1: 60, 10: 30}[percent],
         batch_size=4096,
         views=crop_and_flip(224),
-        optim=Optim("nesterov", lr=0.05, scaling="linear", weight_decay=0.0, warmup_epochs=0),
-        labels=Labels(percent / 100),
+        optim=OptimConfig("nesterov", lr=0.05, scaling="linear", weight_decay=0.0, warmup_epochs=0),
+        labels=LabelsConfig(percent / 100),
     )
 
 
-def fine_tune_v2(percent: int) -> FineTune:
+def fine_tune_v2(percent: int) -> FinetuneConfig:
     """ImageNet as in arXiv 2006.10029, section 3: LARS, from the head's first layer; its 57.9 % (1 % of the labels) and
     68.4 % (10 %) are ResNet-50's. Not run here.
 
     The learning rate is that of standard ResNets; for wider ones and for selective kernels the paper uses --optim.lr
     0.002. With all labels it fine-tunes from h: --labels.fraction 1 --start.from-layer 0, 30 epochs.
     """
-    return FineTune(
+    return FinetuneConfig(
         preset=f"v2-{percent}",
         epochs={1: 60, 10: 30}[percent],
         batch_size=1024,
         views=crop_and_flip(224),
-        optim=Optim("lars", lr=0.005, scaling="sqrt", weight_decay=0.0, warmup_epochs=0),
-        start=Start(from_layer=1),
-        labels=Labels(percent / 100),
+        optim=OptimConfig("lars", lr=0.005, scaling="sqrt", weight_decay=0.0, warmup_epochs=0),
+        start=StartConfig(from_layer=1),
+        labels=LabelsConfig(percent / 100),
     )
 
 
-def distill_textures() -> Distill:
+def distill_textures() -> DistillConfig:
     """All images of the built-in data set without labels: `train.py distill --teacher RUN`; a minute on two cores."""
     start = fine_tune_textures()
-    return Distill(
+    return DistillConfig(
         epochs=25,
         batch_size=128,
         temperature=0.1,
         views=start.views,
-        optim=Optim("adamw", lr=2e-3, scaling="none", weight_decay=1e-4, warmup_epochs=2),
+        optim=OptimConfig("adamw", lr=2e-3, scaling="none", weight_decay=1e-4, warmup_epochs=2),
         encoder=start.encoder,
         validate_every=10,
     )
 
 
-def distill_v2() -> Distill:
+def distill_v2() -> DistillConfig:
     """ImageNet with learning rate schedule, decay and batch of the pretraining of arXiv 2006.10029, section 3, for 400
     epochs: a peak of 6.4 after 5 % of them. Not run here.
 
     The temperature is that for a student smaller than its teacher; for one as large the paper uses --temperature 0.1.
     """
-    return Distill(
+    return DistillConfig(
         preset="v2",
         epochs=400,
         batch_size=4096,
         views=crop_and_flip(224),
-        optim=Optim("lars", lr=0.1, scaling="sqrt", weight_decay=1e-4, warmup_epochs=20),
+        optim=OptimConfig("lars", lr=0.1, scaling="sqrt", weight_decay=1e-4, warmup_epochs=20),
     )
 
 
-PRESETS: dict[str, dict[str, Callable[[], Common]]] = {
-    "pretrain": {"textures": textures, "cifar10": cifar10, "stl10": stl10, "imagenet": imagenet},
-    "finetune": {
-        "textures": fine_tune_textures,
-        **{f"v1-{percent}": partial(fine_tune_v1, percent) for percent in (1, 10)},
-        **{f"v2-{percent}": partial(fine_tune_v2, percent) for percent in (1, 10)},
-    },
-    "distill": {"textures": distill_textures, "v2": distill_v2},
+PRETRAIN = {"textures": textures, "cifar10": cifar10, "stl10": stl10, "imagenet": imagenet}
+FINETUNE = {
+    "textures": fine_tune_textures,
+    "v1-1": partial(fine_tune_v1, 1),
+    "v1-10": partial(fine_tune_v1, 10),
+    "v2-1": partial(fine_tune_v2, 1),
+    "v2-10": partial(fine_tune_v2, 10),
 }
+DISTILL = {"textures": distill_textures, "v2": distill_v2}
 
 
-def parse(arguments: list[str]) -> Config | FineTune | Distill:
-    """Command line to configuration: the preset first, then the options that override it.
+def parse(presets: dict[str, Callable[[], StageConfig]], arguments: list[str], prog: str) -> Any:
+    """Read a command line: the preset first, then the options that override it.
 
     A stage that starts from another run sees the same images: that run's --data and --views.size, mean and std are the
     defaults.
 
+    Args:
+        presets: name -> preset of the stage.
+        arguments: what follows the script's name.
+        prog: name of the script.
+
+    Returns:
+        The configuration, of the type that the presets return.
+
     Raises:
-        UserError: unknown stage, preset or option, or a value that can't work.
+        UserError: unknown preset or option, or a value that is out of range.
     """
-    stage = "pretrain"
-    if arguments and not arguments[0].startswith("-"):
-        stage, *arguments = arguments
-    if stage not in PRESETS:
-        raise UserError(f"There is no stage {stage!r}{nearest(stage, PRESETS)}; use one of {', '.join(PRESETS)}.")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for option, default in (("--preset", "textures"), ("--teacher", ""), ("--start.run", "")):
         first.add_argument(option, default=default, nargs="?", const="")
-    given = vars(first.parse_known_args(arguments)[0])
-    presets, name = PRESETS[stage], given["preset"]
+    chosen = vars(first.parse_known_args(arguments)[0])
+    name = chosen["preset"]
     if name not in presets:
         raise UserError(f"There is no preset {name!r}{nearest(name, presets)}; use one of {', '.join(presets)}.")
     default = presets[name]()
-    if stage != "pretrain" and (before := given["teacher"] or given["start.run"]):
+    before = chosen["teacher"] or chosen["start.run"]
+    if before and not isinstance(default, PretrainConfig):
         data, views = images_of(Path(before))
         default = replace(default, data=data, views=replace(default.views, **views))
-    config = parse_options(default, f"train.py {stage}", arguments)
-    check_values(config)
+    config = parse_options(default, arguments, prog)
+    config.check_complete()
     return config
 
 
-def parse_options(default: Common, prog: str, arguments: list[str]) -> Config | FineTune | Distill:
-    """`tyro.cli`, whose error boxes become one sentence.
+def parse_options(default: StageConfig, arguments: list[str], prog: str) -> Any:
+    """`tyro.cli` with one sentence per error in place of its boxes.
 
     Raises:
-        UserError: unknown option, missing value, or a value of another type.
+        UserError: unknown option, missing value, or a value of another type or out of range.
     """
-    about = type(default).__doc__ or ""
-    if isinstance(default, Config):
-        about += " Other stages: train.py finetune --help, train.py distill --help."
+    # tyro writes the negation of a nested switch as --eval.no-baselines; accept --no-eval.baselines as well
+    arguments = [re.sub(r"^--no-([\w-]+)\.", r"--\1.no-", argument) for argument in arguments]
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
             config, unknown = tyro.cli(
                 type(default),
                 prog=prog,
-                description=about,
+                description=type(default).__doc__,
                 default=default,
                 args=arguments,
                 return_unknown_args=True,
@@ -272,9 +266,8 @@ def option_names(options: dict[str, Any], prefix: str = "") -> list[str]:
         if isinstance(value, dict):
             names += option_names(value, f"{prefix}{field}.")
         else:
-            names.append(flag(prefix + field))
-            if isinstance(value, bool):
-                names.append(flag(f"{prefix}no_{field}"))
+            options_of_field = [f"{prefix}{field}"] + ([f"{prefix}no_{field}"] if isinstance(value, bool) else [])
+            names += ["--" + option.replace("_", "-") for option in options_of_field]
     return names
 
 

@@ -117,16 +117,16 @@ def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> 
             loop.add_result("untrained", **evaluate(forward_features))
 
         for batch in loop:  # views (2B, 3, S, S), label (B,)
+            probe = partial(probe_objective, label=batch.label)
             if 0 < config.micro_batch < len(batch.label):
-                probe = partial(probe_objective, label=batch.label)
-                loss, probe_top1 = cached_backward(session, model, batch.views, config.micro_batch, contrast, probe)
+                loss, top1 = cached_backward(session, model, batch.views, config.micro_batch, contrast, probe)
             else:
                 with session.autocast():
                     z, logits = model(batch.views)  # (2B, out), (2B, classes)
                 loss = contrast(z)
-                probe_loss, probe_top1 = probe_objective(logits, label=batch.label)
+                probe_loss, *top1 = probe(logits)
                 loop.backward(loss + probe_loss)
-            loop.step(loss=loss, probe_top1=probe_top1)
+            loop.step(loss=loss, probe_top1=tuple(top1))
             if loop.validation_due:
                 loop.log(**evaluate(forward_features, linear=False))
     if loop.stopped:
@@ -140,21 +140,28 @@ def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> 
     loop.finish(report_table(loop.results) if loop.results else None)
 
 
-def probe_objective(logits: Tensor | None, images: slice = slice(None), *, label: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy () and top-1 accuracy () of the online probe, both as these images' share of the batch.
+def probe_objective(
+    logits: Tensor | None, part: slice = slice(None), *, label: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and accuracy of the online probe, as sums over some views divided by all views of the batch.
+
+    Slices of a batch add up to the batch, and the mean over ranks is that of the global batch, however the labels are
+    distributed over them.
 
     Args:
         logits: (2b, classes), both views of b images; None without a probe.
-        images: the b images of the batch that `logits` belong to.
-        label: (B,) int64 of the whole batch; -1 for unlabeled images, which are ignored.
+        part: the b images of the batch that the logits belong to.
+        label: (B,) int64 of this rank's batch; -1 for unlabeled images, which are ignored.
+
+    Returns:
+        Cross-entropy (), share of views whose label is the most likely class (), share of labeled views ().
     """
     if logits is None:
         zero = torch.zeros((), device=label.device)
-        return zero, zero
-    labeled = 2 * (label >= 0).sum().clamp_min(1)
-    label = label[images].repeat(2)  # (2b,)
-    top1 = (logits.argmax(1) == label).sum() / labeled
-    return cross_entropy(logits.float(), label, ignore_index=-1, reduction="sum") / labeled, top1
+        return zero, zero, zero
+    views, label = 2 * len(label), label[part].repeat(2)  # (2b,)
+    loss = cross_entropy(logits.float(), label, ignore_index=-1, reduction="sum")
+    return loss / views, (logits.argmax(1) == label).sum() / views, (label >= 0).sum() / views
 
 
 def main() -> None:

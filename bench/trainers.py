@@ -19,7 +19,6 @@ from itertools import islice, pairwise, repeat
 from pathlib import Path
 
 import torch
-from engine.loop import Instruments
 from PIL.Image import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -29,6 +28,7 @@ import train
 from bench.harness import peak_resident_mb
 from bench.implementations import dense
 from config import PretrainConfig
+from engine.loop import Instruments
 from model import create_encoder, encoder_spec, feature_dim, projection_head
 from presets import parse
 

@@ -13,18 +13,73 @@ import re
 import shutil
 import signal
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .common import UserError
+from .common import UserError, check_range, file_sha256, save_tensors
 
-FORMAT = "streamclr-checkpoint-2"
+FORMAT = "streamclr-checkpoint-3"
+
+
+MAY_CHANGE = {"may_change": True}
+"""Metadata of a configuration's field that may differ when a run is resumed: it does not change the result."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written, in addition to the end of every epoch."""
+
+    every_steps: int = 0
+    """Steps between checkpoints; 0 for none."""
+    every_minutes: float = 10
+    """Minutes between checkpoints, checked when a metrics row is written; 0 for none."""
+    keep: int = 3
+    """Number of most recent checkpoints to keep."""
+
+    def __post_init__(self) -> None:
+        check_range("--checkpoint.every-steps", self.every_steps, 0, 10**9)
+        check_range("--checkpoint.every-minutes", self.every_minutes, 0, 10**9)
+        check_range("--checkpoint.keep", self.keep, 1, 10**9)
+
+
+def check_same_run(config: Any, saved: dict[str, Any]) -> None:
+    """Refuse to resume a run under other options, except those that do not change its result.
+
+    Args:
+        config: dataclass; fields with `MAY_CHANGE` as metadata are not compared.
+        saved: `dataclasses.asdict` of the configuration in the checkpoint.
+
+    Raises:
+        UserError: names every option that differs, with both values.
+    """
+    now = json.loads(json.dumps(asdict(config)))  # tuples become lists, as in the file
+    free = {field.name for field in fields(config) if field.metadata.get("may_change")}
+    differing = [
+        f"--{name.replace('_', '-')} {before} (now {after})"
+        for part in sorted((now.keys() | saved.keys()) - free)
+        for name, before, after in _differences(part, saved.get(part), now.get(part))
+    ]
+    if differing:
+        raise UserError(
+            f"The run was started with {', '.join(differing)}; use the same values, or start again with another --out."
+        )
+
+
+def _differences(name: str, before: Any, after: Any) -> list[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        return [
+            difference
+            for part in sorted(before.keys() | after.keys())
+            for difference in _differences(f"{name}.{part}", before.get(part), after.get(part))
+        ]
+    return [] if before == after else [(name, before, after)]
 
 
 class Checkpoints:
@@ -58,15 +113,14 @@ class Checkpoints:
                 shutil.rmtree(left, ignore_errors=True)
             partial.mkdir(parents=True)
             record_file, state_file = partial / "record.json", partial / "state.safetensors"
-            save_file(_unshared(tensors), state_file)
-            record = {"format": FORMAT, "step": step, "sha256": _digest(state_file), **record}
+            save_tensors(tensors, state_file, {})
+            record = {"format": FORMAT, "step": step, "sha256": file_sha256(state_file), **record}
             record_file.write_text(json.dumps({**record, "checksum": _checksum(record)}, indent=1) + "\n")
-            state_file.chmod(record_file.stat().st_mode)  # safetensors writes for the owner alone, whatever the umask
             for path in (*partial.iterdir(), partial):
                 _to_disk(path)
             os.rename(partial, target)
             _to_disk(self.folder)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             latest = self.latest()
             raise UserError(
@@ -87,16 +141,6 @@ class Checkpoints:
         discarded = path.with_name(f".{path.name}.partial")
         os.rename(path, discarded)  # first out of sight: a kill may come at any time
         shutil.rmtree(discarded, ignore_errors=True)
-
-
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors; those that share memory with another one are copied, because safetensors refuses them."""
-    seen, result = set(), {}
-    for name, tensor in tensors.items():
-        tensor, memory = tensor.contiguous(), tensor.untyped_storage().data_ptr()
-        result[name] = tensor.clone() if memory in seen else tensor
-        seen.add(memory)
-    return result
 
 
 def _step_of(path: Path) -> int:
@@ -139,14 +183,14 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"{path}/record.json is damaged: {cure}.")
     file = path / "state.safetensors"
     try:
-        if _digest(file) != record["sha256"]:
+        if file_sha256(file) != record["sha256"]:
             raise UserError(f"{file} is not as it was written, truncated perhaps: {cure}.")
         return load_file(file), record
     except (OSError, KeyError, SafetensorError) as error:
         raise UserError(f"{file} can't be read ({error}): {cure}.") from error
 
 
-def pack(module: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
+def state_tensors(module: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
     """Weights, buffers and optimizer states under names of their own, on the host."""
     tensors = {f"model/{name}": tensor for name, tensor in module.state_dict().items()}
     for number, optimizer in enumerate(optimizers):
@@ -157,8 +201,8 @@ def pack(module: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
 
 
-def unpack(tensors: dict[str, Tensor], module: nn.Module, optimizers: list[Optimizer]) -> None:
-    """Put back what `pack` took.
+def load_state_tensors(tensors: dict[str, Tensor], module: nn.Module, optimizers: list[Optimizer]) -> None:
+    """Put back what `state_tensors` took.
 
     Raises:
         UserError: a tensor is missing, left over or of another shape.
@@ -203,11 +247,6 @@ class StopSignal:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _checksum(record: dict[str, Any]) -> str:

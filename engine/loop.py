@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from . import checkpoint
+from . import checkpoint, run_lock
 from .checkpoint import MAY_CHANGE, CheckpointConfig, Checkpoints, StopSignal
 from .common import UserError, check_range, progress_bar
-from .metrics import RunningMeans, StepTimer, communication_s, verdict
+from .metrics import RunningMeans, StepTimer, communication_s, divide_pairs, verdict
 from .nonfinite import CollapseWatch, NonFiniteGuard
 from .optim import OptimConfig
 from .run_folder import start_run
@@ -176,6 +176,11 @@ class TrainingLoop:
                 if self.stopping:
                     break
         self.stopped = self.stopping and self.global_step < self.total_steps
+        if not self.stopped and not self.guard.weights_are_finite():  # overflow in one of the last --max-skipped steps
+            raise UserError(
+                "The weights are not finite at the end of the run, so no encoder is written; use a lower --optim.lr, a "
+                "longer --optim.warmup-epochs or --precision fp32, and a new --out."
+            )
         if self.stopped:
             resume = "" if self.config.resume == "auto" else " --resume auto"
             self.session.print(
@@ -198,11 +203,12 @@ class TrainingLoop:
         self.session.backward(loss)
         self.instruments.mark("other")
 
-    def step(self, **metrics: Tensor) -> None:
+    def step(self, **metrics: Tensor | tuple[Tensor, Tensor]) -> None:
         """Take the optimizer step, unless the gradient is not finite, and write a metrics row if one is due.
 
         Args:
-            metrics: scalars () on the device, `loss` among them; a row holds their means over its steps.
+            metrics: scalars () on the device, `loss` among them, or pairs of scalars to be divided, see `RunningMeans`;
+                a row holds their means over its steps.
         """
         taken, gradient_norm = self.guard.after_backward(self.global_step + 1)
         self.instruments.mark("optimizer")
@@ -238,7 +244,7 @@ class TrainingLoop:
         if skipped["longest_skipped"] > config.max_skipped:
             raise self._diverged(skipped["longest_skipped"], skipped["last_skipped"])
 
-        self.row = {"step": self.global_step, "epoch": self.epoch, "lr": self.learning_rate, **mean}
+        self.row = {"step": self.global_step, "epoch": self.epoch, "lr": self.learning_rate, **divide_pairs(mean)}
         self.row |= self.timer.window(config.batch_size)
         self.row |= {"replaced_images": self.replaced_images, "skipped_steps": skipped["skipped"]}
         if session.is_main:
@@ -276,6 +282,7 @@ class TrainingLoop:
         for sentence in self._summary():
             self.session.print(sentence)
         self.session.print(f"run folder: {self.session.out}")
+        run_lock.release(self.session.out)
 
     def add_result(self, name: str, **scores: float) -> None:
         """Add a row to the final table, with the step at which it was measured."""
@@ -294,12 +301,15 @@ class TrainingLoop:
             faster = "faster hardware" if session.bf16 else "hardware that computes in bf16"
             if session.device.type == "cuda" and not config.compile:
                 faster = "--compile"  # on CPUs it was slower in bf16 in every measurement
-            sentences.append(f"{images_per_s:,.0f} images/s, {waiting:.1%} of the time waiting for data")
+            decimals = 0 if images_per_s >= 10 else 1  # a large network on a CPU encodes a few images per second
+            sentences.append(f"{images_per_s:,.{decimals}f} images/s, {waiting:.1%} of the time waiting for data")
             sentences.append(verdict(waiting, communicating, faster))
         return sentences
 
     def _announce(self) -> None:
         """Print what the run is about to do."""
+        if self.metrics is not None and self.metrics.damaged:
+            self.session.print(f"{self.metrics.damaged} damaged rows of metrics.jsonl were dropped.")
         session, config, dropped = self.session, self.config, self.loader.sampler.dropped
         images = len(self.loader) * config.batch_size + dropped
         resumed = f"; resumes from {session.resume_from}" if session.resume_from else ""
@@ -315,7 +325,7 @@ class TrainingLoop:
         session, loader, device = self.session, self.loader, self.session.device
         tensors, record = checkpoint.load(path)
         checkpoint.check_same_run(self.config, record["config"])
-        if record["data"] != loader.shards.identity():
+        if record["data"] != self._data():
             raise UserError(f"{path} was trained on other shards than {loader.shards.root}; set its --data.")
         if changed := [name for name, digest in self.inputs.items() if record["inputs"].get(name) != digest]:
             raise UserError(
@@ -326,7 +336,7 @@ class TrainingLoop:
             raise UserError(f"{path} was trained in {before}; resume it on such hardware or with --precision {before}.")
         checkpoint.load_state_tensors(tensors, self.module, self.optimizers)
         self.means.load(record["metrics"], tensors["means"].to(device))
-        self.guard.counts = tensors["guard"].to(device)
+        self.guard.load(tensors["guard"].to(device))
         loader.load_state_dict(record["loader"])
         loader.bad_samples.replaced = record["replaced"] if session.is_main else 0  # rank 0 counts for all before
         self.global_step, self.results = record["step"], record["results"]
@@ -337,19 +347,26 @@ class TrainingLoop:
         replaced = torch.tensor(loader.bad_samples.replaced, device=session.device)
         replaced, means = int(session.sum(replaced)), session.mean(self.means.sums)
         if session.is_main and self.guard.weights_are_finite():
+            run_lock.check(session.out)
             tensors = checkpoint.state_tensors(self.module, self.optimizers)
             tensors |= {"means": means.cpu(), "guard": self.guard.counts.cpu()}
-            record = {"loader": loader.state_dict(), "results": self.results, "data": loader.shards.identity()}
+            record = {"loader": loader.state_dict(), "results": self.results, "data": self._data()}
             record |= {"inputs": self.inputs, "bf16": session.bf16, "metrics": self.means.names}
             record |= {"replaced": replaced, "config": asdict(self.config)}
-            Checkpoints(session.out / "checkpoints", self.config.checkpoint.keep).save(self.global_step, tensors, record)
+            Checkpoints(session.out / "checkpoints", self.config.checkpoint.keep).save(
+                self.global_step, tensors, record
+            )
         self.saved_at_s = time.monotonic()
+
+    def _data(self) -> dict[str, Any]:
+        """What the shards of a run are recognized by."""
+        return {"samples": len(self.loader.shards), "shards": self.loader.shards.checksum}
 
     def _diverged(self, in_a_row: int, step: int) -> UserError:
         """The error of a run with too many non-finite gradients; lists the images of the last such step."""
         epoch, position = divmod(step - 1, len(self.loader))
         samples = np.sort(self.loader.sampler.batch(epoch, position))
-        keys = [key.decode() for key in self.loader.shards.index["key"][samples]]
+        keys = [key.decode(errors="replace") for key in self.loader.shards.index["key"][samples]]
         listing = self.session.out / "diverged.json"
         if self.session.is_main:
             listing.write_text(json.dumps({"step": step, "images": keys}, indent=1) + "\n")

@@ -99,8 +99,11 @@ def verdict(waiting: float, communicating: float, faster_step: str) -> str:
 class RunningMeans:
     """Means of named scalars on a device, without waiting for it.
 
+    A metric is a scalar (), or a pair of scalars whose sums are divided: (correct, labeled) gives the accuracy over
+    all labeled images of a row, however they are spread over steps and ranks.
+
     Attributes:
-        names: names of the scalars, those of the first `add`.
+        names: names of the scalars, those of the first `add`; the second of a pair is called <name>/weight.
         sums: (len(names) + 1,) sums of the scalars, then their count; None before the first `add`.
     """
 
@@ -112,12 +115,15 @@ class RunningMeans:
         """Continue with the sums of a checkpoint."""
         self.names, self.sums = list(names), sums
 
-    def add(self, taken: torch.Tensor, **values: torch.Tensor) -> None:
-        """Add one value of each scalar, (); nothing if `taken`, () bool, says that the step was skipped."""
-        scalars = [value.detach().float() for value in values.values()]
-        row = torch.stack([*scalars, torch.ones_like(scalars[0])])
+    def add(self, taken: torch.Tensor, **values: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Add one value of each metric; nothing if `taken`, () bool, says that the step was skipped."""
+        scalars = {}
+        for name, value in values.items():
+            scalars |= {name: value[0], f"{name}/weight": value[1]} if isinstance(value, tuple) else {name: value}
+        row = [value.detach().float() for value in scalars.values()]
+        row = torch.stack([*row, torch.ones_like(row[0])])
         if self.sums is None:
-            self.names, self.sums = list(values), torch.zeros_like(row)
+            self.names, self.sums = list(scalars), torch.zeros_like(row)
         self.sums = self.sums + torch.where(taken, row, 0)  # nan times 0 would be nan
 
     def compute_and_reset(self) -> dict[str, torch.Tensor]:
@@ -125,6 +131,16 @@ class RunningMeans:
         means = self.sums[:-1] / self.sums[-1]
         self.sums = torch.zeros_like(self.sums)
         return dict(zip(self.names, means.unbind(), strict=True))
+
+
+def divide_pairs(means: dict[str, float]) -> dict[str, float]:
+    """Means on the host with every <name>/weight divided into <name>; nan where the weight is 0."""
+    weights = {name: weight for name in means if (weight := means.get(f"{name}/weight")) is not None}
+    return {
+        name: value if name not in weights else value / weights[name] if weights[name] else math.nan
+        for name, value in means.items()
+        if not name.endswith("/weight")
+    }
 
 
 class MetricsFile:

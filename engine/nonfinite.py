@@ -70,6 +70,11 @@ class NonFiniteGuard:
             self.counts = torch.stack([row, torch.maximum(row, longest), count + skipped, last])
         return taken, norm
 
+    def load(self, counts: Tensor) -> None:
+        """Continue with the counts of a checkpoint; its longest run of skipped steps is no longer held against it."""
+        row, _, count, last = counts.unbind()
+        self.counts = torch.stack([row, row, count, last])
+
     def counts_by_name(self) -> dict[str, Tensor]:
         """The entries of `counts`, each () on the device."""
         return dict(zip(COUNTS, self.counts.unbind(), strict=True))

@@ -36,6 +36,11 @@ class Session:
             mixed_precision="no",  # `autocast` is opened around forward passes alone, never around the loss
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )
+        if self.accelerator.gradient_accumulation_steps != 1:  # from the environment; it would divide every gradient
+            raise UserError(
+                "Gradient accumulation would lose negatives and is not supported; unset "
+                "ACCELERATE_GRADIENT_ACCUMULATION_STEPS and use --micro-batch."
+            )
         self.device = self.accelerator.device
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.cores = max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -57,10 +62,22 @@ class Session:
             name: of the default folder.
 
         Raises:
-            UserError: the folder is in use, or holds something other than a run that can be resumed.
+            UserError: the folder is in use, cannot be written or holds something other than a run that can be resumed.
         """
-        default = self.broadcast_text(f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")  # the ranks' clocks differ
-        self.out, self.resume_from = run_folder(out, resume, default)
+        chosen: list = [None]
+        if self.is_main:  # for all ranks: clocks and views of a network folder differ
+            default = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+            named = bool(out) or resume not in ("auto", "none")
+            for number in range(1, 2 if named else 100):  # jobs of a sweep may start in the same second
+                try:
+                    chosen = [run_folder(out, resume, default if number == 1 else f"{default}-{number}")]
+                    break
+                except (UserError, OSError) as error:
+                    chosen = [error]
+        (result,) = broadcast_object_list(chosen)
+        if isinstance(result, Exception):
+            raise result
+        self.out, self.resume_from = result
 
     @property
     def is_main(self) -> bool:
@@ -112,10 +129,6 @@ class Session:
     def sum(self, x: Tensor) -> Tensor:
         """Elementwise sum over ranks."""
         return self.accelerator.reduce(x, "sum")
-
-    def broadcast_text(self, text: str) -> str:
-        """The text of rank 0, on every rank."""
-        return broadcast_object_list([text])[0]
 
     def barrier(self) -> None:
         self.accelerator.wait_for_everyone()

@@ -19,8 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .common import UserError
-from .files import save_tensors
+from .common import UserError, save_tensors
 
 FORMAT = "streamclr-features-1"
 """To be changed whenever these files hold something else."""

@@ -41,7 +41,7 @@ class Options:
     """Keep features in $STREAMCLR_CACHE/features or ~/.cache/streamclr/features, and use those that are there."""
     out: str = ""
     """The file to write. Default: evaluation/<command>.json in the run folder, or beside the encoder."""
-    loading: Annotated[Loading, tyro.conf.arg(name="data")] = field(default_factory=Loading)
+    loader: Annotated[Loading, tyro.conf.arg(name="loader")] = field(default_factory=Loading)
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,9 @@ def parse(arguments: list[str], description: str) -> Knn | Linear | Embed:
 
 def _check(options: Options) -> None:
     """Refuse values that would fail later, where the cause is no longer plain."""
-    smallest = {"data.workers": (options.loading.workers, 0), "data.max-bad": (options.loading.max_bad, 0)}
-    smallest["data.cache-gb"] = (options.loading.cache_gb, 0)  # nor is nan at least 0
-    finite = {"data.cache-gb": (options.loading.cache_gb,), "mean": options.mean or (), "std": options.std or ()}
+    smallest = {"loader.workers": (options.loader.workers, 0), "loader.max-bad": (options.loader.max_bad, 0)}
+    smallest["loader.cache-gb"] = (options.loader.cache_gb, 0)  # nor is nan at least 0
+    finite = {"loader.cache-gb": (options.loader.cache_gb,), "mean": options.mean or (), "std": options.std or ()}
     if options.size is not None:
         smallest["size"] = (options.size, 8)
     if isinstance(options, Knn):

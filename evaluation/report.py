@@ -1,19 +1,10 @@
 """Scoring features on a train and a test split, and the tables that are shown."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import numpy as np
-import torch
 from rich.table import Table
-from torch import Tensor
 
-from .features import embed
 from .intervals import mean_and_half_width, wilson
-from .knn import knn_top1
-from .sgd_probe import linear_top1
 
 
 def report_table(report: dict[str, dict[str, float]]) -> Table:

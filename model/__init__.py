@@ -2,7 +2,16 @@
 
 from .batchnorm import synchronize_batchnorm
 from .classifier import Classifier, StartConfig, fine_tuned, load_classifier, save_classifier, start_classifier
-from .encoder import EncoderConfig, EncoderSpec, create_encoder, encoder_spec, feature_dim, load_encoder, read_spec, save_encoder
+from .encoder import (
+    EncoderConfig,
+    EncoderSpec,
+    create_encoder,
+    encoder_spec,
+    feature_dim,
+    load_encoder,
+    read_spec,
+    save_encoder,
+)
 from .head import HeadConfig, load_head, projection_head, save_head
 from .simclr import SimCLR
 

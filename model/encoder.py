@@ -22,6 +22,7 @@ from .common import UserError, check_range
 from .selective_kernels import SelectiveKernelBottleneck
 from .weights import load_strictly, read_weights, reading_metadata, write_weights
 
+
 @dataclass(frozen=True)
 class EncoderConfig:
     """Architecture of the encoder."""

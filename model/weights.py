@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, contiguous_format, nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from .common import UserError
+from .common import UserError, replacing, save_tensors
 
 KINDS = ("classes", "head", "timm_name")
 """The entry that tells a file of each kind: a classifier has all three, a projection head the second, an encoder the
@@ -24,18 +24,8 @@ def write_weights(module: nn.Module, metadata: dict, path: Path) -> None:
         UserError: the file can't be written, for example because the disk is full.
     """
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
-    # clones, since safetensors refuses tensors that share memory, as the layers of some encoders do (CoaT)
-    state = {key: value.clone(memory_format=contiguous_format) for key, value in module.state_dict().items()}
-    partial = path.with_suffix(".partial")
-    try:
-        partial.write_bytes(b"")
-        mode = partial.stat().st_mode
-        save_file(state, partial, texts)
-        partial.chmod(mode)  # safetensors writes for the owner alone, whatever the umask
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path} can't be written ({error}): check free space and permissions.") from error
+    with replacing(path) as temporary:
+        save_tensors(module.state_dict(), temporary, texts)
 
 
 def read_weights(path: Path, kind: str) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -10,9 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from common import UserError
+from common import UserError, replacing, save_tensors
 from evaluation.cache import feature_name, load_features, save_features
-from evaluation.files import aside, save_tensors
 
 
 def parts_of(features, size=4):
@@ -102,7 +101,7 @@ def test_files_are_readable_as_far_as_the_umask_allows(tmp_path, umask):
     before = os.umask(umask)
     try:
         save_features(tmp_path / "a.safetensors", parts_of(torch.randn(11, 5)), {})
-        with aside(tmp_path / "b.safetensors") as path:
+        with replacing(tmp_path / "b.safetensors") as path:
             save_tensors({"a": torch.zeros(3)}, path, {})
     finally:
         os.umask(before)
@@ -111,13 +110,17 @@ def test_files_are_readable_as_far_as_the_umask_allows(tmp_path, umask):
 
 def test_what_is_written_aside_appears_whole_or_not_at_all(tmp_path):
     out = tmp_path / "new" / "a.safetensors"
-    with pytest.raises(KeyboardInterrupt), aside(out) as path:
+    with pytest.raises(KeyboardInterrupt), replacing(out) as path:
         path.write_text("half")
         raise KeyboardInterrupt
-    with files_of_at_most(100), pytest.raises(UserError, match=r"a\.safetensors can't be written"), aside(out) as path:
+    with (
+        files_of_at_most(100),
+        pytest.raises(UserError, match=r"a\.safetensors can't be written"),
+        replacing(out) as path,
+    ):
         save_tensors({"a": torch.zeros(1000)}, path, {})
     (tmp_path / "taken").write_text("mine")
-    with pytest.raises(UserError, match="can't be written"), aside(tmp_path / "taken" / "a") as path:
+    with pytest.raises(UserError, match="can't be written"), replacing(tmp_path / "taken" / "a") as path:
         pass
     assert os.listdir(out.parent) == [] and (tmp_path / "taken").read_text() == "mine"
 

@@ -165,7 +165,7 @@ def test_an_image_smaller_than_its_index_is_named(name, size):
     heights, widths = np.array([(90, 120), size, (90, 120)]).T
     recipe = AugmentConfig(size=32, crop_area=(0.9, 1.0))
     parameters = draw_params(recipe, 0, 0, np.arange(3), heights, widths)
-    backend = make_backend(name, recipe, CPU, 3, 2, 2)
+    backend = create_backend(name, recipe, CPU, 3, 2, 2)
     with pytest.raises(DecodeError) as error:
         backend(encoded, parameters)
     assert error.value.args[1] == 1

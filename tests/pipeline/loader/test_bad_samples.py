@@ -15,6 +15,7 @@ from common import UserError
 from pipeline.augment.config import AugmentConfig
 from pipeline.convert.sources import folder_source
 from pipeline.convert.writer import write_split
+from pipeline.loader import ViewLoader
 from pipeline.shards.dataset import ShardSet, open_shards
 from tests.pipeline.image_sets import pictures, write_folder
 from tests.pipeline.loaders import center_crops, view_loader
@@ -173,7 +174,7 @@ def test_a_share_that_is_allowed_never_stops_a_run(whole, tmp_path, bad):
 
     def ranks(count: int) -> list[ViewLoader]:
         options_of_all = {"seed": 0, "device": CPU, "backend": "opencv", "world_size": count} | options
-        return [ViewLoader(spoilt, RECIPE, rank=rank, **options_of_all) for rank in range(count)]
+        return [view_loader(spoilt, RECIPE, rank=rank, **options_of_all) for rank in range(count)]
 
     for before, after in ((1, 1), (4, 4), (4, 1), (1, 4), (2, 4)):
         begun, resumed = ranks(before), ranks(after)
@@ -197,7 +198,7 @@ def test_a_share_that_is_allowed_never_stops_a_run(whole, tmp_path, bad):
 def test_the_ranks_together_may_have_too_many(whole, tmp_path):
     """What no rank notices by itself; a rank that has met none of them has no last one to name."""
     spoilt = spoil(whole, tmp_path / "set", range(6))
-    loader = ViewLoader(spoilt, RECIPE, batch_size=10, seed=0, device=CPU, backend="opencv", max_bad=0.1)
+    loader = view_loader(spoilt, RECIPE, batch_size=10, seed=0, device=CPU, backend="opencv", max_bad=0.1)
     loader.bad_samples.check(3, epoch=0)
     loader.bad_samples.check(6, epoch=1)
     with pytest.raises(UserError, match=r"^4 of 30 images of \S+ were bad, which is more than --loader.max-bad 0.1"):
