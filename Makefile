@@ -6,8 +6,11 @@ BIN := .venv/bin
 
 .PHONY: demo demo-v2 test soak bench lint clean
 
+# the launcher's defaults, spelled out: without them it prints a warning
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+
 demo: .venv/installed
-	$(BIN)/accelerate launch train.py
+	$(LAUNCH) train.py
 
 demo-v2: .venv/installed
 	$(BIN)/python -m bench.demo_v2

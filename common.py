@@ -117,7 +117,9 @@ def progress_bar(
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     columns += [TextColumn(fields)] if fields else []
     hidden = not (shown and sys.stderr.isatty())
-    with Progress(*columns, console=Console(stderr=True), disable=hidden, transient=True) as progress:
+    # rich would send what is printed meanwhile to stderr, also where stdout is a file
+    options = {"disable": hidden, "transient": True, "redirect_stdout": sys.stdout.isatty()}
+    with Progress(*columns, console=Console(stderr=True), **options) as progress:
         task = progress.add_task(text, total=total, **values)
 
         def update(**changes: float | str) -> None:
