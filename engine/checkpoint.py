@@ -1,9 +1,9 @@
-"""Checkpoints: all that a run needs to go on bit for bit, in folders that are only ever whole.
+"""Checkpoints: everything a run needs to continue bit for bit, in folders that are always complete.
 
     RUN/checkpoints/step-00001200/state.safetensors   weights, optimizer states, the sums of the open metrics row
     RUN/checkpoints/step-00001200/record.json         step, loader position, configuration, checksum of the other file
 
-A folder is written under another name and renamed when it is complete and on the disk. Nothing is unpickled.
+A folder is written under a temporary name and renamed once it is complete and on the disk. Nothing is unpickled.
 """
 
 import hashlib
@@ -83,17 +83,17 @@ def _differences(name: str, before: Any, after: Any) -> list[tuple[str, Any, Any
 
 
 class Checkpoints:
-    """The checkpoints of one run, the last `keep` of them kept."""
+    """Checkpoints of one run; only the `keep` most recent ones are kept."""
 
     def __init__(self, folder: Path, keep: int):
         self.folder, self.keep = folder, keep
 
     def latest(self) -> Path | None:
-        """The newest one; None if there is none."""
+        """Most recent checkpoint, or None."""
         return max(self._complete(), key=_step_of, default=None)
 
     def discard_after(self, step: int) -> None:
-        """Delete the checkpoints of later steps, which a run that continues from `step` writes again."""
+        """Delete checkpoints of later steps, which a run that continues from `step` will write again."""
         for path in list(self._complete()):
             if _step_of(path) > step:
                 self._discard(path)
@@ -102,14 +102,14 @@ class Checkpoints:
         """Write the checkpoint of a step, then delete the oldest ones.
 
         Raises:
-            UserError: it could not be written; earlier ones are as they were.
+            UserError: it could not be written; earlier checkpoints are untouched.
         """
         target = self.folder / f"step-{step:08d}"
-        if target.exists():  # of the same run at the same step: nothing can have changed
+        if target.exists():  # same run, same step, same content
             return target
         partial = self.folder / f".{target.name}.partial"
         try:
-            for left in self.folder.glob(".step-*.partial"):  # by a save or a deletion that was killed
+            for left in self.folder.glob(".step-*.partial"):  # left by a killed save or deletion
                 shutil.rmtree(left, ignore_errors=True)
             partial.mkdir(parents=True)
             record_file, state_file = partial / "record.json", partial / "state.safetensors"
@@ -124,8 +124,8 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             latest = self.latest()
             raise UserError(
-                f"The checkpoint of step {step} can't be written to {self.folder} ({error}): see to space and "
-                f"permissions and go on with the same command from {latest.name if latest else 'the beginning'}."
+                f"The checkpoint of step {step} can't be written to {self.folder} ({error}); check space and "
+                f"permissions, then run the same command to continue from {latest.name if latest else 'the start'}."
             ) from error
         for old in sorted(self._complete(), key=_step_of)[: -self.keep]:
             self._discard(old)
@@ -139,7 +139,7 @@ class Checkpoints:
     @staticmethod
     def _discard(path: Path) -> None:
         discarded = path.with_name(f".{path.name}.partial")
-        os.rename(path, discarded)  # first out of sight: a kill may come at any time
+        os.rename(path, discarded)  # atomic: the process may be killed at any time
         shutil.rmtree(discarded, ignore_errors=True)
 
 
@@ -148,7 +148,7 @@ def _step_of(path: Path) -> int:
 
 
 def find(path: Path) -> Path:
-    """The checkpoint that a user means by `path`: itself, or the newest one of a run folder.
+    """Checkpoint at `path`: the folder itself, or the most recent one of a run folder.
 
     Raises:
         UserError: there is none.
@@ -157,41 +157,41 @@ def find(path: Path) -> Path:
         return path
     latest = Checkpoints(path / "checkpoints", keep=1).latest()
     if latest is None:
-        raise UserError(f"There is no checkpoint in {path}: give a run folder or one of its checkpoints.")
+        raise UserError(f"There is no checkpoint in {path}; use a run folder or one of its checkpoints.")
     return latest
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors on the host, record) of a checkpoint.
+    """Read a checkpoint: its tensors, on the CPU, and its record.
 
     Raises:
-        UserError: it is not a checkpoint, or not as it was written.
+        UserError: it is incomplete, damaged or of another version.
     """
-    cure = "delete this checkpoint to continue from the one before, or start again with another --out"
+    remedy = "delete this checkpoint to continue from the one before, or start again with another --out"
     try:
         record = json.loads((path / "record.json").read_text())
     except OSError as error:
         raise UserError(
-            f"{path} is not a whole checkpoint, or not on a folder that every node sees ({error}): {cure}."
+            f"{path} is incomplete, or not in a folder that every node sees ({error}); {remedy}."
         ) from error
     except ValueError as error:
-        raise UserError(f"{path}/record.json is damaged: {cure}.") from error
+        raise UserError(f"{path}/record.json is damaged; {remedy}.") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise UserError(f"{path} is not of format {FORMAT}: {cure}.")
+        raise UserError(f"{path} is not of format {FORMAT}; {remedy}.")
     expected = record.pop("checksum", None)  # absent in checkpoints of the first version
     if expected is not None and expected != _checksum(record):
-        raise UserError(f"{path}/record.json is damaged: {cure}.")
+        raise UserError(f"{path}/record.json is damaged; {remedy}.")
     file = path / "state.safetensors"
     try:
         if file_sha256(file) != record["sha256"]:
-            raise UserError(f"{file} is not as it was written, truncated perhaps: {cure}.")
+            raise UserError(f"{file} does not match its checksum and may be truncated; {remedy}.")
         return load_file(file), record
     except (OSError, KeyError, SafetensorError) as error:
-        raise UserError(f"{file} can't be read ({error}): {cure}.") from error
+        raise UserError(f"{file} can't be read ({error}); {remedy}.") from error
 
 
 def state_tensors(module: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
-    """Weights, buffers and optimizer states under names of their own, on the host."""
+    """Weights, buffers and optimizer states as one dictionary of tensors on the CPU."""
     tensors = {f"model/{name}": tensor for name, tensor in module.state_dict().items()}
     for number, optimizer in enumerate(optimizers):
         for index, state in optimizer.state_dict()["state"].items():
@@ -202,16 +202,17 @@ def state_tensors(module: nn.Module, optimizers: list[Optimizer]) -> dict[str, T
 
 
 def load_state_tensors(tensors: dict[str, Tensor], module: nn.Module, optimizers: list[Optimizer]) -> None:
-    """Put back what `state_tensors` took.
+    """Load what `state_tensors` returned into a module and its optimizers.
 
     Raises:
-        UserError: a tensor is missing, left over or of another shape.
+        UserError: a tensor is missing, unexpected or of another shape.
     """
     own = {name.removeprefix("model/"): tensor for name, tensor in tensors.items() if name.startswith("model/")}
     try:
         module.load_state_dict(own)
     except RuntimeError as error:
-        raise UserError(f"The checkpoint holds another model: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"The checkpoint belongs to another model ({reason}); use the same --encoder.") from error
     for number, optimizer in enumerate(optimizers):
         prefix, states = f"optimizer/{number}/", {}
         for name, tensor in tensors.items():
@@ -222,35 +223,35 @@ def load_state_tensors(tensors: dict[str, Tensor], module: nn.Module, optimizers
         for index, state in states.items():
             if index >= len(parameters) or any(v.ndim and v.shape != parameters[index].shape for v in state.values()):
                 raise UserError(
-                    "The checkpoint holds optimizer states of other parameters, written by another version of timm or "
-                    "StreamCLR perhaps; continue with that version, or start again with another --out."
+                    "The checkpoint holds optimizer states of other parameters and may come from another version of timm or "
+                    "StreamCLR; continue with that version, or start again with another --out."
                 )
         optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
         for parameter, state in optimizer.state.items():
             for field, value in state.items():
-                if value.shape == parameter.shape:  # laid out as the parameter is, or the fused kernels stand aside
+                if value.shape == parameter.shape:  # same strides, or fused kernels are not used
                     state[field] = torch.empty_like(parameter).copy_(value)
 
 
 class StopSignal:
-    """SIGTERM and Ctrl-C set `received`, so that a step is finished first; a second one stops at once."""
+    """Context in which SIGTERM and Ctrl-C only set `received`, so that the step completes; a second one stops at once."""
 
     def __enter__(self) -> "StopSignal":
         self.received = False
-        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def _receive(self, number: int, _frame: object) -> None:
         self.received = True
-        signal.signal(number, self._before[number])
+        signal.signal(number, self._previous[number])
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
 
 def _checksum(record: dict[str, Any]) -> str:
-    as_read = json.loads(json.dumps(record))  # tuples become lists, and keys text
+    as_read = json.loads(json.dumps(record))  # tuples become lists, keys become strings
     return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
 
 

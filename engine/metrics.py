@@ -1,4 +1,4 @@
-"""Measuring a run without slowing it: sums stay on the device until a row is written."""
+"""Measurements that do not slow down a run: sums stay on the device until a row is written."""
 
 import json
 import math
@@ -13,10 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class StepTimer:
-    """Where the time of a run goes: waiting for data, and everything else.
+    """Time of a run, divided into waiting for data and everything else.
 
-    It reads the host's clock only. A GPU works behind the host, which catches up whenever a row is logged: images per
-    second and milliseconds per step are right for a window, while the wait is the host's and can hide behind the GPU.
+    Only the host's clock is read. A GPU runs behind the host, which waits for it whenever a row is logged: images per
+    second and milliseconds per step are right over a window, while the wait is the host's and may be hidden by the GPU.
     """
 
     def __init__(self) -> None:
@@ -28,44 +28,44 @@ class StepTimer:
         self.wait_s, self.steps, self.since = 0.0, 0, time.perf_counter()
 
     def watch(self, batches: Iterable) -> Iterator:
-        """The same batches, with the time spent waiting for each added up."""
+        """Yield the same batches, adding up the time spent waiting for each."""
         iterator = iter(batches)
         while True:
-            asked = time.perf_counter()
+            started = time.perf_counter()
             batch = next(iterator, None)
             if batch is None:
                 return
-            self.wait_s += time.perf_counter() - asked
+            self.wait_s += time.perf_counter() - started
             self.steps += 1
             yield batch
 
     def pause(self) -> None:
-        """Forget the time since the last window: it went into something that is not training."""
+        """Discard the time since the last window, which was not spent training."""
         self._reset()
 
     def window(self, batch_size: int) -> dict[str, float]:
-        """Figures of the steps since the last call: images per second, wait and whole step in milliseconds."""
+        """Rates over the steps since the last call: images per second; data wait and step time in milliseconds."""
         elapsed = time.perf_counter() - self.since
         self.total_s += elapsed
         self.total_wait_s += self.wait_s
         self.total_steps += self.steps
-        figures = {
+        rates = {
             "images_per_s": self.steps * batch_size / elapsed,
             "data_wait_ms": 1000 * self.wait_s / self.steps,
             "step_ms": 1000 * elapsed / self.steps,
         }
         self._reset()
-        return figures
+        return rates
 
     def summary(self, batch_size: int) -> tuple[float, float]:
-        """Images per second and the share of time waiting for data, over all windows."""
+        """Images per second and the share of time spent waiting for data, over all windows."""
         return self.total_steps * batch_size / self.total_s, self.total_wait_s / self.total_s
 
 
 def communication_s(model: nn.Module) -> float:
-    """Seconds per step in which averaging the gradients was not hidden behind the backward pass, as DDP samples them.
+    """Seconds per step of gradient averaging that the backward pass did not hide, as sampled by DDP.
 
-    Messages of synchronized batch norm and of the loss are not among them.
+    Communication of synchronized batch norm and of the loss is not included.
     """
     if not isinstance(model, DistributedDataParallel):
         return 0.0
@@ -75,25 +75,25 @@ def communication_s(model: nn.Module) -> float:
 
 
 def verdict(waiting: float, communicating: float, faster_step: str) -> str:
-    """One sentence on what a run was bound by.
+    """One sentence on what limited the speed of a run.
 
     Args:
-        waiting: share of the time spent waiting for data.
-        communicating: share of the time spent averaging gradients, where nothing else was done.
-        faster_step: what would make the step itself faster.
+        waiting: share of the time spent waiting for data, 0 to 1.
+        communicating: share of the time spent averaging gradients with nothing else in progress.
+        faster_step: what would speed up the step itself.
     """
     if waiting >= 0.05 and waiting >= communicating:
         return (
-            f"Data-bound: {waiting:.1%} of the time went into waiting for data; more --loader.workers, --views.jitter "
-            "affine or shards made with --short-side would help."
+            f"Data-bound: {waiting:.1%} of the time was spent waiting for data; more --loader.workers, --views.jitter "
+            "affine or shards converted with --short-side would help."
         )
     if communicating >= 0.1:
         return (
-            f"Communication-bound: {communicating:.1%} of the time went into averaging gradients while nothing else "
-            "was done; a larger --batch-size or a faster network would help."
+            f"Communication-bound: {communicating:.1%} of the time was spent averaging gradients with nothing else "
+            "in progress; a larger --batch-size or a faster network would help."
         )
     step = 1 - waiting - communicating
-    return f"Compute-bound: {step:.1%} of the time went into the step itself; {faster_step} would help."
+    return f"Compute-bound: {step:.1%} of the time was spent in the step itself; {faster_step} would help."
 
 
 class RunningMeans:

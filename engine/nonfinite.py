@@ -1,4 +1,4 @@
-"""Runs that diverge or collapse: steps that can't be taken are skipped and counted, without asking the device."""
+"""Detection of divergence and collapse without waiting for the device."""
 
 from collections.abc import Iterable
 
@@ -13,16 +13,15 @@ COUNTS = ("skipped_in_a_row", "longest_skipped", "skipped", "last_skipped")
 
 
 class NonFiniteGuard:
-    """Skips a step whose gradient is not finite: weights, optimizer states and running statistics stay as they were.
+    """Skips steps whose gradient is not finite: weights, optimizer states and running statistics do not change.
 
-    The verdict is a scalar on the device, which torch's fused optimizers and `LARS` read there (`found_inf`, as under
-    gradient scaling); the host sees it in `counts`. After DDP's averaging the gradients, and so the
-    verdicts, are the same on all ranks.
+    The decision is a scalar on the device, read there by torch's fused optimizers and by `LARS` (`found_inf`, as with
+    gradient scaling); the host sees it in `counts`. DDP averages gradients first, so all ranks decide alike.
 
     Args:
-        module: what is trained.
-        optimizers: that take the steps, together all of its parameters.
-        device: where they are.
+        module: network that is trained.
+        optimizers: optimizers that together own all of its parameters.
+        device: device of the parameters.
     """
 
     def __init__(self, module: nn.Module, optimizers: Iterable[Optimizer], device: torch.device):
@@ -33,18 +32,18 @@ class NonFiniteGuard:
         self.counts = torch.zeros(len(COUNTS), device=device)
 
     def before_forward(self) -> None:
-        """Keep the running statistics: a forward pass that overflows would spoil them for good."""
+        """Save the running statistics, which a forward pass that overflows would destroy."""
         self.kept = [torch.cat([buffer.flatten() for buffer in self.buffers])] if self.buffers else []
 
     def after_backward(self, step: int) -> tuple[Tensor, Tensor]:
-        """Judge the gradients and tell the optimizers.
+        """Check the gradients and tell the optimizers whether to step.
 
         Args:
-            step: that is about to be completed, counted from 1.
+            step: number of the step in progress, from 1.
 
         Returns:
-            whether the step is taken, () bool, and the norm of the first optimizer's gradients, (); both on the device.
-            An online probe has an optimizer of its own, so the norm is that of the network alone.
+            Whether the step is taken, () bool, and the gradient norm of the first optimizer's parameters, (), both on the
+            device. An online probe has its own optimizer, so the norm is that of the network.
         """
         with torch.no_grad():
             gradients = []
@@ -85,11 +84,11 @@ class NonFiniteGuard:
 
 
 class CollapseWatch:
-    """Notices a loss that stands at the value it has when the outputs for all images are alike.
+    """Detects a loss that stays at its value for identical outputs.
 
     Args:
-        chance: that value; ln(2B - 1) for NT-Xent, whose positive is then one of 2B - 1 equals.
-        patience_steps: for how many steps the loss has to stand there.
+        collapse_loss: that value; ln(2B - 1) for NT-Xent, where the positive is one of 2B - 1 equal candidates.
+        patience_steps: number of steps for which the loss must stay there.
     """
 
     def __init__(self, collapse_loss: float, patience_steps: int = 100):
@@ -97,8 +96,8 @@ class CollapseWatch:
         self.since, self.reported = None, False
 
     def collapsed(self, step: int, loss: float) -> bool:
-        """Whether this mean loss until `step` completes a collapse; True once only."""
-        if not abs(loss - self.collapse_loss) <= 1e-3 * self.collapse_loss:  # nor is nan one
+        """Whether the mean loss until `step` completes a collapse; True only once."""
+        if not abs(loss - self.collapse_loss) <= 1e-3 * self.collapse_loss:  # nan is no collapse
             self.since = None
             return False
         self.since = step if self.since is None else self.since

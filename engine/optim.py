@@ -1,4 +1,4 @@
-"""Optimizers: LARS in the form SimCLR was trained with, beside torch's SGD and AdamW."""
+"""Optimizers: LARS as used by SimCLR, and torch's SGD and AdamW."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -43,15 +43,15 @@ class LARS(Optimizer):
     For a weight w with gradient g:
 
         g  <- g + weight_decay * w
-        r  =  trust_coefficient * |w| / |g|        (1 where a norm is 0, or for parameters that don't adapt)
-        m  <- momentum * m + lr * r * g            the learning rate lies inside the momentum buffer
+        r  =  trust_coefficient * |w| / |g|        (1 where a norm is 0, and for groups that do not adapt)
+        m  <- momentum * m + lr * r * g            the learning rate is inside the momentum buffer
         w  <- w - m
 
-    A change of learning rate therefore reaches past gradients only as they were scaled then; and the trust ratio comes
-    from the gradient *after* decay, also where the decay is 0.
+    A change of the learning rate therefore does not rescale past gradients, and the trust ratio is computed from the
+    gradient *after* decay, also if the decay is 0.
 
     Args:
-        params: parameters or groups; a group's `adapt` (default True) says whether r is used.
+        params: parameters or groups; the option `adapt` of a group (default True) enables the trust ratio.
         lr: global learning rate.
     """
 
@@ -63,7 +63,7 @@ class LARS(Optimizer):
         weight_decay: float = 0.0,
         trust_coefficient: float = 0.001,
     ):
-        if not (lr >= 0 and 0 <= momentum < 1 and weight_decay >= 0):  # nan is refused as well
+        if not (lr >= 0 and 0 <= momentum < 1 and weight_decay >= 0):  # also refuses nan
             raise ValueError(f"lr {lr}, momentum {momentum} or weight_decay {weight_decay} is out of range")
         defaults = {
             "lr": lr,
@@ -76,7 +76,7 @@ class LARS(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update; no value is brought to the host."""
+        """Update all parameters without waiting for the device."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -85,11 +85,11 @@ class LARS(Optimizer):
             weights = [w for w in group["params"] if w.grad is not None]
             if not weights:
                 continue
-            buffers = []  # the kernel refuses any where there is no momentum
+            buffers = []  # the kernel accepts none if momentum is 0
             if group["momentum"]:
-                _begin_at_rest(self, weights)
+                _init_momentum(self, weights)
                 buffers = [self.state[w]["momentum_buffer"] for w in weights]
-            # the multi-tensor kernels take all layers at once: hundreds of launches become a handful
+            # multi-tensor kernels process all layers in a handful of launches instead of hundreds
             gradients = [laid_out_as(w, w.grad) for w in weights]
             gradients = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])
             if group["adapt"]:
@@ -97,7 +97,7 @@ class LARS(Optimizer):
                 torch._foreach_mul_(gradients, list((group["lr"] * ratios).unbind()))
             else:
                 torch._foreach_mul_(gradients, group["lr"])
-            # SGD's kernel with lr = 1 does the formula's last two lines at once, and nothing where `found_inf` is 1
+            # with lr = 1 this kernel computes the last two lines of the formula, and nothing if `found_inf` is 1
             torch._fused_sgd_(
                 weights,
                 gradients,
@@ -123,12 +123,12 @@ class LARS(Optimizer):
 
 
 def laid_out_as(weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """The gradient with the weight's strides: torch's fused kernels on a CPU would pair the wrong elements."""
+    """The gradient with the weight's strides; torch's fused CPU kernels pair elements by their position in memory."""
     return gradient if gradient.stride() == weight.stride() else torch.empty_like(weight).copy_(gradient)
 
 
-def _begin_at_rest(optimizer: Optimizer, weights: Iterable[torch.Tensor]) -> None:
-    """Momentum 0 where there is none yet: made by the first step, it would be left unwritten if that is skipped."""
+def _init_momentum(optimizer: Optimizer, weights: Iterable[torch.Tensor]) -> None:
+    """Create missing momentum buffers as zeros; a first step that is skipped would leave them uninitialized."""
     for w in weights:
         if "momentum_buffer" not in optimizer.state[w]:
             optimizer.state[w]["momentum_buffer"] = torch.zeros_like(w)
@@ -137,25 +137,30 @@ def _begin_at_rest(optimizer: Optimizer, weights: Iterable[torch.Tensor]) -> Non
 def parameter_groups(
     modules: Iterable[nn.Module], weight_decay: float, new_layer: nn.Linear | None = None
 ) -> list[dict]:
-    """Weights that decay and adapt, apart from biases and normalization parameters, which do neither.
+    """Parameter groups: weights decay and adapt, biases and normalization parameters do neither.
 
-    The second kind are recognized by having at most one dimension, as they do in every timm encoder.
+    The latter are the parameters with at most one dimension, as in every timm encoder.
+
+    Args:
+        modules: networks to optimize.
+        weight_decay: of the weights.
+        new_layer: linear layer that is trained from scratch on a pretrained network; decays but does not adapt.
     """
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, "adapt": False},
     ]
-    if new_layer is not None:  # decays but does not adapt, as in the official code
+    if new_layer is not None:  # as in the official code
         groups.append({"params": [new_layer.weight], "weight_decay": weight_decay, "adapt": False})
         groups.append({"params": [new_layer.bias], "weight_decay": 0.0, "adapt": False})
     return groups
 
 
 def create_optimizer(config: OptimConfig, groups: list[dict], lr: float) -> Optimizer:
-    """`lars`, `sgd`, `nesterov` or `adamw` (betas 0.9, 0.95 as usual for large-batch self-supervision).
+    """Create the configured optimizer; AdamW has betas (momentum, 0.95), usual for large-batch self-supervision.
 
-    All of them skip a step where their attribute `found_inf` is 1 (see `engine.nonfinite`).
+    All of them skip a step if their attribute `found_inf` is 1, see `engine.nonfinite`.
     """
     momentum = config.momentum
     if config.name == "lars":
@@ -165,5 +170,5 @@ def create_optimizer(config: OptimConfig, groups: list[dict], lr: float) -> Opti
         return torch.optim.AdamW(groups, lr, betas=(momentum, 0.95), fused=True)
     optimizer = torch.optim.SGD(groups, lr, momentum, nesterov=config.name == "nesterov", fused=True)
     if momentum:
-        _begin_at_rest(optimizer, [w for group in optimizer.param_groups for w in group["params"]])
+        _init_momentum(optimizer, [w for group in optimizer.param_groups for w in group["params"]])
     return optimizer

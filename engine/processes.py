@@ -1,4 +1,4 @@
-"""Several processes that end together, with the words of the one that failed."""
+"""Joint termination of several processes, with the error of the one that failed first."""
 
 import contextlib
 import gc
@@ -16,21 +16,21 @@ FAILURE = "streamclr/failure"
 
 
 def is_first_to_fail() -> bool:
-    """Whether no other process of the run has failed before this one, so that its words are the ones to be shown.
+    """Whether no other process of the run failed before this one, so that its error is the one to show.
 
-    The others fail in its wake, as what they wait for breaks off.
+    The others fail as a consequence, when the collectives they wait for break.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return os.environ.get("RANK", "0") == "0"  # one of several that do not know of each other yet: all fail alike
+        return os.environ.get("RANK", "0") == "0"  # before the process group exists all ranks fail alike
     rank = str(dist.get_rank())
-    with contextlib.suppress(RuntimeError):  # the store may have gone with the process that kept it
+    with contextlib.suppress(RuntimeError):  # the store ends with the process that hosts it
         return dist.distributed_c10d._get_default_store().compare_set(FAILURE, "", rank) == rank.encode()
     return True
 
 
 def was_left_alone(error: Exception) -> bool:
-    """Whether the error says that another process has gone."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)  # gloo's have no type of their own
+    """Whether the error says that another process has ended."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)  # gloo's errors have no type of their own
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -38,27 +38,29 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def leave_process_group() -> None:
-    """End gloo's threads, which would abort the process if they outlived the interpreter."""
-    gc.collect()  # they end with the last reference to their group, and modules refer to it in cycles
+    """Stop gloo's threads, which would abort the process if they outlived the interpreter."""
+    gc.collect()  # they stop with the last reference to their group, which modules hold in cycles
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
-    """What a script does in it ends all processes with the same words: one sentence for what a user or a disk did."""
+    """Context of a script: any error ends all processes, and users see one sentence for what they can fix."""
     try:
         yield
         leave_process_group()
     except KeyboardInterrupt:
-        sys.exit(130)  # the shell's code for a run that was interrupted
+        sys.exit(130)  # the shell's exit code for an interrupted program
     except Exception as error:
         if not is_first_to_fail():
             sys.exit(1)
         if isinstance(error, UserError | OSError):  # an unwritable folder, a full disk
             sys.exit(f"error: {error}")
         if was_left_alone(error):
-            sys.exit("error: Another process ended without a word, killed for want of memory perhaps: see its log.")
+            sys.exit(
+                "error: Another process ended without an error message and may have been killed for lack of memory; see its log."
+            )
         if is_out_of_memory(error):
             reason = str(error).strip().splitlines()[0] if str(error).strip() else "the host"
             sys.exit(

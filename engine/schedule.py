@@ -1,4 +1,4 @@
-"""Learning rates as functions of the step."""
+"""Learning rate schedules."""
 
 import math
 from collections.abc import Callable
@@ -8,10 +8,10 @@ from .optim import OptimConfig
 
 
 def peak_learning_rate(base: float, batch_size: int, scaling: str) -> float:
-    """The learning rate after warm-up for a global batch of `batch_size` (arXiv 2002.05709, appendix B.1).
+    """Learning rate after warm-up for a global batch of `batch_size` images (arXiv 2002.05709, appendix B.1).
 
     Args:
-        base: 0.3 in the paper with "linear" scaling, 0.075 with "sqrt"; the rate itself with "none".
+        base: 0.3 in the paper with "linear" scaling, 0.075 with "sqrt"; the learning rate itself with "none".
         scaling: "linear": base * B / 256. "sqrt": base * sqrt(B). "none": base.
     """
     if scaling == "linear":
@@ -20,7 +20,7 @@ def peak_learning_rate(base: float, batch_size: int, scaling: str) -> float:
 
 
 def warmup_cosine(step: int, warmup_steps: int, total_steps: int, peak: float) -> float:
-    """Linear warm-up from 0 to `peak`, then half a cosine to 0 at `total_steps`, no restarts."""
+    """Linear warm-up from 0 to `peak`, then half a cosine to 0 at `total_steps`, without restarts."""
     if step < warmup_steps:
         return peak * step / warmup_steps
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
@@ -28,7 +28,7 @@ def warmup_cosine(step: int, warmup_steps: int, total_steps: int, peak: float) -
 
 
 def create_schedule(config: OptimConfig, batch_size: int, epochs: int, steps_per_epoch: int) -> Callable[[int], float]:
-    """Learning rate as a function of the step; epochs become steps here and nowhere else.
+    """Learning rate as a function of the step; the only place where epochs become steps.
 
     Warm-up takes at most a tenth of the run.
     """
