@@ -42,7 +42,7 @@ class NonFiniteGuard:
             step: number of the step in progress, from 1.
 
         Returns:
-            Whether the step is taken, () bool, and the gradient norm of the first optimizer's parameters, (), both on the
+            Whether the step is taken, () bool, and the gradient norm of the first optimizer's parameters, (), on the
             device. An online probe has its own optimizer, so the norm is that of the network.
         """
         with torch.no_grad():

@@ -59,7 +59,8 @@ def ending_together() -> Iterator[None]:
             sys.exit(f"error: {error}")
         if was_left_alone(error):
             sys.exit(
-                "error: Another process ended without an error message and may have been killed for lack of memory; see its log."
+                "error: Another process ended without an error message and may have been killed for lack of memory; "
+                "see its log."
             )
         if is_out_of_memory(error):
             reason = str(error).strip().splitlines()[0] if str(error).strip() else "the host"
