@@ -22,10 +22,9 @@ class StageConfig(LoopConfig):
     """Options that every stage has."""
 
     preset: str = "textures"
-    """Settings to start from: textures (needs no data), cifar10, stl10 or imagenet for train.py; textures, v1-1, v1-10,
-    v2-1 or v2-10 for finetune.py; textures or v2 for distill.py."""
+    """Settings to start from; an unknown name prints the list. textures needs no data."""
     data: str = field(default="", metadata=MAY_CHANGE)
-    """Shards: a folder or URL with train/ (and test/ or val/), or one shard set; the textures preset renders its own."""
+    """Shards: folder or URL with train/ (and test/ or val/), or one shard set; the textures preset renders its own."""
     loader: LoaderConfig = field(default_factory=LoaderConfig, metadata=MAY_CHANGE)
     views: AugmentConfig = field(default_factory=AugmentConfig)
 
@@ -53,8 +52,7 @@ class PretrainConfig(StageConfig):
     """Train a SimCLR encoder on shards. A preset sets every option; options on the command line override it."""
 
     micro_batch: int = 0
-    """Maximum number of images that a process encodes at a time, for batches larger than memory; 0 for no limit. Doubles
-    the forward passes."""
+    """Most images that a process encodes at a time, for batches larger than memory (one more forward pass); 0: all."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     loss: LossConfig = field(default_factory=LossConfig)

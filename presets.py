@@ -47,7 +47,7 @@ def textures() -> PretrainConfig:
 
 
 def cifar10() -> PretrainConfig:
-    """CIFAR-10 with the augmentation and temperature of arXiv 2002.05709, appendix B.9, and ResNet-18 for its ResNet-50.
+    """CIFAR-10 as in arXiv 2002.05709, appendix B.9, with ResNet-18 in place of its ResNet-50.
 
     Command: `accelerate launch train.py --preset cifar10 --data CIFAR`. Cost and accuracy: not measured; ResNet-18 is
     commonly reported at about 91 % linear after 1000 epochs.
@@ -180,9 +180,9 @@ def distill_textures() -> DistillConfig:
 def distill_v2() -> DistillConfig:
     """ImageNet with the schedule, decay and batch of pretraining in arXiv 2006.10029, section 3, for 400 epochs.
 
-    Command: `accelerate launch distill.py --preset v2 --teacher RUN`. Cost and accuracy: not measured. The learning rate
-    peaks at 6.4 after 5 % of the epochs. The temperature is that for a student smaller than its teacher; for one of the
-    same size the paper uses --temperature 0.1.
+    Command: `accelerate launch distill.py --preset v2 --teacher RUN`. Cost and accuracy: not measured. The learning
+    rate peaks at 6.4 after 5 % of the epochs. The temperature is that for a student smaller than its teacher; for one
+    of the same size the paper uses --temperature 0.1.
     """
     return DistillConfig(
         preset="v2",

@@ -223,8 +223,8 @@ def load_state_tensors(tensors: dict[str, Tensor], module: nn.Module, optimizers
         for index, state in states.items():
             if index >= len(parameters) or any(v.ndim and v.shape != parameters[index].shape for v in state.values()):
                 raise UserError(
-                    "The checkpoint holds optimizer states of other parameters and may come from another version of timm "
-                    "or StreamCLR; continue with that version, or start again with another --out."
+                    "The checkpoint holds optimizer states of other parameters and may come from another version of "
+                    "timm or StreamCLR; continue with that version, or start again with another --out."
                 )
         optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
         for parameter, state in optimizer.state.items():

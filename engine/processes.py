@@ -53,7 +53,7 @@ def ending_together() -> Iterator[None]:
     except KeyboardInterrupt:
         sys.exit(130)  # the shell's exit code for an interrupted program
     except Exception as error:
-        if not is_first_to_fail():
+        if isinstance(error, BrokenPipeError) or not is_first_to_fail():  # `... --help | head` closes stdout
             sys.exit(1)
         if isinstance(error, UserError | OSError):  # an unwritable folder, a full disk
             sys.exit(f"error: {error}")
