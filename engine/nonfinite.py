@@ -63,16 +63,17 @@ class NonFiniteGuard:
                 parts = torch.where(taken, now, kept).split([buffer.numel() for buffer in self.buffers])
                 shaped = [part.view_as(buffer) for part, buffer in zip(parts, self.buffers, strict=True)]
                 torch._foreach_copy_(self.buffers, shaped)
-            row, longest, count, last = self.counts.unbind()
-            row = (row + 1) * skipped
-            last = torch.where(taken, last, float(step))
-            self.counts = torch.stack([row, torch.maximum(row, longest), count + skipped, last])
+            before = self.counts_by_name()
+            in_a_row = (before["skipped_in_a_row"] + 1) * skipped
+            longest = torch.maximum(in_a_row, before["longest_skipped"])
+            last = torch.where(taken, before["last_skipped"], float(step))
+            self.counts = torch.stack([in_a_row, longest, before["skipped"] + skipped, last])
         return taken, norm
 
     def load(self, counts: Tensor) -> None:
         """Continue with the counts of a checkpoint; its longest run of skipped steps is no longer held against it."""
-        row, _, count, last = counts.unbind()
-        self.counts = torch.stack([row, row, count, last])
+        self.counts = counts.clone()
+        self.counts[COUNTS.index("longest_skipped")] = counts[COUNTS.index("skipped_in_a_row")]
 
     def counts_by_name(self) -> dict[str, Tensor]:
         """The entries of `counts`, each () on the device."""
