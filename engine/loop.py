@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -74,15 +74,14 @@ class LoopConfig:
             raise UserError("--resume is empty; use auto, none, or the path of a run folder or checkpoint.")
 
 
-class Instruments:
-    """Hooks of a run for benchmarks; the default observes and replaces nothing."""
+class Instruments(Protocol):
+    """Hooks of a run for benchmarks."""
 
     def mark(self, part: str) -> None:
         """Note that a part of the step starts: "forward", "loss", "backward", "optimizer" or "other"."""
 
     def batches(self, loader: Iterable) -> Iterable:
-        """Return the batches of one epoch."""
-        return loader
+        """Return the batches of one epoch, all of the loader's or others."""
 
 
 class TrainingLoop:
@@ -131,7 +130,8 @@ class TrainingLoop:
         self.session, self.config, self.model, self.loader = session, config, model, loader
         self.module = model.module if isinstance(model, DistributedDataParallel) else model
         self.optimizers, self.schedule, self.validate_every = optimizers, schedule, validate_every
-        self.inputs, self.about, self.instruments = inputs or {}, about or {}, instruments or Instruments()
+        self.inputs, self.about, self.instruments = inputs or {}, about or {}, instruments
+        self.mark = instruments.mark if instruments else lambda part: None
         self.guard = NonFiniteGuard(self.module, optimizers, session.device)
         self.means, self.timer, self.collapse = RunningMeans(), StepTimer(), CollapseWatch(collapse_loss)
         self.total_steps = config.epochs * len(loader)
@@ -153,10 +153,10 @@ class TrainingLoop:
             values = {"loss": math.nan, "images_per_s": 0, "wait": 0}
             bar = progress_bar(self.total_steps, fields=PROGRESS, shown=session.is_main, **values)
             self.update_progress = contexts.enter_context(bar)
-            if type(self.instruments) is not Instruments:
+            if self.instruments:
                 hooks = self.module.register_forward_pre_hook, self.module.register_forward_hook
                 for register, part in zip(hooks, ("forward", "loss"), strict=True):
-                    contexts.callback(register(lambda *_, part=part: self.instruments.mark(part)).remove)
+                    contexts.callback(register(lambda *_, part=part: self.mark(part)).remove)
             self.contexts = contexts.pop_all()
         return self
 
@@ -167,7 +167,8 @@ class TrainingLoop:
         """Yield every batch still to come; for each, the caller calls `backward` and then `step`."""
         epoch_ends = True
         while epoch_ends and self.global_step < self.total_steps and not self.stopping:
-            for batch in self.timer.watch(self.instruments.batches(self.loader)):
+            batches = self.instruments.batches(self.loader) if self.instruments else self.loader
+            for batch in self.timer.watch(batches):
                 self._before_forward()
                 yield batch
                 epoch_ends = self.global_step % len(self.loader) == 0
@@ -199,9 +200,9 @@ class TrainingLoop:
 
     def backward(self, loss: Tensor) -> None:
         """Backpropagate a loss (); gradients are averaged over ranks."""
-        self.instruments.mark("backward")
+        self.mark("backward")
         self.session.backward(loss)
-        self.instruments.mark("other")
+        self.mark("other")
 
     def step(self, **metrics: Tensor | tuple[Tensor, Tensor]) -> None:
         """Take the optimizer step, unless the gradient is not finite, and write a metrics row if one is due.
@@ -211,11 +212,11 @@ class TrainingLoop:
                 a row holds their means over its steps.
         """
         taken, gradient_norm = self.guard.after_backward(self.global_step + 1)
-        self.instruments.mark("optimizer")
+        self.mark("optimizer")
         for optimizer in self.optimizers:
             optimizer.step()  # changes nothing where the guard rejected the gradient
             optimizer.zero_grad(set_to_none=True)
-        self.instruments.mark("other")
+        self.mark("other")
         self.means.add(taken, **metrics, gradient_norm=gradient_norm)
 
         self.global_step += 1
