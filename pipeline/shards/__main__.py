@@ -1,21 +1,32 @@
-"""Command line of shard sets: index, verify and show."""
+"""Command line for shard sets.
+
+    python -m pipeline.shards index ROOT     index WebDataset tars that were not written by pipeline.convert
+    python -m pipeline.shards verify ROOT    compare every file with its checksum
+    python -m pipeline.shards show ROOT      print classes and image sizes
+
+The index of a set in a read-only location, such as an http:// address, is kept in the local cache ($STREAMCLR_CACHE or
+~/.cache/streamclr).
+"""
 
 import argparse
 import sys
 
 from ..common import UserError
+from .archives import add_image_extension, one_line
+from .index import index_shards
+from .verify import show, verify
 
 
 def main() -> None:
-    from .archives import add_image_extension, one_line
-    from .index import index_shards  # which build on this module
-    from .verify import show, verify
-
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.shards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("command", choices=["index", "verify", "show"])
-    parser.add_argument("root", help="folder or URL prefix that holds the tars, or their train/ and test/")
+    parser.add_argument(
+        "root",
+        help="folder or URL prefix of the tars or of their train/ and test/; index also takes tars in brace notation, "
+        "such as https://host/folder/train-{000..146}.tar",
+    )
     add_image_extension(parser)
     arguments = parser.parse_args()
     try:
