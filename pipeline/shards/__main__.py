@@ -10,6 +10,9 @@ The index of a set in a read-only location, such as an http:// address, is kept 
 
 import argparse
 import sys
+from itertools import chain
+
+from rich.console import Console
 
 from ..common import UserError
 from .archives import add_image_extension, one_line
@@ -35,8 +38,15 @@ def main() -> None:
             for refused in shards.manifest["left_out"]:
                 print(f"left out {one_line(refused['name'])}: {refused['reason']}", file=sys.stderr)
             print(f"{len(shards)} images in {len(shards.manifest['shards'])} shards indexed.")
-        elif problems := (verify if arguments.command == "verify" else show)(arguments.root):
-            raise UserError("\n".join(problems))
+        elif arguments.command == "verify":
+            found = verify(arguments.root)
+            for root in (root for root, problems in found.items() if not problems):
+                print(f"{root}: all files match their checksums.")
+            sys.exit("\n".join(chain(*found.values())) or None)
+        else:
+            tables, problems = show(arguments.root)
+            Console().print(*tables, sep="\n")
+            sys.exit("\n".join(problems) or None)
     except KeyboardInterrupt:
         sys.exit(130)
     except (UserError, OSError) as error:  # an OSError names its file: no space, no permission, no connection

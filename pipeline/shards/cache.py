@@ -236,7 +236,7 @@ class ShardCache:
                     continue
                 sha256, final_bytes = match.groups()
                 bytes_ = int(final_bytes) if final_bytes else status.st_size
-                if sha256 not in leased and not (final_bytes and self._being_fetched(sha256)):
+                if sha256 not in leased and not (final_bytes and _is_locked(self.folder / f"locks/{sha256[:3]}.lock")):
                     evictable.append((max(status.st_atime_ns, status.st_mtime_ns), bytes_, file))
                 else:
                     kept += bytes_
@@ -256,44 +256,36 @@ class ShardCache:
 
     def _remove_dead_copies(self) -> None:
         """Remove the `copies` of processes that were killed; must be called under the lock."""
-        for path in (self.folder / "copies").glob("*.lock"):
-            if not ID_NAME.fullmatch(path.stem):
-                continue
-            lock = FileLock(path, thread_local=False)
-            try:
-                lock.acquire(timeout=0)
-            except (Timeout, OSError):  # its process is alive
-                continue
-            path.with_suffix("").unlink(missing_ok=True)
-            lock.release()
-            path.unlink(missing_ok=True)
-
-    def _being_fetched(self, sha256: str) -> bool:
-        lock = FileLock(self.folder / f"locks/{sha256[:3]}.lock", thread_local=False)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            return True
-        lock.release()
-        return False
+        for lock in (self.folder / "copies").glob("*.lock"):
+            if ID_NAME.fullmatch(lock.stem) and not _is_locked(lock):
+                lock.with_suffix("").unlink(missing_ok=True)
+                lock.unlink(missing_ok=True)
 
     def _leased(self) -> set[str]:
-        """Checksums in the leases of live processes; removes the leases of ended ones."""
+        """Checksums in the leases of live processes; removes those of ended ones; must be called under the lock."""
         leased: set[str] = set()
         for path in (self.folder / "leases").glob("*.held"):
             if not ID_NAME.fullmatch(path.stem):
                 continue
-            lock = FileLock(path.with_suffix(".lock"), thread_local=False)
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:  # its process is alive
+            lock = path.with_suffix(".lock")
+            if _is_locked(lock):
                 with suppress(FileNotFoundError):  # somebody is emptying the cache
                     leased |= set(path.read_text().split())
             else:
                 path.unlink(missing_ok=True)
-                lock.release()
-                Path(lock.lock_file).unlink(missing_ok=True)
+                lock.unlink(missing_ok=True)
         return leased
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a live process holds this lock file; True for one that can't be opened."""
+    lock = FileLock(path, thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except (Timeout, OSError):
+        return True
+    lock.release()
+    return False
 
 
 class Lease:

@@ -16,6 +16,8 @@ import io
 import json
 import posixpath
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -110,7 +112,13 @@ def open_shards(root: str, cache: ShardCache | None = None) -> ShardSet:
     if fault := _manifest_fault(manifest):
         raise UserError(f"{root}/dataset.json is damaged ({fault}); copy it again, or {index_again}.")
     read_index = _map_index if "index" in manifest else _join_indexes
-    return ShardSet(root, manifest, read_index(index_fs, index_path, manifest, cache, index_again), index_root)
+    rows = read_index(index_fs, index_path, manifest, cache, index_again)
+    # a large index is not read to check its labels, unless an older version wrote the set and did not record them
+    known = [shard.get("top_label") for shard in manifest["shards"]] if "index" in manifest else [None]
+    fault = label_fault(rows, manifest["classes"]) if None in known else _top_fault(max(known), manifest["classes"])
+    if fault:
+        raise UserError(f"{root}/dataset.json is damaged ({fault}); copy it again, or {index_again}.")
+    return ShardSet(root, manifest, rows, index_root)
 
 
 def _manifest_fault(manifest: dict[str, Any]) -> str:
@@ -160,24 +168,27 @@ def _map_index(
 ) -> np.ndarray:
     """(N,) memory-mapped rows of index.npy: the time to open a set does not grow with its samples."""
     name, entry = f"{path}/index.npy", manifest["index"]
-    try:
+    with _index_errors(name, index_again):
         rows = _load_local(Path(name), entry, cache) if is_local(fs) else _load_cached(fs, name, entry, cache)
+    samples = sum(shard["samples"] for shard in manifest["shards"])
+    if samples != manifest["samples"] or not _is_index(rows, samples) or rows.offset + rows.nbytes != entry["bytes"]:
+        raise UserError(f"{name} disagrees with dataset.json; {index_again}.")
+    return np.asarray(rows)  # np.memmap adds overhead to every indexing operation
+
+
+@contextmanager
+def _index_errors(name: str, index_again: str) -> Iterator[None]:
+    """Turn errors of reading an index file into UserErrors."""
+    try:
+        yield
     except UserError:
         raise
     except FileNotFoundError as error:
         raise UserError(f"{name} is missing; {index_again}.") from error
+    except OSError as error:
+        raise unreadable(name, error) from error
     except Exception as error:  # numpy parses the header as Python, which fails in many ways
         raise UserError(f"{name} is damaged; {index_again}.") from error
-    samples = sum(shard["samples"] for shard in manifest["shards"])
-    if samples != manifest["samples"] or not _is_index(rows, samples) or rows.offset + rows.nbytes != entry["bytes"]:
-        raise UserError(f"{name} disagrees with dataset.json; {index_again}.")
-    rows = np.asarray(rows)  # np.memmap adds overhead to every indexing operation
-    known = [shard.get("top_label") for shard in manifest["shards"]]
-    # sets written by older versions do not record the labels, so all rows are read
-    fault = label_fault(rows, manifest["classes"]) if None in known else _top_fault(max(known), manifest["classes"])
-    if fault:
-        raise UserError(f"{path}/dataset.json is damaged ({fault}); copy it again, or {index_again}.")
-    return rows
 
 
 def _load_local(file: Path, entry: dict[str, Any], cache: ShardCache) -> np.ndarray:
@@ -210,12 +221,7 @@ def _join_indexes(
     retry_policy = replace(cache.retry_policy, stop=threading.Event())
 
     def fetch(name: str) -> bytes:
-        try:
-            return with_retries(lambda: fs.cat_file(name), name, retry_policy)
-        except FileNotFoundError as error:
-            raise UserError(f"{name} is missing; {index_again}.") from error
-        except OSError as error:
-            raise unreadable(name, error) from error
+        return with_retries(lambda: fs.cat_file(name), name, retry_policy)
 
     parts, threads = [], DaemonThreads(min(len(names), READ_WHOLE), "index")
     contents = [threads.submit(fetch, name) for name in names]
@@ -223,14 +229,12 @@ def _join_indexes(
         # fetched by many threads but parsed by one: numpy parses the header with Python's parser, which in Python 3.11
         # occasionally fails if two threads use it at once
         for name, content, shard in zip(names, contents, manifest["shards"], strict=True):
-            content = wait_for(content, retry_policy.stop)
-            sha256 = hashlib.sha256(content).hexdigest()
-            if shard.get("index_sha256", sha256) != sha256:  # sets written by older versions have none
-                raise UserError(f"{name} is damaged; {index_again}.")
-            try:
+            with _index_errors(name, index_again):
+                content = wait_for(content, retry_policy.stop)
+                sha256 = hashlib.sha256(content).hexdigest()
+                if shard.get("index_sha256", sha256) != sha256:  # sets written by older versions have none
+                    raise ValueError("checksum")
                 parts.append(np.load(io.BytesIO(content), allow_pickle=False))
-            except Exception as error:  # see _map_index
-                raise UserError(f"{name} is damaged; {index_again}.") from error
             if not _is_index(parts[-1], shard["samples"]) or not _fits(parts[-1], shard["bytes"]):
                 raise UserError(f"{name} disagrees with dataset.json; {index_again}.")
     finally:  # after Ctrl-C or an error, do not wait for the other requests
@@ -238,10 +242,7 @@ def _join_indexes(
         for content in contents:
             content.cancel()
         threads.close()
-    rows = np.concatenate(parts)
-    if fault := label_fault(rows, manifest["classes"]):
-        raise UserError(f"{path}/dataset.json is damaged ({fault}); copy it again, or {index_again}.")
-    return rows
+    return np.concatenate(parts)
 
 
 def label_fault(rows: np.ndarray, classes: list[str]) -> str:

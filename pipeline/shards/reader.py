@@ -183,7 +183,7 @@ class Reader:
     def _read_cached(
         self, shard: int, rows: np.ndarray, places: list[int], encoded: list, retry_policy: RetryPolicy
     ) -> list:
-        """Fill `encoded` at `places` from the cache; returns the places of samples that are missing or damaged there."""
+        """Fill `encoded` at `places` from the cache; returns the places that are missing or damaged there."""
         path = self._cached(shard, retry_policy)
         if path is None:
             return places
@@ -251,9 +251,7 @@ class Reader:
     def _drop(self, shard: int) -> None:
         """Remove a damaged shard from the cache, so that the next `prefetch` that names it fetches it again."""
         if self.cache.drop_damaged(self.shards.manifest["shards"][shard]["sha256"]):
-            log.warning(
-                "%s is damaged or missing in the cache %s and will be fetched again", self.paths[shard], self.cache.folder
-            )
+            log.warning("%s is damaged in the cache %s and will be fetched again", self.paths[shard], self.cache.folder)
             with self._lock:
                 self._fetches.pop(shard, None)
                 self._wanted = None
@@ -292,7 +290,7 @@ def _read_tar(path: str | Path, rows: np.ndarray) -> list[bytes]:
             raise
         except OSError as error:
             if wait_s is None and error.errno in (errno.EMFILE, errno.ENFILE):  # not the shard's fault
-                raise UserError(f"{path} can't be opened because too many files are open; raise `ulimit -n`.") from error
+                raise UserError(f"{path} can't be opened: too many open files; raise `ulimit -n`.") from error
             if wait_s is None:
                 raise
         time.sleep(wait_s)

@@ -3,7 +3,8 @@
 import logging
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -38,10 +39,10 @@ class RetryPolicy:
     """Set by another thread to give up at once."""
 
     def wait(self, attempt: int) -> bool:
-        """Wait after failed attempt number `attempt` (from 0); False if there must be no further attempt."""
-        if attempt + 1 >= self.attempts or self.stop.is_set():
+        """Wait after failed attempt number `attempt` (from 1); False if there must be no further attempt."""
+        if attempt >= self.attempts or self.stop.is_set():
             return False
-        wait_s = min(self.first_wait_s * 2**attempt, self.longest_wait_s)
+        wait_s = min(self.first_wait_s * 2 ** (attempt - 1), self.longest_wait_s)
         # separate generator: drawing from the global one would change the run's random numbers
         return not self.stop.wait(wait_s * random.Random().uniform(0.5, 1.5))
 
@@ -81,14 +82,19 @@ def unreadable(path: str, error: OSError) -> UserError:
     return UserError(f"{path} can't be read ({error}); check the connection and the permissions.")
 
 
-def with_retries(action: Callable[[], T], what: str, retry_policy: RetryPolicy) -> T:
+def with_retries(
+    action: Callable[[], T], what: str, retry_policy: RetryPolicy, progress: Callable[[], int] = lambda: 0
+) -> T:
     """Call `action`, which reads `what` from a file system, and retry it if it fails.
+
+    Args:
+        progress: number of bytes received so far; an attempt that increases it starts the count of attempts again.
 
     Raises:
         FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, RangesUnsupported: without a retry.
         UserError: the last attempt failed, or `retry_policy.stop` was set.
     """
-    attempt = 0
+    attempt, before = 0, progress()
     while True:
         if retry_policy.stop.is_set():
             raise UserError(f"Reading {what} was stopped.")
@@ -97,18 +103,16 @@ def with_retries(action: Callable[[], T], what: str, retry_policy: RetryPolicy) 
         except (*PERMANENT_ERRORS, RangesUnsupported, UserError):
             raise
         except Exception as error:  # every store has its own exception types
-            _wait_or_raise(what, error, attempt, retry_policy)
-            attempt += 1
-
-
-def _wait_or_raise(what: str, error: Exception, attempt: int, retry_policy: RetryPolicy) -> None:
-    cause = str(error) or type(error).__name__
-    if attempt > 0 and attempt + 1 < retry_policy.attempts:  # explain a long silence, but not a single failure
-        log.warning("%s can't be read (%s): attempt %d of %d follows", what, cause, attempt + 2, retry_policy.attempts)
-    if not retry_policy.wait(attempt):
-        raise UserError(
-            f"{what} can't be read after {attempt + 1} attempts ({cause}); check the connection and run again."
-        ) from error
+            attempt, before = (0 if progress() > before else attempt) + 1, progress()
+            cause = str(error) or type(error).__name__
+            if 1 < attempt < retry_policy.attempts:  # explain a long silence, but not a single failure
+                log.warning(
+                    "%s can't be read (%s): attempt %d of %d follows", what, cause, attempt + 1, retry_policy.attempts
+                )
+            if not retry_policy.wait(attempt):
+                raise UserError(
+                    f"{what} can't be read after {attempt} attempts ({cause}); check the connection and run again."
+                ) from error
 
 
 def download(fs: AbstractFileSystem, path: str, target: Path, size: int | None, retry_policy: RetryPolicy) -> None:
@@ -121,46 +125,27 @@ def download(fs: AbstractFileSystem, path: str, target: Path, size: int | None, 
         FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError: from the store, without a retry.
         UserError: the last attempt failed, or `target` can't be written.
     """
-    attempt = 0
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(target, "ab", buffering=0) as out:  # unbuffered: flushing a buffer could fail when it is closed
-            while size is None or out.tell() != size:
-                before = out.tell()
-                try:
-                    if size is not None and before > size:
-                        before = out.seek(0)
-                        out.truncate()
-                    size = _append(fs, path, out, size, retry_policy)
-                except (*PERMANENT_ERRORS, UserError, _DiskError):
-                    raise
-                except Exception as error:  # every store has its own exception types
-                    attempt = 0 if out.tell() > before else attempt
-                    _wait_or_raise(path, error, attempt, retry_policy)
-                    attempt += 1
-    except _DiskError as error:
-        raise UserError(
-            f"{target.parent} can't be written ({error}); free some space there or set $STREAMCLR_CACHE to a folder on "
-            "another disk."
-        ) from error
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target, "ab", buffering=0) as out:  # unbuffered: flushing a buffer could fail when it is closed
+        if size is not None and out.tell() > size:
+            out.seek(out.truncate(0))
+        if size is None or out.tell() < size:
+            with_retries(lambda: _append(fs, path, out, size, retry_policy), path, retry_policy, progress=out.tell)
 
 
-class _DiskError(Exception):
-    """Writing to the local disk failed, which no network retry can fix."""
-
-
-def _append(fs: AbstractFileSystem, path: str, out: BinaryIO, size: int | None, retry_policy: RetryPolicy) -> int:
-    """Append the rest of a remote file to its partial copy `out`; returns the size of the whole file."""
+def _append(fs: AbstractFileSystem, path: str, out: BinaryIO, size: int | None, retry_policy: RetryPolicy) -> None:
+    """Append the rest of a remote file to its partial copy `out`."""
     start = out.tell()
     if isinstance(fs, WebFileSystem):
         with fs.open_from(path, start) as (response, first, total):  # without ranges, the file starts over at 0
             _check_size(size, total)
-            return _copy(response, out, first, size or total, retry_policy)
-    with fs.open(path, "rb", block_size=CHUNK_BYTES, cache_type="none") as file:
-        total = getattr(file, "size", None)
-        file.seek(start)
-        _check_size(size, total)
-        return _copy(file, out, start, size or total, retry_policy)
+            _copy(response, out, first, size or total, retry_policy.stop)
+    else:
+        with fs.open(path, "rb", block_size=CHUNK_BYTES, cache_type="none") as file:
+            total = getattr(file, "size", None)
+            _check_size(size, total)
+            file.seek(start)
+            _copy(file, out, start, size or total, retry_policy.stop)
 
 
 def _check_size(expected: int | None, stated: int | None) -> None:
@@ -168,23 +153,30 @@ def _check_size(expected: int | None, stated: int | None) -> None:
         raise SizeMismatch(f"the store offers {stated} bytes, but {expected} are expected")
 
 
-def _copy(file: BinaryIO, out: BinaryIO, start: int, size: int | None, retry_policy: RetryPolicy) -> int:
-    """Copy the rest of a file of `size` bytes to `out` at offset `start`; returns the offset where it ends."""
-    try:
-        out.truncate(start)
-        out.seek(start)
-    except OSError as error:
-        raise _DiskError(error) from error
+def _copy(file: BinaryIO, out: BinaryIO, start: int, size: int | None, stop: threading.Event) -> None:
+    """Copy the rest of a file of `size` bytes to `out` at offset `start`."""
     read = getattr(file, "read1", file.read)  # returns what has arrived, so it is kept if the connection breaks
+    with _local_errors(out):
+        out.seek(out.truncate(start))
     while chunk := read(CHUNK_BYTES):
-        try:
-            left = memoryview(chunk)
-            while left:
+        left = memoryview(chunk)
+        while left:
+            with _local_errors(out):
                 left = left[out.write(left) :]
-        except OSError as error:
-            raise _DiskError(error) from error
-        if retry_policy.stop.is_set():
-            raise InterruptedError("the download was stopped")
+        if stop.is_set():
+            raise UserError("The download was stopped.")
     if size is not None and out.tell() < size:
         raise ConnectionError(f"the connection ended after {out.tell()} of {size} bytes")
-    return out.tell()
+    _check_size(size, out.tell())
+
+
+@contextmanager
+def _local_errors(out: BinaryIO) -> Iterator[None]:
+    """Turn errors of the local disk into UserErrors, which are not retried."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{Path(out.name).parent} can't be written ({error}); free some space there or set $STREAMCLR_CACHE to a "
+            "folder on another disk."
+        ) from error

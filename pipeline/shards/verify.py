@@ -5,7 +5,6 @@ from typing import BinaryIO
 
 import numpy as np
 from fsspec.spec import AbstractFileSystem
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -22,29 +21,26 @@ REMEDY = "copy it again or run `python -m pipeline.shards index`"
 ENCODED_KB = np.array([0, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096])
 
 
-def verify(root: str) -> list[str]:
-    """Verify all splits of a folder, or one shard set; returns the problems and prints which sets have none."""
-    problems, roots = [], split_roots(root)
-    for split in roots:
-        try:
-            found = verify_shards(split)
-        except UserError as error:  # the other split may be intact
-            found = [str(error)]
-        if not found:
-            print("All files match their checksums." if len(roots) == 1 else f"{split}: all files match.")
-        problems += found
-    return problems
-
-
-def show(root: str) -> list[str]:
-    """Print tables of all splits of a folder, or of one shard set; returns the problems of sets that can't be opened."""
-    problems = []
+def verify(root: str) -> dict[str, list[str]]:
+    """Problems of each split of a folder, or of one shard set, by its root."""
+    problems = {}
     for split in split_roots(root):
         try:
-            Console().print(*summarize(open_shards(split)), sep="\n")
+            problems[split] = verify_shards(split)
+        except UserError as error:  # the other split may be intact
+            problems[split] = [str(error)]
+    return problems
+
+
+def show(root: str) -> tuple[list[Table], list[str]]:
+    """Tables of all splits of a folder, or of one shard set, and the problems of those that can't be opened."""
+    tables, problems = [], []
+    for split in split_roots(root):
+        try:
+            tables += summarize(open_shards(split))
         except UserError as error:
             problems.append(str(error))
-    return problems
+    return tables, problems
 
 
 def verify_shards(root: str, cache: ShardCache | None = None) -> list[str]:
@@ -93,12 +89,13 @@ def _compare(
             hashed.drain()
             if (size is None or hashed.size == size) and hashed.digest.hexdigest() == sha256:
                 return []
-            damaged = [] if rows is None else [row["key"].decode(errors="replace") for row in rows if _is_bad(file, row)]
+            bad_rows = [] if rows is None else [row for row in rows if _is_bad(file, row)]
     except FileNotFoundError:
         return [f"{name} is missing; copy it again."]
     except OSError as error:
         return [f"{name} can't be read ({error}); check its permissions and the disk."]
-    samples = f" (damaged samples: {len(damaged)}, the first {', '.join(damaged[:3])})" if damaged else ""
+    keys = ", ".join(row["key"].decode(errors="replace") for row in bad_rows[:3])
+    samples = f" (damaged samples: {len(bad_rows)}, the first {keys})" if bad_rows else ""
     return [f"{name} does not match its checksum; copy it again{samples}."]
 
 
