@@ -120,14 +120,16 @@ def _find_tars(root: str, retry_policy: RetryPolicy) -> tuple[str, list[str]]:
     Raises:
         UserError: there are no tars, they are compressed, or a brace pattern names several folders.
     """
-    folder, _, pattern = root.rpartition("/")
-    if "{" in pattern and (pattern.endswith(".tar") or COMPRESSED_TAR.search(pattern)):
+    names: list[str] = []
+    if "{" in root:
         from webdataset.shardlists import expand_urls
 
-        root, names = folder or ".", expand_urls(pattern)
-        if any("/" in name for name in names):
-            raise UserError(f"{pattern} names tars in several folders; index each folder separately.")
-    else:
+        folders, expanded = zip(*map(posixpath.split, expand_urls(root)), strict=True)
+        if all(name.endswith(".tar") or COMPRESSED_TAR.search(name) for name in expanded):
+            if len(set(folders)) > 1:
+                raise UserError(f"{root} names tars in several folders; index each folder separately.")
+            root, names = folders[0] or ".", list(expanded)
+    if not names:
         fs, path = filesystem(root, retry_policy)
         names = list_files(fs, path, retry_policy)
     if tars := [name for name in names if name.endswith(".tar")]:
