@@ -51,11 +51,11 @@ def test_exact_bytes_from_a_failing_server(local, tmp_path, fault):
 def test_only_the_next_block_is_fetched_ahead(local, tmp_path):
     with serving(Path(local.root)) as server:
         shards = open_shards(server.url, cache_at(tmp_path))
-        order = ShardSampler(shards.shard_starts, 8, seed=3, block_shards=4)
+        sampler = ShardSampler(shards.shard_starts, 8, seed=3, block_shards=4)
         reader = Reader(shards, cache_at(tmp_path))
-        upcoming = order.upcoming_shards(0, 0, 0)
+        upcoming = sampler.upcoming_shards(0, 0, 0)
         reader.prefetch(upcoming)
-        reader.read(order.batch(0, 0))
+        reader.read(sampler.batch(0, 0))
         deadline = time.monotonic() + 10
         while len(cached_files(reader.cache)) < 1 + 8 and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -67,14 +67,14 @@ def test_only_the_next_block_is_fetched_ahead(local, tmp_path):
 
 def test_node_groups_fetch_different_shards(local, tmp_path):
     """Two nodes with separate caches fetch each shard once between them."""
-    order = ShardSampler(local.shard_starts, 8, seed=3, block_shards=4, node_groups=2)
+    sampler = ShardSampler(local.shard_starts, 8, seed=3, block_shards=4, node_groups=2)
     with serving(Path(local.root)) as server:
         for node in range(2):
             shards = open_shards(server.url, cache_at(tmp_path / str(node)))
             reader = Reader(shards, cache_at(tmp_path / str(node)))
-            for step in range(order.steps_per_epoch):
-                reader.prefetch(order.upcoming_shards(0, step, step, node, 2))
-                samples = order.batch(0, step, node, 2)
+            for step in range(sampler.steps_per_epoch):
+                reader.prefetch(sampler.upcoming_shards(0, step, step, node, 2))
+                samples = sampler.batch(0, step, node, 2)
                 assert reader.read(samples) == Reader(local).read(samples)
             reader.close()
         tars = [server.count[entry["file"]] for entry in local.manifest["shards"]]
