@@ -200,16 +200,14 @@ class ShardCache:
     def _locked(self, name: str, retry_policy: RetryPolicy | None = None) -> Iterator[None]:
         """Hold a lock among all processes and threads; waits until it is free or `retry_policy.stop` is set."""
         lock = FileLock(self.folder / f"{name}.lock", thread_local=False)
-        while not lock.is_locked:
-            try:
-                for folder in FOLDERS:
-                    (self.folder / folder).mkdir(parents=True, exist_ok=True)
-                lock.acquire(timeout=1, poll_interval=0.01)
-            except Timeout:
-                if retry_policy and retry_policy.stop.is_set():
-                    raise UserError(f"Waiting for {lock.lock_file} was stopped.") from None
-            except (OSError, NotImplementedError) as error:  # filelock raises the latter without support for locks
-                raise self._unusable(error) from error
+        try:
+            for folder in FOLDERS:
+                (self.folder / folder).mkdir(parents=True, exist_ok=True)
+            lock.acquire(poll_interval=0.01, cancel_check=retry_policy and retry_policy.stop.is_set)
+        except Timeout:
+            raise UserError(f"Waiting for {lock.lock_file} was stopped.") from None
+        except (OSError, NotImplementedError) as error:  # filelock raises the latter without support for locks
+            raise self._unusable(error) from error
         try:
             yield
         finally:

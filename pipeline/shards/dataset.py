@@ -33,7 +33,7 @@ from .format import FORMAT, READ_WHOLE, ROWS, index_dtype, index_name
 from .remote import PERMANENT_ERRORS, RetryPolicy, filesystem, is_local, unreadable, with_retries
 from .threads import DaemonThreads, wait_for
 
-SHARD_KEYS = {"file": str, "samples": int, "bytes": int, "sha256": str}
+SMALLEST = {"samples": 0, "bytes": 0, "top_label": -1}  # integers of a shard's manifest entry
 OPTIONAL_KEYS = {"name": str, "split": str, "made_by": dict, "left_out": list, "rejected": int}
 
 
@@ -129,16 +129,16 @@ def _manifest_fault(manifest: dict[str, Any]) -> str:
     if not isinstance(shards, list) or not all(isinstance(shard, dict) for shard in shards):
         return "no list of shards"
     for number, shard in enumerate(shards):
-        for key, kind in SHARD_KEYS.items():
-            if type(shard.get(key)) is not kind or (kind is int and not 0 <= shard[key] < 2**63):
-                return f"no valid {key!r} of shard {number}"
+        shard = {"index_sha256": "", "top_label": -1, **shard}  # sets written by older versions lack these
+        invalid = [key for key in ("file", "sha256", "index_sha256") if type(shard.get(key)) is not str]
+        for key, smallest in SMALLEST.items():
+            if type(shard.get(key)) is not int or not smallest <= shard[key] < 2**63:
+                invalid.append(key)
+        if invalid:
+            return f"no valid {invalid[0]!r} of shard {number}"
         name = shard["file"]
         if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
             return f"{name!r} is not a file name"
-        if type(shard.get("index_sha256", "")) is not str:
-            return f"no valid 'index_sha256' of shard {number}"
-        if type(shard.get("top_label", -1)) is not int:
-            return f"no valid 'top_label' of shard {number}"
     if "index" in manifest:
         if not isinstance(index, dict) or type(index.get("bytes")) is not int or type(index.get("sha256")) is not str:
             return "no size and checksum of the index"

@@ -41,6 +41,9 @@ from .web import WebFileSystem
 
 COMPRESSED_TAR = re.compile(r"\.(tgz|txz|tbz2?|tar\.(gz|xz|bz2|zst))$")
 
+KEPT = {"name": "", "split": "", "classes": [], "shards": [], "made_by": {}}
+"""Fields of an existing manifest that indexing keeps, with their values for a new one."""
+
 
 def index_shards(root: str, cache: ShardCache | None = None, image_extension: str | None = None) -> ShardSet:
     """Index the WebDataset tars of a folder or URL prefix; each is read once, sequentially.
@@ -71,7 +74,7 @@ def index_shards(root: str, cache: ShardCache | None = None, image_extension: st
             )
         index_fs, folder = LocalFileSystem(), str(cache.index_folder(root))
         previous = _previous_manifest(index_fs, folder, cache.retry_policy)
-    previous = _reusable(previous or {})
+    previous = previous or KEPT
     index_fs.makedirs(folder, exist_ok=True)
     checksums = {str(shard.get("file")): shard.get("sha256") for shard in previous["shards"] if isinstance(shard, dict)}
     shards, left_out = [], []
@@ -157,22 +160,20 @@ def _writable(fs: AbstractFileSystem, path: str) -> bool:
 
 
 def _previous_manifest(fs: AbstractFileSystem, path: str, retry_policy: RetryPolicy) -> dict[str, Any] | None:
-    """Existing manifest of a folder, {} if it is damaged, None if there is none."""
+    """Fields of a folder's manifest that are kept when it is indexed again, empty where missing or malformed.
+
+    None if there is no manifest.
+    """
     try:
         name = f"{path}/dataset.json"
         found = json.loads(with_retries(lambda: fs.cat_file(name), name, retry_policy))
     except (FileNotFoundError, PermissionError):
         return None
     except (ValueError, RecursionError):  # the second for deeply nested brackets
-        return {}
-    return found if isinstance(found, dict) and found.get("format") == FORMAT else {}
-
-
-def _reusable(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Fields of an existing manifest that are kept when its set is indexed again; empty where missing or malformed."""
-    empty = {"name": "", "split": "", "classes": [], "shards": [], "made_by": {}}
+        found = {}
+    found = found if isinstance(found, dict) and found.get("format") == FORMAT else {}
     kept = {
-        name: manifest[name] if isinstance(manifest.get(name), type(none)) else none for name, none in empty.items()
+        name: found.get(name) if isinstance(found.get(name), type(empty)) else empty for name, empty in KEPT.items()
     }
     return kept if all(isinstance(name, str) for name in kept["classes"]) else kept | {"classes": []}
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from concurrent.futures import CancelledError, Future
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -173,10 +173,8 @@ class Reader:
         try:
             found = _read_tar(self.paths[shard], rows[places])
         except OSError as error:
-            failure = ReadFailure(
-                f"A shard of {self.shards.root} can't be read ({error})", not isinstance(error, PERMANENT_ERRORS)
-            )
-            found = [failure] * len(places)
+            transient = not isinstance(error, PERMANENT_ERRORS)
+            found = [ReadFailure(f"A shard of {self.shards.root} can't be read ({error})", transient)] * len(places)
         for place, data in zip(places, found, strict=True):
             encoded[place] = self._checked(data, shard, rows[place])
 
@@ -191,11 +189,9 @@ class Reader:
             found = _read_tar(path, rows[places])
         except OSError:  # evicted or removed, or the disk fails
             found = [b""] * len(places)
-        bad = []
         for place, data in zip(places, found, strict=True):
             encoded[place] = self._checked(data, shard, rows[place])
-            if isinstance(encoded[place], ReadFailure):
-                bad.append(place)
+        bad = [place for place in places if isinstance(encoded[place], ReadFailure)]
         if bad:
             self._drop(shard)
         return bad
@@ -285,7 +281,8 @@ def _read_tar(path: str | Path, rows: np.ndarray) -> list[bytes]:
     """
     for wait_s in (*RETRY_WAITS_S, None):
         try:
-            return _read_tar_once(path, rows)
+            with open(path, "rb", buffering=0) as tar:  # unbuffered: a buffer would read past every sample
+                return [_read_at(tar, int(row["offset"]), int(row["size"])) for row in rows]
         except PERMANENT_ERRORS:
             raise
         except OSError as error:
@@ -296,10 +293,6 @@ def _read_tar(path: str | Path, rows: np.ndarray) -> list[bytes]:
         time.sleep(wait_s)
 
 
-def _read_tar_once(path: str | Path, rows: np.ndarray) -> list[bytes]:
-    encoded = []
-    with open(path, "rb", buffering=0) as tar:  # unbuffered: a buffer would read past every sample
-        for offset, size in zip(rows["offset"].tolist(), rows["size"].tolist(), strict=True):
-            tar.seek(offset)
-            encoded.append(tar.read(size))
-    return encoded
+def _read_at(file: BinaryIO, offset: int, size: int) -> bytes:
+    file.seek(offset)
+    return file.read(size)

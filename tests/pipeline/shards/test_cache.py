@@ -16,23 +16,12 @@ import pytest
 
 from common import UserError
 from pipeline.shards.cache import Lease, ShardCache
-from pipeline.shards.dataset import ShardSet, open_shards
+from pipeline.shards.dataset import open_shards
 from pipeline.shards.reader import Reader, ReadFailure
 from pipeline.shards.remote import download, filesystem
 from pipeline.shards.verify import verify_shards
 from tests.pipeline.image_sets import ROOT
-from tests.pipeline.web_server import QUICK, cache_at, cached_files, epoch, read_slices, serving, shard_entry, write_set
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory) -> ShardSet:
-    """Twenty-four shards of six samples, enough for a common index."""
-    return write_set(tmp_path_factory.mktemp("sets") / "train", shards=24)
-
-
-@pytest.fixture
-def small(tmp_path) -> ShardSet:
-    return write_set(tmp_path / "small", shards=4)
+from tests.pipeline.web_server import QUICK, cache_at, cached_files, epoch, read_slices, serving, shard_entry
 
 
 def test_an_invalid_checksum_does_not_name_a_file_outside_the_cache(small, tmp_path):

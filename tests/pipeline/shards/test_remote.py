@@ -15,7 +15,7 @@ import pytest
 from common import UserError
 from pipeline.loader.sampler import ShardSampler
 from pipeline.shards.cache import ShardCache
-from pipeline.shards.dataset import ShardSet, list_tars, open_shards, open_splits
+from pipeline.shards.dataset import list_tars, open_shards, open_splits
 from pipeline.shards.format import index_name
 from pipeline.shards.reader import Reader, ReadFailure
 from pipeline.shards.remote import RetryPolicy, download, filesystem, with_retries
@@ -24,17 +24,6 @@ from tests.pipeline.image_sets import ROOT
 from tests.pipeline.web_server import QUICK, cache_at, cached_files, epoch, serving, shard_entry, write_set
 
 FAULTS = ("503", "drop", "stall", "truncate", "flip", "whole")
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory) -> ShardSet:
-    """Twenty-four shards of six samples, enough for a common index."""
-    return write_set(tmp_path_factory.mktemp("sets") / "train", shards=24)
-
-
-@pytest.fixture
-def small(tmp_path) -> ShardSet:
-    return write_set(tmp_path / "small", shards=4)
 
 
 @pytest.mark.parametrize("fault", [*FAULTS, "all of them"])
