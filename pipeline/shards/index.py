@@ -172,9 +172,7 @@ def _previous_manifest(fs: AbstractFileSystem, path: str, retry_policy: RetryPol
     except (ValueError, RecursionError):  # the second for deeply nested brackets
         found = {}
     found = found if isinstance(found, dict) and found.get("format") == FORMAT else {}
-    kept = {
-        name: found.get(name) if isinstance(found.get(name), type(empty)) else empty for name, empty in KEPT.items()
-    }
+    kept = KEPT | {name: found[name] for name in KEPT if isinstance(found.get(name), type(KEPT[name]))}
     return kept if all(isinstance(name, str) for name in kept["classes"]) else kept | {"classes": []}
 
 

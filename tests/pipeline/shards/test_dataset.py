@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from rich.console import Console
-
 from common import UserError
 from pipeline.convert.sources import webdataset_source
 from pipeline.convert.writer import write_split
