@@ -1,5 +1,6 @@
 """Remote shards: exact bytes in spite of server failures, resumed downloads, retries, prompt shutdown."""
 
+import io
 import re
 import signal
 import subprocess
@@ -112,6 +113,15 @@ def test_a_download_without_ranges_starts_over(small, tmp_path):
         download(*filesystem(f"{server.url}/part-000.tar", QUICK), tmp_path / "copy", None, QUICK)
         assert (tmp_path / "copy").read_bytes() == Path(small.root, "part-000.tar").read_bytes()
         assert [requested for _, requested in server.requests] == [None, f"bytes={size // 2}-"]
+
+
+def test_a_store_that_sends_too_much_without_stating_the_size(tmp_path, monkeypatch):
+    fs, path = filesystem("memory://too-long")
+    monkeypatch.setattr(type(fs), "open", lambda *_, **__: io.BytesIO(bytes(300)))
+    for partial in (b"", bytes(400)):
+        (tmp_path / "copy").write_bytes(partial)
+        with pytest.raises(UserError, match=r"after 6 attempts \(the store offers 300 bytes, but 200 are expected\)"):
+            download(fs, path, tmp_path / "copy", 200, QUICK)
 
 
 def test_giving_up_names_cause_and_remedy(small, tmp_path, caplog):
