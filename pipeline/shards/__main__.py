@@ -1,21 +1,35 @@
-"""Command line of shard sets: index, verify and show."""
+"""Command line for shard sets.
+
+    python -m pipeline.shards index ROOT     index WebDataset tars that were not written by pipeline.convert
+    python -m pipeline.shards verify ROOT    compare every file with its checksum
+    python -m pipeline.shards show ROOT      print classes and image sizes
+
+The index of a set in a read-only location, such as an http:// address, is kept in the local cache ($STREAMCLR_CACHE or
+~/.cache/streamclr).
+"""
 
 import argparse
 import sys
+from itertools import chain
+
+from rich.console import Console
 
 from ..common import UserError
+from .archives import add_image_extension, one_line
+from .index import index_shards
+from .verify import show, verify
 
 
 def main() -> None:
-    from .archives import add_image_extension, one_line
-    from .index import index_shards  # which build on this module
-    from .verify import show, verify
-
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.shards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("command", choices=["index", "verify", "show"])
-    parser.add_argument("root", help="folder or URL prefix that holds the tars, or their train/ and test/")
+    parser.add_argument(
+        "root",
+        help="folder or URL prefix of the tars or of their train/ and test/; index also takes tars in brace notation, "
+        "such as https://host/folder/train-{000..146}.tar",
+    )
     add_image_extension(parser)
     arguments = parser.parse_args()
     try:
@@ -24,8 +38,15 @@ def main() -> None:
             for refused in shards.manifest["left_out"]:
                 print(f"left out {one_line(refused['name'])}: {refused['reason']}", file=sys.stderr)
             print(f"{len(shards)} images in {len(shards.manifest['shards'])} shards indexed.")
-        elif problems := (verify if arguments.command == "verify" else show)(arguments.root):
-            raise UserError("\n".join(problems))
+        elif arguments.command == "verify":
+            found = verify(arguments.root)
+            for root in (root for root, problems in found.items() if not problems):
+                print(f"{root}: all files match their checksums.")
+            sys.exit("\n".join(chain(*found.values())) or None)
+        else:
+            tables, problems = show(arguments.root)
+            Console().print(*tables, sep="\n")
+            sys.exit("\n".join(problems) or None)
     except KeyboardInterrupt:
         sys.exit(130)
     except (UserError, OSError) as error:  # an OSError names its file: no space, no permission, no connection

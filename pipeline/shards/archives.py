@@ -1,4 +1,4 @@
-"""Tars of images and other archives as they are downloaded: whole, and with nothing in them that leads elsewhere."""
+"""Safe reading of tars of images, refusing damage, links and paths out of the tar; grouping of WebDataset samples."""
 
 import argparse
 import errno
@@ -19,29 +19,29 @@ from ..images import IMAGE_SUFFIXES
 
 NOT_PLAIN = "not a plain file"
 LONGEST_NAME = 1024
-"""In bytes. An index stores all keys at the width of the longest one, so a single long name would blow it up."""
+"""Longest member name in bytes. An index stores all keys at the width of the longest, so one long name inflates it."""
 TOO_LONG = f"its name is longer than {LONGEST_NAME} bytes"
 CLASS_LIMIT = 10**6
-"""Class numbers lie below it: a manifest lists the names of all classes up to the largest number."""
+"""Class numbers must be smaller, since a manifest lists the names of all classes up to the largest number."""
 NO_CLASS = ("", "-1")
-"""Texts of a class file that stand for no class."""
+"""Contents of a class file that mean "unlabeled"."""
 
 T = TypeVar("T")
 
 
-def refuse_url(path: Path, cure: str = "copy it to a folder first") -> None:
-    """Images are converted from the local disk; WebDataset tars elsewhere need not be converted."""
-    if re.match(r"[a-z][a-z0-9+]+:/", str(path)):  # a Path has lost one of the slashes
-        raise UserError(f"A URL ({path}) is not taken here: {cure}.")
+def refuse_url(path: Path, remedy: str = "copy it to a folder first") -> None:
+    """Refuse a URL where a local path is required."""
+    if re.match(r"[a-z][a-z0-9+]+:/", str(path)):  # Path collapses the double slash
+        raise UserError(f"{path} is a URL, but a local path is required; {remedy}.")
 
 
 def is_image(name: str) -> bool:
-    """By the extension; macOS's `._photo.jpg` is not one, but the metadata of `photo.jpg`."""
+    """Whether a file name has an image extension. `._photo.jpg` is macOS metadata of `photo.jpg`, not an image."""
     return posixpath.splitext(name)[1][1:].lower() in IMAGE_SUFFIXES and not posixpath.basename(name).startswith("._")
 
 
 def clean_key(name: str) -> str:
-    """Escape the bytes of a file name that are not valid UTF-8, which an index could not store."""
+    """Escape bytes of a file name that are not valid UTF-8, which an index cannot store."""
     return name if name.isascii() else name.encode(errors="backslashreplace").decode()
 
 
@@ -51,21 +51,21 @@ def one_line(name: str) -> str:
 
 
 def is_long(name: str) -> bool:
+    """Whether a name exceeds `LONGEST_NAME`."""
     return len(clean_key(name).encode()) > LONGEST_NAME
 
 
 def class_number(text: str) -> int | None:
-    """The number of a class, from 0 to CLASS_LIMIT - 1; None for any other text."""
+    """Parse a class number from 0 to CLASS_LIMIT - 1; None for any other text."""
     digits = text.lstrip("0") or "0"
-    if not (text.isascii() and text.isdigit()) or len(digits) > len(str(CLASS_LIMIT - 1)):
-        return None
-    return int(digits)
+    valid = text.isascii() and text.isdigit() and len(digits) < len(str(CLASS_LIMIT))
+    return int(digits) if valid else None
 
 
 class CheckedMember(tarfile.TarInfo):
-    """Nothing but a block of zeros ends a tar: tarfile takes any damaged or missing header but the first for its end.
+    """Tar member header that raises tarfile.ReadError if it is damaged; pass it to `tarfile.open` as `tarinfo`.
 
-    To be given to `tarfile.open` as `tarinfo`; tarfile.ReadError is then raised at such a header.
+    By default, tarfile treats any damaged or missing header except the first as the regular end of the tar.
     """
 
     @classmethod
@@ -73,7 +73,7 @@ class CheckedMember(tarfile.TarInfo):
         start = tar.offset
         try:
             member = super().fromtarfile(tar)
-            if member.size < 0 or not start < tar.offset < 2**63:  # tarfile would go back and read the same again
+            if member.size < 0 or not start < tar.offset < 2**63:  # tarfile would seek backwards and loop
                 raise tarfile.ReadError(f"an impossible size at byte {start}")
             return member
         except tarfile.EOFHeaderError:
@@ -86,54 +86,63 @@ class CheckedMember(tarfile.TarInfo):
 
 @contextmanager
 def open_tar(path: Path) -> Iterator[tarfile.TarFile]:
-    """An uncompressed tar; its damage is a UserError."""
+    """Open an uncompressed tar.
+
+    Raises:
+        UserError: there is no such file, or it is damaged (also while the block reads it).
+    """
     if not path.is_file():
-        raise UserError(f"There is no file {path}: give the tar that holds the images.")
+        raise UserError(f"There is no file {path}; use the path of the tar that holds the images.")
     try:
         with tarfile.open(path, "r:", tarinfo=CheckedMember) as tar:
             yield tar
     except (tarfile.TarError, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
-        # EINVAL: a seek beyond what the file system can hold
+        # EINVAL: a seek beyond the maximum file size
         cause = "unexpected end of data" if isinstance(error, OSError) else error
-        cure = "unpack it first if it is a .gz or .xz, else download or copy it again"
-        raise UserError(f"{path} is not a whole, uncompressed tar ({cause}): {cure}.") from error
+        remedy = "decompress it if it is a .gz or .xz, else download or copy it again"
+        raise UserError(f"{path} is not a whole, uncompressed tar ({cause}); {remedy}.") from error
 
 
 def members(tar: tarfile.TarFile, path: Path | str) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar, one after the other.
+    """Yield the members of a tar.
 
     Args:
-        path: how to call the tar in an error.
+        path: name of the tar in errors.
 
     Raises:
-        UserError: one is a link, or its path leads out of the tar.
+        UserError: a member is a link, or its path leads out of the tar.
     """
     for member in tar:
-        _refuse_treachery(member, path)
+        _refuse_unsafe(member, path)
         yield member
-        tar.members = []  # which tarfile would otherwise keep: 1 GB for a million images
+        tar.members = []  # tarfile would otherwise keep them, 1 GB for a million images
 
 
-def _refuse_treachery(member: tarfile.TarInfo, path: Path | str) -> None:
-    """Nothing is ever unpacked by its name, but whoever wrote such a tar meant other files than are in it."""
+def _refuse_unsafe(member: tarfile.TarInfo, path: Path | str) -> None:
+    """Refuse links and paths out of the tar. Nothing is extracted under its own name, but such a tar is suspicious."""
     if member.issym() or member.islnk():
         raise UserError(
             f"{path} holds {member.name}, a link to {member.linkname}, and links in a tar are not followed: "
-            "pack the files themselves, by `tar --dereference --hard-dereference`."
+            "pack the files themselves with `tar --dereference --hard-dereference`."
         )
     if member.name.startswith("/") or ".." in member.name.split("/"):
         raise UserError(
-            f"{path} holds {member.name}, a path that leads out of it: pack the folder anew from inside, "
-            "or get the archive from where it can be trusted."
+            f"{path} holds {member.name}, a path that leads out of it: pack the folder again from inside, "
+            "or download the archive from a trusted source."
         )
 
 
 def image_members(
     tar: tarfile.TarFile, path: Path | str, left_out: list[tuple[str, str]], others: list[str] | None = None
 ) -> Iterator[tarfile.TarInfo]:
-    """The images in a tar that are plain files; other images go to `left_out`, other names to `others`.
+    """Yield the images in a tar that are plain files.
+
+    Args:
+        path: name of the tar in errors.
+        left_out: receives (name, reason) of images that are not plain files or have too long a name.
+        others: receives the names of members that are not images.
 
     Raises:
         UserError: as `members`.
@@ -149,26 +158,26 @@ def image_members(
 
 
 def member_fault(member: tarfile.TarInfo) -> tuple[str, str] | None:
-    """(name, reason) of a member that can't be taken, whatever it holds."""
+    """(name, reason) of a member that can't be used, whatever its content; None if it can."""
     if is_long(member.name):
         return f"{member.name[:80]}...", TOO_LONG
     return None if member.isfile() and not member.issparse() else (member.name, NOT_PLAIN)
 
 
 def add_image_extension(parser: argparse.ArgumentParser) -> None:
-    """Add the option for `extension` of `image_samples`."""
+    """Add the option --image-extension, see `image_samples`."""
 
     def extension(text: str) -> str:
         if not (cleaned := text.lower().removeprefix(".")) or cleaned == "cls" or "/" in cleaned:
-            raise argparse.ArgumentTypeError(f"{text!r} is not the extension of an image, such as jpg")
+            raise argparse.ArgumentTypeError(f"{text!r} is not an image extension, such as jpg")
         return cleaned
 
     parser.add_argument(
         "--image-extension",
         type=extension,
         metavar="EXTENSION",
-        help="extension of the image in each WebDataset sample, such as jpg, where samples have several images "
-        "(default: the only image)",
+        help="extension of the images to use, such as jpg, if WebDataset samples hold several images (default: the "
+        "only image)",
     )
 
 
@@ -183,15 +192,15 @@ def image_samples(
 ) -> Iterator[tuple[str, str, T]]:
     """Yield (key, member name, content) of the image of each sample in a WebDataset tar.
 
-    Members of one sample normally follow each other. A class that lies elsewhere in the tar is matched by its key.
+    Members of one sample are normally adjacent. A class elsewhere in the tar is matched by its key.
 
     Args:
-        tar: the members in their order.
-        path: how to call the tar in an error.
+        tar: members in the order of the tar.
+        path: name of the tar in errors.
         read_image, read_class: called with a member before the next one is taken from `tar`.
-        extension: of the images, such as "jpg"; None takes every image format.
+        extension: extension of the images, such as "jpg"; None accepts every image format.
         left_out: receives (member name, reason) of images and classes that are not used.
-        classes: receives number of the sample -> (member name, text) of its class. Complete only after the last sample.
+        classes: receives sample number -> (member name, text) of its class; complete only after the last sample.
 
     Raises:
         UserError: a sample has images of different extensions.
@@ -206,7 +215,7 @@ def image_samples(
     def parts() -> Iterator[tuple[str, str, tarfile.TarInfo]]:
         for member in tar:
             folder, _, base = member.name.removeprefix("./").rpartition("/")
-            stem, _, suffix = base.partition(".")  # WebDataset's rule: the key ends at the first dot
+            stem, _, suffix = base.partition(".")  # WebDataset keys end at the first dot
             suffix = suffix.lower()
             used = suffix in wanted or suffix == "cls"
             if not stem or member.isdir() or not (used or is_image(member.name)):
@@ -248,7 +257,7 @@ def image_samples(
                 unlabeled.setdefault(key, []).append(number)
             yield key, *image
             number += 1
-    finally:  # also where a damaged tar ends early
+    finally:  # also if a damaged tar ends early
         bare: list[str] = []
         for key, texts in orphans.items():
             samples = unlabeled.get(key, [])
@@ -265,40 +274,48 @@ def image_samples(
 
 
 def _first_of(names: list[str], reason: str) -> list[tuple[str, str]]:
-    """One entry for many members that are left out for the same reason."""
+    """One entry for all members that are left out for the same reason."""
     return [(names[0], reason + (f", as {len(names) - 1:,} more in this tar" if names[1:] else ""))] if names else []
 
 
 def unpacked(path: Path, names: Iterable[str], scratch: Path) -> dict[str, Path]:
-    """Where the files of these base names lie: in a folder as they are, or unpacked from a tar, compressed or not.
+    """Find files by base name in a folder, or extract them from a tar, compressed or not.
+
+    Args:
+        path: folder or tar.
+        names: base names of the files.
+        scratch: existing folder for extracted files.
+
+    Returns:
+        Base name -> path of each file that was found.
 
     Raises:
         UserError: there is no such folder or tar, it is damaged, one of the files is a link or leads out of the tar, or
-            the disk for temporary files is full.
+            the disk of `scratch` is full.
     """
     wanted = set(names)
     refuse_url(path)
     if path.is_dir():
         inside = sorted((file for file in path.rglob("*") if file.name in wanted and file.is_file()), reverse=True)
-        return {file.name: file for file in inside}  # reversed, so that the first in the order of paths stays
+        return {file.name: file for file in inside}  # reversed, so that the first path wins
     if not path.is_file():
-        raise UserError(f"{path} does not exist: give the downloaded archive or the folder unpacked from it.")
+        raise UserError(f"{path} does not exist; use the downloaded archive or the folder unpacked from it.")
     found = {}
     try:
         with tarfile.open(path, tarinfo=CheckedMember) as tar:
             for member in tar:
                 name = posixpath.basename(member.name)
                 if name in wanted:
-                    _refuse_treachery(member, path)
+                    _refuse_unsafe(member, path)
                 if name in wanted and member.isfile():
                     found[name] = scratch / name
                     with tar.extractfile(member) as packed, open(found[name], "wb") as file:
                         shutil.copyfileobj(packed, file, 1 << 20)
                 tar.members = []
     except (tarfile.TarError, EOFError, zlib.error) as error:
-        cause = str(error).partition("\n")[0].rstrip(":")  # tarfile goes on with a line for each way to compress
-        raise UserError(f"{path} is not a whole archive ({cause}): download it again.") from error
+        cause = str(error).partition("\n")[0].rstrip(":")  # tarfile adds one line per compression format
+        raise UserError(f"{path} is not a whole archive ({cause}); download it again.") from error
     except OSError as error:
-        cure = "download it again if it is damaged, else set TMPDIR to a folder with room for it"
-        raise UserError(f"{path} can't be unpacked to {scratch} ({error.strerror or error}): {cure}.") from error
+        remedy = "download it again if it is damaged, else set TMPDIR to a folder with room for it"
+        raise UserError(f"{path} can't be unpacked to {scratch} ({error.strerror or error}); {remedy}.") from error
     return found

@@ -1,13 +1,13 @@
-"""Shards of remote sets on the local disk: bounded, verified, fetched once for all processes of a machine.
+"""Bounded disk cache of remote shards: verified, and fetched once for all processes of a machine.
 
-    CACHE/files/<sha256>                  whole, verified files; the time of access is that of the last use
-    CACHE/files/<sha256>.<bytes>.partial  one that is being fetched, or the fetch of which was interrupted
-    CACHE/leases/<id>                     what a live process is about to use; the lock beside it ends with the process
-    CACHE/copies/<id>                     one that is read once; goes as soon as the process that reads it has ended
-    CACHE/indexes/<id>/                   indexes of sets that can't be written to
-    CACHE/intact/<id>                     notes that a large file, as it is now, has been compared with its checksum
+    CACHE/files/<sha256>                  complete, verified files; the access time is that of the last use
+    CACHE/files/<sha256>.<bytes>.partial  a file being fetched, or left by an interrupted fetch
+    CACHE/leases/<id>.held                checksums that a live process is about to use; its lock ends with the process
+    CACHE/copies/<id>                     a file that is read once; removed when the process that reads it has ended
+    CACHE/indexes/<id>/                   indexes of sets in read-only locations
+    CACHE/intact/<id>                     marks a version of a large file as compared with its checksum
 
-A file is named by its content, so a set that was changed never meets what was cached of the old one.
+Files are named by their content, so a changed set never meets cached files of its old version.
 """
 
 import hashlib
@@ -23,29 +23,29 @@ from typing import BinaryIO
 from filelock import FileLock, Timeout
 from fsspec.spec import AbstractFileSystem
 
-from ..common import UserError
-from .remote import FINAL, RetryPolicy, WrongSize, download, is_local
+from ..common import UserError, file_sha256
+from .remote import PERMANENT_ERRORS, RetryPolicy, SizeMismatch, download, is_local
 
 DEFAULT_LIMIT_BYTES = 50 * 10**9
-FETCHES = 3  # of a file that arrives damaged
+FETCH_ATTEMPTS = 3  # of a file that arrives damaged
 FOLDERS = ("files", "leases", "locks", "copies")
-CACHED = re.compile(r"([0-9a-f]{64})(?:\.(\d+)\.partial)?")  # names in files/
-OWN = re.compile("[0-9a-f]{32}")  # names in copies/ and leases/, without their endings
-HASHED_EACH_TIME_BYTES = 64 << 20
-"""SHA-256 takes less than 0.1 s for a file of this size, and minutes for an index of billions of samples."""
+CACHED_NAME = re.compile(r"([0-9a-f]{64})(?:\.(\d+)\.partial)?")  # names in files/
+ID_NAME = re.compile("[0-9a-f]{32}")  # names in copies/ and leases/, without their suffixes
+ALWAYS_HASHED_BYTES = 64 << 20
+"""Up to this size a file is hashed on every use, in less than 0.1 s; an index of billions of samples takes minutes."""
 
 
-class LostFile(UserError):
-    """A file that its store has not, or has with other bytes; says nothing about the other files."""
+class UnavailableFile(UserError):
+    """The store lacks a file or holds other content under its name; this says nothing about its other files."""
 
 
 class ShardCache:
-    """A bounded folder of files from elsewhere, least recently used out first; any number of processes may share it.
+    """A folder of remote files with a size limit and least-recently-used eviction, shared by any number of processes.
 
     Args:
         folder: default $STREAMCLR_CACHE, else ~/.cache/streamclr.
-        limit_bytes: of all files together, those being fetched included.
-        patience: with connections that fail.
+        limit_bytes: maximum size of all files together, including those being fetched.
+        retry_policy: for failing connections.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class ShardCache:
         self.retry_policy = retry_policy or RetryPolicy()
 
     def find(self, size: int, sha256: str) -> Path | None:
-        """A file that is here already; marks it as used."""
+        """Path of a cached file, marked as used; None if it is not in the cache."""
         path = self.folder / "files" / sha256
         try:
             status = path.stat()
@@ -68,16 +68,16 @@ class ShardCache:
         if status.st_size != size:
             return None
         with suppress(OSError):  # a file of another user in a shared cache
-            # the time of change stays, so that `is_intact` knows the file again
+            # keep the modification time, by which `is_intact` recognizes the file
             os.utime(path, ns=(time.time_ns(), status.st_mtime_ns))
         return path
 
     def is_intact(self, file: Path, size: int, sha256: str) -> bool:
         """Whether a local file has this size and checksum.
 
-        A small file is read every time. A large one is read once per version of it (path, inode, size, time of change),
-        and a note in the cache saves the processes that follow the work. A file that changes later without changing any
-        of these, by a failing disk say, is noticed where its samples are read.
+        A small file is hashed every time. A large one is hashed once per version (path, inode, size, modification
+        time), and a note in the cache saves later processes the work. Damage that changes none of these, for example by
+        a failing disk, is detected when its samples are read.
 
         Raises:
             OSError: the file can't be read.
@@ -87,24 +87,24 @@ class ShardCache:
             return False
         version = f"{file.resolve()}\0{status.st_ino}\0{size}\0{status.st_mtime_ns}\0{sha256}"
         note = self.folder / "intact" / hashlib.sha256(version.encode(errors="surrogateescape")).hexdigest()[:32]
-        if size > HASHED_EACH_TIME_BYTES and note.exists():
+        if size > ALWAYS_HASHED_BYTES and note.exists():
             return True
-        intact = _sha256(file) == sha256
-        if intact and size > HASHED_EACH_TIME_BYTES:
-            with suppress(OSError):  # then the next process reads it again
+        intact = file_sha256(file) == sha256
+        if intact and size > ALWAYS_HASHED_BYTES:
+            with suppress(OSError):  # the next process hashes the file again
                 note.parent.mkdir(parents=True, exist_ok=True)
                 note.touch()
         return intact
 
     def drop_damaged(self, sha256: str) -> bool:
-        """Remove a cached file that is no longer the one of this checksum; whether it is gone."""
+        """Remove a cached file whose content no longer matches its name; returns whether it is gone."""
         path = self.folder / "files" / sha256
         try:
-            if _sha256(path) == sha256:
+            if file_sha256(path) == sha256:
                 return False
         except FileNotFoundError:
             return True
-        except OSError:  # the disk does not even return what is damaged
+        except OSError:  # the disk cannot read the damaged blocks
             pass
         with suppress(OSError):
             path.unlink(missing_ok=True)
@@ -113,26 +113,28 @@ class ShardCache:
     def fetch(
         self, fs: AbstractFileSystem, path: str, size: int, sha256: str, retry_policy: RetryPolicy | None = None
     ) -> Path | None:
-        """The local copy of a file, fetched if it is not here yet; None if all the room is held by live leases.
+        """Return the local copy of a remote file, fetching it if needed; None if live leases hold all the room.
 
         Args:
-            patience: another than that of the cache.
+            fs, path: the remote file.
+            size, sha256: its expected size in bytes and checksum.
+            retry_policy: replaces that of the cache.
 
         Raises:
-            LostFile: it is not there, or not the file of this checksum.
-            UserError: the store can't be reached any more; the folder can't be written.
+            UnavailableFile: the store has no such file, or another one.
+            UserError: the store can't be reached, or the cache can't be written.
         """
-        if not re.fullmatch("[0-9a-f]{64}", sha256):  # it comes from elsewhere and becomes the name of a file here
-            raise UserError(f"dataset.json gives no SHA-256 for {path}: make the index anew.")
+        if not re.fullmatch("[0-9a-f]{64}", sha256):  # untrusted, and it becomes a file name
+            raise UserError(f"dataset.json has no valid SHA-256 for {path}; run `python -m pipeline.shards index`.")
         target, retry_policy = self.folder / "files" / sha256, retry_policy or self.retry_policy
         if found := self.find(size, sha256):
             return found
-        # so few locks can be left lying; who has waited for one finds the file fetched
+        # few distinct lock files, since they stay; a process that waited for one usually finds the file fetched
         with self._locked(f"locks/{sha256[:3]}", retry_policy):
             if found := self.find(size, sha256):
                 return found
             partial = target.with_name(f"{sha256}.{size}.partial")
-            for _ in range(FETCHES):
+            for _ in range(FETCH_ATTEMPTS):
                 try:
                     if not self._make_room(partial, size):
                         return None
@@ -141,16 +143,16 @@ class ShardCache:
                 try:
                     download(fs, path, partial, size, retry_policy)
                 except UserError as error:
-                    if isinstance(error.__cause__, WrongSize):  # at the last attempt, too
-                        raise LostFile(str(error)) from error
+                    if isinstance(error.__cause__, SizeMismatch):
+                        raise UnavailableFile(str(error)) from error
                     raise
-                except FINAL as error:
-                    raise LostFile(f"{path} can't be read ({error}): copy it there again.") from error
+                except PERMANENT_ERRORS as error:
+                    raise UnavailableFile(f"{path} can't be read ({error}); copy it there again.") from error
                 try:
-                    with open(partial, "r+b") as file:
-                        digest = hashlib.file_digest(file, "sha256").hexdigest()
-                        os.fsync(file.fileno())  # before it gets its name, which vouches for it even after a crash
-                    with self._locked("lock"):  # while nobody is adding up the files
+                    digest = file_sha256(partial)
+                    with open(partial, "r+b") as file:  # its final name must vouch for the content even after a crash
+                        os.fsync(file.fileno())
+                    with self._locked("lock"):  # no other process may be summing up the file sizes
                         if digest == sha256:
                             os.replace(partial, target)
                             return target
@@ -159,17 +161,17 @@ class ShardCache:
                     continue
                 except OSError as error:
                     raise self._unusable(error) from error
-        raise LostFile(
-            f"{path} is not the file that dataset.json describes, {FETCHES} times fetched: copy it there again, or "
-            "make the index anew by `python -m pipeline.shards index`."
+        raise UnavailableFile(
+            f"{path} does not match its checksum in dataset.json after {FETCH_ATTEMPTS} downloads; copy it there again "
+            "or run `python -m pipeline.shards index`."
         )
 
     @contextmanager
     def whole_file(self, fs: AbstractFileSystem, path: str) -> Iterator[BinaryIO]:
-        """A file to be read once; one from elsewhere is fetched first, past what breaks connections, and not kept.
+        """Open a file to be read once. A remote one is downloaded with retries and deleted afterwards.
 
         Raises:
-            FileNotFoundError, PermissionError, OSError: it can't be read.
+            FileNotFoundError, PermissionError, OSError: the file can't be read.
             UserError: as `download`; the cache can't be written.
         """
         if is_local(fs):
@@ -179,7 +181,7 @@ class ShardCache:
         copy = self.folder / "copies" / uuid.uuid4().hex
         alive = FileLock(copy.with_suffix(".lock"), thread_local=False)
         with self._locked("lock"):
-            self._forget_copies()
+            self._remove_dead_copies()
             alive.acquire()
         try:
             download(fs, path, copy, None, self.retry_policy)
@@ -191,116 +193,101 @@ class ShardCache:
             Path(alive.lock_file).unlink(missing_ok=True)
 
     def index_folder(self, root: str) -> Path:
-        """Where the index of a set is kept that can't be written to."""
+        """Folder for the index of a set in a read-only location."""
         return self.folder / "indexes" / hashlib.sha256(root.rstrip("/").encode()).hexdigest()[:32]
 
     @contextmanager
     def _locked(self, name: str, retry_policy: RetryPolicy | None = None) -> Iterator[None]:
-        """Alone among all processes and threads, for as long as that takes or until patience is told to stop."""
+        """Hold a lock among all processes and threads; waits until it is free or `retry_policy.stop` is set."""
         lock = FileLock(self.folder / f"{name}.lock", thread_local=False)
-        while not lock.is_locked:
-            try:
-                for folder in FOLDERS:
-                    (self.folder / folder).mkdir(parents=True, exist_ok=True)
-                lock.acquire(timeout=1, poll_interval=0.01)
-            except Timeout:
-                if retry_policy and retry_policy.stop.is_set():
-                    raise UserError(f"{lock.lock_file} was waited for and given up.") from None
-            except (OSError, NotImplementedError) as error:  # the file system knows no locks, for the latter
-                raise self._unusable(error) from error
+        try:
+            for folder in FOLDERS:
+                (self.folder / folder).mkdir(parents=True, exist_ok=True)
+            lock.acquire(poll_interval=0.01, cancel_check=retry_policy and retry_policy.stop.is_set)
+        except Timeout:
+            raise UserError(f"Waiting for {lock.lock_file} was stopped.") from None
+        except (OSError, NotImplementedError) as error:  # filelock raises the latter without support for locks
+            raise self._unusable(error) from error
         try:
             yield
         finally:
             lock.release()
 
     def _unusable(self, error: Exception) -> UserError:
-        cure = "point $STREAMCLR_CACHE to a folder that can be written"
-        return UserError(f"{self.folder} can't be used as a cache ({error}): {cure}.")
+        return UserError(
+            f"{self.folder} can't be used as a cache ({error}); set $STREAMCLR_CACHE to a folder that can be written."
+        )
 
     def _make_room(self, partial: Path, size: int) -> bool:
-        """Reserve the room of a file by its empty `partial`, evicting what was not used for longest and is not held."""
+        """Reserve room for a file by creating its `partial`; evicts the least recently used files without a lease."""
         with self._locked("lock"):
-            self._forget_copies()
-            held = self._held()
+            self._remove_dead_copies()
+            leased = self._leased()
             kept, evictable = 0, []
             for file in partial.parent.iterdir():
-                named = CACHED.fullmatch(file.name)
-                if not named or file == partial:  # other files may lie here: .DS_Store, .nfs..., a user's own
+                match = CACHED_NAME.fullmatch(file.name)
+                if not match or file == partial:  # ignore foreign files, such as .DS_Store or .nfs...
                     continue
                 try:
                     status = file.stat()
                 except FileNotFoundError:  # removed by hand
                     continue
-                sha256, rest = named.groups()
-                # one that is being fetched counts as what it will be
-                bytes_ = int(rest) if rest else status.st_size
-                if sha256 not in held and not (rest and self._being_fetched(sha256)):
+                sha256, final_bytes = match.groups()
+                bytes_ = int(final_bytes) if final_bytes else status.st_size
+                if sha256 not in leased and not (final_bytes and _is_locked(self.folder / f"locks/{sha256[:3]}.lock")):
                     evictable.append((max(status.st_atime_ns, status.st_mtime_ns), bytes_, file))
                 else:
                     kept += bytes_
             if kept + size > self.limit_bytes:
-                return False  # before anything is evicted in vain
+                return False  # evicting would not help
             total = kept + size + sum(bytes_ for _, bytes_, _ in evictable)
             for _, bytes_, file in sorted(evictable):
                 if total > self.limit_bytes:
                     try:
                         file.unlink(missing_ok=True)
                         total -= bytes_
-                    except OSError:  # open in another process, on a system where that forbids it; or not a file
+                    except OSError:  # not a file, or the system does not delete open files
                         continue
             if total <= self.limit_bytes:
                 partial.touch()
             return total <= self.limit_bytes
 
-    def _forget_copies(self) -> None:
-        """Remove what processes that were killed had fetched to be read once; to be called under the lock."""
-        for path in (self.folder / "copies").glob("*.lock"):
-            if not OWN.fullmatch(path.stem):
-                continue
-            lock = FileLock(path, thread_local=False)
-            try:
-                lock.acquire(timeout=0)
-            except (Timeout, OSError):  # whoever holds it lives
-                continue
-            path.with_suffix("").unlink(missing_ok=True)
-            lock.release()
-            path.unlink(missing_ok=True)
+    def _remove_dead_copies(self) -> None:
+        """Remove the `copies` of processes that were killed; must be called under the lock."""
+        for lock in (self.folder / "copies").glob("*.lock"):
+            if ID_NAME.fullmatch(lock.stem) and not _is_locked(lock):
+                lock.with_suffix("").unlink(missing_ok=True)
+                lock.unlink(missing_ok=True)
 
-    def _being_fetched(self, sha256: str) -> bool:
-        lock = FileLock(self.folder / f"locks/{sha256[:3]}.lock", thread_local=False)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            return True
-        lock.release()
-        return False
-
-    def _held(self) -> set[str]:
-        """What live processes are about to use; forgets those that have ended."""
-        held: set[str] = set()
+    def _leased(self) -> set[str]:
+        """Checksums in the leases of live processes; removes those of ended ones; must be called under the lock."""
+        leased: set[str] = set()
         for path in (self.folder / "leases").glob("*.held"):
-            if not OWN.fullmatch(path.stem):
+            if not ID_NAME.fullmatch(path.stem):
                 continue
-            lock = FileLock(path.with_suffix(".lock"), thread_local=False)
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:  # whoever holds it lives
+            lock = path.with_suffix(".lock")
+            if _is_locked(lock):
                 with suppress(FileNotFoundError):  # somebody is emptying the cache
-                    held |= set(path.read_text().split())
+                    leased |= set(path.read_text().split())
             else:
                 path.unlink(missing_ok=True)
-                lock.release()
-                Path(lock.lock_file).unlink(missing_ok=True)
-        return held
+                lock.unlink(missing_ok=True)
+        return leased
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _is_locked(path: Path) -> bool:
+    """Whether a live process holds this lock file; True for one that can't be opened."""
+    lock = FileLock(path, thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except (Timeout, OSError):
+        return True
+    lock.release()
+    return False
 
 
 class Lease:
-    """What one reader is about to use, which no process evicts; ends with `close` or with the process."""
+    """Files that one reader is about to use, which no process evicts until `close` or the end of this process."""
 
     def __init__(self, cache: ShardCache):
         self.cache = cache
@@ -311,7 +298,7 @@ class Lease:
             self.path.write_text("")
 
     def hold(self, checksums: Iterable[str]) -> None:
-        """From now on these and no others; while the lock is held nobody is in the midst of evicting."""
+        """Replace the held files; the lock excludes a concurrent eviction."""
         with self.cache._locked("lock"):
             self.path.write_text("\n".join(checksums))
 

@@ -1,4 +1,4 @@
-"""Encoded bytes from shards, on the disk or elsewhere: one read per sample at the offset that the index gives."""
+"""Reader of encoded images from local or remote shards: one read per sample, at its offset in the index."""
 
 import errno
 import logging
@@ -9,41 +9,42 @@ from collections.abc import Iterable
 from concurrent.futures import CancelledError, Future
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from ..common import UserError
-from .cache import Lease, LostFile, ShardCache
+from .cache import Lease, ShardCache, UnavailableFile
 from .dataset import ShardSet, lies_inside
-from .remote import FINAL, DaemonThreads, NoRanges, RetryPolicy, filesystem, is_local, persistently, result
+from .remote import PERMANENT_ERRORS, RetryPolicy, filesystem, is_local, with_retries
+from .threads import DaemonThreads, wait_for
+from .web import RangesUnsupported
 
-FETCHERS, RANGE_READERS = 8, 32  # threads that wait for the network
+FETCH_THREADS, RANGE_THREADS = 8, 32
 RETRY_WAITS_S = (0.1, 0.5, 2.0)
 
 log = logging.getLogger(__name__)
 
 
 class ReadFailure(NamedTuple):
-    """In the place of a sample's bytes: why they can't be had."""
+    """Returned in place of the bytes of a sample that can't be read."""
 
     reason: str
     transient: bool = False
-    """It may be read another time: the disk or the network file system failed, not the file."""
+    """Whether a later read may succeed, because the disk or network file system failed rather than the file."""
 
 
 class Reader:
     """Reads samples of a shard set by their index; any number of threads may call `read`.
 
-    Local shards are opened once per call, and none stays open. Of a remote set, the shards that `prefetch` names are
-    fetched whole into the cache and read there; samples of others are read by byte ranges, all of a call at once. Byte
-    ranges also serve what is unharmed of a shard that is not the one of the manifest, and the samples that are damaged
-    in the cache, whose copy of the shard is then removed and fetched again. From a server without byte ranges, shards
-    are fetched whole into the cache instead.
+    Local shards are opened once per call and closed again. Remote shards named by `prefetch` are fetched whole into the
+    cache and read there; samples of other shards are read by parallel byte-range requests. Byte ranges also serve the
+    intact samples of a shard whose checksum does not match the manifest, and samples that are damaged in the cache; the
+    damaged copy is deleted and fetched again. If a server does not support byte ranges, shards are fetched whole.
 
     Args:
-        shards: what to read.
-        cache: where shards of a remote set are kept.
+        shards: the set to read.
+        cache: holds the fetched shards of a remote set.
     """
 
     def __init__(self, shards: ShardSet, cache: ShardCache | None = None):
@@ -55,67 +56,71 @@ class Reader:
         self._retry_policy = self.cache.retry_policy
         self._lock = threading.Lock()
         self._wanted: list[int] | None = None
-        self._lost: set[int] = set()  # shards that are not worth a further fetch
+        self._unavailable: set[int] = set()  # shards not worth fetching again
         self._fetches: dict[int, Future[Path | None]] = {}
-        self._fetchers: DaemonThreads | None = None
-        self._range_readers: DaemonThreads | None = None
-        self._ranges = True
+        self._fetch_threads: DaemonThreads | None = None
+        self._range_threads: DaemonThreads | None = None
+        self._ranges_supported = True
         self._lease: Lease | None = None
 
     def prefetch(self, now: Iterable[int], ahead: Iterable[int] = ()) -> None:
-        """Begin to fetch shards of a remote set, in this order, and keep them in the cache until another call.
+        """Start fetching shards of a remote set, in this order, and hold them in the cache until the next call.
 
-        Cheap if nothing has changed since the last call; does nothing for a local set.
+        Cheap if nothing has changed since the last call. Does nothing for a local set.
 
         Args:
-            now: shards that the next reads need, and wait for.
-            ahead: those that come afterwards, fetched as far as the cache has room.
+            now: shards that the next reads need and wait for.
+            ahead: shards needed later, fetched as far as the cache has room.
 
         Raises:
-            UserError: on the first call, the cache can't hold the shards needed now; its folder can't be written. What
-                finds no room later is read by ranges.
+            UserError: on the first call, if the cache can't hold the shards in `now` or can't be written. Later, shards
+                without room are read by byte ranges.
         """
         if self.local:
             return
         now, ahead = (np.asarray(shards, np.int64).tolist() for shards in (now, ahead))
-        now = [shard for shard in now if shard not in self._lost]
-        wanted = [shard for shard in dict.fromkeys([*now, *ahead]) if shard not in self._lost]
+        now = [shard for shard in now if shard not in self._unavailable]
+        wanted = [shard for shard in dict.fromkeys([*now, *ahead]) if shard not in self._unavailable]
         with self._lock:
             if wanted == self._wanted or set(wanted) == self._fetches.keys():
                 return
             entries, limit = self.shards.manifest["shards"], self.cache.limit_bytes
             filled = np.cumsum([entries[shard]["bytes"] for shard in wanted], dtype=np.int64)
-            if self._fetchers is None:
+            if self._fetch_threads is None:
                 needed = int(filled[len(set(now)) - 1]) if now else 0
                 if needed > limit:
                     raise UserError(
                         f"{len(set(now))} shards in use take {needed / 1e9:.3g} GB, more than the limit of the cache "
-                        f"{self.cache.folder}, {limit / 1e9:.3g} GB: raise it or make smaller shards."
+                        f"{self.cache.folder}, {limit / 1e9:.3g} GB; raise the limit or use smaller shards."
                     )
                 self._retry_policy = replace(self.cache.retry_policy, stop=threading.Event())
-                self._fetchers, self._lease = DaemonThreads(FETCHERS, "fetch"), Lease(self.cache)
+                self._fetch_threads, self._lease = DaemonThreads(FETCH_THREADS, "fetch"), Lease(self.cache)
             held = wanted[: int(np.searchsorted(filled, limit, side="right"))]
-            self._lease.hold([entries[shard]["sha256"] for shard in held])  # before any is looked for
+            self._lease.hold([entries[shard]["sha256"] for shard in held])  # before looking for any of them
             fetches = {}
             for shard in held:
-                begun = self._fetches.pop(shard, None)
-                # one that failed or found no room is tried anew: others may have let go of theirs
-                usable = begun and not (begun.done() and (begun.exception() or begun.result() is None))
-                fetches[shard] = begun if usable else self._fetchers.submit(self._fetch, shard, self._retry_policy)
+                fetch = self._fetches.pop(shard, None)
+                # retry a fetch that failed or found no room, since other readers may have released theirs
+                failed = fetch and fetch.done() and (fetch.exception() or fetch.result() is None)
+                if fetch is None or failed:
+                    fetch = self._fetch_threads.submit(self._fetch, shard, self._retry_policy)
+                fetches[shard] = fetch
             for abandoned in self._fetches.values():
                 abandoned.cancel()
             self._fetches, self._wanted = fetches, wanted
 
     def read(self, samples: np.ndarray, stop: threading.Event | None = None) -> list[bytes | ReadFailure]:
-        """The encoded images of `samples` ((n,) integers), in that order, each with the checksum that its index gives.
-
-        A sample that is missing, cut short or altered is a `ReadFailure` in its place and spoils no other.
+        """Read the encoded images of `samples`, in that order, and compare each with its checksum.
 
         Args:
+            samples: (n,) integers, rows of the index.
             stop: set by another thread to end a read that waits for a remote store.
 
+        Returns:
+            n encoded images, with a `ReadFailure` in place of each one that is missing, truncated or altered.
+
         Raises:
-            UserError: a remote set can't be reached any more, too many files are open, or `stop` was set.
+            UserError: the remote store can't be reached, too many files are open, or `stop` was set.
         """
         retry_policy = replace(self.cache.retry_policy, stop=stop or threading.Event())
         rows = self.shards.index[samples]
@@ -136,49 +141,47 @@ class Reader:
         return encoded
 
     def __call__(self, samples: np.ndarray) -> list[bytes]:
-        """As `read`, for samples that must all be sound.
+        """Like `read`, but fail on the first unreadable sample.
 
         Raises:
-            UserError: a shard is missing, shorter than its index says, or altered.
+            UserError: a shard is missing, truncated or altered.
         """
         encoded = self.read(samples)
         for data in encoded:
             if isinstance(data, ReadFailure):
-                raise UserError(f"{data.reason}: copy it again or convert the images again.")
+                raise UserError(f"{data.reason}; copy it again or convert the images again.")
         return encoded
 
     def close(self) -> None:
-        """Stop fetching and release the shards in the cache; they stay there. Waits for no server."""
+        """Stop fetching and release the shards held in the cache, which keeps them; does not wait for a server."""
         with self._lock:
-            if self._fetchers is not None:
+            if self._fetch_threads is not None:
                 self._retry_policy.stop.set()
                 for fetch in self._fetches.values():
                     fetch.cancel()
-                self._fetchers.close()
+                self._fetch_threads.close()
                 self._lease.close()
-                self._fetchers = self._lease = None
+                self._fetch_threads = self._lease = None
                 self._retry_policy = self.cache.retry_policy
-            if self._range_readers is not None:
-                self._range_readers.close()
-                self._range_readers = None
+            if self._range_threads is not None:
+                self._range_threads.close()
+                self._range_threads = None
             self._fetches, self._wanted = {}, None
 
     def _read_local(self, shard: int, rows: np.ndarray, places: list[int], encoded: list) -> None:
-        """Fill in `encoded` at `places`, whose samples are in this shard."""
+        """Fill `encoded` at `places`, whose samples all lie in this shard."""
         try:
             found = _read_tar(self.paths[shard], rows[places])
         except OSError as error:
-            failure = ReadFailure(
-                f"A shard of {self.shards.root} can't be read ({error})", not isinstance(error, FINAL)
-            )
-            found = [failure] * len(places)
+            transient = not isinstance(error, PERMANENT_ERRORS)
+            found = [ReadFailure(f"A shard of {self.shards.root} can't be read ({error})", transient)] * len(places)
         for place, data in zip(places, found, strict=True):
             encoded[place] = self._checked(data, shard, rows[place])
 
     def _read_cached(
         self, shard: int, rows: np.ndarray, places: list[int], encoded: list, retry_policy: RetryPolicy
     ) -> list:
-        """Fill in `encoded` from the cache; those of `places` whose samples are not there, or damaged."""
+        """Fill `encoded` at `places` from the cache; returns the places that are missing or damaged there."""
         path = self._cached(shard, retry_policy)
         if path is None:
             return places
@@ -186,11 +189,9 @@ class Reader:
             found = _read_tar(path, rows[places])
         except OSError:  # evicted or removed, or the disk fails
             found = [b""] * len(places)
-        bad = []
         for place, data in zip(places, found, strict=True):
             encoded[place] = self._checked(data, shard, rows[place])
-            if isinstance(encoded[place], ReadFailure):
-                bad.append(place)
+        bad = [place for place in places if isinstance(encoded[place], ReadFailure)]
         if bad:
             self._drop(shard)
         return bad
@@ -198,37 +199,38 @@ class Reader:
     def _read_ranges(
         self, numbers: np.ndarray, rows: np.ndarray, places: list[int], encoded: list, retry_policy: RetryPolicy
     ) -> None:
-        """Fill in `encoded` at `places` from the store, by requests at the same time."""
+        """Fill `encoded` at `places` by parallel byte-range requests."""
         with self._lock:
-            if self._range_readers is None:
-                self._range_readers = DaemonThreads(RANGE_READERS, "range")
-            submit = self._range_readers.submit
+            if self._range_threads is None:
+                self._range_threads = DaemonThreads(RANGE_THREADS, "range")
+            submit = self._range_threads.submit
         requests = [submit(self._range, int(numbers[place]), rows[place], retry_policy) for place in places]
         try:
             for place, request in zip(places, requests, strict=True):
-                encoded[place] = self._checked(result(request, retry_policy.stop), int(numbers[place]), rows[place])
+                encoded[place] = self._checked(wait_for(request, retry_policy.stop), int(numbers[place]), rows[place])
         finally:
             for request in requests:
                 request.cancel()
 
     def _checked(self, data: bytes | ReadFailure, shard: int, row: np.void) -> bytes | ReadFailure:
+        """Return `data` if its size and checksum match its index row, else a `ReadFailure`."""
         if isinstance(data, ReadFailure):
             return data
         if len(data) != row["size"]:
             return ReadFailure(f"{self.paths[shard]} is shorter than its index says")
         if zlib.crc32(data) != row["crc32"]:
-            return ReadFailure(f"its bytes in {self.paths[shard]} are not those of the index")
+            return ReadFailure(f"its bytes in {self.paths[shard]} do not match the checksum in the index")
         return data
 
     def _cached(self, shard: int, retry_policy: RetryPolicy) -> Path | None:
-        """The local copy of a remote shard; waits while it is being fetched. None if there is none."""
+        """Path of the local copy of a remote shard, waiting while it is being fetched; None if there is no copy."""
         fetch = self._fetches.get(shard)
         try:
             if fetch is not None:
-                return result(fetch, retry_policy.stop)
-        except CancelledError:  # no longer wanted by others
+                return wait_for(fetch, retry_policy.stop)
+        except CancelledError:  # another thread's `prefetch` no longer names it
             pass
-        except LostFile:
+        except UnavailableFile:
             return None
         entry = self.shards.manifest["shards"][shard]
         return self.cache.find(entry["bytes"], entry["sha256"])
@@ -237,17 +239,15 @@ class Reader:
         entry = self.shards.manifest["shards"][shard]
         try:
             return self.cache.fetch(self.fs, self.paths[shard], entry["bytes"], entry["sha256"], retry_policy)
-        except LostFile as error:
-            self._lost.add(shard)
+        except UnavailableFile as error:
+            self._unavailable.add(shard)
             log.warning("%s", error)
             raise
 
     def _drop(self, shard: int) -> None:
-        """Remove a damaged shard from the cache; the next call of `prefetch` fetches it again if it is still wanted."""
+        """Remove a damaged shard from the cache, so that the next `prefetch` that names it fetches it again."""
         if self.cache.drop_damaged(self.shards.manifest["shards"][shard]["sha256"]):
-            log.warning(
-                "%s is damaged or gone in the cache %s and is fetched again", self.paths[shard], self.cache.folder
-            )
+            log.warning("%s is damaged in the cache %s and will be fetched again", self.paths[shard], self.cache.folder)
             with self._lock:
                 self._fetches.pop(shard, None)
                 self._wanted = None
@@ -256,46 +256,43 @@ class Reader:
         path, start = self.paths[shard], int(row["offset"])
         end = start + int(row["size"])
         try:
-            if self._ranges:
+            if self._ranges_supported:
                 try:
-                    return persistently(lambda: self.fs.cat_file(path, start=start, end=end), path, retry_policy)
-                except NoRanges:
-                    self._ranges = False
-            try:  # every range would cost the bytes of the whole shard
-                whole = None if shard in self._lost else self._fetch(shard, retry_policy)
+                    return with_retries(lambda: self.fs.cat_file(path, start=start, end=end), path, retry_policy)
+                except RangesUnsupported:
+                    self._ranges_supported = False
+            try:  # fetch the whole shard once, since every single sample would transfer that much
+                whole = None if shard in self._unavailable else self._fetch(shard, retry_policy)
                 if whole is not None:
                     return _read_tar(whole, row[None])[0]
-            except (LostFile, OSError):  # not the file of the manifest; or evicted in the meantime
+            except (UnavailableFile, OSError):  # its checksum does not match, or it was evicted in the meantime
                 pass
-            return persistently(lambda: self.fs.cat_past(path, start, end), path, retry_policy)
+            return with_retries(lambda: self.fs.cat_by_skipping(path, start, end), path, retry_policy)
         except OSError as error:  # the store has no such file
             return ReadFailure(f"A shard of {self.shards.root} can't be read ({error})")
 
 
 def _read_tar(path: str | Path, rows: np.ndarray) -> list[bytes]:
-    """The samples of these rows; tried again for some seconds after an error that network file systems get over.
+    """Read the samples of these index rows, with retries for transient errors of network file systems.
 
     Raises:
-        FileNotFoundError, PermissionError, OSError: it can't be read.
-        UserError: this process or the machine has too many files open.
+        FileNotFoundError, PermissionError, OSError: the tar can't be read.
+        UserError: this process or the machine has too many open files.
     """
     for wait_s in (*RETRY_WAITS_S, None):
         try:
-            return _read_tar_once(path, rows)
-        except FINAL:
+            with open(path, "rb", buffering=0) as tar:  # unbuffered: a buffer would read past every sample
+                return [_read_at(tar, int(row["offset"]), int(row["size"])) for row in rows]
+        except PERMANENT_ERRORS:
             raise
         except OSError as error:
-            if wait_s is None and error.errno in (errno.EMFILE, errno.ENFILE):  # which says nothing about the shard
-                raise UserError(f"{path} can't be opened, too many files are open: raise `ulimit -n`.") from error
+            if wait_s is None and error.errno in (errno.EMFILE, errno.ENFILE):  # not the shard's fault
+                raise UserError(f"{path} can't be opened: too many open files; raise `ulimit -n`.") from error
             if wait_s is None:
                 raise
         time.sleep(wait_s)
 
 
-def _read_tar_once(path: str | Path, rows: np.ndarray) -> list[bytes]:
-    encoded = []
-    with open(path, "rb", buffering=0) as tar:  # a buffer would read past every sample
-        for offset, size in zip(rows["offset"].tolist(), rows["size"].tolist(), strict=True):
-            tar.seek(offset)
-            encoded.append(tar.read(size))
-    return encoded
+def _read_at(file: BinaryIO, offset: int, size: int) -> bytes:
+    file.seek(offset)
+    return file.read(size)

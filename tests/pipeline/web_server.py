@@ -1,4 +1,4 @@
-"""A web server on the loopback that fails as servers fail, and small shard sets for it to serve."""
+"""Local web server with injected faults, small shard sets for it to serve, and helpers for readers and caches."""
 
 import gzip
 import multiprocessing
@@ -25,7 +25,7 @@ QUICK = RetryPolicy(attempts=6, first_wait_s=0.002, longest_wait_s=0.01, stall_s
 
 
 def write_set(folder: Path, shards: int, each: int = 6, size: int = 3000) -> ShardSet:
-    """A shard set of random bytes, which are no images: nothing here decodes them."""
+    """Write a shard set of random bytes, which these tests never decode."""
     folder.mkdir(parents=True)
     draws = np.random.default_rng(0)
     entries = []
@@ -41,15 +41,20 @@ def write_set(folder: Path, shards: int, each: int = 6, size: int = 3000) -> Sha
 
 
 class Server(ThreadingHTTPServer):
-    """Serves a folder; `faults` names what goes wrong with the first, second ... request of each tar, then nothing.
+    """Serves a folder; `faults` lists what goes wrong with the first, second, ... request of each tar.
 
-    503: that answer. drop: half of the bytes, then the connection is closed. stall: half of them, then nothing more.
-    truncate: half of them, as if they were all. flip: one bit is wrong. whole: ranges are disregarded. shift: as many
-    bytes as are asked for, but from the beginning of the file.
+    503: this status. drop: half of the bytes, then the connection closes. stall: half of the bytes, then nothing more.
+    truncate: half of the bytes as if they were all. flip: one flipped bit. whole: byte ranges are ignored. shift: the
+    requested number of bytes, but from the beginning of the file.
 
-    `missing` is the answer for what is not there, `lists` whether there are pages of the files in a folder, `head` the
-    answer to every HEAD request (None: the right one), `ranges` whether byte ranges are known. Files whose names end in
-    `compressed` are sent with gzip, and with `redirects` every file is found only at another address.
+    Attributes:
+        missing: status for missing files.
+        lists: whether folders have index pages.
+        head: status of every HEAD response; None for the correct one.
+        ranges: whether byte ranges are supported.
+        compressed: suffix of the files that are sent with gzip.
+        redirects: whether every file redirects to another address.
+        sent_bytes, requests, count: bytes sent, (name, Range header) of each request, and requests per name.
     """
 
     daemon_threads = True
@@ -76,7 +81,7 @@ class Server(ThreadingHTTPServer):
             return self.faults[number] if name.endswith(self.suffix) and number < len(self.faults) else ""
 
     def handle_error(self, *_) -> None:
-        pass  # a client that went away, as it should from a stalled connection
+        pass  # clients must abandon a stalled connection
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -162,7 +167,7 @@ def serving(folder: Path, *faults: str, suffix: str = ".tar") -> Iterator[Server
 
 @contextmanager
 def serving_elsewhere(folder: Path) -> Iterator[str]:
-    """The URL of a faultless server in another process, whose memory and files are not those of this one."""
+    """URL of a server without faults in another process, so that memory and open files can be measured separately."""
     context = multiprocessing.get_context("spawn")
     urls = context.SimpleQueue()
     process = context.Process(target=_serve, args=(folder, urls), daemon=True)
@@ -185,26 +190,26 @@ def cache_at(folder: Path, **options) -> ShardCache:
 
 
 def read_slices(url: str, folder: Path, rank: int, results) -> None:
-    """A process's whole life as one of four ranks; here because its module loads quickly."""
+    """Run one of four ranks in a spawned process; here because this module imports quickly."""
     cache = cache_at(folder)
     shards = open_shards(url, cache)
-    order = ShardSampler(shards.shard_starts, 8, seed=3, block_shards=4)
+    sampler = ShardSampler(shards.shard_starts, 8, seed=3, block_shards=4)
     reader, encoded = Reader(shards, cache), []
-    for step in range(order.steps_per_epoch):
-        reader.prefetch(order.upcoming_shards(0, step, step, rank, 4))
-        encoded.append(reader.read(order.batch(0, step, rank, 4)))
+    for step in range(sampler.steps_per_epoch):
+        reader.prefetch(sampler.upcoming_shards(0, step, step, rank, 4))
+        encoded.append(reader.read(sampler.batch(0, step, rank, 4)))
     reader.close()
     results.put((rank, encoded))
 
 
 def epoch(shards: ShardSet, cache: ShardCache | None = None, epochs: int = 1) -> list:
-    """All bytes in the order of a run of eight samples per batch and four shards per block."""
-    order = ShardSampler(shards.shard_starts, 8, seed=3, block_shards=4)
+    """All samples in the order of a run with eight samples per batch and four shards per block."""
+    sampler = ShardSampler(shards.shard_starts, 8, seed=3, block_shards=4)
     reader, encoded = Reader(shards, cache), []
     for number in range(epochs):
-        for step in range(order.steps_per_epoch):
-            reader.prefetch(order.upcoming_shards(number, step, step))
-            encoded += reader.read(order.batch(number, step))
+        for step in range(sampler.steps_per_epoch):
+            reader.prefetch(sampler.upcoming_shards(number, step, step))
+            encoded += reader.read(sampler.batch(number, step))
     reader.close()
     return encoded
 

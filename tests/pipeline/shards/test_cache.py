@@ -1,4 +1,4 @@
-"""The cache of remote shards: within its bound, shared by processes that may die at any moment."""
+"""Cache of remote shards: size limit, damage, and processes that share it and may be killed at any moment."""
 
 import multiprocessing
 import os
@@ -16,33 +16,22 @@ import pytest
 
 from common import UserError
 from pipeline.shards.cache import Lease, ShardCache
-from pipeline.shards.dataset import ShardSet, open_shards
+from pipeline.shards.dataset import open_shards
 from pipeline.shards.reader import Reader, ReadFailure
 from pipeline.shards.remote import download, filesystem
 from pipeline.shards.verify import verify_shards
 from tests.pipeline.image_sets import ROOT
-from tests.pipeline.web_server import QUICK, cache_at, cached_files, epoch, read_slices, serving, shard_entry, write_set
+from tests.pipeline.web_server import QUICK, cache_at, cached_files, epoch, read_slices, serving, shard_entry
 
 
-@pytest.fixture(scope="module")
-def local(tmp_path_factory) -> ShardSet:
-    """Twenty-four shards of six samples; more than a few, so with a common index."""
-    return write_set(tmp_path_factory.mktemp("sets") / "train", shards=24)
-
-
-@pytest.fixture
-def small(tmp_path) -> ShardSet:
-    return write_set(tmp_path / "small", shards=4)
-
-
-def test_a_manifest_names_no_files_outside_of_the_cache(small, tmp_path):
+def test_an_invalid_checksum_does_not_name_a_file_outside_the_cache(small, tmp_path):
     fs, root = filesystem(small.root)
     for name in ("../../escaped", "", "0" * 63, "A" * 64):
-        with pytest.raises(UserError, match="gives no SHA-256 for"):
+        with pytest.raises(UserError, match="has no valid SHA-256 for"):
             cache_at(tmp_path).fetch(fs, f"{root}/part-000.tar", 1, name)
 
 
-def test_the_cache_stays_within_its_bound_and_the_least_recently_used_goes_first(small, tmp_path):
+def test_the_least_recently_used_file_is_evicted(small, tmp_path):
     size, _ = shard_entry(small, 0)
     cache = cache_at(tmp_path, limit_bytes=2 * size + 100)
     fs, root = filesystem(small.root)
@@ -50,7 +39,7 @@ def test_the_cache_stays_within_its_bound_and_the_least_recently_used_goes_first
 
     def fetch(number: int) -> None:
         assert cache.fetch(fs, f"{root}/part-{number:03d}.tar", *shard_entry(small, number))
-        time.sleep(0.01)  # uses are told apart by the clock of the file system
+        time.sleep(0.01)  # last uses must differ by more than the file system's clock resolution
 
     fetch(0), fetch(1), fetch(0), fetch(2)
     assert cached_files(cache) == {names[0], names[2]}
@@ -59,8 +48,8 @@ def test_the_cache_stays_within_its_bound_and_the_least_recently_used_goes_first
 
 
 @pytest.mark.parametrize("shards_held", [8, 9, 12])
-def test_an_epoch_within_a_bound(local, tmp_path, shards_held):
-    """Two blocks of four and no more: never above the bound, and each shard is fetched once per epoch."""
+def test_an_epoch_within_the_size_limit(local, tmp_path, shards_held):
+    """Room for two blocks of four shards: the limit is never exceeded, and each shard is fetched once per epoch."""
     size = max(entry["bytes"] for entry in local.manifest["shards"])
     cache = cache_at(tmp_path, limit_bytes=shards_held * size)
     largest, watching = [0], threading.Event()
@@ -77,7 +66,7 @@ def test_an_epoch_within_a_bound(local, tmp_path, shards_held):
             largest[0] = max(largest[0], sum(sizes))
 
     with serving(Path(local.root)) as server:
-        shards = open_shards(server.url, cache_at(tmp_path / "of the index"))
+        shards = open_shards(server.url, cache_at(tmp_path / "index cache"))
         cache.folder.joinpath("files").mkdir(parents=True)
         with ThreadPoolExecutor(1) as pool:
             watcher = pool.submit(watch)
@@ -91,24 +80,24 @@ def test_an_epoch_within_a_bound(local, tmp_path, shards_held):
     assert size < largest[0] <= cache.limit_bytes
 
 
-def test_a_bound_below_what_is_read_at_a_time_is_refused(local, small, tmp_path):
+def test_a_limit_below_one_block_is_refused(local, small, tmp_path):
     size = max(entry["bytes"] for entry in local.manifest["shards"])
     with serving(Path(local.root)) as server:
         shards = open_shards(server.url, cache_at(tmp_path))
         reader = Reader(shards, cache_at(tmp_path, limit_bytes=4 * size - 1))
-        with pytest.raises(UserError, match=r"4 shards in use take .* GB, more than the limit of .*: raise it"):
+        with pytest.raises(UserError, match=r"4 shards in use take .* GB, more than the limit of .*; raise the limit"):
             reader.prefetch([0, 1, 2, 3], [4])
         reader.prefetch([0, 1, 2], [3, 4])
-        reader.prefetch([0, 1, 2, 3], [4])  # in the middle of a run the fourth is read by ranges
+        reader.prefetch([0, 1, 2, 3], [4])  # after the first call, the fourth is read by byte ranges
         assert reader.read(np.arange(24)) == Reader(local).read(np.arange(24))
         assert server.count["part-002.tar"] == 1 and server.count["part-003.tar"] == 6
         reader.close()
         tiny = cache_at(tmp_path / "tiny", limit_bytes=100)
-        with pytest.raises(UserError, match=r"has no room for .*index\.npy .*: raise its limit"):
+        with pytest.raises(UserError, match=r"has no room for .*index\.npy .*; raise its limit"):
             open_shards(server.url, tiny)
 
 
-def test_what_a_live_reader_is_about_to_use_is_not_evicted(small, tmp_path):
+def test_leased_files_are_not_evicted(small, tmp_path):
     size, first = shard_entry(small, 0)
     cache = cache_at(tmp_path, limit_bytes=2 * size + 100)
     fs, root = filesystem(small.root)
@@ -126,7 +115,7 @@ def test_what_a_live_reader_is_about_to_use_is_not_evicted(small, tmp_path):
     assert fetch(1) and fetch(3) and first not in cached_files(cache)
 
 
-def test_the_lease_of_a_process_that_died_ends_with_it(small, tmp_path):
+def test_the_lease_of_a_killed_process_ends(small, tmp_path):
     size, first = shard_entry(small, 0)
     cache = cache_at(tmp_path, limit_bytes=size + 100)
     program = (
@@ -145,18 +134,18 @@ def test_the_lease_of_a_process_that_died_ends_with_it(small, tmp_path):
     assert cached_files(cache) == {shard_entry(small, 1)[1]} and not list((cache.folder / "leases").iterdir())
 
 
-def test_a_cache_that_cannot_be_written(small, tmp_path):
+def test_a_read_only_cache_is_named(small, tmp_path):
     (tmp_path / "file").write_text("")
     with serving(Path(small.root)) as server:
         cache = ShardCache(tmp_path / "file" / "cache", retry_policy=QUICK)
         reader = Reader(open_shards(server.url, cache), cache)
-        with pytest.raises(UserError, match=r"can't be used as a cache \(.*\): point \$STREAMCLR_CACHE to"):
+        with pytest.raises(UserError, match=r"can't be used as a cache \(.*\); set \$STREAMCLR_CACHE to"):
             reader.prefetch([0])
         if os.path.exists("/dev/full"):
             (tmp_path / "full").symlink_to("/dev/full")
-            with pytest.raises(UserError, match=r"can't be written \(.*\): free some space there"):
+            with pytest.raises(UserError, match=r"can't be written \(.*\); free some space there"):
                 download(*filesystem(f"{server.url}/part-000.tar", QUICK), tmp_path / "full", None, QUICK)
-            assert server.count["part-000.tar"] == 1  # which no further attempt would have mended
+            assert server.count["part-000.tar"] == 1  # another attempt would not help
 
 
 def test_a_cache_on_a_file_system_without_locks_is_refused(small, tmp_path, monkeypatch):
@@ -164,26 +153,26 @@ def test_a_cache_on_a_file_system_without_locks_is_refused(small, tmp_path, monk
         raise NotImplementedError("FileLock is not supported on this filesystem")
 
     monkeypatch.setattr("pipeline.shards.cache.FileLock.acquire", refuse)
-    with pytest.raises(UserError, match=r"can't be used as a cache \(.*not supported.*\): point \$STREAMCLR_CACHE to"):
+    with pytest.raises(UserError, match=r"can't be used as a cache \(.*not supported.*\); set \$STREAMCLR_CACHE to"):
         cache_at(tmp_path).fetch(*filesystem(f"{small.root}/part-000.tar"), *shard_entry(small, 0))
 
 
-def test_verify_blames_the_cache_for_its_own_faults(small, tmp_path):
+def test_verify_names_a_broken_cache(small, tmp_path):
     (tmp_path / "file").write_text("")
     with serving(Path(small.root)) as server:
         cache = ShardCache(tmp_path / "file" / "cache", retry_policy=QUICK)
-        with pytest.raises(UserError, match=r"can't be used as a cache \(.*\): point \$STREAMCLR_CACHE to"):
+        with pytest.raises(UserError, match=r"can't be used as a cache \(.*\); set \$STREAMCLR_CACHE to"):
             verify_shards(server.url, cache)
 
 
-def test_where_the_cache_is(monkeypatch, tmp_path):
+def test_default_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("STREAMCLR_CACHE", str(tmp_path / "here"))
     assert ShardCache().folder == tmp_path / "here" and ShardCache("there").folder == Path("there")
     monkeypatch.delenv("STREAMCLR_CACHE")
     assert ShardCache().folder == Path.home() / ".cache" / "streamclr" and ShardCache().limit_bytes == 50 * 10**9
 
 
-def test_foreign_files_in_the_cache_stop_nothing_and_stay(small, tmp_path):
+def test_foreign_files_in_the_cache_are_ignored(small, tmp_path):
     size, _ = shard_entry(small, 0)
     cache = cache_at(tmp_path, limit_bytes=size + 100)
     foreign = ["files/.DS_Store", "files/.nfs0001", "files/notes.txt", "files/a.b.partial", "leases/x.held",
@@ -193,7 +182,7 @@ def test_foreign_files_in_the_cache_stop_nothing_and_stay(small, tmp_path):
         (cache.folder / name).write_bytes(b"foreign")
     (cache.folder / "files" / "folder").mkdir()
     fs, root = filesystem(small.root)
-    for number in range(2):  # the second one evicts the first
+    for number in range(2):  # the second evicts the first
         assert cache.fetch(fs, f"{root}/part-{number:03d}.tar", *shard_entry(small, number))
     lease = Lease(cache)
     lease.hold([])
@@ -202,11 +191,11 @@ def test_foreign_files_in_the_cache_stop_nothing_and_stay(small, tmp_path):
     assert cache.find(*shard_entry(small, 1)) and not cache.find(*shard_entry(small, 0))
 
 
-@pytest.mark.parametrize("harm", ["altered", "cut", "gone"])
+@pytest.mark.parametrize("damage", ["altered", "truncated", "missing"])
 @pytest.mark.parametrize("ranges", [True, False])
 @pytest.mark.parametrize("prefetched", [True, False])
-def test_damage_to_the_cache_is_healed(small, tmp_path, harm, ranges, prefetched):
-    """The samples come from the server meanwhile, and the shard is fetched again."""
+def test_damaged_cache_files_are_replaced(small, tmp_path, damage, ranges, prefetched):
+    """Until the shard has been fetched again, its samples come from the server."""
     expected, (size, sha256) = Reader(small).read(np.arange(12)), shard_entry(small, 0)
     with serving(Path(small.root)) as server:
         server.ranges = ranges
@@ -219,25 +208,25 @@ def test_damage_to_the_cache_is_healed(small, tmp_path, harm, ranges, prefetched
         file = cache.folder / "files" / sha256
         content = bytearray(file.read_bytes())
         content[small.index["offset"][1]] ^= 1
-        if harm == "gone":
+        if damage == "missing":
             file.unlink()
         else:
-            file.write_bytes(content if harm == "altered" else content[: small.index["offset"][1] + 5])
+            file.write_bytes(content if damage == "altered" else content[: small.index["offset"][1] + 5])
         for _ in range(2):
             assert reader.read(np.arange(12)) == expected
             if prefetched:
                 reader.prefetch([0], [1])
         if prefetched or not ranges:
             assert cache.find(size, sha256).read_bytes() == Path(small.root, "part-000.tar").read_bytes()
-        elif harm == "altered":
+        elif damage == "altered":
             assert not file.exists()
         reader.close()
         whole = [name for name, requested in server.requests if requested is None]
         assert whole.count("part-000.tar") <= 2 and whole.count("part-001.tar") == 1
 
 
-def test_where_the_store_has_the_same_bytes_the_cache_is_not_blamed(small, tmp_path):
-    """The checksum of the index is wrong then, and fetching the shard again and again would not help."""
+def test_a_wrong_checksum_in_the_index_does_not_refetch_the_shard(small, tmp_path):
+    """The cached bytes equal those of the store, so another download would not help."""
     with serving(Path(small.root)) as server:
         cache = cache_at(tmp_path)
         shards = open_shards(server.url, cache)
@@ -252,10 +241,10 @@ def test_where_the_store_has_the_same_bytes_the_cache_is_not_blamed(small, tmp_p
         assert len(whole) == 1
 
 
-# ---- several processes
+# ---- multiple processes
 
 
-def test_one_fetch_for_all_ranks_of_a_machine(local, tmp_path):
+def test_ranks_of_one_machine_fetch_each_shard_once(local, tmp_path):
     context = multiprocessing.get_context("spawn")
     with serving(Path(local.root), suffix="none") as server:
         results = context.Queue()
@@ -266,11 +255,11 @@ def test_one_fetch_for_all_ranks_of_a_machine(local, tmp_path):
         for process in ranks:
             process.join()
         fetched = {name: count for name, count in server.count.items() if name != "dataset.json"}
-    assert set(fetched.values()) == {1} and len(fetched) == 24 + 1  # the common index, too
+    assert set(fetched.values()) == {1} and len(fetched) == 24 + 1  # plus the common index
     assert list(chain(*(slices[rank][step] for step in range(18) for rank in range(4)))) == epoch(local)
 
 
-def test_a_process_killed_while_fetching_leaves_what_the_next_goes_on_with(small, tmp_path):
+def test_a_fetch_resumes_after_its_process_was_killed(small, tmp_path):
     size, sha256 = shard_entry(small, 0)
     program = (
         "import sys; from pipeline.shards.cache import *; from pipeline.shards.remote import filesystem; "
@@ -284,7 +273,7 @@ def test_a_process_killed_while_fetching_leaves_what_the_next_goes_on_with(small
         partial = cache.folder / "files" / f"{sha256}.{size}.partial"
         while not (server.count["part-000.tar"] and partial.exists()) and time.monotonic() < deadline:
             time.sleep(0.01)
-        time.sleep(0.2)  # in which it takes the half that it gets
+        time.sleep(0.2)  # time to receive the first half
         process.kill()
         process.wait()
         assert cache.find(size, sha256) is None
@@ -293,7 +282,7 @@ def test_a_process_killed_while_fetching_leaves_what_the_next_goes_on_with(small
         assert cached_files(cache) == {sha256}
 
 
-def test_a_process_killed_while_verifying_leaves_nothing_for_long(small, tmp_path):
+def test_the_copy_of_a_killed_process_is_removed(small, tmp_path):
     program = (
         "import sys; from pipeline.shards.cache import *; from pipeline.shards.remote import filesystem; "
         "ShardCache(sys.argv[1]).whole_file(*filesystem(sys.argv[2])).__enter__()"
@@ -309,7 +298,7 @@ def test_a_process_killed_while_verifying_leaves_nothing_for_long(small, tmp_pat
         (copy,) = (path for path in copies.iterdir() if not path.suffix)
         with cache.whole_file(*filesystem(url)) as file:
             assert file.read() == Path(small.root, "part-000.tar").read_bytes()
-        assert copy.exists()  # it is still being fetched
+        assert copy.exists()  # its process is alive
         process.kill()
         process.wait()
         assert cache.fetch(*filesystem(url), *shard_entry(small, 0)) and not list(copies.iterdir())

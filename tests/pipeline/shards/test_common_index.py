@@ -1,4 +1,4 @@
-"""The common index of many shards: mapped into memory, opened in no time, damage to it or to what it describes."""
+"""Common index of large sets: memory mapping, time to open, and damage to the index or the shards."""
 
 import hashlib
 import json
@@ -23,8 +23,8 @@ from tests.pipeline.web_server import cache_at, serving
 
 
 @pytest.mark.parametrize("recorded", [True, False])
-def test_labels_without_a_class_are_found_where_the_index_is_not_read_whole(many, tmp_path, recorded):
-    """By what the manifest records of each shard, or by a look at all rows where it is older."""
+def test_labels_without_a_class_are_found(many, tmp_path, recorded):
+    """From the largest label in the manifest, or from all rows if an older version wrote the set."""
 
     def change(manifest: dict) -> None:
         assert {shard["top_label"] for shard in manifest["shards"]} == {1}
@@ -32,30 +32,30 @@ def test_labels_without_a_class_are_found_where_the_index_is_not_read_whole(many
         for shard in manifest["shards"] if not recorded else ():
             shard.pop("top_label")
 
-    with pytest.raises(UserError, match=r"dataset.json is damaged \(1 classes, but an image of label 1\)"):
+    with pytest.raises(UserError, match=r"dataset.json is damaged \(1 classes, but an image with label 1\)"):
         open_shards(str(with_manifest(many, tmp_path / "copy", change)))
 
 
-def test_verify_and_show_look_at_every_label(many, tmp_path):
+def test_verify_and_show_check_every_label(many, tmp_path):
     def change(manifest: dict) -> None:
         manifest["classes"] = ["a"]
         for shard in manifest["shards"]:
-            shard["top_label"] = 0  # which is not so
+            shard["top_label"] = 0  # wrong
 
     copy = with_manifest(many, tmp_path / "copy", change)
     (problem,) = verify_shards(str(copy))
-    assert "dataset.json is damaged (1 classes, but an image of label 1)" in problem
-    with pytest.raises(UserError, match="an image of label 1"):
+    assert "dataset.json is damaged (1 classes, but an image with label 1)" in problem
+    with pytest.raises(UserError, match="an image with label 1"):
         summarize(open_shards(str(copy)))
 
 
 def by_shards(root: Path) -> np.ndarray:
-    """The rows of the shards' own indexes, joined by other means."""
+    """Rows of the shards' own indexes, joined independently."""
     parts = [np.load(path) for path in sorted(root.glob("part-*.index.npy"))]
     return np.array([tuple(row) for part in parts for row in part.tolist()], np.result_type(*parts))
 
 
-def test_the_common_index_is_mapped_and_has_the_rows_of_all_shards(many):
+def test_the_common_index_is_memory_mapped_and_complete(many):
     shards = open_shards(str(many))
     assert len(shards) == 120 and shards.shard_starts.tolist() == list(range(0, 121, 6))
     assert type(shards.index) is np.ndarray and isinstance(shards.index.base, np.memmap)
@@ -70,7 +70,7 @@ def test_the_common_index_is_mapped_and_has_the_rows_of_all_shards(many):
 
 
 def test_a_set_without_a_common_index_still_opens(many, tmp_path):
-    """As they were written before there was one."""
+    """Format of older versions, without index checksums."""
     older = Path(shutil.copytree(many, tmp_path / "older"))
     (older / "index.npy").unlink()
     manifest = json.loads((older / "dataset.json").read_text())
@@ -83,26 +83,26 @@ def test_a_set_without_a_common_index_still_opens(many, tmp_path):
 
 
 COMMON_DAMAGE = {
-    "gone": (None, "index.npy is missing"),
-    "cut": (lambda content: content[:-1], "index.npy is damaged"),
+    "missing": (None, "index.npy is missing"),
+    "truncated": (lambda content: content[:-1], "index.npy is damaged"),
     "empty": (lambda content: b"", "index.npy is damaged"),
-    "headless": (lambda content: bytes(100) + content[100:], "index.npy is damaged"),
+    "no header": (lambda content: bytes(100) + content[100:], "index.npy is damaged"),
 }
 
 
 @pytest.mark.parametrize("case", COMMON_DAMAGE)
-def test_damage_to_the_common_index_is_named(many, tmp_path, case):
+def test_damage_to_the_common_index_is_reported(many, tmp_path, case):
     change, message = COMMON_DAMAGE[case]
     copy = Path(shutil.copytree(many, tmp_path / "copy"))
     if change is None:
         (copy / "index.npy").unlink()
     else:
         (copy / "index.npy").write_bytes(change((copy / "index.npy").read_bytes()))
-    with pytest.raises(UserError, match=rf"{message}: run `python -m pipeline\.shards index"):
+    with pytest.raises(UserError, match=rf"{message}; run `python -m pipeline\.shards index"):
         open_shards(str(copy))
 
 
-def test_an_index_of_other_rows_is_refused(many, tmp_path):
+def test_an_index_with_a_wrong_row_count_is_refused(many, tmp_path):
     copy = Path(shutil.copytree(many, tmp_path / "copy"))
     manifest = json.loads((copy / "dataset.json").read_text())
     (copy / "dataset.json").write_text(json.dumps(manifest | {"samples": 119}))
@@ -119,13 +119,13 @@ def test_verify_finds_any_altered_byte(many, tmp_path, name, place):
     (copy / name).write_bytes(content)
     try:
         (problem,) = verify_shards(str(copy))
-        assert f"{copy / name} is not the file that was written: copy it again" in problem
-    except UserError as error:  # altered where it can't even be opened
+        assert f"{copy / name} does not match its checksum; copy it again" in problem
+    except UserError as error:  # damage that prevents opening
         assert name in str(error)
 
 
-def test_no_damage_to_a_header_gets_past_opening(many, tmp_path):
-    """Numpy parses the header as Python: any byte of it may make another error, or another type."""
+def test_any_damaged_header_byte_is_detected(many, tmp_path):
+    """numpy parses the header as Python, so a changed byte may raise any exception or change the dtype."""
     copy = Path(shutil.copytree(many, tmp_path / "copy"))
     whole = (copy / "index.npy").read_bytes()
     for place in range(whole.index(b"}") + 1):
@@ -136,11 +136,11 @@ def test_no_damage_to_a_header_gets_past_opening(many, tmp_path):
             shards = open_shards(str(copy))
         except UserError as error:
             assert re.search(r"index\.npy (is damaged|disagrees)", str(error))
-        else:  # a byte that means nothing
+        else:  # an insignificant byte
             assert np.array_equal(shards.index, by_shards(many))
 
 
-def test_verify_names_the_samples_that_are_damaged(many, tmp_path):
+def test_verify_names_damaged_samples(many, tmp_path):
     copy = Path(shutil.copytree(many, tmp_path / "copy"))
     shards = open_shards(str(copy))
     content = bytearray((copy / "part-001.tar").read_bytes())
@@ -151,15 +151,14 @@ def test_verify_names_the_samples_that_are_damaged(many, tmp_path):
     (copy / "other.tar").write_bytes(content)
     problems = [problem.replace(f"{copy}/", "") for problem in verify_shards(str(copy))]
     assert problems == [
-        "part-001.tar is not the file that was written: copy it again "
-        "(damaged samples: 2, the first key-1-1, key-1-3).",
-        "part-002.tar is not the file that was written: copy it again.",
-        "other.tar is not in dataset.json: take it away or make the index anew.",
+        "part-001.tar does not match its checksum; copy it again (damaged samples: 2, the first key-1-1, key-1-3).",
+        "part-002.tar does not match its checksum; copy it again.",
+        "other.tar is not in dataset.json; move it away or run `python -m pipeline.shards index`.",
     ]
 
 
 def synthetic(root: Path, shards: int, each: int) -> int:
-    """The index and the manifest of a large set, without its tars; the rows are a hole in the file."""
+    """Write the index and manifest of a large set without tars; the rows are a hole in a sparse file."""
     dtype = index_dtype(20)
     with open(root / "index.npy", "wb") as file:
         header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (shards * each,)}
@@ -180,22 +179,22 @@ def synthetic(root: Path, shards: int, each: int) -> int:
 
 @pytest.mark.parametrize("field", ["key", "offset", "size", "height", "width", "label", "crc32"])
 def test_a_flipped_bit_of_any_field_is_refused(many, tmp_path, field):
-    """In the common index of a local set, and in the shards' own where there is none."""
+    """In the common index, and in a shard's own index if there is no common one."""
     for name, change in (("index.npy", lambda _: None), ("part-003.index.npy", lambda manifest: manifest.pop("index"))):
         copy = with_manifest(many, tmp_path / name, change)
         content = bytearray((copy / name).read_bytes())
         dtype = np.load(copy / name).dtype
         content[len(content) - dtype.itemsize + dtype.fields[field][1]] ^= 1
         (copy / name).write_bytes(content)
-        with pytest.raises(UserError, match=rf"{name} is damaged: run `python -m pipeline\.shards index"):
+        with pytest.raises(UserError, match=rf"{name} is damaged; run `python -m pipeline\.shards index"):
             open_shards(str(copy))
 
 
 @pytest.mark.parametrize(
     ("field", "value"), [("offset", -1), ("size", 2**62), ("size", -5), ("height", 0), ("width", -1), ("label", -2)]
 )
-def test_rows_that_can_not_be_are_refused_without_a_checksum(many, tmp_path, field, value):
-    """Older sets have no checksums of the shards' indexes."""
+def test_impossible_rows_are_refused_without_a_checksum(many, tmp_path, field, value):
+    """Sets written by older versions have no checksums of the shards' indexes."""
 
     def change(manifest: dict) -> None:
         manifest.pop("index")
@@ -218,38 +217,38 @@ def test_a_damaged_index_in_the_cache_is_fetched_again(many, tmp_path):
             file = tmp_path / "cache" / "files" / shards.manifest["index"]["sha256"]
             content = bytearray(file.read_bytes())
             content[-20] ^= 1
-            file.unlink()  # the other one is mapped into memory
+            file.unlink()  # the other inode is memory-mapped
             file.write_bytes(content)
         assert server.count["index.npy"] == 2
 
 
 def test_a_hundred_million_samples_open_in_under_a_second(tmp_path, monkeypatch):
     size = synthetic(tmp_path, shards=100_000, each=1000)
-    assert size > 5e9 and (tmp_path / "index.npy").stat().st_blocks * 512 < 1e6  # a hole
+    assert size > 5e9 and (tmp_path / "index.npy").stat().st_blocks * 512 < 1e6  # sparse
     hashed = known_checksum(monkeypatch)
     cache = cache_at(tmp_path)
-    open_shards(str(tmp_path), cache)  # which reads all of it, once
+    open_shards(str(tmp_path), cache)  # hashes the whole index, once
     seconds = []
     for _ in range(3):  # the best of three: the machine may be busy
-        begun = time.perf_counter()
+        start = time.perf_counter()
         shards = open_shards(str(tmp_path), cache)
         assert len(shards) == 100_000_000 and shards.shard_starts[-1] == 100_000_000
         assert shards.index[np.array([99_999_999, 5])]["size"].tolist() == [0, 0]
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.perf_counter() - start)
     assert min(seconds) < 1 and hashed == [tmp_path / "index.npy"]
-    os.utime(tmp_path / "index.npy", (0, 0))  # another version of it, as far as can be told
+    os.utime(tmp_path / "index.npy", (0, 0))  # looks like another version
     open_shards(str(tmp_path), cache)
     assert len(hashed) == 2
 
 
 def known_checksum(monkeypatch) -> list[Path]:
-    """Have the checksum of the synthetic set at once; the list fills with the files that were read for it."""
+    """Replace hashing by the checksum of the synthetic set; the returned list collects the hashed files."""
     hashed = []
-    monkeypatch.setattr("pipeline.shards.cache._sha256", lambda path: hashed.append(path) or "0123456789abcdef" * 4)
+    monkeypatch.setattr("pipeline.shards.cache.file_sha256", lambda path: hashed.append(path) or "0123456789abcdef" * 4)
     return hashed
 
 
-def test_opening_takes_no_memory_for_samples(tmp_path, monkeypatch):
+def test_opening_needs_no_memory_per_sample(tmp_path, monkeypatch):
     synthetic(tmp_path, shards=100, each=1_000_000)
     known_checksum(monkeypatch)
     tracemalloc.start()
@@ -270,14 +269,14 @@ def test_the_common_index_of_a_remote_set_is_fetched_once(many, tmp_path, scheme
             shards = open_shards(url, cache_at(tmp_path))
             assert np.array_equal(shards.index, by_shards(many)) and isinstance(shards.index.base, np.memmap)
         if scheme == "http":
-            # cut in the middle, gone on with, wrong by a bit, once more; and then never again
+            # broken in the middle, resumed but with a flipped bit, fetched again; then served from the cache
             assert server.count["index.npy"] == 3 and server.count["dataset.json"] == 2
             assert not any(name.startswith("part-") for name, _ in server.requests)
     remote.rm("/many", recursive=True)
 
 
-def test_a_store_that_forbids_to_ask_for_what_is_not_there(many, tmp_path):
-    """As S3 does over https for those who may not list: 403 where others answer 404, and no pages of files."""
+def test_a_store_that_answers_403_for_missing_files(many, tmp_path):
+    """As S3 does without permission to list: 403 instead of 404, and no index pages."""
     cache = cache_at(tmp_path)
     with serving(many.parent) as server:
         server.missing, server.lists = 403, False
@@ -285,7 +284,7 @@ def test_a_store_that_forbids_to_ask_for_what_is_not_there(many, tmp_path):
             train, test = open_splits(address, cache)
             assert np.array_equal(train.index, by_shards(many)) and test is None
         assert verify_shards(f"{server.url}/train", cache) == []
-        with pytest.raises(UserError, match=r"No shards at .*/test that may be read \(.*403.*\)"):
+        with pytest.raises(UserError, match=r"No shards at .*/test or no permission to read them \(.*403.*\)"):
             open_shards(f"{server.url}/test", cache)
-        with pytest.raises(UserError, match=r"There is no \.tar in .*: a web server must list it|give the folder"):
+        with pytest.raises(UserError, match=r"There is no \.tar in .*; use .*does not list its files, use a pattern"):
             index_shards(f"{server.url}/train", cache)

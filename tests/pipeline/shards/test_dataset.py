@@ -1,4 +1,4 @@
-"""The shard set: its tars as the webdataset library reads them, its index to the byte, damage, what is in it."""
+"""Shard set: compatibility with the webdataset library, exact offsets, damage, verification and summary."""
 
 import json
 import re
@@ -11,6 +11,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+from rich.console import Console
 
 from common import UserError
 from pipeline.convert.sources import webdataset_source
@@ -25,7 +26,7 @@ from tests.pipeline.image_sets import contents, pictures, read_by_webdataset, ru
 
 @pytest.fixture
 def copy(original, tmp_path) -> Path:
-    """A copy to spoil."""
+    """A copy to damage."""
     return Path(shutil.copytree(original, tmp_path / "copy"))
 
 
@@ -56,25 +57,25 @@ def test_index_points_at_the_exact_bytes(original):
         assert label == (None if row["label"] < 0 else shards.classes[row["label"]])
 
 
-def test_indexing_anew_names_the_tars_that_have_changed(copy):
+def test_indexing_again_lists_changed_tars(copy):
     made_by = open_shards(str(copy)).manifest["made_by"]
     at = open_shards(str(copy)).index[0]["offset"] - 10  # in the padding of a header
     content = bytearray((copy / "train-000000.tar").read_bytes())
     content[at] ^= 1
     (copy / "train-000000.tar").write_bytes(content)
     result = run_module("pipeline.shards", "index", copy)
-    assert "left out train-000000.tar: no longer the file that it was: copy it again" in result.stderr
+    assert "left out train-000000.tar: differs from its recorded checksum; copy it again" in result.stderr
     assert "train-000001.tar" not in result.stderr
     assert open_shards(str(copy)).manifest["made_by"] == made_by
 
 
-def test_a_file_in_the_place_of_a_folder_is_named_at_once(original):
+def test_a_file_instead_of_a_folder_fails_at_once(original):
     tar = original / "train-000000.tar"
-    begun = time.perf_counter()
+    start = time.perf_counter()
     for read in open_shards, open_splits, verify_shards:
-        with pytest.raises(UserError, match=f"{tar} is a file, not a folder of shards: give the folder .*{original}"):
+        with pytest.raises(UserError, match=f"{tar} is a file, not a folder of shards; use its folder, {original}"):
             read(str(tar))
-    assert time.perf_counter() - begun < 0.4  # less than one wait of the patience
+    assert time.perf_counter() - start < 0.4  # less than the first wait of the retry policy
     result = run_module("pipeline.shards", "show", tar)
     assert result.returncode == 1 and len(result.stderr.splitlines()) == 1 and "is a file" in result.stderr
 
@@ -82,16 +83,16 @@ def test_a_file_in_the_place_of_a_folder_is_named_at_once(original):
 @pytest.mark.parametrize(
     "url", ["http://", "https:///set", "http://bad host/", "http://a..b/", "http://h:port/", "http://[::1/"]
 )
-def test_a_malformed_address_is_named_at_once(url):
-    begun = time.perf_counter()
-    with pytest.raises(UserError, match="is no web address"):
+def test_a_malformed_url_fails_at_once(url):
+    start = time.perf_counter()
+    with pytest.raises(UserError, match="is not a valid web address"):
         open_splits(url)
-    assert time.perf_counter() - begun < 0.4
+    assert time.perf_counter() - start < 0.4
 
 
 def test_verify_finds_a_flipped_bit(copy):
     assert verify_shards(str(copy)) == []
-    assert "Every shard is as it was written." in run_module("pipeline.shards", "verify", copy).stdout
+    assert "all files match their checksums" in run_module("pipeline.shards", "verify", copy).stdout
     row = open_shards(str(copy)).index[6]
     tar = copy / "train-000001.tar"
     content = bytearray(tar.read_bytes())
@@ -101,22 +102,22 @@ def test_verify_finds_a_flipped_bit(copy):
     problems = verify_shards(str(copy))
     assert [Path(problem.split(" ")[0]).name for problem in problems] == ["train-000001.tar", "train-000002.tar"]
     result = run_module("pipeline.shards", "verify", copy)
-    assert result.returncode == 1 and "not the file that was written: copy it again" in result.stderr
+    assert result.returncode == 1 and "does not match its checksum; copy it again" in result.stderr
 
 
 DAMAGE = {
-    "cut": ("train-000001.index.npy", lambda content: content[:200], "is damaged"),
+    "truncated": ("train-000001.index.npy", lambda content: content[:200], "is damaged"),
     "empty": ("train-000001.index.npy", lambda content: b"", "is damaged"),
-    "gone": ("train-000001.index.npy", None, "is missing"),
+    "missing": ("train-000001.index.npy", None, "is missing"),
     "of another shard": ("train-000002.index.npy", "train-000001.index.npy", "is damaged"),
-    "half a manifest": ("dataset.json", lambda content: content[:100], "dataset.json is damaged"),
-    "another format": ("dataset.json", lambda content: b'{"format": "x"}', "is not of format"),
-    "no object": ("dataset.json", lambda content: b"[]", "is not of format"),
+    "truncated manifest": ("dataset.json", lambda content: content[:100], "dataset.json is damaged"),
+    "another format": ("dataset.json", lambda content: b'{"format": "x"}', "is not in format"),
+    "not an object": ("dataset.json", lambda content: b"[]", "is not in format"),
 }
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_damage_to_the_index_is_named_and_indexing_anew_helps(copy, original, case):
+def test_index_damage_is_reported_and_fixed_by_indexing_again(copy, original, case):
     name, change, message = DAMAGE[case]
     if change is None:
         (copy / name).unlink()
@@ -125,44 +126,44 @@ def test_damage_to_the_index_is_named_and_indexing_anew_helps(copy, original, ca
         (copy / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
         open_shards(str(copy))
-    assert f"run `python -m pipeline.shards index {copy}` to make it anew" in str(error.value)
+    assert f"run `python -m pipeline.shards index {copy}` to create it again" in str(error.value)
     again, whole = index_shards(str(copy)), open_shards(str(original))
     assert np.array_equal(again.index, whole.index)
     assert again.manifest["shards"] == whole.manifest["shards"]
-    # the names of the classes come from the old manifest where that can be read
+    # class names come from the old manifest if it is readable
     assert again.classes == (["0", "1", "2"] if name == "dataset.json" else whole.classes)
 
 
 MANIFEST_DAMAGE = {
     "no shards": lambda manifest: manifest.pop("shards"),
     "no classes": lambda manifest: manifest.pop("classes"),
-    "classes in numbers": lambda manifest: manifest.update(classes=[0, 1, 2]),
+    "numeric classes": lambda manifest: manifest.update(classes=[0, 1, 2]),
     "no samples": lambda manifest: manifest["shards"][0].pop("samples"),
     "negative samples": lambda manifest: manifest["shards"][0].update(samples=-1),
-    "more bytes than can be": lambda manifest: manifest["shards"][1].update(bytes=10**30),
-    "samples in words": lambda manifest: manifest["shards"][1].update(samples="5"),
-    "a shard in words": lambda manifest: manifest["shards"].append("train-000003.tar"),
+    "impossible size": lambda manifest: manifest["shards"][1].update(bytes=10**30),
+    "samples as text": lambda manifest: manifest["shards"][1].update(samples="5"),
+    "shard as text": lambda manifest: manifest["shards"].append("train-000003.tar"),
     "no checksum": lambda manifest: manifest["shards"][0].pop("sha256"),
-    "half an index": lambda manifest: manifest.update(index={"bytes": 5}),
-    "a label without a class": lambda manifest: manifest["classes"].pop(),
-    "how it was made": lambda manifest: manifest.update(made_by="by hand"),
-    "outside": lambda manifest: manifest["shards"][0].update(file="../train-000000.tar"),
-    "absolute": lambda manifest: manifest["shards"][0].update(file="/train-000000.tar"),
-    "nameless": lambda manifest: manifest["shards"][0].update(file=""),
+    "incomplete index": lambda manifest: manifest.update(index={"bytes": 5}),
+    "label without class": lambda manifest: manifest["classes"].pop(),
+    "wrong type of made_by": lambda manifest: manifest.update(made_by="by hand"),
+    "path outside": lambda manifest: manifest["shards"][0].update(file="../train-000000.tar"),
+    "absolute path": lambda manifest: manifest["shards"][0].update(file="/train-000000.tar"),
+    "empty name": lambda manifest: manifest["shards"][0].update(file=""),
 }
 
 
 @pytest.mark.parametrize("case", MANIFEST_DAMAGE)
-def test_a_damaged_manifest_is_named(copy, case):
+def test_a_damaged_manifest_is_reported(copy, case):
     manifest = json.loads((copy / "dataset.json").read_text())
     MANIFEST_DAMAGE[case](manifest)
     (copy / "dataset.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"dataset\.json is damaged \(.+\): copy it again, or run"):
+    with pytest.raises(UserError, match=r"dataset\.json is damaged \(.+\); copy it again, or run"):
         open_shards(str(copy))
 
 
 @pytest.mark.parametrize("damage", [{"classes": 3}, {"classes": [1, 2, 3]}, {"name": 5, "split": []}, {"made_by": "x"}])
-def test_a_damaged_manifest_is_made_anew(original, tmp_path, damage):
+def test_indexing_replaces_a_damaged_manifest(original, tmp_path, damage):
     copy = with_manifest(original, tmp_path / "copy", lambda manifest: manifest.update(damage))
     shards = index_shards(str(copy))
     assert len(shards) == 12 and len(shards.classes) == 3
@@ -171,14 +172,14 @@ def test_a_damaged_manifest_is_made_anew(original, tmp_path, damage):
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"format": "streamclr-shards-1", "shards": [{"file": []}, 5]}'])
-def test_a_manifest_that_is_nonsense_is_made_anew(copy, text):
+def test_indexing_replaces_an_unparsable_manifest(copy, text):
     (copy / "dataset.json").write_text(text)
     assert index_shards(str(copy)).classes == ["0", "1", "2"]
 
 
-def test_names_in_brackets_are_shown_as_they_are(tmp_path, capsys, monkeypatch):
-    """rich takes them for markup."""
-    monkeypatch.setenv("COLUMNS", "300")  # so that no line is wrapped
+def test_show_escapes_brackets_in_names(tmp_path, capsys, monkeypatch):
+    """rich would interpret them as markup."""
+    monkeypatch.setenv("COLUMNS", "300")  # avoid wrapped lines
     image = pictures()["class_0/image_0.jpg"]
     files = {
         f"{number}.{kind}": content
@@ -186,12 +187,14 @@ def test_names_in_brackets_are_shown_as_they_are(tmp_path, capsys, monkeypatch):
         for kind, content in (("jpg", image), ("cls", b"[/%d]" % number))
     }
     write_split(webdataset_source(write_tar(tmp_path / "[bold].tar", files)), tmp_path / "[red]", "train")
-    assert show(str(tmp_path / "[red]")) == []
+    tables, problems = show(str(tmp_path / "[red]"))
+    Console().print(*tables)
     printed = capsys.readouterr().out
+    assert problems == []
     assert all(name in printed for name in ("[/0]", "[/1]", "[bold] train", "[red]"))
 
 
-def test_first_indexing_that_is_interrupted_leaves_no_shard_set(copy, monkeypatch):
+def test_interrupted_indexing_leaves_no_shard_set(copy, monkeypatch):
     (copy / "dataset.json").unlink()
     monkeypatch.setattr("pipeline.shards.index.write_manifest", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -217,7 +220,7 @@ def test_a_remote_shard_set(original):
     remote.rm("/bucket", recursive=True)
 
 
-def test_dataset_json_says_how_it_was_made(original):
+def test_dataset_json_records_the_conversion_options(original):
     manifest = json.loads((original / "dataset.json").read_text())
     assert manifest["made_by"] == {"command": "pipeline.convert", "seed": 0, "samples_per_shard": 5}
     assert manifest["samples"] == 12 and manifest["class_counts"] == [4, 4, 3]
@@ -225,7 +228,7 @@ def test_dataset_json_says_how_it_was_made(original):
         assert shard["bytes"] == (original / shard["file"]).stat().st_size
 
 
-# ---- what is in it
+# ---- summary
 
 
 def test_show(many, original):
@@ -233,8 +236,8 @@ def test_show(many, original):
     assert result.returncode == 0, result.stderr
     lines = [[cell.strip() for cell in re.split("[│┃]", line)] for line in result.stdout.splitlines()]
     cells = {line[1]: line[2] for line in lines if len(line) > 3}
-    assert cells["name"] == "noise train" and cells["shards"] == "20 of 6 to 6 images"
-    assert cells["images"] == "120, 40 of them without a class; 0 were left out"
+    assert cells["name"] == "noise train" and cells["shards"] == "20 with 6 to 6 images"
+    assert cells["images"] == "120, 40 of them unlabeled; 0 were left out"
     assert cells["a"] == cells["b"] == "40"
     assert cells["0 to 31"] == "120"  # short sides of 20 to 25 pixels
     assert cells["0 to 3"] == "120"  # kB
@@ -263,9 +266,9 @@ def test_verify_and_show_take_a_folder_of_splits(original, tmp_path, monkeypatch
     assert status("show") is None and capsys.readouterr().out.count("shard set") == 2
     (tmp_path / "train" / "train-000001.index.npy").unlink()
     (tmp_path / "test" / "train-000001.tar").unlink()
-    gone = [f"{tmp_path}/train/train-000001.index.npy is missing", f"{tmp_path}/test/train-000001.tar is missing"]
-    assert [line.split(":")[0] for line in status("verify").splitlines()] == gone
-    assert status("show").split(":")[0] == gone[0] and capsys.readouterr().out.count("shard set") == 1
+    missing = [f"{tmp_path}/train/train-000001.index.npy is missing", f"{tmp_path}/test/train-000001.tar is missing"]
+    assert [line.split(";")[0] for line in status("verify").splitlines()] == missing
+    assert status("show").split(";")[0] == missing[0] and capsys.readouterr().out.count("shard set") == 1
 
 
 @pytest.mark.parametrize("command", ["index", "verify", "show"])
@@ -273,7 +276,7 @@ def test_interrupting_shows_no_traceback(original, monkeypatch, command):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    for name in ("verify.open_shards", "index.index_shards"):
+    for name in ("verify.open_shards", "__main__.index_shards"):
         monkeypatch.setattr(f"pipeline.shards.{name}", interrupted)
     monkeypatch.setattr("sys.argv", ["shards", command, str(original)])
     with pytest.raises(SystemExit) as error:

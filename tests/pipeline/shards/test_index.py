@@ -1,4 +1,4 @@
-"""WebDataset tars from elsewhere: indexed where they are, whole, cut short or damaged."""
+"""Indexing of foreign WebDataset tars: intact, truncated or damaged, labels, names, brace patterns."""
 
 import io
 import os
@@ -19,11 +19,11 @@ from pipeline.shards.index import index_shards
 from pipeline.shards.reader import Reader
 from pipeline.shards.verify import verify_shards
 from tests.pipeline.image_sets import contents, damaged, pictures, read_by_webdataset, run_module, write_tar
-from tests.pipeline.web_server import serving
+from tests.pipeline.web_server import cache_at, serving
 
 
 def foreign_tars(root: Path, files: list[dict[str, bytes]]) -> Path:
-    """Tars as webdataset's own writer makes them, one per dictionary."""
+    """Write tars with webdataset's TarWriter, one per dictionary."""
     root.mkdir()
     for number, samples in enumerate(files):
         with webdataset.TarWriter(str(root / f"shard-{number:03d}.tar")) as writer:
@@ -40,7 +40,7 @@ def labeled(first: int) -> dict[str, dict[str, bytes]]:
 
 
 def test_foreign_tars_get_an_index(tmp_path):
-    """As `python -m pipeline.shards index` makes it: with a damaged image, a class in words, files of other kinds."""
+    """With a damaged image, a class that is not a number, and files that are not images."""
     jpeg = pictures()["class_0/image_0.jpg"]
     odd = {
         "bad.": {"jpg": damaged()["truncated"], "cls": 1},
@@ -65,31 +65,31 @@ def test_foreign_tars_get_an_index(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("cut", "taken"), [("in an image", 6), ("before a class", 6), ("in a class header", 6), ("end mark", 7)]
+    ("cut", "kept"), [("in an image", 6), ("before a class", 6), ("in a class header", 6), ("end mark", 7)]
 )
-def test_a_truncated_foreign_tar(tmp_path, cut, taken):
-    """Only samples are taken that another one follows: a class may be what is missing from the last."""
+def test_a_truncated_foreign_tar(tmp_path, cut, kept):
+    """The last sample is not used unless another one follows, since its class may be missing."""
     root = foreign_tars(tmp_path / "foreign", [labeled(4)])
     pairs = [(f"{key}jpg", f"{key}cls", sample) for key, sample in labeled(8).items()]
     members = {name: content for jpg, cls, s in pairs for name, content in ((jpg, s["jpg"]), (cls, b"%d" % s["cls"]))}
-    write_tar(root / "shard-001.tar", members)  # the class behind its image, where webdataset puts it before
+    write_tar(root / "shard-001.tar", members)  # class after image; TarWriter writes it before
     whole = index_shards(str(root))
     row = whole.index[6]  # the third sample of the second tar
     after = int(row["offset"] + -(-row["size"] // 512) * 512)
-    kept = {
+    size = {
         "in an image": int(row["offset"] + 100),
         "before a class": after,
         "in a class header": after + 100,
-        "end mark": int(whole.index[7]["offset"] + -(-whole.index[7]["size"] // 512) * 512 + 1024),  # its class too
+        "end mark": int(whole.index[7]["offset"] + -(-whole.index[7]["size"] // 512) * 512 + 1024),  # after its class
     }[cut]
-    os.truncate(root / "shard-001.tar", kept)
+    os.truncate(root / "shard-001.tar", size)
     shards = index_shards(str(root))
     keys = [key.decode() for key in shards.index["key"]]
-    assert keys == ["004", "005", "006", "007", "008", "009", "010"][:taken]
+    assert keys == ["004", "005", "006", "007", "008", "009", "010"][:kept]
     assert shards.index["label"].tolist() == [1, 2, 0, 1, 2, 0, 1][: len(keys)]
     rest, changed = shards.manifest["left_out"]
     assert rest["name"] == "shard-001.tar:the rest of the tar" and changed["name"] == "shard-001.tar"
-    assert verify_shards(str(root)) == []  # the checksum is that of the file as it is
+    assert verify_shards(str(root)) == []  # the recorded checksum is that of the truncated file
 
 
 def test_a_damaged_header_in_a_foreign_tar(tmp_path):
@@ -106,13 +106,13 @@ def test_a_damaged_header_in_a_foreign_tar(tmp_path):
 
 
 def test_a_foreign_set_at_a_read_only_address(tmp_path, monkeypatch):
-    """Its index is made over http, past broken connections, and kept in the cache; so is that of a folder."""
+    """Indexed over HTTP with broken connections, and the index kept in the cache; likewise for a read-only folder."""
     root = foreign_tars(tmp_path / "foreign", [labeled(0), labeled(4)])
     files = {file.name for file in root.iterdir()}
     monkeypatch.setenv("STREAMCLR_CACHE", str(tmp_path / "cache"))
     with serving(root, "drop", "503", suffix="000.tar") as server:
         with pytest.raises(
-            UserError, match=rf"have no index: run `python -m pipeline\.shards index {server.url}` first"
+            UserError, match=rf"have no index; run `python -m pipeline\.shards index {server.url}` first"
         ):
             open_shards(server.url)
         result = run_module("pipeline.shards", "index", server.url)
@@ -132,7 +132,7 @@ def test_a_foreign_set_at_a_read_only_address(tmp_path, monkeypatch):
         (root / "shard-001.tar").write_bytes((root / "shard-000.tar").read_bytes())
         monkeypatch.setenv("STREAMCLR_CACHE", str(tmp_path / "cache"))
         (problem,) = verify_shards(server.url)
-        assert "shard-001.tar is not the file that was written" in problem
+        assert "shard-001.tar does not match its checksum" in problem
 
 
 def test_a_foreign_set_of_many_shards_gets_a_common_index(tmp_path):
@@ -145,9 +145,34 @@ def test_a_foreign_set_of_many_shards_gets_a_common_index(tmp_path):
     assert verify_shards(str(root)) == []
 
 
-def test_tars_without_an_index_name_the_cure(tmp_path):
+def test_brace_notation_for_a_server_that_does_not_list_its_files(tmp_path):
+    root = foreign_tars(tmp_path / "foreign", [labeled(0), labeled(4), labeled(8)])
+    with serving(root) as server:
+        server.lists, cache = False, cache_at(tmp_path)
+        with pytest.raises(UserError, match=r"There is no \.tar in .*, use a pattern such as"):
+            index_shards(server.url, cache)
+        shards = index_shards(f"{server.url}/shard-{{000..001}}.tar", cache)
+        assert shards.root == server.url and [entry["file"] for entry in shards.manifest["shards"]] == [
+            "shard-000.tar",
+            "shard-001.tar",
+        ]
+        assert np.array_equal(open_shards(server.url, cache).index, shards.index) and len(shards) == 7
+        with pytest.raises(FileNotFoundError, match=r"shard-003\.tar: the server answers 404"):
+            index_shards(f"{server.url}/shard-{{000..003}}.tar", cache)
+    with pytest.raises(UserError, match="names tars in several folders; index each folder separately"):
+        index_shards("https://host/{train,test}/shard-{000..003}.tar")
+
+
+@pytest.mark.parametrize("pattern", ["", "/a.tar.{gz,xz}"])
+def test_compressed_tars_are_refused(tmp_path, pattern):
+    write_tar(tmp_path / "a.tar.gz", {"a.jpg": pictures()["class_0/image_0.jpg"]}, "w:gz")
+    with pytest.raises(UserError, match=r"a\.tar\.gz is a compressed tar, .*`python -m pipeline\.convert webdataset`"):
+        index_shards(f"{tmp_path}{pattern}")
+
+
+def test_tars_without_an_index_name_the_remedy(tmp_path):
     root = foreign_tars(tmp_path / "foreign", [labeled(0)])
-    with pytest.raises(UserError, match=rf"have no index: run `python -m pipeline.shards index {root}` first"):
+    with pytest.raises(UserError, match=rf"have no index; run `python -m pipeline.shards index {root}` first"):
         open_shards(str(root))
     (tmp_path / "empty").mkdir()
     for name, message in (("empty", "No shards at"), ("nowhere", "No shards at"), ("foo://x", "can't be opened")):
@@ -163,27 +188,27 @@ def test_tars_without_an_index_name_the_cure(tmp_path):
 
 
 def found_in(root: Path) -> tuple[dict[str, int], list[str]]:
-    """Label by key as the index of a foreign set has them, and its manifest's list of what is left out."""
+    """Index a set; returns label by key and the list of what is left out."""
     shards = index_shards(str(root))
     left_out = [f"{entry['name']}: {entry['reason']}" for entry in shards.manifest["left_out"]]
     return {row["key"].decode(): int(row["label"]) for row in shards.index}, left_out
 
 
 FAULTS = {
-    "a folder named as a tar": "z.tar is a folder, not a tar; rename it or move it away",
+    "a folder named like a tar": "z.tar is a folder, not a tar; rename it or move it away",
     "interrupted": "^$",
     "two images": "Sample x of .* has two images",
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_an_index_that_fails_leaves_the_old_one(original, tmp_path, monkeypatch, fault):
-    """Classes, split and checksums of the set are in the old manifest only."""
+def test_failed_indexing_keeps_the_old_index(original, tmp_path, monkeypatch, fault):
+    """Only the old manifest holds the set's classes, split and checksums."""
     root = tmp_path / "train"
     shutil.copytree(original, root)
     before = {file.name: file.read_bytes() for file in root.iterdir()}
     image = pictures()["class_0/image_0.jpg"]
-    if fault == "a folder named as a tar":
+    if fault == "a folder named like a tar":
         (root / "z.tar").mkdir()
     elif fault == "two images":
         write_tar(root / "z.tar", {"x.jpg": image, "x.png": image})
@@ -202,14 +227,14 @@ def test_an_index_that_fails_leaves_the_old_one(original, tmp_path, monkeypatch,
         index_shards(str(root))
     assert {file.name: file.read_bytes() for file in root.iterdir() if file.name != "z.tar"} == before
     monkeypatch.undo()
-    shutil.rmtree(root / "z.tar") if fault == "a folder named as a tar" else (root / "z.tar").unlink()
+    shutil.rmtree(root / "z.tar") if fault == "a folder named like a tar" else (root / "z.tar").unlink()
     again = index_shards(str(root))
     assert again.classes == ["class_0", "class_1", "class_2"] and again.manifest["split"] == "train"
     assert again.manifest["left_out"] == []
 
 
-def test_an_index_that_cannot_be_completed_leaves_the_old_one(original, tmp_path, monkeypatch):
-    """The disk is full when the new manifest is written."""
+def test_a_full_disk_keeps_the_old_index(original, tmp_path, monkeypatch):
+    """The disk is full when the manifest is written."""
     root = tmp_path / "train"
     shutil.copytree(original, root)
     before = (root / "dataset.json").read_bytes()
@@ -224,8 +249,8 @@ def test_an_index_that_cannot_be_completed_leaves_the_old_one(original, tmp_path
     assert open_shards(str(root)).classes == ["class_0", "class_1", "class_2"]
 
 
-def test_an_index_in_the_cache_keeps_what_was_known(tmp_path, monkeypatch):
-    """The manifest of a set that can't be written to lies in the cache, and so do its checksums."""
+def test_indexing_again_in_the_cache_keeps_classes_and_checksums(tmp_path, monkeypatch):
+    """The cache holds the manifest of a read-only set."""
     monkeypatch.setenv("STREAMCLR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("pipeline.shards.index._writable", lambda *_: False)
     root = foreign_tars(tmp_path / "foreign", [labeled(0), labeled(4)])
@@ -239,7 +264,7 @@ def test_an_index_in_the_cache_keeps_what_was_known(tmp_path, monkeypatch):
 
 
 def test_a_manifest_that_cannot_be_replaced_is_refused(original, tmp_path, monkeypatch):
-    """An index in the cache would never be read: the set's own manifest comes first."""
+    """The set's own manifest takes precedence, so an index in the cache would never be read."""
     monkeypatch.setenv("STREAMCLR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("pipeline.shards.index._writable", lambda *_: False)
     with pytest.raises(UserError, match=r"dataset.json exists and can't be replaced; make the folder writable, or"):
@@ -247,8 +272,8 @@ def test_a_manifest_that_cannot_be_replaced_is_refused(original, tmp_path, monke
     assert not (tmp_path / "cache").exists()
 
 
-def test_labels_that_do_not_follow_their_images_are_not_lost(tmp_path):
-    """All images first, classes before images, and classes that can't be matched."""
+def test_labels_apart_from_their_images(tmp_path):
+    """Classes after all images, before their images, and without an image."""
     images = [content for name, content in pictures().items() if name.endswith("jpg")]
     (tmp_path / "in").mkdir()
     write_tar(
@@ -275,7 +300,7 @@ def test_labels_that_do_not_follow_their_images_are_not_lost(tmp_path):
     assert source.left_out == [("b.tar:f.cls", "its sample has no image, as 1 more in this tar")]
 
 
-def test_labels_survive_every_order_of_members(tmp_path):
+def test_labels_in_any_order_of_members(tmp_path):
     (tmp_path / "in").mkdir()
     random = np.random.default_rng(0)
     images = [content for name, content in pictures().items() if name.endswith("jpg")]
@@ -291,7 +316,7 @@ def test_labels_survive_every_order_of_members(tmp_path):
 
 
 def test_labels_of_repeated_keys(tmp_path):
-    """Next to each other one is listed; apart, each keeps the class next to it, and others are ambiguous."""
+    """Adjacent duplicates are listed; apart, each keeps its adjacent class, and other classes are ambiguous."""
     first, second, third = list(pictures().values())[3:6]
     (tmp_path / "in").mkdir()
     with tarfile.open(tmp_path / "in" / "in.tar", "w") as tar:
@@ -329,7 +354,7 @@ def test_labels_of_repeated_keys(tmp_path):
 
 @pytest.mark.parametrize("order", ["by sample", "by kind"])
 def test_a_sample_with_two_images_is_refused_unless_one_is_chosen(tmp_path, order):
-    """Photographs and masks."""
+    """For example a photograph and its mask."""
     images = list(pictures().values())
     files = {
         f"{key}.{kind}": images[2 if kind == "png" else i] for i, key in ((0, "a"), (1, "b")) for kind in ("jpg", "png")
@@ -368,8 +393,8 @@ def test_a_sample_with_two_images_is_refused_unless_one_is_chosen(tmp_path, orde
     assert index_shards(str(tmp_path / "in"), image_extension="mask.png").index["key"].tolist() == [b"c"]
 
 
-def test_images_with_dots_in_their_names_are_listed(tmp_path):
-    """WebDataset takes what follows the first dot for the extension."""
+def test_images_with_dots_in_their_names_are_left_out(tmp_path):
+    """In WebDataset, the extension starts at the first dot."""
     image = pictures()["class_0/image_0.jpg"]
     (tmp_path / "in").mkdir()
     write_tar(tmp_path / "in" / "in.tar", {"a.1.jpg": image, "a.2.jpg": image, "b.3.jpg": image, "c.jpg": image})
@@ -393,8 +418,8 @@ CLASSES = {
 
 
 @pytest.mark.parametrize("case", CLASSES)
-def test_foreign_classes_that_are_no_class_numbers(tmp_path, case):
-    """Listed by the index, which takes numbers only; the conversion takes them for names, if they are short."""
+def test_classes_that_are_not_class_numbers(tmp_path, case):
+    """Indexing accepts numbers only and lists the others; conversion uses them as names if they are short."""
     content, reason = CLASSES[case]
     image = pictures()["class_0/image_0.jpg"]
     (tmp_path / "in").mkdir()
@@ -410,7 +435,7 @@ def test_foreign_classes_that_are_no_class_numbers(tmp_path, case):
         assert source.classes == sorted([name, "0000000001"])
 
 
-def test_no_class_in_words(tmp_path):
+def test_contents_that_mean_unlabeled(tmp_path):
     image = pictures()["class_0/image_0.jpg"]
     (tmp_path / "in").mkdir()
     write_tar(tmp_path / "in" / "in.tar", {"a.jpg": image, "a.cls": b"-1", "b.jpg": image, "b.cls": b" \n"})
@@ -418,7 +443,7 @@ def test_no_class_in_words(tmp_path):
     assert [label for label, _, _ in webdataset_source(tmp_path / "in").items] == [None, None]
 
 
-def test_foreign_names_in_latin_1(tmp_path):
+def test_names_that_are_not_utf_8(tmp_path):
     image = pictures()["class_0/image_0.jpg"]
     (tmp_path / "in").mkdir()
     write_tar(tmp_path / "in" / "in.tar", {"caf\udce9/\udcfc.jpg": image, "caf\udce9/\udcfc.cls": b"1", "b.jpg": image})
@@ -430,7 +455,7 @@ def test_foreign_names_in_latin_1(tmp_path):
 
 @pytest.mark.parametrize("form", ["index", "webdataset", "folder"])
 def test_long_names_are_left_out(tmp_path, form):
-    """All keys of an index are as wide as the longest one."""
+    """All keys of an index are as wide as the longest."""
     image = pictures()["class_0/image_0.jpg"]
     (tmp_path / "in").mkdir()
     files = {
@@ -453,16 +478,16 @@ def test_long_names_are_left_out(tmp_path, form):
 
 
 SIZES = {
-    "minus one": b"\xff" * 12,
-    "minus 1024": b"\xff" * 10 + b"\xfc\x00",
+    "-1": b"\xff" * 12,
+    "-1024": b"\xff" * 10 + b"\xfc\x00",
     "terabytes": b"\x80" + bytes(4) + b"\x20" + bytes(6),
     "beyond 64 bits": b"\x80" + b"\x01" * 11,
 }
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_an_impossible_size_in_a_tar_is_damage(tmp_path, size):
-    """tarfile would read the same members for ever, or nothing for ages."""
+def test_an_impossible_member_size_is_damage(tmp_path, size):
+    """tarfile would loop over the same members or try to read terabytes."""
     (tmp_path / "in").mkdir()
     image = pictures()["class_0/image_0.jpg"]
     path = write_tar(tmp_path / "in" / "in.tar", {"a.jpg": image, "b.txt": b"x", "c.txt": b"x"})
@@ -476,5 +501,5 @@ def test_an_impossible_size_in_a_tar_is_damage(tmp_path, size):
     for read in folder_source, webdataset_source:
         with pytest.raises(UserError, match=rf"is not a whole, uncompressed tar .{message}"):
             read(path)
-    with pytest.raises(UserError, match="No image could be read"):  # nothing follows the only sample
+    with pytest.raises(UserError, match="No image could be read"):  # no other sample follows the only one
         index_shards(str(tmp_path / "in"))

@@ -1,7 +1,7 @@
-"""Shards at s3://, gs:// and hf:// URLs: a store that has no folders and fails now and then stands for all of them.
+"""Shards at s3://, gs:// and hf:// URLs, on a fake object store that has no folders and fails at times.
 
-The clients themselves (s3fs, gcsfs, huggingface_hub) are fsspec's; what is shown here is that their URLs come through
-whole, and that listing, sizes, byte ranges and retries need nothing that an object store lacks.
+The clients (s3fs, gcsfs, huggingface_hub) belong to fsspec. These tests check that URLs reach them unchanged and that
+listing, sizes, byte ranges and retries work on an object store.
 """
 
 import threading
@@ -33,16 +33,16 @@ URLS = ("s3://bucket/some/prefix", "gs://bucket/prefix/", "hf://datasets/someone
 
 
 class Throttled(Exception):
-    """As a store's own library raises it: no OSError."""
+    """A store's own exception type, not an OSError."""
 
 
 class ObjectStore(AbstractFileSystem):
-    """Objects under whole names; a folder is there if an object's name begins with it."""
+    """Objects by full name; a folder exists if it is a prefix of an object's name."""
 
     protocol = ("s3", "gs", "hf")
     objects: ClassVar[dict[str, bytes]] = {}
     failures: ClassVar[Counter] = Counter()
-    """How many times more each object can't be read."""
+    """Number of remaining failures per object."""
     ranges: ClassVar[list[tuple[str, int, int]]] = []
     read_only: ClassVar[bool] = False
     lock: ClassVar = threading.Lock()
@@ -101,7 +101,7 @@ class StoredFile(AbstractBufferedFile):
 
 @pytest.fixture(autouse=True)
 def store():
-    """The store under all three protocols, and no longer than that."""
+    """Register the store for all three protocols during one test."""
     for protocol in ObjectStore.protocol:
         fsspec.register_implementation(protocol, ObjectStore, clobber=True)
     yield ObjectStore
@@ -116,7 +116,7 @@ def store():
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory) -> Path:
-    """A folder of two splits: thirty images in five shards, and six in one."""
+    """Two splits: thirty images in five shards, and six in one."""
     root = tmp_path_factory.mktemp("local")
     for split, each, size in (("train", 10, 6), ("test", 2, 6)):
         source = folder_source(write_folder(root / f"{split}-images", pictures(each=each)))
@@ -141,13 +141,13 @@ def test_splits_are_opened_and_verified(local, tmp_path, url):
     name = f"{ObjectStore._strip_protocol(url)}/train/train-000003.tar"
     ObjectStore.objects[name] = ObjectStore.objects[name][:-1] + b"x"
     (problem,) = verify_shards(train.root, cache)
-    assert problem.startswith(name) and "is not the file that was written" in problem
+    assert problem.startswith(name) and "does not match its checksum" in problem
 
 
 @pytest.mark.parametrize("url", URLS)
 @pytest.mark.parametrize("failures", [0, 3])
-def test_the_training_sequence_is_that_of_the_local_set(local, tmp_path, monkeypatch, url, failures):
-    """Whole shards through the cache; every object fails `failures` times with an error of the store's own."""
+def test_training_batches_equal_those_of_the_local_set(local, tmp_path, monkeypatch, url, failures):
+    """Whole shards through the cache; every object fails `failures` times with the store's own exception."""
 
     def batches(root: str, **options) -> list:
         loader = view_loader(open_shards(root, options.get("cache")), AugmentConfig(size=16), batch_size=8, seed=1,
@@ -156,13 +156,13 @@ def test_the_training_sequence_is_that_of_the_local_set(local, tmp_path, monkeyp
         loader.close()
         return found
 
-    monkeypatch.setattr("pipeline.shards.remote.PIECE_BYTES", 7000)  # several ranges to a shard
+    monkeypatch.setattr("pipeline.shards.remote.CHUNK_BYTES", 7000)  # several ranges per shard
     upload(local, url)
     ObjectStore.failures.update(dict.fromkeys(ObjectStore.objects, failures))
     expected = batches(str(local / "train"))
-    for batch, due in zip(batches(f"{url.rstrip('/')}/train", cache=cache_at(tmp_path)), expected, strict=True):
-        assert torch.equal(batch.index, due.index) and torch.equal(batch.views, due.views)
-    if not failures:  # every byte once: no shard was fetched twice, and none by its samples
+    for batch, reference in zip(batches(f"{url.rstrip('/')}/train", cache=cache_at(tmp_path)), expected, strict=True):
+        assert torch.equal(batch.index, reference.index) and torch.equal(batch.views, reference.views)
+    if not failures:  # each shard is fetched once, as a whole
         spans: dict[str, list] = {}
         for name, first, last in ObjectStore.ranges:
             spans.setdefault(name, []).append((first, last))
@@ -174,7 +174,7 @@ def test_the_training_sequence_is_that_of_the_local_set(local, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("url", URLS)
-def test_single_samples_are_byte_ranges(local, tmp_path, url):
+def test_single_samples_are_read_by_byte_ranges(local, tmp_path, url):
     upload(local, url)
     shards = open_shards(f"{url.rstrip('/')}/train", cache_at(tmp_path))
     reader = Reader(shards, cache_at(tmp_path))
@@ -183,13 +183,13 @@ def test_single_samples_are_byte_ranges(local, tmp_path, url):
     samples = np.array([29, 0, 13])
     assert reader.read(samples) == Reader(open_shards(str(local / "train")))(samples)
     rows = shards.index[samples]
-    asked = {(first, last) for _, first, last in ObjectStore.ranges}
-    assert asked == set(zip(rows["offset"].tolist(), (rows["offset"] + rows["size"]).tolist(), strict=True))
+    requested = {(first, last) for _, first, last in ObjectStore.ranges}
+    assert requested == set(zip(rows["offset"].tolist(), (rows["offset"] + rows["size"]).tolist(), strict=True))
 
 
 @pytest.mark.parametrize("read_only", [False, True])
 @pytest.mark.parametrize("url", URLS)
-def test_foreign_tars_are_indexed_where_they_are_or_else_in_the_cache(local, tmp_path, url, read_only):
+def test_foreign_tars_are_indexed_in_place_or_in_the_cache(local, tmp_path, url, read_only):
     upload(local / "train", url, (".tar",))
     ObjectStore.read_only = read_only
     cache = cache_at(tmp_path)
@@ -203,16 +203,16 @@ def test_foreign_tars_are_indexed_where_they_are_or_else_in_the_cache(local, tmp
 
 
 @pytest.mark.parametrize("url", URLS)
-def test_what_is_not_there_or_stays_away_is_one_sentence(local, tmp_path, url):
-    with pytest.raises(UserError, match=r"No shards at .*: make them with"):
+def test_missing_sets_and_lasting_failures_are_reported(local, tmp_path, url):
+    with pytest.raises(UserError, match=r"No shards at .*; create them with"):
         open_shards(url, cache_at(tmp_path))
     upload(local / "train", url)
     ObjectStore.failures.update(dict.fromkeys(ObjectStore.objects, 10**6))
-    with pytest.raises(UserError, match=r"after 6 attempts \(Please reduce your request rate\): see to the connection"):
+    with pytest.raises(UserError, match=r"after 6 attempts \(Please reduce your request rate\); check the connection"):
         open_shards(url, cache_at(tmp_path))
 
 
-def test_a_missing_package_is_named_with_its_command(monkeypatch):
+def test_a_missing_package_is_named_with_its_install_command(monkeypatch):
     absent = {"class": "no_such_package.Store", "err": "Install no_such_package to access it"}
     monkeypatch.setitem(known_implementations, "absent", absent)
     with pytest.raises(
@@ -220,6 +220,6 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch):
     ):
         open_shards("absent://bucket")
     with pytest.raises(
-        UserError, match=r"^nope://x can't be opened \(Protocol not known: nope\): give a folder, or a URL"
+        UserError, match=r"^nope://x can't be opened \(Protocol not known: nope\): use a folder, or a URL"
     ):
         open_shards("nope://x")

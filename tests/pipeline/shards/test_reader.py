@@ -1,4 +1,4 @@
-"""The reader returns the very bytes that were written, from disk and from elsewhere, and names what it can't read."""
+"""Reader: exact bytes from local and remote shards, and errors for unreadable samples."""
 
 import errno
 import os
@@ -45,7 +45,7 @@ def expected(shards: ShardSet, samples: np.ndarray) -> list[bytes]:
     return [encoded[key.decode()] for key in shards.index["key"][samples]]
 
 
-def test_any_samples_in_any_order(shards, remote):
+def test_samples_in_any_order(shards, remote):
     samples = np.random.default_rng(0).permutation(np.concatenate([np.arange(30), [7, 7, 6]]))
     for each in shards, remote:
         assert Reader(each)(samples) == Reader(each).read(samples) == expected(shards, samples)
@@ -67,7 +67,7 @@ def test_no_file_stays_open(shards):
     assert not os.path.exists("/dev/fd") or len(os.listdir("/dev/fd")) <= len(before)
 
 
-def test_a_missing_or_short_shard_is_named(copy, remote):
+def test_a_missing_or_truncated_shard_is_reported(copy, remote):
     tar = os.path.join(copy.root, "train-000001.tar")
     os.truncate(tar, int(copy.index[9]["offset"]) + 10)
     reader = Reader(copy)
@@ -86,8 +86,8 @@ def expected_bytes(shards: ShardSet, sample: int) -> list[bytes]:
     return Reader(shards)(np.array([sample]))
 
 
-def test_a_bad_sample_is_told_and_spoils_no_other(copy, shards):
-    """Three ways to be bad at once: cut short, altered, in a shard that is gone."""
+def test_bad_samples_are_reported_without_affecting_others(copy, shards):
+    """Altered, truncated and missing shards at once."""
     rows = copy.index
     with open(os.path.join(copy.root, "train-000000.tar"), "r+b") as tar:
         tar.seek(int(rows["offset"][2]) + 20)
@@ -97,7 +97,7 @@ def test_a_bad_sample_is_told_and_spoils_no_other(copy, shards):
     os.truncate(os.path.join(copy.root, "train-000001.tar"), int(rows["offset"][9]) + 10)
     os.remove(os.path.join(copy.root, "train-000003.tar"))
     samples = np.random.default_rng(0).permutation(len(shards))
-    bad = {2: r"bytes in .*train-000000.tar are not those of the index"}
+    bad = {2: r"bytes in .*train-000000.tar do not match the checksum in the index"}
     bad |= dict.fromkeys(range(9, 14), "train-000001.tar is shorter than its index says")
     bad |= dict.fromkeys(range(21, 28), "A shard of .* can't be read .*train-000003.tar")
     encoded = Reader(copy).read(samples)
@@ -109,8 +109,8 @@ def test_a_bad_sample_is_told_and_spoils_no_other(copy, shards):
 
 
 @pytest.mark.parametrize(("field", "value"), [("size", 2**62), ("size", -1), ("offset", -512), ("offset", 2**62)])
-def test_a_damaged_row_of_the_index_asks_for_no_memory(copy, remote, shards, field, value):
-    """The index may be damaged after it was compared with its checksum."""
+def test_a_damaged_index_row_allocates_no_memory(copy, remote, shards, field, value):
+    """The index may change after it was compared with its checksum."""
     for each in copy, remote:
         each.index[field][3] = value
         encoded = Reader(each).read(np.arange(7))
@@ -119,12 +119,12 @@ def test_a_damaged_row_of_the_index_asks_for_no_memory(copy, remote, shards, fie
 
 
 @pytest.mark.parametrize("number", ["EIO", "ESTALE", "EMFILE"])
-def test_a_passing_error_is_tried_again_for_a_while(copy, shards, monkeypatch, number):
+def test_transient_errors_are_retried(copy, shards, monkeypatch, number):
     fails = []
 
     def fail(path, *arguments, **options):
         if fails:
-            raise OSError(fails.pop(), "passing", path)
+            raise OSError(fails.pop(), "transient", path)
         return open(path, *arguments, **options)
 
     monkeypatch.setattr("pipeline.shards.reader.open", fail, raising=False)
@@ -134,14 +134,14 @@ def test_a_passing_error_is_tried_again_for_a_while(copy, shards, monkeypatch, n
     assert Reader(copy).read(samples) == expected(shards, samples) and not fails
     fails += [code] * 4
     if number == "EMFILE":
-        with pytest.raises(UserError, match=r"too many files are open: raise `ulimit -n`"):
+        with pytest.raises(UserError, match=r"too many open files; raise `ulimit -n`"):
             Reader(copy).read(samples)
     else:
         assert all(isinstance(data, ReadFailure) and data.transient for data in Reader(copy).read(samples))
     assert not fails
 
 
-def test_nothing_is_fetched_of_a_local_set(shards, tmp_path, monkeypatch):
+def test_a_local_set_needs_neither_cache_nor_threads(shards, tmp_path, monkeypatch):
     monkeypatch.setenv("STREAMCLR_CACHE", str(tmp_path / "cache"))
     reader, before = Reader(shards), set(threading.enumerate())
     reader.prefetch([0, 1])
