@@ -85,8 +85,8 @@ def _train_source(path: Path) -> Source:
     items = _by_file_name([(label, key, address) for label, (_, key, address) in zip(classes, items, strict=True)])
     if not items:
         raise UserError(
-            f"{path} holds no class tars; use --labels for the validation images, or `convert folder` for a tar of class "
-            "folders."
+            f"{path} holds no class tars; use --labels for the validation images, or `convert folder` for a tar of "
+            "class folders."
         )
     return Source("imagenet", items, TarReader(path), left_out=left_out, modified=modified_ns([path]))
 
@@ -151,7 +151,9 @@ def validation_classes(labels: Path, keys: list[str]) -> list[str]:
     try:
         rows = [line.split() for line in labels.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
-        raise UserError(f"{labels} is neither a development kit nor a text file of synsets; download it again.") from error
+        raise UserError(
+            f"{labels} is neither a development kit nor a text file of synsets; download it again."
+        ) from error
     if numeric := next((row[-1] for row in rows if row[-1].isdigit()), ""):
         raise UserError(
             f"{labels} holds class numbers such as {numeric}, not WordNet ids; use the development kit, which defines "
@@ -195,9 +197,9 @@ def _devkit_classes(devkit: Path) -> list[str]:
             else:
                 rows = [line.split() for line in files["synsets.txt"].read_text().splitlines() if line.strip()]
                 wnids = {number: wnid for number, (wnid,) in enumerate(rows, start=1)}
-                if list(wnids.values()) == sorted(wnids.values()):  # the numbers of the kit are not in alphabetical order
+                if list(wnids.values()) == sorted(wnids.values()):  # the kit's numbers are not in alphabetical order
                     raise UserError(
-                        f"synsets.txt in {devkit} is sorted, but the class numbers refer to the order of ILSVRC2012_ID; "
+                        f"synsets.txt in {devkit} is sorted, but class numbers refer to the order of ILSVRC2012_ID; "
                         f"use ILSVRC2012_devkit_t12.tar.gz, which holds {META}."
                     )
             return [wnids[int(number)] for number in files[GROUND_TRUTH].read_text().split()]

@@ -59,8 +59,8 @@ def _classes_of_folders(folders: list[str], level: str | None) -> dict[str, str]
     if level is None and first != last and len(set(first.values())) < len(folders):
         one, other = next(pair for pair in pairwise(sorted(folders)) if first[pair[0]] == first[pair[1]])
         raise UserError(
-            f"The class of the images in {one} and {other} is ambiguous; use `convert folder` with --class-level first, "
-            "last or none."
+            f"The class of the images in {one} and {other} is ambiguous; use `convert folder` with --class-level "
+            "first, last or none."
         )
     classes = last if level == "last" else first
     names = {name: name for name in classes.values()}  # one string per class saves memory

@@ -21,7 +21,8 @@ from .base import Source
 from .writer import write_split
 
 VERSION = 1
-SIDE_PX = 40
+SIDE = 40
+"""Height and width in pixels."""
 SPLITS = {"train": 4000, "test": 1000}
 """Split -> number of images."""
 
@@ -94,17 +95,17 @@ def render(seed: int, split: str, number: int) -> bytes:
     """Render image `number` of a split as JPEG; its class is `CLASSES[number % 10]`."""
     stream = list(SPLITS).index(split)
     u = uniforms(seed, 0, np.array([number]), stream, 128)[0]
-    grid = (np.arange(SIDE_PX) - SIDE_PX * (0.25 + 0.5 * u[0:2, None])) * 2 * np.pi / (7 + 6 * u[2])  # px per period: 7..13
+    grid = (np.arange(SIDE) - SIDE * (0.25 + 0.5 * u[0:2, None])) * 2 * np.pi / (7 + 6 * u[2])  # px per period: 7..13
     x, y = grid[0][None, :], grid[1][:, None]
     angle = np.pi / 3 * (u[3] - 0.5)
     x, y = x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)
     height = PATTERNS[number % len(PATTERNS)](x, y, u[20:])
     mix = 1 / (1 + np.exp(-(1.5 + 3 * u[4]) * height))  # soft to hard edges
     dark, light = _two_colors(u[6:12])
-    image = dark + (light - dark) * mix[..., None]  # (SIDE_PX, SIDE_PX, 3)
-    slope = (u[12:14] - 0.5) * 0.8 / SIDE_PX
-    light = 1 + slope[0] * (np.arange(SIDE_PX)[None, :] - SIDE_PX / 2) + slope[1] * (np.arange(SIDE_PX)[:, None] - SIDE_PX / 2)
-    noise = uniforms(seed, 1, np.arange(number * SIDE_PX, (number + 1) * SIDE_PX), stream, SIDE_PX * 3).reshape(SIDE_PX, SIDE_PX, 3)
+    image = dark + (light - dark) * mix[..., None]  # (SIDE, SIDE, 3)
+    slope = (u[12:14] - 0.5) * 0.8 / SIDE
+    light = 1 + slope[0] * (np.arange(SIDE)[None, :] - SIDE / 2) + slope[1] * (np.arange(SIDE)[:, None] - SIDE / 2)
+    noise = uniforms(seed, 1, np.arange(number * SIDE, (number + 1) * SIDE), stream, SIDE * 3).reshape(SIDE, SIDE, 3)
     image = image * light[..., None] + (noise - 0.5) * (0.05 + 0.15 * u[14])
     _, encoded = cv2.imencode(".jpg", np.clip(image * 255, 0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 90])
     return encoded.tobytes()
@@ -177,8 +178,8 @@ def _is_outdated(out: Path, split: str, name: str) -> bool:
 
 def _foreign(folder: Path, out: Path) -> UserError:
     return UserError(
-        f"{folder} does not hold the built-in textures and is not overwritten; use --data {out} to train on it, or move "
-        "it elsewhere to train on the textures."
+        f"{folder} does not hold the built-in textures and is not overwritten; use --data {out} to train on it, or "
+        "move it elsewhere to train on the textures."
     )
 
 

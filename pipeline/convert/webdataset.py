@@ -132,7 +132,9 @@ def _expand_braces(pattern: str) -> list[str]:
     try:
         return list(dict.fromkeys(expand_urls(pattern)))
     except ValueError as error:
-        raise UserError(f"The braces in {pattern} are unbalanced; use a pattern such as data/{{000..146}}.tar.") from error
+        raise UserError(
+            f"The braces in {pattern} are unbalanced; use a pattern such as data/{{000..146}}.tar."
+        ) from error
 
 
 def _plain_tar(source: Path | str, scratch: Path) -> Path:

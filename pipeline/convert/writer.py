@@ -1,11 +1,11 @@
 """Write a split as a shard set, in one call or in parts; an interrupted conversion resumes and gives the same bytes.
 
 The plan (which images, in which order, how many per shard, how they are processed) is fixed before anything is written.
-Shard k holds the readable images of the k-th slice of the planned order, so its content depends neither on which process
-writes it nor on what was written before (see `pipeline.convert.shard_writer`). All files are written to a hidden folder
-next to the split:
+Shard k holds the readable images of the k-th slice of the planned order, so its content depends neither on which
+process writes it nor on what was written before (see `pipeline.convert.shard_writer`). All files are written to a
+hidden folder next to the split:
 
-    OUT/.train.partial/plan.json               plan of the conversion; another plan is refused until the split is complete
+    OUT/.train.partial/plan.json               the plan; another plan is refused until the split is complete
     OUT/.train.partial/lock                    held while starting and completing the split
     OUT/.train.partial/work/train-000007.*     shard that a process is writing, and its lock
     OUT/.train.partial/work/train-000007.json  record of a finished shard: plan, manifest entry, rejected images
@@ -33,8 +33,8 @@ from ..images import QUALITY, prepare
 from ..philox import uniforms
 from ..shards.dataset import ShardSet, open_shards
 from ..shards.format import index_name, write_manifest
-from .shard_writer import ShardWriter, write_shards
 from .base import Source
+from .shard_writer import ShardWriter, write_shards
 
 SAMPLES_PER_SHARD = 1024
 WRITING_STREAM = 2**32 - 3
@@ -213,7 +213,9 @@ def _compare_classes(source: Source, target: Path, unfinished: Path, classes: li
     """Delete a new plan if another split was started at the same time, so that neither saw the classes of the other."""
     try:
         if _classes(source, target.parent, target.name) != classes:
-            raise UserError(f"Another split was started in {target.parent} at the same time; run the same command again.")
+            raise UserError(
+                f"Another split was started in {target.parent} at the same time; run the same command again."
+            )
     except UserError:
         (unfinished / "plan.json").unlink()
         raise
