@@ -55,7 +55,7 @@ def decode(encoded: bytes) -> np.ndarray | None:
 
 
 def contains(height: int, width: int, crops: np.ndarray) -> bool:
-    """Whether crops, (V, 4) rows of top, left, height, width, lie inside an image, as they do if its index is right."""
+    """Whether crops, (V, 4) rows of top, left, height, width, lie inside the image; if not, its index is wrong."""
     return bool((crops[:, :2] + crops[:, 2:] <= (height, width)).all())
 
 

@@ -189,7 +189,7 @@ def _begin(target: Path, unfinished: Path, plan: dict[str, Any], source: Source)
 def _store_plan(unfinished: Path, plan: dict[str, Any]) -> bool:
     """Write the plan, or compare it with that of the unfinished conversion; return whether it was written."""
     (unfinished / "shards").mkdir(exist_ok=True)
-    path = partial / "plan.json"
+    path = unfinished / "plan.json"
     existing = _read_plan(path)
     if existing is None:
         # without a plan, the seed and source of finished shards are unknown

@@ -10,13 +10,13 @@ import struct
 import subprocess
 import sys
 import tarfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import webdataset
+from scipy.io import savemat
 
 from pipeline.shards.dataset import ShardSet
 from tests.pipeline.augment.reference_views import encode, smooth_field
@@ -215,34 +215,13 @@ def stl10_files(each: int) -> tuple[dict[str, bytes], dict[str, tuple[np.ndarray
     return files, truth
 
 
-def synsets_mat(wnids: list[str], compressed: bool = True) -> bytes:
-    """A MATLAB 5 file of a struct array `synsets`, with the fields of the development kit that matter and one more."""
-
-    def element(kind: int, content: bytes) -> bytes:
-        if 0 < len(content) <= 4:
-            return struct.pack("<HH", kind, len(content)) + content.ljust(4, b"\0")
-        return struct.pack("<II", kind, len(content)) + content + bytes(-len(content) % 8)
-
-    def matrix(kind: int, shape: tuple[int, int], name: bytes, *content: bytes) -> bytes:
-        head = element(6, struct.pack("<II", kind, 0)) + element(5, struct.pack("<ii", *shape)) + element(1, name)
-        return element(14, head + b"".join(content))
-
-    def text(content: str) -> bytes:
-        return matrix(4, (1, len(content)), b"", element(16, content.encode()))
-
-    def number(value: int) -> bytes:  # MATLAB stores doubles as the smallest integers that hold them
-        small = (2, struct.pack("<B", value)) if value < 256 else (4, struct.pack("<H", value))
-        return matrix(6, (1, 1), b"", element(*small))
-
-    names = b"".join(name.ljust(32, b"\0") for name in (b"ILSVRC2012_ID", b"WNID", b"words"))
-    fields = [number(i) + text(wnid) + text(f"words of {wnid}") for i, wnid in enumerate(wnids, start=1)]
-    names_and_fields = element(5, struct.pack("<i", 32)) + element(1, names) + b"".join(fields)
-    synsets = matrix(2, (len(wnids), 1), b"synsets", names_and_fields)
-    if compressed:
-        packed = zlib.compress(synsets)
-        synsets = struct.pack("<II", 15, len(packed)) + packed
-    other = matrix(6, (1, 1), b"other", element(9, struct.pack("<d", 0.5)))
-    return b"MATLAB 5.0 MAT-file".ljust(124) + struct.pack("<H", 0x0100) + b"IM" + other + synsets
+def synsets_mat(wnids: list[str], compressed: bool = True, name: str = "synsets") -> bytes:
+    """A MATLAB 5 file with a struct array of some fields of the development kit's `synsets`."""
+    fields = [("ILSVRC2012_ID", object), ("WNID", object), ("words", object)]
+    synsets = [(float(number), wnid, f"words of {wnid}") for number, wnid in enumerate(wnids, start=1)]
+    file = io.BytesIO()
+    savemat(file, {"other": 0.5, name: np.array(synsets, fields)}, do_compression=compressed)
+    return file.getvalue()
 
 
 def devkit_files(wnids: list[str], numbers: list[int]) -> dict[str, bytes]:

@@ -14,8 +14,9 @@ import pytest
 
 from common import UserError
 from pipeline.convert import textures
+from pipeline.convert.folder import folder_source
 from pipeline.convert.imagenet import imagenet_sources
-from pipeline.convert.sources import CLASS_LEVELS, folder_source, named
+from pipeline.convert.naming import CLASS_LEVELS, named
 from pipeline.convert.textures import ensure_textures, textures_source
 from pipeline.convert.writer import write_split
 from pipeline.shards.dataset import open_shards, open_splits
@@ -271,14 +272,14 @@ def test_splits_with_other_classes_are_refused(tmp_path):
 ENSURE = """
 import sys
 from pathlib import Path
-from pipeline import convert, textures
+from pipeline.convert import textures
 textures.SPLITS = {"train": 60, "test": 20}
 render = textures.render
 def counted(*address):
     print(*address, flush=True)
     return render(*address)
 textures.render = counted
-convert.ensure_textures(Path(sys.argv[1]))
+textures.ensure_textures(Path(sys.argv[1]))
 """
 
 

@@ -2,7 +2,9 @@
 
 import io
 import shutil
+import struct
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -96,10 +98,25 @@ def test_imagenet_labels_that_do_not_belong(tmp_path):
             imagenet_sources(path, labels)
 
 
-def test_synsets_of_a_meta_file():
-    """The compressed form is the published one; scipy.io.loadmat gave the same on it."""
-    for compressed in True, False:
-        assert read_synsets(synsets_mat(WNIDS * 100, compressed)) == dict(enumerate(WNIDS * 100, start=1))
+def test_read_synsets(tmp_path):
+    path = tmp_path / "meta.mat"
+    path.write_bytes(synsets_mat(WNIDS * 100))
+    assert read_synsets(path) == dict(enumerate(WNIDS * 100, start=1))
+
+
+def test_damaged_synsets_are_refused_before_scipy_reads_them(tmp_path):
+    """SciPy may crash on damaged files; without compression there is no checksum to notice damage by."""
+    path, whole = tmp_path / "meta.mat", synsets_mat(WNIDS * 20)
+    random = np.random.default_rng(0)
+    cases = [synsets_mat(WNIDS, compressed=False), b"", whole[:130], synsets_mat(WNIDS, name="other")]
+    for at in random.integers(128, len(whole), 60):
+        flipped = bytearray(whole)
+        flipped[at] ^= 1 << random.integers(8)
+        cases += [whole[:at], bytes(flipped)]
+    for content in cases:
+        path.write_bytes(content)
+        with pytest.raises((ValueError, struct.error, zlib.error)):
+            read_synsets(path)
 
 
 def test_imagenet_folders(tmp_path):

@@ -12,9 +12,11 @@ import pytest
 import webdataset
 
 from common import UserError
+from pipeline.convert.cifar import cifar_sources
+from pipeline.convert.folder import FolderReader, folder_source
 from pipeline.convert.imagenet import imagenet_sources
-from pipeline.convert.pixel_sets import cifar_sources, stl10_sources
-from pipeline.convert.sources import FolderReader, folder_source, webdataset_source
+from pipeline.convert.stl10 import stl10_sources
+from pipeline.convert.webdataset import webdataset_source
 from pipeline.convert.writer import write_split
 from pipeline.images import DecodeError, decode, inspect
 from pipeline.shards.archives import LONGEST_NAME
