@@ -94,7 +94,9 @@ def endless(loader: ViewLoader) -> Iterator[Batch]:
 def follow(batches: Iterator[Batch], every: int, limit: int | None = None, seconds: float = np.inf) -> Usage:
     """Fetch `limit` batches, or for `seconds`; drop the first third, in which caches fill and buffers grow."""
     gc.collect()
-    getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # or growth would be hidden in memory that other tests have released
+    getattr(ctypes.CDLL(None), "malloc_trim", int)(
+        0
+    )  # or growth would be hidden in memory that other tests have released
     gc.freeze()  # excludes the objects of imported modules from collection
     rows, started = [], time.monotonic()
     for number in count(1):
@@ -114,34 +116,34 @@ def follow(batches: Iterator[Batch], every: int, limit: int | None = None, secon
 
 
 def test_a_leak_of_one_batch_in_twenty_is_detected(shards):
-    kept, whole = [], loader(shards, "opencv")
+    kept, views = [], loader(shards, "opencv")
 
     def leaking() -> Iterator[Batch]:
-        for number, batch in enumerate(endless(whole)):
+        for number, batch in enumerate(endless(views)):
             kept.extend([batch.views.clone(), open(os.devnull)] if number % 20 == 0 else [])  # noqa: SIM115
             yield batch
 
     usage = follow(leaking(), every=5, limit=300)
-    whole.close()
+    views.close()
     assert usage.grown_mb > 5 and usage.grown_files > 3
 
 
 def test_open_files_stay_constant(shards):
     """Memory is tested by the long runs: it fluctuates in a process that has run hundreds of tests."""
-    whole = loader(shards, "opencv")
-    usage = follow(endless(whole), every=5, limit=300)
-    whole.close()
+    views = loader(shards, "opencv")
+    usage = follow(endless(views), every=5, limit=300)
+    views.close()
     assert usage.grown_files < 2
 
 
 def test_open_files_stay_constant_with_a_small_cache(shards, tmp_path):
     with serving_elsewhere(Path(shards.root)) as url:
-        whole = remote_loader(shards, url, tmp_path)
-        usage = follow(endless(whole), every=5, limit=300)
-        whole.close()
+        views = remote_loader(shards, url, tmp_path)
+        usage = follow(endless(views), every=5, limit=300)
+        views.close()
     assert usage.grown_files < 2
-    kept = list((tmp_path / "cache" / "files").iterdir())
-    assert 0 < len(kept) < SHARDS and sum(file.stat().st_size for file in kept) <= whole.reader.cache.limit_bytes
+    cached = list((tmp_path / "cache" / "files").iterdir())
+    assert 0 < len(cached) < SHARDS and sum(file.stat().st_size for file in cached) <= views.reader.cache.limit_bytes
 
 
 def is_constant(usage: Usage) -> bool:
@@ -153,16 +155,16 @@ def is_constant(usage: Usage) -> bool:
 @pytest.mark.soak
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_hours_of_batches(shards, backend):
-    whole = loader(shards, backend)
-    usage = follow(endless(whole), every=50, seconds=SECONDS)
-    whole.close()
+    views = loader(shards, backend)
+    usage = follow(endless(views), every=50, seconds=SECONDS)
+    views.close()
     assert is_constant(usage)
 
 
 @pytest.mark.soak
 def test_hours_of_batches_over_the_web(shards, tmp_path):
     with serving_elsewhere(Path(shards.root)) as url:
-        whole = remote_loader(shards, url, tmp_path)
-        usage = follow(endless(whole), every=50, seconds=SECONDS)
-        whole.close()
+        views = remote_loader(shards, url, tmp_path)
+        usage = follow(endless(views), every=50, seconds=SECONDS)
+        views.close()
     assert is_constant(usage)
