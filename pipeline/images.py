@@ -121,7 +121,7 @@ def inspect(encoded: bytes, verify: bool = True) -> tuple[str, int, int]:
 
 
 def _inspect(encoded: bytes, verify: bool, form: str, height: int, width: int) -> tuple[str, int, int]:
-    if verify and not (EXTENSIONS[form] == "jpg" and _is_whole_jpeg(encoded, height, width)):
+    if verify and not (EXTENSIONS[form] == "jpg" and _is_intact_jpeg(encoded, height, width)):
         height, width = _pixels(encoded, form).shape[:2]
     return EXTENSIONS[form], height, width
 
@@ -199,7 +199,7 @@ def _png_size(encoded: bytes) -> tuple[int, int] | None:
     return (height, width) if height and width else None
 
 
-def _is_whole_jpeg(encoded: bytes, height: int, width: int) -> bool:
+def _is_intact_jpeg(encoded: bytes, height: int, width: int) -> bool:
     """Decode at full size in gray, which takes two thirds of the time.
 
     All coefficients of all channels still pass through the entropy decoder, the only part of a JPEG decoder that can

@@ -10,12 +10,12 @@
     python -m pipeline.convert webdataset SOURCE OUT [--split train]    WebDataset tars, shuffled and sharded again
 
 Each split becomes the shard set OUT/<split>. Samples are written in a seeded random order, so that every shard holds a
-mix of classes and reading shards one after the other is close to a random order. The same source and options give the
-same bytes, regardless of the number of workers and parts. Use --class-level to select the class among nested folders,
-and --image-extension to select the image of WebDataset samples with several images. The source of `webdataset` is a
-folder of tars, a tar, a brace pattern such as "data/{000..146}.tar", or "pipe:COMMAND" for a shell command that writes
-a tar; tars may be compressed. Run the same command again to resume an interrupted conversion. Images that can't be
-decoded are left out and listed in OUT/<split>/rejected.csv.
+mix of classes and reading shards in sequence is close to a random order. The same source and options produce the same
+bytes, regardless of the number of workers and parts. Use --class-level to select the class among nested folders, and
+--image-extension to select the image of WebDataset samples with several images. The source of `webdataset` is a folder
+of tars, a tar, a brace pattern such as "data/{000..146}.tar", or "pipe:COMMAND" for a shell command that writes a tar;
+tars may be compressed. Run the same command again to resume an interrupted conversion. Images that can't be decoded are
+left out and listed in OUT/<split>/rejected.csv.
 """
 
 import argparse

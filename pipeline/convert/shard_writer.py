@@ -62,7 +62,7 @@ class ShardWriter:
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 
-    def _is_whole(self, number: int) -> bool:
+    def _is_intact(self, number: int) -> bool:
         """Whether a shard is finished and its files match their checksums."""
         entry, tar = self.entry(number), self._shard(number)
         if entry is None:
@@ -92,7 +92,7 @@ class ShardWriter:
         tar, rejected = self._work(number, "tar"), []
         index, entry = tar.with_name(index_name(tar.name)), self._work(number, "json.writing")
         with suppress(Timeout), FileLock(self._work(number, "lock"), timeout=-1 if wait else 0):
-            if self._is_whole(number):
+            if self._is_intact(number):
                 for _ in items:
                     tally(0)
                 return

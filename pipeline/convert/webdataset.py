@@ -49,7 +49,7 @@ def webdataset_source(path: str | Path, image_extension: str | None = None) -> S
         UserError: there are no tars, a tar is damaged or holds links or paths that lead out of it, a command fails,
             a sample has two images, or one tar holds a key twice.
     """
-    files, folder, whole = _find_tars(str(path))
+    files, folder, is_folder = _find_tars(str(path))
     scratch = tempfile.TemporaryDirectory(prefix="webdataset-")
     tars = {name: _plain_tar(file, Path(scratch.name, name)) for name, file in files.items()}
     left_out: list[tuple[str, str]] = []
@@ -60,7 +60,7 @@ def webdataset_source(path: str | Path, image_extension: str | None = None) -> S
     numbers = {label: class_number(label) for label in labels}
     numbered = None not in numbers.values()
     if numbered:
-        classes = _class_names(folder, None if whole else set(files), 1 + max(numbers.values(), default=-1))
+        classes = _class_names(folder, None if is_folder else set(files), 1 + max(numbers.values(), default=-1))
     else:
         classes = sorted(labels)
     names = {label: classes[number] if numbered else label for label, number in numbers.items()}
@@ -105,8 +105,7 @@ def _find_tars(path: str) -> tuple[dict[str, Path | str], Path, bool]:
     """Find the tars that a path, brace pattern or pipe stands for.
 
     Returns:
-        Name -> file, or the command as "pipe:COMMAND"; the folder that holds the files; whether the whole folder was
-        requested.
+        Name -> file, or the command as "pipe:COMMAND"; the folder that holds the files; whether `path` is that folder.
     """
     if path.startswith(PIPE):
         return {f"pipe-{n:06d}.tar": command for n, command in enumerate(_expand_braces(path))}, Path("."), False
@@ -181,10 +180,10 @@ def _store(file: io.BufferedReader, target: Path, name: Path | str) -> None:
         with open(target, "wb") as out:
             shutil.copyfileobj(opener(file) if opener else file, out, 1 << 20)
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
-        raise UserError(f"{name} is not a whole compressed tar ({error}); download or copy it again.") from error
+        raise UserError(f"{name} is truncated or damaged ({error}); download or copy it again.") from error
     except OSError as error:  # bz2 reports damage as an OSError without a number
         if error.errno is None:
-            raise UserError(f"{name} is not a whole compressed tar ({error}); download or copy it again.") from error
+            raise UserError(f"{name} is truncated or damaged ({error}); download or copy it again.") from error
         raise UserError(
             f"{name} can't be unpacked to {target.parent} ({error.strerror}); set TMPDIR to a folder with enough space."
         ) from error

@@ -1,4 +1,4 @@
-"""Write a split as a shard set, in one call or in parts; an interrupted conversion resumes and gives the same bytes.
+"""Write a split as a shard set, in one call or in parts; an interrupted conversion resumes and writes the same bytes.
 
 The plan (which images, in which order, how many per shard, how they are processed) is fixed before anything is written.
 Shard k holds the readable images of the k-th slice of the planned order, so its content depends neither on which
@@ -228,8 +228,8 @@ def _read_plan(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError):
         return None
     kinds = {"name": str, "split": str, "classes": list, "made_by": dict}
-    whole = isinstance(plan, dict) and all(isinstance(plan.get(name), kind) for name, kind in kinds.items())
-    return plan if whole else None
+    valid = isinstance(plan, dict) and all(isinstance(plan.get(name), kind) for name, kind in kinds.items())
+    return plan if valid else None
 
 
 def _difference(plan: dict[str, Any], found: dict[str, Any]) -> str:

@@ -148,10 +148,10 @@ def test_errors_contain_the_remedy(tmp_path):
     stl = stl10_files(2)[0] | {"stl10_binary/class_names.txt": b"\xff\xfe owl"}
     refused = {
         "class tars, which need no labels; remove --labels": lambda: imagenet_sources(train, tmp_path / "labels"),
-        "is not taken here: index it in place": lambda: webdataset_source(Path("http://127.0.0.1/set")),
-        "^A URL .s3:/bucket/x. is not taken here: copy it to a folder": lambda: folder_source(Path("s3://bucket/x")),
-        "https:/host/x.tar. is not taken here: copy it": lambda: imagenet_sources(Path("https://host/x.tar")),
-        "http:/host/cifar.tar.gz. is not taken here": lambda: cifar_sources(Path("http://host/cifar.tar.gz")),
+        "index it in place": lambda: webdataset_source(Path("http://127.0.0.1/set")),
+        "s3:/bucket/x.* copy it to a folder": lambda: folder_source(Path("s3://bucket/x")),
+        "https:/host/x.tar.* copy it": lambda: imagenet_sources(Path("https://host/x.tar")),
+        "http:/host/cifar.tar.gz.* copy it": lambda: cifar_sources(Path("http://host/cifar.tar.gz")),
         "is not a whole archive": lambda: stl10_sources(tmp_path / "text.gz"),
         "class_names.txt in .* is damaged": lambda: stl10_sources(write_tar(tmp_path / "stl.tar", stl)),
     }
