@@ -1,10 +1,10 @@
-"""Speed of the converter beside as many processes that do nothing but decode.
+"""Speed of the converter compared with processes that only decode.
 
     python -m bench.convert            writes bench/results/convert.csv
 
-Both take the same JPEGs of ImageNet's usual size, which are rendered here. The decoders have them in memory; the
-converter reads them from a tar, decodes each (`--verify`), hashes them and writes shards and indexes. The start
-of the processes counts for both, and they take turns.
+Both use the same rendered JPEGs of ImageNet's typical size and the same number of processes. The decoders hold them in
+memory; the converter reads them from a tar, decodes each (`--verify`), hashes them and writes shards and indexes. Both
+times include starting the processes, and the two alternate.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from statistics import mean
 import cv2
 import numpy as np
 
+from common import available_cores
 from pipeline.convert.sources import Source, folder_source
 from pipeline.convert.writer import SAMPLES_PER_SHARD, write_split
 from pipeline.images import decode
@@ -29,11 +30,11 @@ from pipeline.images import decode
 HEIGHT, WIDTH = 375, 500
 QUALITY = 95
 DISTINCT = 64
-"""Different images; the tar repeats them under other names."""
+"""Number of different images; the tar repeats them under other names."""
 
 
 def photograph(number: int) -> bytes:
-    """A JPEG of about 110 KB, ImageNet's average: octaves of noise whose amplitude falls with the frequency."""
+    """Render a JPEG of about 110 kB, ImageNet's average: octaves of noise with amplitude decreasing with frequency."""
     random = np.random.default_rng(number)
     image = np.full((HEIGHT, WIDTH, 3), 128, np.float32)
     for octave in range(1, 9):
@@ -45,7 +46,7 @@ def photograph(number: int) -> bytes:
 
 
 def write_source(path: Path, images: list[bytes], count: int) -> Path:
-    """A tar of class folders with `count` images."""
+    """Write a tar of class folders with `count` images."""
     with tarfile.open(path, "w") as tar:
         for number in range(count):
             member = tarfile.TarInfo(f"class_{number % 10}/image_{number}.jpg")
@@ -67,11 +68,11 @@ def _decode_held(count: int) -> int:
 
 
 def decode_only(images: list[bytes], count: int, workers: int) -> None:
-    """Decode `count` images in processes that are handed 1024 at a time, as the converter hands out shards."""
+    """Decode `count` images in processes, 1024 per task, like the shards of the converter."""
     context = multiprocessing.get_context("spawn")
-    shares = [min(SAMPLES_PER_SHARD, count - first) for first in range(0, count, SAMPLES_PER_SHARD)]
+    tasks = [min(SAMPLES_PER_SHARD, count - first) for first in range(0, count, SAMPLES_PER_SHARD)]
     with ProcessPoolExecutor(workers, context, _hold, (images,)) as pool:
-        assert sum(pool.map(_decode_held, shares)) == count
+        assert sum(pool.map(_decode_held, tasks)) == count
 
 
 def convert(source: Source, workers: int, folder: Path) -> None:
@@ -80,8 +81,8 @@ def convert(source: Source, workers: int, folder: Path) -> None:
 
 
 def measure(count: int, workers: int, seconds: float) -> list[dict]:
-    """A row for either, from runs that take turns."""
-    # here, because the processes import this module and must not wait for torch
+    """Measure both in alternation; return one row for each."""
+    # imported here because the worker processes import this module and do not need torch
     import torch
 
     from bench.harness import environment, interleave, percentiles_ms
@@ -105,38 +106,40 @@ def measure(count: int, workers: int, seconds: float) -> list[dict]:
         | {
             "images_per_s": round(count / medians[name]),
             "of_decoding": round(medians["decode only"] / medians[name], 3),
-            "cpu_ms_per_image": round(
-                1000 * statistics.median(cpu[name][1:]) / count, 4
-            ),  # but for the first, uncounted
+            "cpu_ms_per_image": round(1000 * statistics.median(cpu[name][1:]) / count, 4),  # without the warm-up run
         }
         for name in functions
     ]
 
 
 def _with_cpu_time(function: Callable[[], None], seconds: list[float]) -> Callable[[], None]:
-    """Also note the processor time of the processes, which other load on the machine does not lengthen as much."""
+    """Also record the CPU time (s) of all processes, which depends less on other load on the machine."""
 
     def timed() -> None:
         before = os.times()
         function()
         after = os.times()
-        seconds.append(sum(after[:4]) - sum(before[:4]))  # user and system, of this process and of those that ended
+        seconds.append(
+            sum(after[:4]) - sum(before[:4])
+        )  # user and system time of this process and of finished child processes
 
     return timed
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=8192, help="to a run (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=60.0, help="about how long it takes (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=8192, help="images per run (default: %(default)s)")
+    parser.add_argument(
+        "--workers", type=int, default=available_cores(), help="number of processes (default: %(default)s)"
+    )
+    parser.add_argument("--seconds", type=float, default=60.0, help="approximate total time (default: %(default)s)")
     arguments = parser.parse_args()
     from bench.harness import write_rows
 
     rows = measure(arguments.images, arguments.workers, arguments.seconds)
     for row in rows:
-        figures = f"{row['images_per_s']} images/s, {row['of_decoding']} of decoding, {row['cpu_ms_per_image']} CPU ms"
-        print(f"{row['what']}: {figures}")
+        summary = f"{row['images_per_s']} images/s, {row['of_decoding']} of decoding, {row['cpu_ms_per_image']} CPU ms"
+        print(f"{row['what']}: {summary}")
     print(f"written: {write_rows('convert', rows)}")
 
 

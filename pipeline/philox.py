@@ -1,7 +1,7 @@
-"""Counter-based random numbers: the value depends on its address alone, never on what was drawn before it.
+"""Counter-based random numbers: a value depends on its address only, never on earlier draws.
 
 Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3), vectorized over numpy
-arrays. A sample's views are therefore the same whichever thread, rank, backend or resumed run asks for them.
+arrays. The views of a sample are therefore independent of threads, ranks, backends and resumption.
 """
 
 import numpy as np
@@ -13,10 +13,10 @@ SHIFT = np.uint64(32)
 
 
 def philox4x32(counter: tuple[np.ndarray, ...], key: tuple[int, int]) -> tuple[np.ndarray, ...]:
-    """Ten rounds of Philox.
+    """Philox4x32 with ten rounds.
 
     Args:
-        counter: four integer arrays that broadcast against each other, values below 2**32.
+        counter: four integer arrays that broadcast against each other, with values below 2**32.
         key: two integers below 2**32.
 
     Returns:
@@ -40,9 +40,11 @@ def uniforms(seed: int, epoch: int, sample: np.ndarray, stream: int, count: int)
     """Uniform numbers in [0, 1), addressed by (seed, epoch, sample, stream).
 
     Args:
-        seed: up to 64 bits. epoch, stream: below 2**32; a stream is a view or another independent use.
+        seed: seed of up to 64 bits.
+        epoch: epoch below 2**32.
         sample: (n,) integers below 2**32.
-        count: how many numbers each sample gets.
+        stream: number below 2**32 of an independent use, such as a view.
+        count: number of values per sample.
 
     Returns:
         (n, count) float64.

@@ -1,42 +1,50 @@
-"""Images to shards.
+"""Convert image collections into shard sets.
 
-    python -m pipeline.convert textures   OUT                           the built-in data set
+    python -m pipeline.convert textures   OUT                           built-in data set
     python -m pipeline.convert folder     SOURCE OUT [--split train]    class folders, or a tar of class folders
-    python -m pipeline.convert imagenet   ILSVRC2012_img_train.tar OUT  a tar of class tars, never unpacked to disk
+    python -m pipeline.convert imagenet   ILSVRC2012_img_train.tar OUT  tar of class tars, read without unpacking
     python -m pipeline.convert imagenet   ILSVRC2012_img_val.tar OUT --labels ILSVRC2012_devkit_t12.tar.gz
     python -m pipeline.convert imagenet   FOLDER OUT                    train/<wnid>/*.JPEG and val/<wnid>/*.JPEG
-    python -m pipeline.convert cifar      cifar-10-python.tar.gz OUT    CIFAR-10 or -100, train and test
+    python -m pipeline.convert cifar      cifar-10-python.tar.gz OUT    CIFAR-10 or CIFAR-100, train and test
     python -m pipeline.convert stl10      stl10_binary.tar.gz OUT       train, test and unlabeled
-    python -m pipeline.convert webdataset FOLDER OUT [--split train]    WebDataset tars: sharded and mixed anew
+    python -m pipeline.convert webdataset SOURCE OUT [--split train]    WebDataset tars, shuffled and sharded again
 
-A split becomes the shard set OUT/<split>. Samples are written in a seeded random order, so a shard holds all classes
-and reading shards one after the other is already a fair order. The same source and options give the same bytes,
-however many workers or parts write them. Where class folders are nested, --class-level selects the one that is the
-class; where samples of WebDataset tars hold several images, --image-extension selects the one to use. An interrupted
-conversion continues where it stopped when the same command is run again. Images that can't be read are left out and
-listed in OUT/<split>/rejected.csv.
+Each split becomes the shard set OUT/<split>. Samples are written in a seeded random order, so that every shard holds a
+mix of classes and reading shards in sequence is close to a random order. The same source and options produce the same
+bytes, regardless of the number of workers and parts. Use --class-level to select the class among nested folders, and
+--image-extension to select the image of WebDataset samples with several images. The source of `webdataset` is a folder
+of tars, a tar, a brace pattern such as "data/{000..146}.tar", or "pipe:COMMAND" for a shell command that writes a tar;
+tars may be compressed. Run the same command again to resume an interrupted conversion. Images that can't be decoded are
+left out and listed in OUT/<split>/rejected.csv.
 """
 
 import argparse
 import csv
-import os
+import math
 import sys
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
-from ..common import UserError
+from ..common import UserError, available_cores
 from ..images import QUALITY
 from ..shards.archives import add_image_extension, one_line
 from ..shards.dataset import ShardSet
 from . import textures
-from .imagenet import imagenet_sources
-from .pixel_sets import cifar_sources, stl10_sources
-from .sources import CLASS_LEVELS, Source, folder_source, webdataset_source
-from .textures import textures_source
+from .naming import CLASS_LEVELS
+from .sources import (
+    Source,
+    cifar_sources,
+    folder_source,
+    imagenet_sources,
+    stl10_sources,
+    textures_source,
+    webdataset_source,
+)
 from .writer import SAMPLES_PER_SHARD, shards_written, write_split
 
 SHOWN = 10
-"""How many rejected images are named on the screen."""
+"""Number of rejected images that are printed."""
 
 
 def main() -> None:
@@ -59,7 +67,7 @@ def main() -> None:
     except (UserError, OSError) as error:  # an OSError names its file
         sys.exit(str(error))
     except KeyboardInterrupt:
-        print("Interrupted: the same command goes on where it stopped.", file=sys.stderr)
+        print("Interrupted; run the same command again to resume.", file=sys.stderr)
         sys.exit(130)
 
 
@@ -68,42 +76,45 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m pipeline.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     about = {
-        "textures": "the built-in data set",
+        "textures": "built-in data set",
         "folder": "class folders, or a tar of class folders",
-        "imagenet": "its tars as they are distributed, or folders unpacked from them",
-        "cifar": "CIFAR-10 or CIFAR-100, python version",
+        "imagenet": "ImageNet tars as distributed, or folders unpacked from them",
+        "cifar": "CIFAR-10 or CIFAR-100, Python version",
         "stl10": "STL-10, binary version",
-        "webdataset": "WebDataset tars from elsewhere",
+        "webdataset": "WebDataset tars written by other tools",
     }
     commands = parser.add_subparsers(dest="source", required=True, metavar="|".join(about))
     for name, what in about.items():
         command = commands.add_parser(name, help=what, description=what)
         if name != "textures":
-            command.add_argument("path", type=Path, help="the folder or file to convert")
+            pipes = "; also a brace pattern or pipe:COMMAND" if name == "webdataset" else ""
+            command.add_argument(
+                "path", type=str if pipes else Path, metavar="source", help=f"folder or file to convert{pipes}"
+            )
         command.add_argument("out", type=Path, help="folder that will hold <split>/")
         if name in ("folder", "webdataset"):
             command.add_argument("--split", default="train", help="name of the split (default: train)")
         else:
-            command.add_argument("--split", help="convert this split only (default: every split there is)")
+            command.add_argument("--split", help="convert only this split (default: all splits)")
         if name == "folder":
             command.add_argument(
                 "--class-level",
                 choices=CLASS_LEVELS,
-                help="which folder is the class where class folders are nested: the first one, the last one, which "
-                "holds the image, or none for no classes (default: the first one, unless that is ambiguous)",
+                help="nested folder that names the class: the first, the last (which holds the image), or none for no "
+                "classes (default: the first, unless that is ambiguous)",
             )
         if name == "webdataset":
             add_image_extension(command)
         if name == "imagenet":
             command.add_argument(
-                "--labels", type=Path, help="of flat validation images: the development kit, or a text of synsets"
+                "--labels", type=Path, help="labels of flat validation images: development kit or text file of synsets"
             )
         _add_options(command)
     return parser
 
 
 def _add_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--seed", type=_seed, default=0, help="of the order of samples in the shards (default: 0)")
+    command.add_argument("--seed", type=_seed, default=0, help="seed of the sample order (default: 0)")
     command.add_argument(
         "--shard-size", type=_positive, default=SAMPLES_PER_SHARD, help="samples per shard (default: %(default)s)"
     )
@@ -111,62 +122,62 @@ def _add_options(command: argparse.ArgumentParser) -> None:
         "--short-side",
         type=_positive,
         metavar="PIXELS",
-        help="make images smaller whose short side has more pixels, as JPEG; others keep their bytes",
+        help="shrink images with a longer short side to this size, as JPEG; others keep their bytes",
     )
     command.add_argument(
-        "--quality", type=_quality, default=QUALITY, help="of those JPEGs, 1 to 100 (default: %(default)s)"
+        "--quality",
+        type=_quality,
+        default=QUALITY,
+        help="JPEG quality of shrunk images, 1 to 100 (default: %(default)s)",
     )
     command.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="decode every image to its last pixel (JPEGs in gray) and leave out what fails; --no-verify reads headers "
-        "only, so that a truncated image is met in training",
+        help="decode every image completely (JPEGs in gray) and leave out those that fail; --no-verify reads only "
+        "headers, so that a truncated image is not noticed before training",
     )
     command.add_argument(
-        "--workers", type=_positive, default=_cores(), help="processes (default: one per core, %(default)s here)"
+        "--workers",
+        type=_positive,
+        default=available_cores(),
+        help="number of processes (default: one per core, %(default)s here)",
     )
     command.add_argument(
         "--part",
         type=_part,
         default=(1, 1),
         metavar="I/N",
-        help="write the I-th of N shares of the shards, I from 1 to N, for job arrays; the job that finds all shards "
-        "written completes the split",
+        help="write share I of N of the shards (I from 1 to N), for job arrays; the job that finds all shards written "
+        "completes the split",
     )
 
 
-def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**64:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2**64 - 1")
-    return int(text)
+def _whole_number(smallest: int, largest: float, bounds: str) -> Callable[[str], int]:
+    """Option type of whole numbers; `bounds` describes the range in the error."""
+
+    def parse(text: str) -> int:
+        if not (text.isdecimal() and smallest <= int(text) <= largest):
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number {bounds}")
+        return int(text)
+
+    return parse
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)
-
-
-def _quality(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 100:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 to 100")
-    return int(text)
+_seed = _whole_number(0, 2**64 - 1, "from 0 to 2**64 - 1")
+_positive = _whole_number(1, math.inf, "above 0")
+_quality = _whole_number(1, 100, "from 1 to 100")
 
 
 def _part(text: str) -> tuple[int, int]:
-    number, _, of = text.partition("/")
-    if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
         raise argparse.ArgumentTypeError(f"{text} is not I/N with I from 1 to N")
-    return int(number), int(of)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return int(number), int(count)
 
 
 def _sources(arguments: argparse.Namespace) -> dict[str, Source]:
-    """split -> source, as the command line asks for them."""
+    """Map the requested splits to their sources."""
     if arguments.source == "folder":
         return {arguments.split: folder_source(arguments.path, arguments.class_level)}
     if arguments.source == "webdataset":
@@ -182,20 +193,21 @@ def _sources(arguments: argparse.Namespace) -> dict[str, Source]:
     if arguments.split is None:
         return sources
     if arguments.split not in sources:
-        raise UserError(f"There is no split {arguments.split} here: choose from {', '.join(sources)}.")
+        raise UserError(f"There is no split {arguments.split} in the source; use --split {' or '.join(sources)}.")
     return {arguments.split: sources[arguments.split]}
 
 
 def _report(shards: ShardSet | None, out: Path, split: str, count: int) -> None:
     if shards is None:
-        print(f"{out / split}: {shards_written(out, split)} of {count} shards are written; the last part completes it.")
+        written = shards_written(out, split)
+        print(f"{out / split}: {written} of {count} shards are written; the last part completes the split.")
         return
     rejected = shards.manifest["rejected"]
     with open(Path(shards.root, "rejected.csv"), newline="", encoding="utf-8") as file:
         for name, reason in islice(csv.reader(file), 1, 1 + SHOWN):
             print(f"left out {one_line(name)}: {reason}", file=sys.stderr)
     if rejected > SHOWN:
-        print(f"... and {rejected - SHOWN} more, see {shards.root}/rejected.csv", file=sys.stderr)
+        print(f"... and {rejected - SHOWN} more; see {shards.root}/rejected.csv", file=sys.stderr)
     print(
         f"{shards.root}: {len(shards)} images of {len(shards.classes)} classes in "
         f"{len(shards.manifest['shards'])} shards, {rejected} left out."

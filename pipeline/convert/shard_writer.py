@@ -1,7 +1,7 @@
-"""Writes the shards of a planned split, in this process or in several; see `pipeline.convert.writer` for the plan.
+"""Write the shards of a planned split in one or several processes; see `pipeline.convert.writer` for the plan.
 
-A shard is moved into place by renames and its record is written last, so a shard that was interrupted at any point is
-written again. Several processes may write the same split, since each writes only shards whose lock it gets.
+A shard is moved into place by renames and its record is written last, so that a shard interrupted at any point is
+written again. Several processes may write the same split because each of them writes only shards that it has locked.
 """
 
 import hashlib
@@ -10,7 +10,6 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,30 +23,28 @@ from typing import Any
 import cv2
 import numpy as np
 from filelock import FileLock, Timeout
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..common import UserError
-from ..images import DecodeError, prepare
+from ..common import UserError, progress_bar
+from ..images import DecodeError
 from ..shards.format import HashedFile, Sample, index_name, shard_entry, write_shard
-from .sources import Item
+from .base import Item
 
 REFRESH_S = 0.2
 
 
 @dataclass(frozen=True)
 class ShardWriter:
-    """Writes single shards of a plan; pickled to be used in other processes."""
+    """Write individual shards of a plan; pickled to run in worker processes."""
 
     read: Callable[..., bytes]
+    """See `Source.read`."""
+    prepare: Callable[[bytes], tuple[tuple[str, int, int], bytes]]
+    """`pipeline.images.prepare` with its options."""
     labels: dict[str | None, int]
     partial: Path
     split: str
     plan: str
-    """Digest of the plan: records that were written under another one are not trusted."""
-    verify: bool
-    short_side: int | None
-    quality: int
+    """Digest of the plan; records of shards written under another plan are ignored."""
 
     def _work(self, number: int, suffix: str) -> Path:
         return self.partial / "work" / f"{self.split}-{number:06d}.{suffix}"
@@ -56,7 +53,7 @@ class ShardWriter:
         return self.partial / "shards" / self._work(number, "tar").name
 
     def entry(self, number: int) -> dict[str, Any] | None:
-        """The record of a finished shard, if its files exist."""
+        """Record of a finished shard, or None if it or one of its files is missing."""
         tar = self._shard(number)
         try:
             entry = json.loads(self._work(number, "json").read_text())
@@ -65,8 +62,8 @@ class ShardWriter:
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 
-    def _is_whole(self, number: int) -> bool:
-        """Whether a shard is finished and its files are those that were recorded."""
+    def _is_intact(self, number: int) -> bool:
+        """Whether a shard is finished and its files match their checksums."""
         entry, tar = self.entry(number), self._shard(number)
         if entry is None:
             return False
@@ -80,20 +77,22 @@ class ShardWriter:
         return entry["shard"] == shard_entry(tar.name, rows, hashed.size, hashed.digest.hexdigest(), index)
 
     def write(self, number: int, items: list[Item], tally: Callable[[int], None], wait: bool = False) -> None:
-        """Write a shard unless it is whole.
+        """Write a shard unless it is complete.
 
         Args:
-            tally: called with the size of every image that was read, readable or not; may raise to stop.
-            wait: for another process that is writing it; False leaves it to that process.
+            number: position of the shard in the plan.
+            items: its images.
+            tally: called with the size in bytes of every image that was read, decodable or not; may raise to stop.
+            wait: whether to wait for another process that is writing the shard; False leaves the shard to it.
 
         Raises:
-            OSError: it can't be written.
-            UserError: the source is no longer there.
+            OSError: the shard cannot be written.
+            UserError: the source has disappeared.
         """
         tar, rejected = self._work(number, "tar"), []
         index, entry = tar.with_name(index_name(tar.name)), self._work(number, "json.writing")
         with suppress(Timeout), FileLock(self._work(number, "lock"), timeout=-1 if wait else 0):
-            if self._is_whole(number):
+            if self._is_intact(number):
                 for _ in items:
                     tally(0)
                 return
@@ -103,7 +102,7 @@ class ShardWriter:
                 entry.write_text(json.dumps({"plan": self.plan, "shard": shard, "rejected": rejected}))
                 for file in index, tar:
                     os.replace(file, self.partial / "shards" / file.name)
-                os.replace(entry, self._work(number, "json"))  # last: it marks the shard as finished
+                os.replace(entry, self._work(number, "json"))  # last, because it marks the shard as finished
             except BaseException:
                 with suppress(OSError):
                     for file in tar, index, entry:
@@ -115,7 +114,7 @@ class ShardWriter:
             encoded = b""
             try:
                 encoded = self.read(*address)
-                form, stored = prepare(encoded, self.verify, self.short_side, self.quality)
+                form, stored = self.prepare(encoded)
             except (DecodeError, OSError) as error:
                 rejected.append((key, str(error)))
             else:
@@ -126,19 +125,29 @@ class ShardWriter:
 def write_shards(
     writer: ShardWriter, tasks: list[tuple[int, list[Item]]], workers: int, title: str, wait: bool = False
 ) -> None:
-    """Write the shards of `tasks`, (number, items) each, in several processes, with a progress bar.
+    """Write shards in several processes, with a progress bar.
 
     Args:
+        writer: writes one shard.
+        tasks: (number, items) of each shard.
+        workers: number of processes; 1 uses the current process.
+        title: text in front of the bar.
         wait: see `ShardWriter.write`.
 
     Raises:
-        OSError: one can't be written.
-        UserError: the source is no longer there, or a process was killed.
+        OSError: a shard cannot be written.
+        UserError: the source has disappeared, or a process was killed.
     """
     if not tasks:
         return
-    workers = min(workers, len(tasks))
-    with _progress(title, sum(len(items) for _, items in tasks)) as show:
+    workers, started = min(workers, len(tasks)), time.monotonic()
+    images = sum(len(items) for _, items in tasks)
+    with progress_bar(images, title, fields="{task.fields[rate]}", rate="") as update:
+
+        def show(done: int, size: int) -> None:
+            seconds = max(time.monotonic() - started, 1e-3)
+            update(completed=done, rate=f"{done / seconds:,.0f} images/s {size / seconds / 1e6:,.0f} MB/s")
+
         if workers > 1:
             _write_in_processes(writer, tasks, workers, show, wait)
             return
@@ -163,12 +172,12 @@ def _write_in_processes(
     show: Callable[[int, int], None],
     wait_for_others: bool,
 ) -> None:
-    # spawned everywhere, because a fork of a process that has threads may hang
+    # spawned on every platform, because a forked copy of a process with threads may hang
     context = multiprocessing.get_context("spawn")
-    shared = context.Array("q", 3)  # images, bytes, whether to stop
+    shared = context.Array("q", 3)  # number of images, bytes, whether to stop
     with ProcessPoolExecutor(workers, context, _start_worker, (writer, shared)) as pool:
         try:
-            with _interrupts_held_back():  # the workers inherit it: this process alone hears Ctrl-C, and tells them
+            with _interrupts_blocked():  # inherited by the workers: only this process handles Ctrl-C, and stops them
                 waiting = {pool.submit(_write_in_worker, *task, wait_for_others) for task in tasks}
             while waiting:
                 done, waiting = wait(waiting, REFRESH_S, FIRST_EXCEPTION)
@@ -179,13 +188,14 @@ def _write_in_processes(
             shared[2] = 1
             pool.shutdown(cancel_futures=True)
             if isinstance(error, BrokenProcessPool):
-                cure = "run the same command again with fewer --workers"
-                raise UserError(f"A worker process was killed, maybe for want of memory: {cure}.") from error
+                raise UserError(
+                    "A worker process was killed, possibly because memory ran out; use fewer --workers."
+                ) from error
             raise
 
 
 @contextmanager
-def _interrupts_held_back() -> Iterator[None]:
+def _interrupts_blocked() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -197,21 +207,22 @@ def _interrupts_held_back() -> Iterator[None]:
 
 
 class _Stopped(Exception):
-    """The main process wants no more."""
+    """The main process has asked the workers to stop."""
 
 
-_in_worker: list = []  # of a worker process: its ShardWriter and what it shares with the main process
+_in_worker: list = []
+"""In a worker process: its ShardWriter and the array shared with the main process."""
 
 
 def _start_worker(writer: ShardWriter, shared: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Windows, where they inherit nothing
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Windows, where the blocked signals are not inherited
     cv2.setNumThreads(1)
     _in_worker[:] = writer, shared
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A main process that is killed can't tell; without it nobody would end the workers."""
+    """Exit when the main process has been killed; nothing else would stop the workers."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
@@ -227,19 +238,3 @@ def _write_in_worker(number: int, items: list[Item], wait: bool) -> None:
                 raise _Stopped
 
     writer.write(number, items, tally, wait)
-
-
-@contextmanager
-def _progress(title: str, images: int) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal; yields what tells it how many images and bytes have been read."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-    hidden = not sys.stderr.isatty()
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=hidden) as progress:
-        bar, begun = progress.add_task(title, total=images, rate=""), time.monotonic()
-
-        def show(done: int, size: int) -> None:
-            seconds = max(time.monotonic() - begun, 1e-3)
-            rate = f"{done / seconds:,.0f} images/s {size / seconds / 1e6:,.0f} MB/s"
-            progress.update(bar, completed=done, rate=rate)
-
-        yield show

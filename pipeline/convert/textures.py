@@ -1,7 +1,7 @@
-"""A data set that needs no download: ten classes of procedural textures, rendered from (seed, split, number).
+"""Built-in data set that needs no download: ten classes of procedural textures, rendered from (seed, split, number).
 
-A class is a *pattern*; colors, scale, orientation, phase, lighting and noise are drawn per image, so neighbors in
-pixel space share colors rather than a class, and an encoder has to learn what the SimCLR views have in common.
+A class is a *pattern*; colors, scale, orientation, phase, lighting and noise are drawn per image. Nearest neighbors in
+pixel space therefore share colors rather than a class, and an encoder must learn what the SimCLR views have in common.
 """
 
 import json
@@ -17,13 +17,14 @@ from filelock import FileLock
 from ..common import UserError
 from ..philox import uniforms
 from ..shards.dataset import open_shards
-from .sources import Source
+from .base import Source
 from .writer import write_split
 
 VERSION = 1
 SIDE = 40
-"""Pixels of an image's side."""
+"""Height and width in pixels."""
 SPLITS = {"train": 4000, "test": 1000}
+"""Split -> number of images."""
 
 
 def _stripes(x, y, u):
@@ -54,7 +55,7 @@ def _bricks(x, y, u):
 
 
 def _scales(x, y, u):
-    """Rows of half discs, each row over the next and shifted by half a disc."""
+    """Overlapping rows of half discs, each row shifted by half a disc."""
     height = np.full(x.shape, -2.0)
     for row in (0, 1):
         down = y / np.pi - row
@@ -81,7 +82,7 @@ def _clouds(x, y, u):
 
 
 def _grain(x, y, u):
-    """Grains of random gray, one or two pixels wide: a hash of the grain's place."""
+    """Grains of random gray, one or two pixels wide, hashed from their position."""
     column, row = np.floor(x * 1.1), np.floor(y * 1.1)
     return 6 * ((np.sin(column * 12.9898 + row * 78.233 + 100 * u[0]) * 43758.5453) % 1) - 3
 
@@ -91,7 +92,7 @@ CLASSES = [pattern.__name__.removeprefix("_") for pattern in PATTERNS]
 
 
 def render(seed: int, split: str, number: int) -> bytes:
-    """Image `number` of a split as JPEG; its class is number % 10."""
+    """Render image `number` of a split as JPEG; its class is `CLASSES[number % 10]`."""
     stream = list(SPLITS).index(split)
     u = uniforms(seed, 0, np.array([number]), stream, 128)[0]
     grid = (np.arange(SIDE) - SIDE * (0.25 + 0.5 * u[0:2, None])) * 2 * np.pi / (7 + 6 * u[2])  # px per period: 7..13
@@ -99,7 +100,7 @@ def render(seed: int, split: str, number: int) -> bytes:
     angle = np.pi / 3 * (u[3] - 0.5)
     x, y = x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)
     height = PATTERNS[number % len(PATTERNS)](x, y, u[20:])
-    mix = 1 / (1 + np.exp(-(1.5 + 3 * u[4]) * height))  # edges between soft and hard
+    mix = 1 / (1 + np.exp(-(1.5 + 3 * u[4]) * height))  # soft to hard edges
     dark, light = _two_colors(u[6:12])
     image = dark + (light - dark) * mix[..., None]  # (SIDE, SIDE, 3)
     slope = (u[12:14] - 0.5) * 0.8 / SIDE
@@ -111,33 +112,33 @@ def render(seed: int, split: str, number: int) -> bytes:
 
 
 def _two_colors(u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A dark and a light random color, at least 0.35 of the range apart, or the pattern would vanish."""
+    """Draw a dark and a light color, at least 0.35 of the range apart so that the pattern stays visible."""
     dark, light = sorted((u[:3], u[3:]), key=np.mean)
     push = max(0.0, 0.35 - (light.mean() - dark.mean())) / 2
     return np.clip(dark - push, 0, 1), np.clip(light + push, 0, 1)
 
 
 def textures_source(split: str, seed: int = 0) -> Source:
-    """The built-in textures; see `pipeline.convert.textures`."""
-    classes = CLASSES
+    """Source of one split of the textures."""
     items = [
-        (classes[number % len(classes)], f"{split}-{number:06d}", (seed, split, number))
+        (CLASSES[number % len(CLASSES)], f"{split}-{number:06d}", (seed, split, number))
         for number in range(SPLITS[split])
     ]
-    return Source(f"textures-{VERSION}", items, render, classes, encodes=True)
+    return Source(f"textures-{VERSION}", items, render, CLASSES, encodes=True)
 
 
 RENDERED_KEY = re.compile(rb"(train|test)-[0-9]{6}")
-"""The key of a built-in texture, in every version of them."""
+"""Key of a texture, in every version."""
 
 
 def ensure_textures(out: Path) -> None:
-    """Render the built-in data set unless it exists; one of several processes renders and the others wait.
+    """Render the built-in data set to OUT/train and OUT/test unless it exists.
 
-    Splits that another version of the textures rendered are replaced. Nothing else is ever deleted.
+    Of several processes, one renders and the others wait. Splits rendered by another version are replaced; nothing
+    else is ever deleted.
 
     Raises:
-        UserError: the folder holds something that was not rendered here.
+        UserError: the folder holds data that was not rendered by this module.
     """
     out.mkdir(parents=True, exist_ok=True)
     with FileLock(out / ".lock"):
@@ -145,7 +146,7 @@ def ensure_textures(out: Path) -> None:
         if any(out.glob("*.tar")):
             raise _foreign(out, out)
         outdated = [split for split, source in sources.items() if _is_outdated(out, split, source.name)]
-        for split in sources:  # only after all splits have been checked
+        for split in sources:  # after all splits have been checked
             aside = out / f".{split}.outdated"
             shutil.rmtree(aside, ignore_errors=True)
             if split in outdated:
@@ -153,16 +154,16 @@ def ensure_textures(out: Path) -> None:
                 shutil.rmtree(aside, ignore_errors=True)
         for split, source in sources.items():
             if not (out / split).exists():
-                if _is_rendered(_plan_of(out / f".{split}.partial")):  # maybe by another version
+                if _is_rendered(_plan_of(out / f".{split}.partial")):  # possibly by another version
                     shutil.rmtree(out / f".{split}.partial", ignore_errors=True)
                 write_split(source, out, split)
 
 
 def _is_outdated(out: Path, split: str, name: str) -> bool:
-    """Whether a split was rendered by another version of the textures; False if it does not exist.
+    """Whether a split exists and was rendered by another version of the textures.
 
     Raises:
-        UserError: it was not rendered.
+        UserError: the split exists and was not rendered.
     """
     if not (out / split).exists():
         return False
@@ -177,13 +178,13 @@ def _is_outdated(out: Path, split: str, name: str) -> bool:
 
 def _foreign(folder: Path, out: Path) -> UserError:
     return UserError(
-        f"{folder} does not hold the built-in textures and is left as it is; use --data {out} to train on it, or move "
-        "it away to train on the "
+        f"{folder} does not hold the built-in textures and is not overwritten; use --data {out} to train on it, or "
+        "move it elsewhere to train on the textures."
     )
 
 
 def _plan_of(partial: Path) -> dict:
-    """The plan of an unfinished conversion; empty if it has none that can be read."""
+    """Plan of an unfinished conversion; empty if it is missing or damaged."""
     try:
         plan = json.loads((partial / "plan.json").read_text())
     except (OSError, ValueError):
@@ -192,9 +193,9 @@ def _plan_of(partial: Path) -> dict:
 
 
 def _is_rendered(manifest: dict) -> bool:
-    """Whether a manifest or plan is that of rendered textures, of any version, and not of a folder of the same name."""
+    """Whether a manifest or plan is that of textures of any version, and not of a folder of the same name."""
     made_by = manifest.get("made_by")
     if not isinstance(made_by, dict) or not re.fullmatch(r"textures-\d+", str(manifest.get("name"))):
         return False
-    # of all sources that keep the size of images, only those that encode pixels record OpenCV's version
+    # of the conversions without resizing, only those that encode images record the version of OpenCV
     return made_by.get("command") == "pipeline.convert" and "opencv" in made_by and "short_side" not in made_by

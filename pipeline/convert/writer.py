@@ -1,14 +1,14 @@
-"""Writes a split as a shard set, in parts or in one go; an interrupted conversion resumes and gives the same bytes.
+"""Write a split as a shard set, in one call or in parts; an interrupted conversion resumes and writes the same bytes.
 
 The plan (which images, in which order, how many per shard, how they are processed) is fixed before anything is written.
-Shard k holds the readable images of the k-th slice of the plan's order, so its content depends neither on which process
-writes it nor on what was written before (see `pipeline.convert.shard_writer`). All files are written to a hidden folder next to
-the split:
+Shard k holds the readable images of the k-th slice of the planned order, so its content depends neither on which
+process writes it nor on what was written before (see `pipeline.convert.shard_writer`). All files are written to a
+hidden folder next to the split:
 
-    OUT/.train.partial/plan.json               what is being written; any other plan is refused until the split is done
-    OUT/.train.partial/lock                    held to start and to complete the split
-    OUT/.train.partial/work/train-000007.*     the shard that a process is writing, and its lock
-    OUT/.train.partial/work/train-000007.json  record of a finished shard: plan, manifest entry, images left out
+    OUT/.train.partial/plan.json               the plan; another plan is refused until the split is complete
+    OUT/.train.partial/lock                    held while starting and completing the split
+    OUT/.train.partial/work/train-000007.*     shard that a process is writing, and its lock
+    OUT/.train.partial/work/train-000007.json  record of a finished shard: plan, manifest entry, rejected images
     OUT/.train.partial/shards/                 finished shards; renamed to OUT/train once it holds dataset.json
 """
 
@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,16 @@ from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
 
 from ..common import UserError
-from ..images import QUALITY
+from ..images import QUALITY, prepare
 from ..philox import uniforms
 from ..shards.dataset import ShardSet, open_shards
 from ..shards.format import index_name, write_manifest
+from .base import Source
 from .shard_writer import ShardWriter, write_shards
-from .sources import Source
 
 SAMPLES_PER_SHARD = 1024
-WRITING_STREAM = 2**32 - 3  # of random numbers: apart from those of the textures, the views and the training order
+WRITING_STREAM = 2**32 - 3
+"""Random stream of the sample order; differs from those of the textures, the views and the training order."""
 
 
 def write_split(
@@ -57,36 +59,48 @@ def write_split(
     The bytes are a function of the source, `seed`, `samples_per_shard`, `verify`, `short_side` and `quality`.
 
     Args:
-        samples_per_shard: of the source: a shard with unreadable ones among them holds fewer.
+        source: images and their classes.
+        out: folder that will hold the split.
+        split: name of the split, such as "train".
+        seed: seed of the sample order.
+        samples_per_shard: number of source images per shard; unreadable ones are missing from the shard.
         verify, short_side, quality: see `pipeline.images.prepare`.
-        workers: processes; 1 stays in this one.
+        workers: number of processes; 1 uses the current process.
         part: (i, n) writes the i-th of n shares of the shards, i from 1. The call that finds all shards written
-            compares them with their checksums and completes the split.
+            verifies their checksums and completes the split.
 
     Returns:
-        The shard set; None while shards of other parts are missing.
+        The shard set, or None while shards of other parts are missing.
 
     Raises:
-        UserError: no readable image, no space or permission, a plan that differs from that of the existing or
-            unfinished split, or classes that differ from those of another split in OUT.
+        UserError: there is no readable image, no space or no permission; the plan differs from that of the existing or
+            unfinished split; or the classes differ from those of another split in OUT.
     """
-    target, partial = out / split, out / f".{split}.partial"
+    target, unfinished = out / split, out / f".{split}.partial"
     if not split or split.startswith(".") or Path(split).name != split:
-        raise UserError(f"{split!r} can't be the name of a split: choose a plain one, such as train.")
+        raise UserError(f"{split!r} can't be the name of a split; use a plain name such as train.")
     if not source.items:
-        first = f"; the first that was refused: {': '.join(source.left_out[0])}" if source.left_out else ""
+        first = f" (the first rejected file: {': '.join(source.left_out[0])})" if source.left_out else ""
         raise UserError(
-            f"No images in {source.name}: a source holds .jpg, .png or similar files in class folders{first}."
+            f"No images in {source.name}{first}; use a source that holds .jpg, .png or similar files in class folders."
         )
     try:
-        plan = _plan(source, out, split, seed, samples_per_shard, verify, short_side, quality)
-        # not in the manifest, whose bytes depend on the content of the source alone
-        tied = plan | {"modified_sha256": hashlib.sha256(np.array(source.modified, "<i8").tobytes()).hexdigest()}
-        if not _begin(target, partial, tied, source):
+        made_by: dict[str, Any] = {"command": "pipeline.convert", "seed": seed, "samples_per_shard": samples_per_shard}
+        if short_side is not None:
+            made_by |= {"short_side": short_side, "quality": quality}
+        if short_side is not None or source.encodes:  # another version may encode other bytes
+            made_by["opencv"] = cv2.__version__
+        if not verify:
+            made_by["verify"] = False
+        plan = _plan(source, out, split, made_by)
+        # not in the manifest, whose bytes depend on the content of the source only
+        stored = plan | {"modified_sha256": hashlib.sha256(np.array(source.modified, "<i8").tobytes()).hexdigest()}
+        if not _begin(target, unfinished, stored, source):
             return open_shards(str(target))
-        digest = hashlib.sha256(json.dumps(tied).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(stored).encode()).hexdigest()
         labels = {name: number for number, name in enumerate(plan["classes"])} | {None: -1}
-        writer = ShardWriter(source.read, labels, partial, split, digest, verify, short_side, quality)
+        process = partial(prepare, verify=verify, short_side=short_side, quality=quality)
+        writer = ShardWriter(source.read, process, labels, unfinished, split, digest)
         order = np.argsort(uniforms(seed, 0, np.arange(len(source.items)), WRITING_STREAM, 1)[:, 0], kind="stable")
         slices = (order[first : first + samples_per_shard] for first in range(0, len(order), samples_per_shard))
         tasks = [(number, [source.items[item] for item in chosen]) for number, chosen in enumerate(slices)]
@@ -94,14 +108,14 @@ def write_split(
         write_shards(writer, share, workers, f"{source.name} {split}")
         finished = all(writer.entry(number) for number, _ in tasks)
         if finished:
-            with FileLock(partial / "lock"):
+            with FileLock(unfinished / "lock"):
                 if not target.exists():
                     # a crash or a failing disk may have damaged what other parts have written
                     others = [task for task in tasks if task[0] % part[1] != part[0] - 1]
                     write_shards(writer, others, workers, f"{source.name} {split}: check", wait=True)
-                    finished = _finish(target, partial, plan, source, [writer.entry(number) for number, _ in tasks])
+                    finished = _finish(target, unfinished, plan, source, [writer.entry(number) for number, _ in tasks])
     except OSError as error:
-        if not target.exists():  # else another process has just completed it
+        if not target.exists():  # otherwise another process has just completed it
             raise _unwritable(out, error) from error
         finished = True
     return open_shards(str(target)) if finished or target.exists() else None
@@ -112,24 +126,8 @@ def shards_written(out: Path, split: str) -> int:
     return len(list((out / f".{split}.partial" / "work").glob("*.json")))
 
 
-def _plan(
-    source: Source,
-    out: Path,
-    split: str,
-    seed: int,
-    samples_per_shard: int,
-    verify: bool,
-    short_side: int | None,
-    quality: int,
-) -> dict[str, Any]:
-    """The head of the manifest: all that the bytes depend on."""
-    made_by: dict[str, Any] = {"command": "pipeline.convert", "seed": seed, "samples_per_shard": samples_per_shard}
-    if short_side is not None:
-        made_by |= {"short_side": short_side, "quality": quality}
-    if short_side is not None or source.encodes:  # another version may encode other bytes
-        made_by["opencv"] = cv2.__version__
-    if not verify:
-        made_by["verify"] = False
+def _plan(source: Source, out: Path, split: str, made_by: dict[str, Any]) -> dict[str, Any]:
+    """Head of the manifest: everything that determines the bytes."""
     listing = hashlib.sha256()
     for item in (*source.items, *source.left_out):
         listing.update(repr(item).encode())
@@ -137,28 +135,29 @@ def _plan(
         "name": source.name,
         "split": split,
         "classes": _classes(source, out, split),
-        "source_sha256": listing.hexdigest(),  # of names, classes and sizes, not of the images
+        "source_sha256": listing.hexdigest(),  # names, classes and sizes, not the images
         "made_by": made_by,
     }
 
 
 def _classes(source: Source, out: Path, split: str) -> list[str]:
-    """The classes of another split in OUT, finished or not, so that a label means the same in both, or the source's."""
+    """Classes of another split in OUT, finished or not, so that labels agree; otherwise those of the source."""
     names = source.classes
     if names is None:
         names = sorted({label for label, _, _ in source.items if label is not None})
     for folder, others in _other_classes(out, split):
         if foreign := sorted(set(names) - set(others)):
-            delete = " or, if it is abandoned, delete it" if folder.suffix == ".partial" else ""
+            delete = ", or delete the unfinished one" if folder.suffix == ".partial" else ""
             raise UserError(
-                f"{split} has classes that {folder} does not have ({', '.join(foreign[:3])}): "
-                f"convert the split with all classes first, or into another folder{delete}."
+                f"{split} has classes that {folder} does not have ({', '.join(foreign[:3])}); "
+                f"convert the split with all classes first, use another folder{delete}."
             )
         return others
     return names
 
 
 def _other_classes(out: Path, split: str) -> Iterator[tuple[Path, list[str]]]:
+    """Yield (folder, classes) of the other splits in OUT."""
     for manifest in sorted(out.glob("[!.]*/dataset.json")):
         if manifest.parent.name != split:
             yield manifest.parent, open_shards(str(manifest.parent)).classes
@@ -168,74 +167,76 @@ def _other_classes(out: Path, split: str) -> Iterator[tuple[Path, list[str]]]:
             yield path.parent, plan["classes"]
 
 
-def _begin(target: Path, partial: Path, plan: dict[str, Any], source: Source) -> bool:
-    """Write the plan, or compare it with the existing one; False if the split is complete."""
+def _begin(target: Path, unfinished: Path, plan: dict[str, Any], source: Source) -> bool:
+    """Write the plan or compare it with the existing one; return False if the split is complete."""
     if not target.exists():
-        (partial / "work").mkdir(parents=True, exist_ok=True)
-        with FileLock(partial / "lock"):
+        (unfinished / "work").mkdir(parents=True, exist_ok=True)
+        with FileLock(unfinished / "lock"):
             if not target.exists():  # another process may have completed it in the meantime
-                if _lay_down(partial, plan):
-                    _compare_classes(source, target, partial, plan["classes"])
+                if _store_plan(unfinished, plan):
+                    _compare_classes(source, target, unfinished, plan["classes"])
                 return True
     try:
         found = open_shards(str(target)).manifest
     except UserError:
         found = {}
     if difference := _difference(plan, found):
-        raise UserError(f"{target} exists already: delete it or choose another folder ({difference}).")
-    shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{target} exists already ({difference}); delete it or use another folder.")
+    shutil.rmtree(unfinished, ignore_errors=True)
     return False
 
 
-def _lay_down(partial: Path, plan: dict[str, Any]) -> bool:
-    """Write the plan, or compare it with that of the unfinished conversion; whether it was written."""
-    (partial / "shards").mkdir(exist_ok=True)
-    path = partial / "plan.json"
-    begun = _read_plan(path)
-    if begun is None:
-        # nothing tells which seed or source finished shards belong to
-        if any((partial / "shards").iterdir()) or any((partial / "work").glob("*.json")):
-            raise UserError(f"{path} can't be read, but shards have been written: delete {partial} to start again.")
+def _store_plan(unfinished: Path, plan: dict[str, Any]) -> bool:
+    """Write the plan, or compare it with that of the unfinished conversion; return whether it was written."""
+    (unfinished / "shards").mkdir(exist_ok=True)
+    path = unfinished / "plan.json"
+    existing = _read_plan(path)
+    if existing is None:
+        # without a plan, the seed and source of finished shards are unknown
+        if any((unfinished / "shards").iterdir()) or any((unfinished / "work").glob("*.json")):
+            raise UserError(f"{path} can't be read, but shards have been written; delete {unfinished} to start again.")
         path.with_name("plan.json.writing").write_text(json.dumps(plan))
         os.replace(path.with_name("plan.json.writing"), path)
         return True
-    difference = _difference(plan, begun)
-    if not difference and begun.get("modified_sha256") != plan["modified_sha256"]:
+    difference = _difference(plan, existing)
+    if not difference and existing.get("modified_sha256") != plan["modified_sha256"]:
         difference = "the files of its source have other modification times"
     if difference:
         raise UserError(
-            f"{partial} holds an unfinished conversion with another plan ({difference}): "
-            "repeat its options to resume it, or delete it to start again."
+            f"{unfinished} holds an unfinished conversion with another plan ({difference}); "
+            "use the same options to resume it, or delete it to start again."
         )
     return False
 
 
-def _compare_classes(source: Source, target: Path, partial: Path, classes: list[str]) -> None:
-    """Withdraw a new plan if another split was started at the same time, when neither saw the classes of the other."""
+def _compare_classes(source: Source, target: Path, unfinished: Path, classes: list[str]) -> None:
+    """Delete a new plan if another split was started at the same time, so that neither saw the classes of the other."""
     try:
         if _classes(source, target.parent, target.name) != classes:
-            raise UserError(f"Another split was started in {target.parent} just now: run the same command again.")
+            raise UserError(
+                f"Another split was started in {target.parent} at the same time; run the same command again."
+            )
     except UserError:
-        (partial / "plan.json").unlink()
+        (unfinished / "plan.json").unlink()
         raise
 
 
 def _read_plan(path: Path) -> dict[str, Any] | None:
-    """None if there is none, or one that is damaged."""
+    """Read a plan; None if it is missing or damaged."""
     try:
         plan = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
         return None
     kinds = {"name": str, "split": str, "classes": list, "made_by": dict}
-    whole = isinstance(plan, dict) and all(isinstance(plan.get(name), kind) for name, kind in kinds.items())
-    return plan if whole else None
+    valid = isinstance(plan, dict) and all(isinstance(plan.get(name), kind) for name, kind in kinds.items())
+    return plan if valid else None
 
 
 def _difference(plan: dict[str, Any], found: dict[str, Any]) -> str:
-    """In words, the first thing in which two plans differ; empty if in nothing."""
+    """Describe the first difference between two plans; empty if there is none."""
     here, there = ({**head.get("made_by", {}), **head} for head in (plan, found))
     if here["command"] != there.get("command"):
-        return "it was not made by this converter"
+        return "it was not written by this converter"
     for name in dict.fromkeys(["name", *plan["made_by"], *found["made_by"]]):
         if here.get(name) != there.get(name):
             return f"its {name.replace('_', ' ')} is {there.get(name)} instead of {here.get(name)}"
@@ -245,25 +246,25 @@ def _difference(plan: dict[str, Any], found: dict[str, Any]) -> str:
 
 
 def _finish(
-    target: Path, partial: Path, plan: dict[str, Any], source: Source, entries: list[dict[str, Any] | None]
+    target: Path, unfinished: Path, plan: dict[str, Any], source: Source, entries: list[dict[str, Any] | None]
 ) -> bool:
-    """Write the manifest and move the shards to their place; False if one of them has disappeared."""
+    """Write the manifest and move the shards into place; return False if one of them has disappeared."""
     if not all(entries):
         return False
     rejected = [*source.left_out, *(refused for entry in entries for refused in entry["rejected"])]
     shards = [entry["shard"] for entry in entries if entry["shard"]["samples"]]
     if not shards:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         name, reason = rejected[0]
-        raise UserError(f"No image of {source.name} could be read; the first: {name} ({reason}).")
-    folder = partial / "shards"
+        raise UserError(f"No image of {source.name} could be read ({name}: {reason}); use another source.")
+    folder = unfinished / "shards"
     counts = np.zeros(len(plan["classes"]), np.int64)
     for shard in (entry["shard"] for entry in entries):
         index = folder / index_name(shard["file"])
         if shard["samples"]:
             labels = np.load(index)["label"]
             counts += np.bincount(labels[labels >= 0], minlength=len(counts))
-        else:  # an empty tar would be a trap for every reader
+        else:  # many readers fail on an empty tar
             for file in folder / shard["file"], index:
                 file.unlink(missing_ok=True)
     with open(folder / "rejected.csv", "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
@@ -276,15 +277,15 @@ def _finish(
     }
     write_manifest(LocalFileSystem(), str(folder), manifest)
     os.replace(folder, target)
-    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(unfinished, ignore_errors=True)
     return True
 
 
 def _unwritable(out: Path, error: OSError) -> UserError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        cure = "free some space and run the same command again, which keeps the finished shards"
+        remedy = "free some space and run the same command again, which keeps the finished shards"
     elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        cure = "choose a folder that you may write to"
+        remedy = "use a folder with write permission"
     else:
-        cure = "choose another folder, or see to the disk and run the same command again"
-    return UserError(f"{out} can't be written ({error.strerror or error}): {cure}.")
+        remedy = "use another folder, or check the disk and run the same command again"
+    return UserError(f"{out} can't be written ({error.strerror or error}); {remedy}.")

@@ -1,4 +1,4 @@
-"""Small image collections in every form that the converter takes, and what is in a shard set."""
+"""Small image collections in every form that the converter supports, and the content of shard sets."""
 
 import csv
 import hashlib
@@ -10,13 +10,13 @@ import struct
 import subprocess
 import sys
 import tarfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import webdataset
+from scipy.io import savemat
 
 from pipeline.shards.dataset import ShardSet
 from tests.pipeline.augment.reference_views import encode, smooth_field
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def pictures(classes: int = 3, each: int = 4) -> dict[str, bytes]:
-    """`class_0/image_0.jpg` and so on: JPEGs of a few sizes, one PNG among them."""
+    """`class_0/image_0.jpg` and so on: JPEGs of several sizes and one PNG."""
     files = {}
     for number in range(classes * each):
         picture = smooth_field(0, number, 20 + 4 * (number % 3), 28 - 2 * (number % 5))
@@ -35,7 +35,7 @@ def pictures(classes: int = 3, each: int = 4) -> dict[str, bytes]:
 
 
 def damaged() -> dict[str, bytes]:
-    """Images that must be left out, by the reason for it."""
+    """Reason -> image that must be left out."""
     picture = smooth_field(0, 99, 100, 100)
     jpeg = encode(picture, "JPEG")
     avif = encode(picture, "AVIF")
@@ -46,7 +46,7 @@ def damaged() -> dict[str, bytes]:
         "empty": b"",
         "text": b"this is not an image",
         "animation": encode(picture, "GIF"),
-        "float": encode(picture.convert("F"), "TIFF"),  # Pillow reads it, no backend does
+        "float": encode(picture.convert("F"), "TIFF"),  # readable by Pillow but by no backend
     }
 
 
@@ -73,14 +73,14 @@ def tar_bytes(files: dict[str, bytes], mode: str = "w") -> bytes:
 
 
 def write_imagenet(path: Path, files: dict[str, bytes]) -> Path:
-    """A tar of class tars, as ILSVRC2012_img_train.tar is one."""
+    """Write a tar of class tars, like ILSVRC2012_img_train.tar."""
     classes = sorted({name.split("/")[0] for name in files})
     inner = {label: {n.split("/")[1]: c for n, c in files.items() if n.startswith(f"{label}/")} for label in classes}
     return write_tar(path, {f"{label}.tar": tar_bytes(members) for label, members in inner.items()})
 
 
 def contents(shards: ShardSet) -> dict[str, tuple[str | None, bytes]]:
-    """key -> (class or None, encoded image) by reading the tars with tarfile alone."""
+    """key -> (class or None, encoded image), read with tarfile only."""
     files = {}
     for shard in shards.manifest["shards"]:
         with tarfile.open(Path(shards.root, shard["file"])) as tar:
@@ -95,7 +95,7 @@ def contents(shards: ShardSet) -> dict[str, tuple[str | None, bytes]]:
 
 
 def run_module(*arguments: str | Path) -> subprocess.CompletedProcess:
-    """`python -m` of one of the project's modules, in a process of its own."""
+    """Run `python -m` with one of the project's modules."""
     command = [sys.executable, "-m", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
@@ -109,22 +109,22 @@ def rejected(shards: ShardSet) -> dict[str, str]:
 
 
 def digests(split: Path) -> dict[str, str]:
-    """The SHA-256 of every file of a split."""
+    """SHA-256 of every file of a split."""
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(split.iterdir())}
 
 
 class _Global:
-    """A name that a pickle refers to, whether or not this Python has it."""
+    """A name that a pickle refers to, even if this Python does not have it."""
 
     def __init__(self, module: str, name: str):
         self.module, self.name = module, name
 
     def __call__(self) -> None:
-        """Pickle insists on a callable."""
+        """Pickle requires a callable."""
 
 
 class _Array:
-    """Pickles as numpy 1 pickled a uint8 array."""
+    """Pickles like a uint8 array in numpy 1."""
 
     def __init__(self, pixels: np.ndarray):
         self.pixels = pixels
@@ -140,7 +140,7 @@ class _Dtype:
 
 
 class _Python2Pickler(pickle._Pickler):
-    """Byte strings as Python 2 wrote its `str`: CIFAR's batches are full of them."""
+    """Writes bytes like the `str` of Python 2, which the CIFAR batches contain."""
 
     def save_bytes(self, content: bytes) -> None:
         short = len(content) < 256
@@ -155,7 +155,7 @@ class _Python2Pickler(pickle._Pickler):
 
 
 def cifar_pickle(content: object) -> bytes:
-    """As Python 2 pickled it."""
+    """Pickle like Python 2."""
     if isinstance(content, dict):
         content = {key: _Array(value) if isinstance(value, np.ndarray) else value for key, value in content.items()}
     file = io.BytesIO()
@@ -164,7 +164,7 @@ def cifar_pickle(content: object) -> bytes:
 
 
 def cifar_files(kind: int, each: int, seed: int = 0) -> tuple[dict[str, bytes], dict[str, tuple[np.ndarray, list]]]:
-    """The files of the python version with `each` images to a batch, and split -> ((N, 32, 32, 3) uint8, labels)."""
+    """Files of the Python version with `each` images per batch, and split -> ((N, 32, 32, 3) uint8, classes)."""
     random = np.random.default_rng(seed)
     folder = {10: "cifar-10-batches-py", 100: "cifar-100-python"}[kind]
     batches = {
@@ -183,7 +183,7 @@ def cifar_files(kind: int, each: int, seed: int = 0) -> tuple[dict[str, bytes], 
         for name in batch_names:
             pixels = random.integers(0, 256, (each, 32, 32, 3), np.uint8)
             numbers = random.integers(0, kind, each).tolist()
-            # published as rows of 3072: red plane, green plane, blue plane, each row by row
+            # distributed as rows of 3072 values: red, green and blue plane, each row by row
             rows = np.stack([np.concatenate([image[..., channel].ravel() for channel in range(3)]) for image in pixels])
             batch = {b"data": rows, labels_key: numbers, b"batch_label": name.encode(), b"filenames": [b"x.png"] * each}
             if kind == 100:
@@ -196,14 +196,14 @@ def cifar_files(kind: int, each: int, seed: int = 0) -> tuple[dict[str, bytes], 
 
 
 def stl10_files(each: int) -> tuple[dict[str, bytes], dict[str, tuple[np.ndarray, list]]]:
-    """The files of the binary version, and split -> ((N, 96, 96, 3) uint8, classes or None)."""
+    """Files of the binary version, and split -> ((N, 96, 96, 3) uint8, classes or None)."""
     random = np.random.default_rng(1)
     names = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
     files = {"stl10_binary/class_names.txt": "\n".join(names).encode() + b"\n", "stl10_binary/fold_indices.txt": b"0"}
     truth = {}
     for split in ("train", "test", "unlabeled"):
         pixels = random.integers(0, 256, (each, 96, 96, 3), np.uint8)
-        # published column by column: red plane, green plane, blue plane
+        # distributed column by column: red, green and blue plane
         planes = [image[:, column, channel] for image in pixels for channel in range(3) for column in range(96)]
         files[f"stl10_binary/{split}_X.bin"] = np.concatenate(planes).tobytes()
         labels: list = [None] * each
@@ -215,38 +215,17 @@ def stl10_files(each: int) -> tuple[dict[str, bytes], dict[str, tuple[np.ndarray
     return files, truth
 
 
-def synsets_mat(wnids: list[str], compressed: bool = True) -> bytes:
-    """A MATLAB 5 file of a struct array `synsets`, with the fields of the development kit that matter and one more."""
-
-    def element(kind: int, content: bytes) -> bytes:
-        if 0 < len(content) <= 4:
-            return struct.pack("<HH", kind, len(content)) + content.ljust(4, b"\0")
-        return struct.pack("<II", kind, len(content)) + content + bytes(-len(content) % 8)
-
-    def matrix(kind: int, shape: tuple[int, int], name: bytes, *content: bytes) -> bytes:
-        head = element(6, struct.pack("<II", kind, 0)) + element(5, struct.pack("<ii", *shape)) + element(1, name)
-        return element(14, head + b"".join(content))
-
-    def text(content: str) -> bytes:
-        return matrix(4, (1, len(content)), b"", element(16, content.encode()))
-
-    def number(value: int) -> bytes:  # MATLAB stores doubles as the smallest integers that hold them
-        small = (2, struct.pack("<B", value)) if value < 256 else (4, struct.pack("<H", value))
-        return matrix(6, (1, 1), b"", element(*small))
-
-    names = b"".join(name.ljust(32, b"\0") for name in (b"ILSVRC2012_ID", b"WNID", b"words"))
-    fields = [number(i) + text(wnid) + text(f"words of {wnid}") for i, wnid in enumerate(wnids, start=1)]
-    names_and_fields = element(5, struct.pack("<i", 32)) + element(1, names) + b"".join(fields)
-    synsets = matrix(2, (len(wnids), 1), b"synsets", names_and_fields)
-    if compressed:
-        packed = zlib.compress(synsets)
-        synsets = struct.pack("<II", 15, len(packed)) + packed
-    other = matrix(6, (1, 1), b"other", element(9, struct.pack("<d", 0.5)))
-    return b"MATLAB 5.0 MAT-file".ljust(124) + struct.pack("<H", 0x0100) + b"IM" + other + synsets
+def synsets_mat(wnids: list[str], compressed: bool = True, name: str = "synsets") -> bytes:
+    """A MATLAB 5 file with a struct array of some fields of the development kit's `synsets`."""
+    fields = [("ILSVRC2012_ID", object), ("WNID", object), ("words", object)]
+    synsets = [(float(number), wnid, f"words of {wnid}") for number, wnid in enumerate(wnids, start=1)]
+    file = io.BytesIO()
+    savemat(file, {"other": 0.5, name: np.array(synsets, fields)}, do_compression=compressed)
+    return file.getvalue()
 
 
 def devkit_files(wnids: list[str], numbers: list[int]) -> dict[str, bytes]:
-    """The development kit: class numbers of the validation images, and the ids that they stand for."""
+    """Development kit: class numbers of the validation images and their WordNet ids."""
     data = "ILSVRC2012_devkit_t12/data"
     return {
         f"{data}/ILSVRC2012_validation_ground_truth.txt": "".join(f"{number}\n" for number in numbers).encode(),
@@ -264,14 +243,14 @@ def with_manifest(root: Path, copy: Path, change: Callable[[dict], None]) -> Pat
 
 
 def in_form(tmp_path: Path, files: dict[str, bytes], form: str) -> Path:
-    """The archive as it is downloaded, or the folder unpacked from it."""
+    """Write files as an archive or as the folder unpacked from it."""
     if form == "folder":
         return write_folder(tmp_path / "unpacked", files)
     return write_tar(tmp_path / f"archive.{form}", files, "w:gz" if form == "tar.gz" else "w")
 
 
 def read_by_webdataset(root: Path) -> dict[str, dict[str, bytes]]:
-    """key -> {extension: content}, as the webdataset library groups them."""
+    """key -> {extension: content}, grouped by the webdataset library."""
     tars = [str(path) for path in sorted(root.glob("*.tar"))]
     samples = webdataset.WebDataset(tars, shardshuffle=False, empty_check=False)
     return {s["__key__"]: {k: v for k, v in s.items() if not k.startswith("_")} for s in samples}

@@ -1,4 +1,4 @@
-"""Decoding on the host: which formats are taken, what is ignored in them, and which damage is found."""
+"""Decoding on the CPU: supported formats, ignored properties, and detection of damage."""
 
 import io
 import struct
@@ -21,7 +21,7 @@ PIXELS = np.asarray(PICTURE)
 LOSSLESS = {"PNG": {}, "WEBP": {"lossless": True, "exact": True}, "TIFF": {}, "BMP": {}}
 
 
-def test_every_lossless_format_gives_the_pixels():
+def test_lossless_formats_decode_exactly():
     for form, options in LOSSLESS.items():
         np.testing.assert_array_equal(decode(encode(PICTURE, form, **options)), PIXELS, form)
 
@@ -35,7 +35,7 @@ def test_the_orientation_of_a_tiff_is_ignored(orientation, compression):
         assert inspect(encoded, verify) == ("tif", 60, 90)
 
 
-def test_alpha_is_dropped_and_not_multiplied_in():
+def test_alpha_is_dropped_without_multiplication():
     alpha = Image.fromarray(np.tile(np.linspace(0, 255, 90).astype(np.uint8), (60, 1)))
     for mode, forms in (("RGBA", LOSSLESS), ("LA", ["PNG", "TIFF"])):
         opaque = PICTURE.convert(mode[:-1])
@@ -46,27 +46,27 @@ def test_alpha_is_dropped_and_not_multiplied_in():
             np.testing.assert_array_equal(decoded, opaque.convert("RGB"), f"{form} {mode}")
 
 
-def test_of_16_bits_the_upper_byte_is_kept():
+def test_upper_byte_of_16_bit_values_is_kept():
     gray = np.asarray(PICTURE.convert("L"))
     deep = Image.fromarray(gray.astype(np.uint16) * 256 + 200)
     np.testing.assert_array_equal(decode(encode(deep, "TIFF"))[..., 1], gray)
 
 
 @pytest.mark.parametrize("mode", ["F", "I"])
-def test_tiffs_without_a_definite_white_are_refused(mode):
+def test_tiffs_without_a_defined_white_level_are_refused(mode):
     with pytest.raises(DecodeError, match="of an unusual kind"):
         inspect(encode(PICTURE.convert(mode), "TIFF"))
 
 
 def strips(encoded: bytes) -> list[tuple[int, int]]:
-    """(offset, size) of the strips of a TIFF."""
+    """Return (offset, size) of the strips of a TIFF."""
     with Image.open(io.BytesIO(encoded)) as image:
         return list(zip(image.tag_v2[273], image.tag_v2[279], strict=True))
 
 
 @pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate"])
-def test_a_damaged_strip_is_found(compression):
-    """Every strip of 60 bytes of 0xff, a code that LZW's table does not hold yet and no valid deflate block."""
+def test_damaged_strips_are_detected(compression):
+    """60 bytes of 0xff are neither a code in the LZW table nor a valid deflate block."""
     encoded = encode(smooth_field(5, 1, 200, 300), "TIFF", compression=compression)
     assert len(strips(encoded)) > 1 and inspect(encoded) == ("tif", 200, 300)
     for offset, size in strips(encoded):
@@ -78,8 +78,8 @@ def test_a_damaged_strip_is_found(compression):
             prepare(damaged, short_side=100)
 
 
-def test_one_flipped_bit_in_a_deflated_strip_is_found():
-    """libtiff stops when a strip is full, before the checksum."""
+def test_flipped_bits_in_deflated_strips_are_detected():
+    """libtiff stops when a strip is complete, before the checksum."""
     encoded = encode(PICTURE, "TIFF", compression="tiff_adobe_deflate")
     (offset, size), *_ = strips(encoded)
     for at in np.random.default_rng(0).integers(offset, offset + size, 40):
@@ -89,7 +89,7 @@ def test_one_flipped_bit_in_a_deflated_strip_is_found():
             inspect(bytes(damaged))
 
 
-def test_tiled_and_planar_tiffs_pass_the_check_of_their_checksums():
+def test_checksums_of_tiled_and_planar_tiffs():
     planes = [zlib.compress(PIXELS[..., channel].tobytes()) for channel in range(3)]
     planar = tiff({284: 2, 278: 60}, planes, 273, 279)
     padded = np.pad(PIXELS, ((0, 4), (0, 6), (0, 0)))
@@ -104,7 +104,7 @@ def test_tiled_and_planar_tiffs_pass_the_check_of_their_checksums():
 
 
 def tiff(tags: dict[int, int], blocks: list[bytes], offsets_tag: int, sizes_tag: int) -> bytes:
-    """A 60 x 90 RGB TIFF of deflated strips or tiles, kinds of which Pillow writes none."""
+    """A 60 x 90 RGB TIFF of deflated strips or tiles, in layouts that Pillow cannot write."""
     offsets = np.cumsum([8, *map(len, blocks)]).tolist()
     values = {256: [90], 257: [60], 258: [8] * 3, 259: [8], 262: [2], 277: [3]}
     values |= {tag: [value] for tag, value in tags.items()}
@@ -122,7 +122,7 @@ def tiff(tags: dict[int, int], blocks: list[bytes], offsets_tag: int, sizes_tag:
     return head + b"".join(blocks) + struct.pack("<H", len(values)) + entries + bytes(4) + beyond
 
 
-def test_an_image_that_is_too_large_is_not_called_damaged():
+def test_images_that_are_too_large_are_not_called_damaged():
     """A valid PNG of 1 bit per pixel."""
     side = 13_500
     assert side**2 > LARGEST_PIXELS
@@ -137,8 +137,8 @@ def test_an_image_that_is_too_large_is_not_called_damaged():
         inspect(encoded)
 
 
-def test_a_png_with_a_long_comment_is_an_image():
-    """As ImageMagick writes profiles; Pillow refuses to open it."""
+def test_pngs_with_long_comments_are_supported():
+    """ImageMagick writes profiles as comments; Pillow refuses to open them."""
     comments = PngInfo()
     comments.add_text("Raw profile type xmp", " " * (2 << 20), zip=True)
     encoded = encode(PICTURE, "PNG", pnginfo=comments)
@@ -148,8 +148,8 @@ def test_a_png_with_a_long_comment_is_an_image():
         inspect(encoded[:18] + b"\1" + encoded[19:], verify=False)
 
 
-def test_a_strip_too_long_for_a_jpeg_is_left_out():
-    """A JPEG has at most 65,500 pixels a side."""
+def test_images_too_long_for_jpeg_are_refused():
+    """JPEG allows at most 65,500 pixels per side."""
     encoded = encode(Image.new("RGB", (90_000, 4)), "PNG")
     with pytest.raises(DecodeError, match="too long for a JPEG whose short side has 3 pixels: 67500 x 3"):
         prepare(encoded, short_side=3)

@@ -1,4 +1,4 @@
-"""The random numbers against the published vectors of Random123, and their one promise: the address decides."""
+"""Random numbers: published vectors of Random123, and dependence on the address only."""
 
 import numpy as np
 import pytest
@@ -27,8 +27,8 @@ def hexadecimal(words: str) -> list[int]:
     return [int(word, 16) for word in words.split()]
 
 
-def test_uniforms_are_the_words_in_order():
-    """The address is counter (sample, epoch, stream, block) under key (seed low, seed high)."""
+def test_uniforms_are_the_words_in_sequence():
+    """The counter is (sample, epoch, stream, block), the key (low and high word of the seed)."""
     seed = 0x299F31D0_A4093822
     expected = [word / 2**32 for word in hexadecimal("d16cfe09 94fdcceb 5001e420 24126ea1")]
     block = uniforms(seed, 0x85A308D3, np.array([0x243F6A88]), 0x13198A2E, 4 * 3 + 2)
@@ -51,21 +51,21 @@ def pi_counter() -> list[np.ndarray]:
     samples=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=8),
     count=st.integers(1, 40),
 )
-def test_a_number_depends_on_its_address_alone(seed, epoch, stream, samples, count):
+def test_values_depend_on_their_address_only(seed, epoch, stream, samples, count):
     together = uniforms(seed, epoch, np.array(samples), stream, count)
     assert ((together >= 0) & (together < 1)).all()
     for row, sample in zip(together, samples, strict=True):
         assert np.array_equal(uniforms(seed, epoch, np.array([sample]), stream, 40)[0, :count], row)
 
 
-def test_every_part_of_the_address_counts():
+def test_values_depend_on_every_part_of_the_address():
     address = {"seed": 1, "epoch": 2, "sample": np.array([3]), "stream": 4, "count": 8}
     other = [{"seed": 1 + 2**32}, {"seed": 2}, {"epoch": 3}, {"sample": np.array([4])}, {"stream": 5}]
     rows = [uniforms(**address | change)[0] for change in [{}, *other]]
     assert len({tuple(row) for row in rows}) == len(rows)
 
 
-def test_they_are_uniform_and_uncorrelated():
+def test_values_are_uniform_and_uncorrelated():
     u = uniforms(0, 0, np.arange(20_000), 0, 4)
     counts = np.histogram(u, bins=64, range=(0, 1))[0]
     assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 63 + 5 * np.sqrt(2 * 63)  # chi-squared

@@ -1,4 +1,4 @@
-"""Images through the converter and back: their order, their classes, what can't be read, and what is refused."""
+"""Conversion of images and back: order, classes, unreadable images and refused sources."""
 
 import hashlib
 import io
@@ -14,8 +14,9 @@ import pytest
 
 from common import UserError
 from pipeline.convert import textures
+from pipeline.convert.folder import folder_source
 from pipeline.convert.imagenet import imagenet_sources
-from pipeline.convert.sources import CLASS_LEVELS, folder_source, named
+from pipeline.convert.naming import CLASS_LEVELS, named
 from pipeline.convert.textures import ensure_textures, textures_source
 from pipeline.convert.writer import write_split
 from pipeline.shards.dataset import open_shards, open_splits
@@ -56,12 +57,12 @@ def test_class_folders(tmp_path, form):
     assert shards.manifest["rejected"] == 0 and rejected(shards) == {}
 
 
-def test_imagenet_tar_is_streamed(tmp_path):
+def test_imagenet_tar_is_read_without_unpacking(tmp_path):
     files = pictures()
     source = imagenet_sources(write_imagenet(tmp_path / "ILSVRC2012_img_train.tar", files))["train"]
     opened, watching = [], True
 
-    def watch(event: str, arguments: tuple) -> None:  # an audit hook stays for good, so it is switched off
+    def watch(event: str, arguments: tuple) -> None:  # audit hooks cannot be removed, so this one is switched off
         if watching and event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR):
             opened.append(Path(arguments[0]).name)
 
@@ -86,7 +87,7 @@ def test_textures(tmp_path, few_textures):
     assert (tmp_path / "train" / "dataset.json").stat().st_mtime_ns == before
 
 
-def test_textures_of_another_version_are_rendered_anew(tmp_path, few_textures, monkeypatch):
+def test_textures_of_another_version_are_rendered_again(tmp_path, few_textures, monkeypatch):
     ensure_textures(tmp_path)
     monkeypatch.setattr(textures, "VERSION", textures.VERSION + 1)
     ensure_textures(tmp_path)
@@ -94,18 +95,24 @@ def test_textures_of_another_version_are_rendered_anew(tmp_path, few_textures, m
         assert shards.manifest["name"] == f"textures-{textures.VERSION}"
 
 
-FOREIGN = ["a set", "a set of the textures' name", "tars without an index", "a damaged manifest", "tars at the top"]
+FOREIGN = [
+    "a set",
+    "a set named like the textures",
+    "tars without an index",
+    "a damaged manifest",
+    "tars at the top",
+]
 
 
 @pytest.mark.parametrize("case", FOREIGN)
 def test_textures_never_replace_data_of_the_user(tmp_path, few_textures, case):
-    """Rendered splits of another version are replaced; not even they are when the other split is not rendered."""
+    """Rendered splits of another version are replaced, but only if the other split is rendered, too."""
     out, source = tmp_path / "out", write_folder(tmp_path / f"textures-{textures.VERSION + 1}", pictures())
     ensure_textures(out)
     manifest = out / "test" / "dataset.json"
     manifest.write_text(manifest.read_text().replace(f'"textures-{textures.VERSION}"', '"textures-0"'))
     shutil.rmtree(out / "train")
-    if case == "a set of the textures' name":
+    if case == "a set named like the textures":
         write_split(folder_source(source), out.parent / "other", "train")
         os.replace(tmp_path / "other" / "train", out / "train")
     elif case == "tars at the top":
@@ -118,12 +125,12 @@ def test_textures_never_replace_data_of_the_user(tmp_path, few_textures, case):
         elif case == "a damaged manifest":
             (out / "train" / "dataset.json").write_text('{"format"')
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
-    with pytest.raises(UserError, match=r"does not hold the built-in textures and is left as it is; use --data"):
+    with pytest.raises(UserError, match=r"does not hold the built-in textures and is not overwritten; use --data"):
         ensure_textures(out)
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
 
 
-def test_textures_leave_an_unfinished_conversion_of_the_user(tmp_path, few_textures):
+def test_textures_keep_an_unfinished_conversion_of_the_user(tmp_path, few_textures):
     source = folder_source(write_folder(tmp_path / "in", pictures()))
     assert write_split(source, tmp_path / "out", "train", samples_per_shard=5, part=(1, 2)) is None
     written = digests(tmp_path / "out" / ".train.partial" / "shards")
@@ -133,8 +140,8 @@ def test_textures_leave_an_unfinished_conversion_of_the_user(tmp_path, few_textu
     assert len(write_split(source, tmp_path / "out", "train", samples_per_shard=5)) == 12
 
 
-def test_textures_replace_what_another_version_left_unfinished(tmp_path, few_textures, monkeypatch):
-    """Killed while rendering, or between setting an outdated split aside and deleting it."""
+def test_textures_replace_an_unfinished_conversion_of_another_version(tmp_path, few_textures, monkeypatch):
+    """Killed while rendering, or between moving an outdated split and deleting it."""
     write_split(textures_source("train"), tmp_path, "train", samples_per_shard=10, part=(1, 2))
     write_split(textures_source("test"), tmp_path, "test")
     os.replace(tmp_path / "test", tmp_path / ".test.outdated")
@@ -144,7 +151,7 @@ def test_textures_replace_what_another_version_left_unfinished(tmp_path, few_tex
     assert {path.name for path in tmp_path.iterdir()} <= {"train", "test", ".lock"}
 
 
-def test_the_same_bytes_twice(tmp_path):
+def test_conversion_is_deterministic(tmp_path):
     path = write_folder(tmp_path / "in", pictures())
     for out in "a", "b":
         write_split(folder_source(path), tmp_path / out, "train", samples_per_shard=5)
@@ -161,7 +168,7 @@ def test_classes_are_mixed_in_every_shard(tmp_path):
         assert len(set(shards.index["label"][first : first + 10].tolist())) == 2
 
 
-def test_unreadable_images_are_left_out_named_and_counted(tmp_path):
+def test_unreadable_images_are_left_out_and_listed(tmp_path):
     suffixes = {"animation": "gif", "float": "tif", "broken": "avif"}
     bad = {f"class_0/{name}.{suffixes.get(name, 'jpg')}": content for name, content in damaged().items()}
     files = pictures()
@@ -177,13 +184,13 @@ def test_unreadable_images_are_left_out_named_and_counted(tmp_path):
     assert all(f"left out class_0/{name}: " in result.stderr for name in reasons)
 
 
-def test_names_of_several_lines_are_shown_on_one(tmp_path):
+def test_line_breaks_in_names_are_escaped(tmp_path):
     path = write_folder(tmp_path / "in", pictures() | {"class_0/a\n\x1b[31m,é.jpg": b"text"})
     result = run_module("pipeline.convert", "folder", path, tmp_path / "out", "--workers", "1")
     assert result.stderr == "left out class_0/a\\n\\x1b[31m,é: not an image, or its header is damaged\n"
 
 
-def test_images_in_no_folder_have_no_class(tmp_path):
+def test_images_at_the_top_level_have_no_class(tmp_path):
     files = {f"{number}.jpg": content for number, content in enumerate(list(pictures().values())[:2])}
     shards = write_split(folder_source(write_tar(tmp_path / "in.tar", files)), tmp_path / "out", "train")
     assert contents(shards) == {"0": (None, files["0.jpg"]), "1": (None, files["1.jpg"])}
@@ -203,7 +210,7 @@ def test_keys_have_no_dot_and_are_unique(tmp_path):
         assert len({key for _, key, _ in folder_source(twice, level).items}) == 4
 
 
-NESTED = {  # folders of one image each -> the classes of the images by --class-level; None: refused
+NESTED = {  # folders of one image each; --class-level -> classes of the images, None if refused
     "classes": ("cat dog", {None: "cat dog", "first": "cat dog", "last": "cat dog"}),
     "one folder below each class": ("cat/images dog/images", {None: "cat dog", "last": "images images"}),
     "other folders below each class": ("cat/a dog/b", {None: "cat dog", "last": "a b"}),
@@ -219,7 +226,7 @@ NESTED = {  # folders of one image each -> the classes of the images by --class-
 @pytest.mark.parametrize("case", NESTED)
 @pytest.mark.parametrize("form", ["folder", "tar"])
 def test_classes_of_nested_folders(tmp_path, case, form):
-    """The class is the folder below what all images share; where that is one of several readings, the user chooses."""
+    """The class is the folder below the folders that all images share; if that is ambiguous, the user chooses."""
     folders, expected = NESTED[case]
     content = next(iter(pictures().values()))
     files = {f"{folder}/{n}.jpg": content for n, folder in enumerate(folders.split())}
@@ -227,7 +234,7 @@ def test_classes_of_nested_folders(tmp_path, case, form):
     path = write_folder(tmp_path / "in", files) if form == "folder" else write_tar(tmp_path / "in.tar", files)
     for level, labels in expected.items():
         if labels is None:
-            with pytest.raises(UserError, match=r"Images lie in \S+ and in \S+, so their class is ambiguous; use"):
+            with pytest.raises(UserError, match=r"The class of the images in \S+ and \S+ is ambiguous; use"):
                 folder_source(path, level)
         else:
             items = {key.rpartition("/")[2]: label for label, key, _ in folder_source(path, level).items}
@@ -235,7 +242,7 @@ def test_classes_of_nested_folders(tmp_path, case, form):
     assert {label for label, _, _ in folder_source(path, "none").items} == {None}
 
 
-def test_the_level_of_the_classes_is_an_option(tmp_path):
+def test_class_level_option(tmp_path):
     content = next(iter(pictures().values()))
     path = write_folder(tmp_path / "in", dict.fromkeys(["train/cat/0.jpg", "val/dog/1.jpg", "val/cat/2.jpg"], content))
     result = run_module("pipeline.convert", "folder", path, tmp_path / "out")
@@ -244,7 +251,7 @@ def test_the_level_of_the_classes_is_an_option(tmp_path):
     assert result.returncode == 0 and "3 images of 2 classes" in result.stdout, result.stderr
 
 
-def test_a_second_split_gets_the_same_class_numbers(tmp_path):
+def test_splits_have_the_same_labels(tmp_path):
     files = pictures()
     write_split(folder_source(write_folder(tmp_path / "in", files)), tmp_path / "out", "train")
     fewer = {name: content for name, content in files.items() if not name.startswith("class_0")}
@@ -254,7 +261,7 @@ def test_a_second_split_gets_the_same_class_numbers(tmp_path):
     with pytest.raises(UserError, match=r"has classes that (.*) does not have \(owl\)"):
         write_split(folder_source(write_folder(tmp_path / "val", foreign)), tmp_path / "out", "val")
     assert not (tmp_path / "out" / "val").exists()
-    with pytest.raises(UserError, match=r"train exists already: delete it .*seed is 0 instead of 1"):
+    with pytest.raises(UserError, match=r"train exists already \(its seed is 0 instead of 1\); delete it"):
         write_split(folder_source(tmp_path / "in"), tmp_path / "out", "train", seed=1)
     train, opened = open_splits(str(tmp_path / "out"))
     assert (len(train), len(opened)) == (12, 8)
@@ -271,18 +278,18 @@ def test_splits_with_other_classes_are_refused(tmp_path):
 ENSURE = """
 import sys
 from pathlib import Path
-from pipeline import convert, textures
+from pipeline.convert import textures
 textures.SPLITS = {"train": 60, "test": 20}
 render = textures.render
 def counted(*address):
     print(*address, flush=True)
     return render(*address)
 textures.render = counted
-convert.ensure_textures(Path(sys.argv[1]))
+textures.ensure_textures(Path(sys.argv[1]))
 """
 
 
-def test_of_concurrent_processes_one_renders_the_textures(tmp_path):
+def test_one_of_several_processes_renders_the_textures(tmp_path):
     arguments = [sys.executable, "-c", ENSURE, tmp_path / "textures"]
     processes = [subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [process.communicate(timeout=60)[0] for process in processes]
@@ -292,8 +299,8 @@ def test_of_concurrent_processes_one_renders_the_textures(tmp_path):
     assert (len(train), len(test)) == (60, 20)
 
 
-def test_a_million_images_fit_into_memory(tmp_path):
-    """The list of items: some 300 bytes per image, with one string per class."""
+def test_memory_per_item(tmp_path):
+    """About 300 bytes per image, with one string per class, so that millions of images fit into memory."""
     files = ((f"n{number % 10:08d}/n{number % 10:08d}_{number}.JPEG", (number, 1)) for number in range(20_000))
     tracemalloc.start()
     items = named(files)
@@ -304,7 +311,7 @@ def test_a_million_images_fit_into_memory(tmp_path):
 
 
 @pytest.mark.parametrize("split", ["../train", "a/b", "/tmp/x", ".hidden", "..", ""])
-def test_a_split_is_a_plain_name(tmp_path, split):
+def test_split_names(tmp_path, split):
     source = folder_source(write_folder(tmp_path / "in", pictures()))
     with pytest.raises(UserError, match="can't be the name of a split"):
         write_split(source, tmp_path / "out", split)
@@ -339,7 +346,7 @@ def refused_sources(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_refused(refused_sources, tmp_path, case):
+def test_refused_sources(refused_sources, tmp_path, case):
     (kind, name), message = REFUSED[case]
     with pytest.raises(UserError, match=message):
         path = refused_sources / name
@@ -349,15 +356,15 @@ def test_what_is_refused(refused_sources, tmp_path, case):
 
 
 @pytest.mark.parametrize("case", ["missing", "compressed tar", "imagenet without classes", "nothing readable"])
-def test_a_refusal_is_one_sentence_and_exit_code_1(refused_sources, tmp_path, case):
+def test_errors_are_one_line_with_exit_code_1(refused_sources, tmp_path, case):
     (kind, name), message = REFUSED[case]
     result = run_module("pipeline.convert", kind, refused_sources / name, tmp_path / "out")
     assert result.returncode == 1 and message in result.stderr
     assert "Traceback" not in result.stderr and len(result.stderr.splitlines()) == 1
 
 
-def test_a_shard_is_byte_for_byte_as_tarfile_writes_it(tmp_path):
-    """Names that need more than one header among them, and sizes around a block."""
+def test_shards_are_identical_to_those_of_tarfile(tmp_path):
+    """Includes names that need several headers, and sizes around a block."""
     names = ["a", "k" * 99, "folder/" + "k" * 150, "ü/ñ"]
     samples = [
         Sample(f"{name}{size}", ("jpg", 2, 3), bytes(size), size % 2 - 1)

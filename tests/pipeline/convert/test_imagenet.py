@@ -1,8 +1,10 @@
-"""ImageNet as it is distributed, byte for byte, through the converter: its labels, its oddities."""
+"""ImageNet as distributed: labels and unusual files."""
 
 import io
 import shutil
+import struct
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +41,7 @@ def validation_images(count: int = 6) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("form", ["tar.gz", "folder"])
 @pytest.mark.parametrize("images_form", ["tar", "folder"])
-def test_imagenet_validation_with_the_development_kit(tmp_path, form, images_form):
+def test_validation_with_the_development_kit(tmp_path, form, images_form):
     files = validation_images()
     path = in_form(tmp_path, files, images_form)
     devkit = devkit_files(WNIDS, [3, 1, 2, 2, 1, 3])
@@ -54,7 +56,7 @@ def test_imagenet_validation_with_the_development_kit(tmp_path, form, images_for
     assert contents(shards) == expected and shards.classes == WNIDS
 
 
-def test_imagenet_validation_with_texts_of_synsets(tmp_path):
+def test_validation_with_text_files_of_synsets(tmp_path):
     files = validation_images()
     path = write_tar(tmp_path / "val.tar", dict(reversed(files.items())))  # a tar need not be sorted
     truth = [WNIDS[number % 3] for number in range(6)]
@@ -63,7 +65,7 @@ def test_imagenet_validation_with_texts_of_synsets(tmp_path):
         "by name": "".join(f"val/{name} {wnid}\n" for name, wnid in reversed(list(zip(files, truth, strict=True)))),
     }
     for name, text in texts.items():
-        (tmp_path / name).write_text(text, encoding="utf-8-sig")  # with the mark that Windows adds
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")  # with the byte order mark that Windows adds
         shards = write_split(imagenet_sources(path, tmp_path / name)["val"], tmp_path / f"out {name}", "val")
         assert {key: label for key, (label, _) in contents(shards).items()} == dict(
             zip((name[:-5] for name in files), truth, strict=True)
@@ -75,13 +77,16 @@ def test_imagenet_validation_with_texts_of_synsets(tmp_path):
     assert {label for label, _, _ in items} == {WNIDS[2]}
 
 
-def test_imagenet_labels_that_do_not_belong(tmp_path):
+def test_labels_that_do_not_match(tmp_path):
     path = write_tar(tmp_path / "val.tar", validation_images())
     kit = devkit_files(WNIDS, [1, 2, 3])
     mat = "ILSVRC2012_devkit_t12/data/meta.mat"
     cases = {
         "too few": (write_folder(tmp_path / "few", kit), "names 3 images and ILSVRC2012_val_00000004 is none of them"),
-        "no meta": (write_folder(tmp_path / "no meta", dict(list(kit.items())[:1])), "holds no ILSVRC2012_validation"),
+        "no meta": (
+            write_folder(tmp_path / "no meta", dict(list(kit.items())[:1])),
+            "does not hold ILSVRC2012_val",
+        ),
         "meta cut": (write_folder(tmp_path / "cut", kit | {mat: kit[mat][:300]}), "class numbers in .* can't be read"),
         "class 4": (write_folder(tmp_path / "4", devkit_files(WNIDS, [4] * 6)), "class numbers in .* can't be read"),
         "kit cut": (tmp_path / "kit.tar.gz", "is not a whole archive"),
@@ -96,10 +101,25 @@ def test_imagenet_labels_that_do_not_belong(tmp_path):
             imagenet_sources(path, labels)
 
 
-def test_synsets_of_a_meta_file():
-    """The compressed form is the published one; scipy.io.loadmat gave the same on it."""
-    for compressed in True, False:
-        assert read_synsets(synsets_mat(WNIDS * 100, compressed)) == dict(enumerate(WNIDS * 100, start=1))
+def test_read_synsets(tmp_path):
+    path = tmp_path / "meta.mat"
+    path.write_bytes(synsets_mat(WNIDS * 100))
+    assert read_synsets(path) == dict(enumerate(WNIDS * 100, start=1))
+
+
+def test_damaged_synsets_are_refused_before_scipy_reads_them(tmp_path):
+    """SciPy may crash on damaged files; without compression there is no checksum to notice damage by."""
+    path, whole = tmp_path / "meta.mat", synsets_mat(WNIDS * 20)
+    random = np.random.default_rng(0)
+    cases = [synsets_mat(WNIDS, compressed=False), b"", whole[:130], synsets_mat(WNIDS, name="other")]
+    for at in random.integers(128, len(whole), 60):
+        flipped = bytearray(whole)
+        flipped[at] ^= 1 << random.integers(8)
+        cases += [whole[:at], bytes(flipped)]
+    for content in cases:
+        path.write_bytes(content)
+        with pytest.raises((ValueError, struct.error, zlib.error)):
+            read_synsets(path)
 
 
 def test_imagenet_folders(tmp_path):
@@ -109,11 +129,11 @@ def test_imagenet_folders(tmp_path):
     result = run_module("pipeline.convert", "imagenet", tmp_path / "in", tmp_path / "out", "--workers", "1")
     assert result.returncode == 0, result.stderr
     train, test = open_splits(str(tmp_path / "out"))
-    for shards, given in ((train, files), (test, val)):
-        expected = {name.split("/")[1].split(".")[0]: (name.split("/")[0], c) for name, c in given.items()}
+    for shards, images in ((train, files), (test, val)):
+        expected = {name.split("/")[1].split(".")[0]: (name.split("/")[0], c) for name, c in images.items()}
         assert contents(shards) == expected and shards.manifest["name"] == "imagenet"
     write_folder(tmp_path / "flat", {f"val/{n.split('/')[1]}": c for n, c in val.items()})
-    with pytest.raises(UserError, match=r"lie in no class folder: give their classes by --labels"):
+    with pytest.raises(UserError, match=r"are not in class folders; use --labels"):
         imagenet_sources(tmp_path / "flat")
 
 
@@ -147,7 +167,7 @@ def test_tiny_imagenet(tmp_path):
         imagenet_sources(path)
 
 
-def test_folders_inside_class_tars_are_no_classes(tmp_path):
+def test_folders_inside_class_tars_are_not_classes(tmp_path):
     content = next(iter(pictures().values()))
     inner = {"n01.tar": tar_bytes({"a/n01_1.JPEG": content, "b/n01_2.JPEG": content})}
     for tars in inner, inner | {"n02.tar": tar_bytes({"c/d/n02_1.JPEG": content})}:
@@ -157,8 +177,8 @@ def test_folders_inside_class_tars_are_no_classes(tmp_path):
         ]
 
 
-def test_val_without_a_class_has_the_numbers_of_train(tmp_path):
-    """Whichever split is converted first, and in parts: each split knows the classes of both."""
+def test_val_without_one_of_the_classes_has_the_labels_of_train(tmp_path):
+    """In either order: each split knows the classes of both."""
     files = {name.replace("class_", "n0000000"): content for name, content in pictures().items()}
     val = {name: content for name, content in files.items() if not name.startswith("n00000000")}
     write_folder(tmp_path / "in", {f"train/{n}": c for n, c in files.items()} | {f"val/{n}": c for n, c in val.items()})
@@ -168,7 +188,11 @@ def test_val_without_a_class_has_the_numbers_of_train(tmp_path):
 
 
 LABELS = {
-    "sorted synsets": ("kit", b"n01440764\nn01443537\nn01484850\n", "synsets.txt in .* is sorted, so it is not in the"),
+    "sorted synsets": (
+        "kit",
+        b"n01440764\nn01443537\nn01484850\n",
+        "synsets.txt in .* is sorted, but class numbers",
+    ),
     "synsets with names": (
         "kit",
         b"n01443537 goldfish\nn01440764 tench\nn01484850 shark\n",
@@ -184,7 +208,7 @@ LABELS = {
 
 
 @pytest.mark.parametrize("case", LABELS)
-def test_labels_that_would_be_wrong(tmp_path, case):
+def test_ambiguous_labels_are_refused(tmp_path, case):
     form, content, message = LABELS[case]
     path = write_tar(tmp_path / "val.tar", validation_images())
     labels = tmp_path / "labels"
@@ -197,12 +221,12 @@ def test_labels_that_would_be_wrong(tmp_path, case):
         imagenet_sources(path, labels)
 
 
-def test_numbers_of_training_images_are_not_those_of_the_labels(tmp_path):
+def test_numbers_in_names_of_training_images_are_not_label_numbers(tmp_path):
     """n01440764_3 is not the third validation image."""
     kit = write_folder(tmp_path / "kit", devkit_files(WNIDS, [3, 1, 2, 2, 1, 3]))
     content = next(iter(pictures().values()))
     path = write_folder(tmp_path / "in", {"train/n01/n01_3.JPEG": content, "val/ILSVRC2012_val_00000001.JPEG": content})
-    with pytest.raises(UserError, match=r"in holds train/, not the validation images; pass \S+/in/val with --labels"):
+    with pytest.raises(UserError, match=r"in holds train/, not the validation images; use \S+/in/val with --labels"):
         imagenet_sources(path, kit)
     assert [label for label, _, _ in imagenet_sources(path / "val", kit)["val"].items] == [WNIDS[2]]
     path = write_folder(tmp_path / "two", {"n01/n01_3.JPEG": content, "n02/n02_3.JPEG": content})
@@ -210,16 +234,16 @@ def test_numbers_of_training_images_are_not_those_of_the_labels(tmp_path):
         imagenet_sources(path, kit)
 
 
-def test_oddities_of_imagenet(tmp_path):
-    """CMYK, gray, a PNG that is named .JPEG, a turned one: stored as they are, with the size that the decoder gives."""
+def test_unusual_files_of_imagenet(tmp_path):
+    """CMYK, gray, a PNG named .JPEG and a rotated image keep their bytes, with the size that the decoder returns."""
     picture = smooth_field(0, 3, 40, 60)
-    turned = Image.Exif()
-    turned[0x0112] = 6  # to be shown turned by 90 degrees
+    rotated = Image.Exif()
+    rotated[0x0112] = 6  # displayed rotated by 90 degrees
     odd = {
         "cmyk": encode(picture.convert("CMYK"), "JPEG"),
         "gray": encode(picture.convert("L"), "JPEG"),
         "png": encode(picture, "PNG"),
-        "turned": encode(picture, "JPEG", exif=turned),
+        "rotated": encode(picture, "JPEG", exif=rotated),
         "progressive": encode(picture, "JPEG", progressive=True),
     }
     jpeg = encode(picture, "JPEG")
@@ -230,7 +254,7 @@ def test_oddities_of_imagenet(tmp_path):
     assert stored == odd
     with tarfile.open(Path(shards.root, "train-000000.tar")) as tar:
         assert {name for name in tar.getnames() if name.endswith(".png")} == {"n01_png.png"}
-    for row in shards.index:  # not turned: neither the backends nor torchvision's loader do
+    for row in shards.index:  # the orientation is ignored by the backends and by torchvision's loader
         assert (row["height"], row["width"]) == (40, 60)
     assert rejected(shards).keys() == {f"n01_{name}" for name in cut}
     for name, encoded in odd.items():

@@ -1,4 +1,4 @@
-"""A conversion that is killed, repeated, shared among workers and jobs, or out of disk: always the same bytes."""
+"""Conversions that are killed, repeated, split among workers and jobs, or out of disk space give the same bytes."""
 
 import errno
 import functools
@@ -19,9 +19,11 @@ import pytest
 from common import UserError
 from pipeline.convert import __main__ as convert
 from pipeline.convert import writer
+from pipeline.convert.base import Source
+from pipeline.convert.cifar import cifar_sources
+from pipeline.convert.folder import folder_source
 from pipeline.convert.imagenet import imagenet_sources
-from pipeline.convert.pixel_sets import cifar_sources
-from pipeline.convert.sources import Source, folder_source, webdataset_source
+from pipeline.convert.webdataset import webdataset_source
 from pipeline.convert.writer import shards_written, write_split
 from pipeline.shards.dataset import open_shards, open_splits
 from tests.pipeline.augment.reference_views import encode, smooth_field
@@ -42,7 +44,7 @@ from tests.pipeline.image_sets import (
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    """Twenty images, two of them unreadable: seven shards of three."""
+    """Twenty images in seven shards of three; two images are unreadable."""
     files = pictures(classes=3, each=6)
     files |= {"class_0/cut.jpg": damaged()["truncated"], "class_1/text.jpg": damaged()["text"]}
     return write_folder(tmp_path_factory.mktemp("images") / "in", files)
@@ -50,7 +52,7 @@ def images(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(images, tmp_path_factory) -> dict[str, str]:
-    """The digests of what a conversion in one process and one go makes of them."""
+    """Digests of an uninterrupted conversion in one process."""
     out = tmp_path_factory.mktemp("undisturbed")
     write_split(folder_source(images), out, "train", samples_per_shard=3)
     found = digests(out / "train")
@@ -84,7 +86,7 @@ class Slow:
             time.sleep(self.seconds)
         return self.read(name, size)
 
-if __name__ == "__main__":  # main(), but slow at the image AT, or hanging at the last rename
+if __name__ == "__main__":  # main(), but slow at image AT, or hanging at the last rename
     at, seconds = sys.argv.pop(1), float(sys.argv.pop(1))
     folder_source, rename = convert.folder_source, os.replace
     def slow_source(*arguments):
@@ -98,7 +100,7 @@ if __name__ == "__main__":  # main(), but slow at the image AT, or hanging at th
 
 
 def start(folder: Path, at: str, seconds: float, images: Path, out: Path, workers: int) -> subprocess.Popen:
-    """A slow conversion in three-image shards, in a process group of its own; prints the id of who waits."""
+    """Start a slow conversion into shards of three in a new process group; it prints the id of each waiting process."""
     program = folder / "program.py"  # a file, which spawned processes can import
     program.write_text(SLOW_CONVERSION)
     arguments = ["folder", images, out, "--shard-size", "3", "--workers", workers]
@@ -112,7 +114,7 @@ def start(folder: Path, at: str, seconds: float, images: Path, out: Path, worker
 
 
 def killed(images: Path, out: Path, moment: str) -> None:
-    """Start a conversion and kill it: amid the third shard, or when all that is missing is the last rename."""
+    """Start a conversion and kill it during the third shard or before the last rename."""
     source = folder_source(images)
     if moment == "shard":
         shards = write_split(source, out.parent / "order", "train", samples_per_shard=3)
@@ -129,10 +131,10 @@ def times(folder: Path) -> dict[str, tuple[int, int]]:
 
 @pytest.mark.parametrize("moment", ["shard", "rename"])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_killed_conversion_goes_on_where_it_stopped(images, undisturbed, tmp_path, moment, workers):
+def test_a_killed_conversion_resumes(images, undisturbed, tmp_path, moment, workers):
     out = tmp_path / "out"
     killed(images, out, moment)
-    for root in out, out / "train":  # nothing of it is trusted
+    for root in out, out / "train":  # the unfinished set is not opened
         with pytest.raises(UserError, match="No shards at"):
             open_splits(str(root))
     whole = times(out / ".train.partial" / "shards")
@@ -144,8 +146,8 @@ def test_a_killed_conversion_goes_on_where_it_stopped(images, undisturbed, tmp_p
     assert {name: again[name] for name in whole} == whole, "a whole shard was written again"
 
 
-def test_a_damaged_whole_shard_is_written_again(images, undisturbed, tmp_path):
-    """As after a power failure, when a file may be shorter than what was written."""
+def test_a_truncated_shard_is_written_again(images, undisturbed, tmp_path):
+    """After a power failure, a file may be shorter than what was written."""
     killed(images, tmp_path / "out", "shard")
     os.truncate(tmp_path / "out" / ".train.partial" / "shards" / "train-000001.tar", 100)
     write_split(folder_source(images), tmp_path / "out", "train", samples_per_shard=3)
@@ -169,14 +171,14 @@ def test_another_plan_is_refused(images, tmp_path):
     cases["its name is in instead of other"] = renamed, {}
     before = digests(tmp_path / "out" / ".train.partial" / "shards")
     for difference, (source, options) in cases.items():
-        message = f"unfinished conversion with another plan .*{difference}.*: repeat its options to resume it"
+        message = f"unfinished conversion with another plan .*{difference}.*; use the same options to resume it"
         with pytest.raises(UserError, match=message):
             write_split(source, tmp_path / "out", "train", **{"samples_per_shard": 3} | options)
     assert digests(tmp_path / "out" / ".train.partial" / "shards") == before
 
 
 @pytest.mark.parametrize("text", ["[]", "3", "null", "{}", '{"cut'])
-def test_a_plan_that_is_none_is_written_again(images, undisturbed, tmp_path, text):
+def test_an_invalid_plan_without_shards_is_written_again(images, undisturbed, tmp_path, text):
     (tmp_path / "out" / ".train.partial").mkdir(parents=True)
     (tmp_path / "out" / ".train.partial" / "plan.json").write_text(text)
     write_split(folder_source(images), tmp_path / "out", "train", samples_per_shard=3)
@@ -184,20 +186,20 @@ def test_a_plan_that_is_none_is_written_again(images, undisturbed, tmp_path, tex
 
 
 @pytest.mark.parametrize("text", ["", '{"cut', "[]", None])
-def test_a_plan_that_is_lost_stops_the_conversion(images, tmp_path, text):
-    """Shards of two plans would hold some images twice and others not at all."""
+def test_a_lost_plan_stops_the_conversion(images, tmp_path, text):
+    """Mixing the shards of two plans would duplicate some images and drop others."""
     source = folder_source(images)
     assert write_split(source, tmp_path, "train", samples_per_shard=3, part=(1, 2)) is None
     partial = tmp_path / ".train.partial"
     (partial / "plan.json").unlink() if text is None else (partial / "plan.json").write_text(text)
     before = digests(partial / "shards")
     for seed in 0, 1:
-        with pytest.raises(UserError, match=r"plan.json can't be read, but shards .*: delete .*train.partial to start"):
+        with pytest.raises(UserError, match=r"plan.json can't be read, but shards .*; delete .*train.partial to start"):
             write_split(source, tmp_path, "train", seed, samples_per_shard=3)
     assert digests(partial / "shards") == before
 
 
-def test_a_plan_is_written_in_one_step(images, tmp_path, monkeypatch):
+def test_the_plan_is_written_atomically(images, tmp_path, monkeypatch):
     def cut(path: Path, text: str, *_) -> None:
         with open(path, "w") as file:
             file.write(text[:20])
@@ -209,8 +211,8 @@ def test_a_plan_is_written_in_one_step(images, tmp_path, monkeypatch):
     assert not (tmp_path / ".train.partial" / "plan.json").exists()
 
 
-def test_shards_of_a_deleted_plan_are_not_mixed_in(images, undisturbed, tmp_path):
-    """A job that still runs when its folder is deleted puts a shard into the folder of the plan that comes next."""
+def test_shards_of_a_deleted_plan_are_not_used(images, undisturbed, tmp_path):
+    """A job that still runs when its folder is deleted writes a shard to the folder of the next plan."""
     source = folder_source(images)
     for seed in 1, 0:
         assert write_split(source, tmp_path / str(seed), "train", seed, samples_per_shard=3, part=(seed + 1, 3)) is None
@@ -229,8 +231,8 @@ def copy_of(images: Path, folder: Path) -> Path:
 @pytest.mark.parametrize(
     "form", ["folder", "tar", "webdataset", "imagenet tar", "imagenet folder", "validation", "cifar"]
 )
-def test_parts_of_a_source_that_was_modified_are_refused(tmp_path, form):
-    """Of equal names and sizes."""
+def test_parts_of_a_modified_source_are_refused(tmp_path, form):
+    """Names and sizes are unchanged."""
     files = {f"n{i % 2}/n{i % 2}_{i}.jpg": encode(smooth_field(0, i, 16, 16), "BMP") for i in range(8)}
     if form == "folder":
         path, touched = write_folder(tmp_path / "in", files), tmp_path / "in" / "n1" / "n1_5.jpg"
@@ -275,8 +277,8 @@ def test_modification_times_do_not_change_the_bytes(images, undisturbed, tmp_pat
     assert digests(tmp_path / "train") == undisturbed
 
 
-def test_splits_in_parts_get_the_same_class_numbers(tmp_path):
-    """Neither is complete when the other is started; val lacks the first class."""
+def test_splits_written_in_parts_have_the_same_labels(tmp_path):
+    """Neither split is complete when the other is started; val lacks the first class."""
     files = pictures()
     val = {name: content for name, content in files.items() if not name.startswith("class_0")}
     train_source = folder_source(write_folder(tmp_path / "train", files))
@@ -291,7 +293,7 @@ def test_splits_in_parts_get_the_same_class_numbers(tmp_path):
     }
 
 
-def test_a_split_whose_classes_an_unfinished_one_lacks_is_refused(tmp_path):
+def test_classes_missing_from_an_unfinished_split_are_refused(tmp_path):
     train = folder_source(write_folder(tmp_path / "train", pictures()))
     val = folder_source(write_folder(tmp_path / "val", pictures(classes=2)))
     assert write_split(val, tmp_path / "out", "val", samples_per_shard=2, part=(1, 2)) is None
@@ -300,20 +302,20 @@ def test_a_split_whose_classes_an_unfinished_one_lacks_is_refused(tmp_path):
     assert not list((tmp_path / "out").glob(".train.partial/*"))
 
 
-def test_two_splits_started_at_the_same_moment(tmp_path, monkeypatch):
-    """Each has looked for the other's plan before it was there."""
+def test_two_splits_started_at_the_same_time(tmp_path, monkeypatch):
+    """Each of them looks for the plan of the other one before it exists."""
     train = folder_source(write_folder(tmp_path / "train", pictures()))
     val = folder_source(write_folder(tmp_path / "val", pictures(classes=2)))
     assert write_split(train, tmp_path / "out", "train", samples_per_shard=2, part=(1, 2)) is None
     look, seen = writer._other_classes, []
     monkeypatch.setattr(writer, "_other_classes", lambda *names: look(*names) if seen else seen.append(names) or ())
-    with pytest.raises(UserError, match=r"Another split was started in .* just now: run the same command again"):
+    with pytest.raises(UserError, match=r"Another split was started in .* at the same time; run the same"):
         write_split(val, tmp_path / "out", "val", samples_per_shard=2)
     shards = write_split(val, tmp_path / "out", "val", samples_per_shard=2)
     assert shards.classes == ["class_0", "class_1", "class_2"]
     assert write_split(val, tmp_path / "other", "val", samples_per_shard=2, part=(1, 2)) is None
     seen.clear()
-    for _ in range(2):  # it leaves nothing behind that would hold up the other split
+    for _ in range(2):  # nothing is left that would block the other split
         with pytest.raises(UserError, match=r"train has classes that .*\.val\.partial does not have"):
             write_split(train, tmp_path / "other", "train", samples_per_shard=2)
     assert write_split(val, tmp_path / "other", "val", samples_per_shard=2)
@@ -340,19 +342,19 @@ def flipped(path: Path) -> None:
 @pytest.mark.parametrize("harm", [emptied, cut, zeroed, flipped])
 @pytest.mark.parametrize("suffix", ["tar", "index.npy", "json"])
 @pytest.mark.parametrize("part", [(1, 2), (2, 2)], ids=["its own part", "the other part"])
-def test_a_shard_that_was_damaged_later_is_written_again(images, undisturbed, tmp_path, harm, suffix, part):
+def test_a_shard_damaged_after_writing_is_written_again(images, undisturbed, tmp_path, harm, suffix, part):
     source = folder_source(images)
     assert write_split(source, tmp_path, "train", samples_per_shard=3, part=(1, 2)) is None
     partial = tmp_path / ".train.partial"
     harm(partial / ("work" if suffix == "json" else "shards") / f"train-000002.{suffix}")
     first = write_split(source, tmp_path, "train", samples_per_shard=3, part=part)
-    if first is None:  # the record is gone, so only its own part knows that there is something to write
+    if first is None:  # without the record, only its own part writes the shard
         assert part == (1, 2) or suffix in ("json", "tar")
         write_split(source, tmp_path, "train", samples_per_shard=3, part=(3 - part[0], 2))
     assert digests(tmp_path / "train") == undisturbed and only_the_split(tmp_path)
 
 
-def test_shards_that_are_whole_are_not_written_again(images, undisturbed, tmp_path):
+def test_intact_shards_are_not_written_again(images, undisturbed, tmp_path):
     source = folder_source(images)
     assert write_split(source, tmp_path, "train", samples_per_shard=3, part=(1, 2)) is None
     whole = times(tmp_path / ".train.partial" / "shards")
@@ -362,12 +364,12 @@ def test_shards_that_are_whole_are_not_written_again(images, undisturbed, tmp_pa
 
 
 def longer(images: Path) -> dict[str, bytes]:
-    """The same names, one file longer by a byte."""
+    """The same names, with one byte more in one file."""
     files = {path.relative_to(images).as_posix(): path.read_bytes() for path in sorted(images.rglob("*.*"))}
     return files | {"class_0/image_0.jpg": files["class_0/image_0.jpg"] + b"\0"}
 
 
-def test_a_complete_split_is_left_as_it_is(images, undisturbed, tmp_path):
+def test_a_complete_split_is_not_changed(images, undisturbed, tmp_path):
     command = ["pipeline.convert", "folder", images, tmp_path, "--shard-size", "3", "--workers", "1"]
     first = run_module(*command)
     before = times(tmp_path / "train")
@@ -375,17 +377,17 @@ def test_a_complete_split_is_left_as_it_is(images, undisturbed, tmp_path):
     assert second.returncode == 0 and second.stdout == first.stdout and times(tmp_path / "train") == before
     assert digests(tmp_path / "train") == undisturbed
     refused = run_module(*command, "--seed", "1")
-    assert refused.returncode == 1 and "exists already: delete it" in refused.stderr
+    assert refused.returncode == 1 and "exists already (its seed is 0 instead of 1); delete it" in refused.stderr
 
 
 @pytest.mark.parametrize("workers", [2, 3])
-def test_workers_make_the_same_bytes(images, undisturbed, tmp_path, workers):
+def test_workers_write_the_same_bytes(images, undisturbed, tmp_path, workers):
     shards = write_split(folder_source(images), tmp_path, "train", samples_per_shard=3, workers=workers)
     assert digests(tmp_path / "train") == undisturbed and only_the_split(tmp_path)
     assert rejected(shards).keys() == {"class_0/cut", "class_1/text"}
 
 
-def test_parts_one_after_the_other(images, undisturbed, tmp_path):
+def test_parts_in_sequence(images, undisturbed, tmp_path):
     command = ["pipeline.convert", "folder", images, tmp_path, "--shard-size", "3", "--workers", "1", "--part"]
     for part, written in (("2/3", 2), ("3/3", 4)):
         result = run_module(*command, part)
@@ -405,15 +407,15 @@ def test_parts_one_after_the_other(images, undisturbed, tmp_path):
     + [(["--seed", seed], f"{seed} is not a whole number from 0 to 2**64 - 1") for seed in (str(2**64), "x")]
     + [(["--quality", "101"], "101 is not a whole number from 1 to 100")],
 )
-def test_options_that_are_refused(monkeypatch, capsys, options, message):
+def test_refused_options(monkeypatch, capsys, options, message):
     monkeypatch.setattr(sys, "argv", ["convert", "folder", "in", "out", *options])
     with pytest.raises(SystemExit) as ended:
         convert.main()
     assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_parts_at_once(images, undisturbed, tmp_path):
-    """Three jobs of which one is started twice; whichever is last completes the split."""
+def test_concurrent_parts(images, undisturbed, tmp_path):
+    """Three jobs, one of them started twice; the last one completes the split."""
     command = [sys.executable, "-m", "pipeline.convert", "folder", images, tmp_path, "--shard-size", "3"]
     jobs = [
         subprocess.Popen([*command, "--workers", "1", "--part", part], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -425,7 +427,7 @@ def test_parts_at_once(images, undisturbed, tmp_path):
     assert digests(tmp_path / "train") == undisturbed and only_the_split(tmp_path)
 
 
-def test_a_shard_that_another_process_writes_is_not_waited_for(images, undisturbed, tmp_path):
+def test_a_shard_locked_by_another_process_is_skipped(images, undisturbed, tmp_path):
     held = tmp_path / ".train.partial" / "work" / "train-000004.lock"
     held.parent.mkdir(parents=True)
     with writer.FileLock(held):
@@ -443,13 +445,13 @@ def test_workers_end_with_a_killed_main_process(images, tmp_path):
         process.stdout.read()  # ends when the last worker has closed it
 
 
-def test_a_killed_worker_is_one_sentence(tmp_path):
+def test_error_of_a_killed_worker(tmp_path):
     killing = Source("in", [("a", f"a/{number}", ()) for number in range(2)], functools.partial(os._exit, 9))
-    with pytest.raises(UserError, match="A worker process was killed, maybe for want of memory"):
+    with pytest.raises(UserError, match="A worker process was killed, possibly because memory ran out; use fewer"):
         write_split(killing, tmp_path, "train", samples_per_shard=1, workers=2)
 
 
-def test_a_keyboard_interrupt_keeps_whole_shards(images, undisturbed, tmp_path):
+def test_an_interrupt_keeps_finished_shards(images, undisturbed, tmp_path):
     source, done = folder_source(images), []
 
     def interrupt(name: str, size: int) -> bytes:
@@ -466,19 +468,19 @@ def test_a_keyboard_interrupt_keeps_whole_shards(images, undisturbed, tmp_path):
     assert digests(tmp_path / "train") == undisturbed
 
 
-def test_an_interrupt_from_the_keyboard_is_no_traceback(images, tmp_path):
-    """Two workers amid a shard: told by the main process, they leave no half shard behind."""
+def test_ctrl_c_prints_no_traceback(images, tmp_path):
+    """The main process stops both workers in the middle of a shard; no partial shard is left."""
     with start(tmp_path, "all", 0.2, images, tmp_path / "out", workers=2) as process:
         process.stdout.readline()
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
         _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130 and errors == b"Interrupted: the same command goes on where it stopped.\n"
+    assert process.returncode == 130 and errors == b"Interrupted; run the same command again to resume.\n"
     assert not list((tmp_path / "out" / ".train.partial" / "work").glob("*.tar"))
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_full_disk(images, undisturbed, tmp_path, workers):
-    """A file may not grow beyond a limit, which is how a quota or a full disk shows."""
+    """The size of files is limited, as by a quota or a full disk."""
     command = [sys.executable, "-m", "pipeline.convert", "folder", images, tmp_path, "--shard-size", "3"]
 
     def limit() -> None:
@@ -488,8 +490,8 @@ def test_a_full_disk(images, undisturbed, tmp_path, workers):
         [*command, "--workers", workers], cwd=ROOT, preexec_fn=limit, capture_output=True, text=True, timeout=60
     )
     assert full.returncode == 1 and full.stdout == ""
-    cure = "free some space and run the same command again, which keeps the finished shards."
-    assert full.stderr == f"{tmp_path} can't be written (File too large): {cure}\n"
+    remedy = "free some space and run the same command again, which keeps the finished shards."
+    assert full.stderr == f"{tmp_path} can't be written (File too large); {remedy}\n"
     partial = tmp_path / ".train.partial"
     assert not (tmp_path / "train").exists() and not list(partial.rglob("*.tar"))
     write_split(folder_source(images), tmp_path, "train", samples_per_shard=3)
@@ -497,7 +499,7 @@ def test_a_full_disk(images, undisturbed, tmp_path, workers):
 
 
 def test_a_full_file_system(images, undisturbed, tmp_path):
-    """Where this user may mount one: a disk of a hundred kilobytes, then of a megabyte."""
+    """A disk of 80 kB, then of 1 MB, where the user may mount one."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=80k", "tmpfs", disk], capture_output=True)
@@ -517,14 +519,14 @@ def test_a_full_file_system(images, undisturbed, tmp_path):
         again = times(disk / "out" / "train")
         assert {name: again[name] for name in whole} == whole
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-        with pytest.raises(UserError, match=r"Read-only file system.*choose a folder that you may write to"):
+        with pytest.raises(UserError, match=r"Read-only file system.*use a folder with write permission"):
             write_split(source, disk / "other", "train")
     finally:
         subprocess.run(["umount", disk], check=True)
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
-def test_a_folder_that_is_read_only(images, tmp_path, monkeypatch, capsys, code):
+def test_a_read_only_folder(images, tmp_path, monkeypatch, capsys, code):
     def refuse(path: Path, *_, **__) -> None:
         raise OSError(code, os.strerror(code), str(path))
 
@@ -533,11 +535,11 @@ def test_a_folder_that_is_read_only(images, tmp_path, monkeypatch, capsys, code)
     with pytest.raises(SystemExit) as ended:
         convert.main()
     assert ended.value.code == (
-        f"{tmp_path / 'out'} can't be written ({os.strerror(code)}): choose a folder that you may write to."
+        f"{tmp_path / 'out'} can't be written ({os.strerror(code)}); use a folder with write permission."
     )
 
 
-def test_a_file_where_the_folder_should_be(images, tmp_path):
+def test_a_file_in_place_of_the_folder(images, tmp_path):
     (tmp_path / "out").write_text("a file")
     result = run_module("pipeline.convert", "folder", images, tmp_path / "out")
     assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
@@ -552,7 +554,7 @@ def test_a_shard_without_a_readable_image_is_left_out(tmp_path):
 
 
 def test_progress_on_a_terminal(images, tmp_path):
-    """The bar, its rates and the time left; and nothing of it when the output is no terminal."""
+    """A bar with rates and remaining time on a terminal; nothing otherwise."""
     command = [sys.executable, "-m", "pipeline.convert", "folder", str(images), str(tmp_path), "--workers", "1"]
     quiet = subprocess.run([*command, "--split", "quiet"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert "images/s" not in quiet.stderr
@@ -565,7 +567,7 @@ def test_progress_on_a_terminal(images, tmp_path):
             if select.select([main], [], [], 0.1)[0]:
                 try:
                     seen += os.read(main, 4096)
-                except OSError:  # Linux's way to say that the other end is closed
+                except OSError:  # on Linux: the other end is closed
                     break
     os.close(main)
     text = seen.decode()

@@ -1,4 +1,4 @@
-"""Folders and tars of images and WebDataset tars as sources; what an archive may hide; what verifying finds."""
+"""Folders and tars as sources, malicious and damaged archives, and verification of images."""
 
 import io
 import os
@@ -9,12 +9,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import webdataset
 
 from common import UserError
+from pipeline.convert.cifar import cifar_sources
+from pipeline.convert.folder import FolderReader, folder_source
 from pipeline.convert.imagenet import imagenet_sources
-from pipeline.convert.pixel_sets import cifar_sources, stl10_sources
-from pipeline.convert.sources import FolderReader, folder_source, webdataset_source
+from pipeline.convert.stl10 import stl10_sources
+from pipeline.convert.webdataset import webdataset_source
 from pipeline.convert.writer import write_split
 from pipeline.images import DecodeError, decode, inspect
 from pipeline.shards.archives import LONGEST_NAME
@@ -32,66 +33,7 @@ from tests.pipeline.image_sets import (
     write_tar,
 )
 
-
-def webdataset_tar(path: Path, samples: dict[str, dict[str, bytes]]) -> Path:
-    path.parent.mkdir(exist_ok=True)
-    with webdataset.TarWriter(str(path)) as writer:
-        for key, sample in samples.items():
-            writer.write({"__key__": key, **sample})
-    return path
-
-
-def test_webdataset_tars_are_sharded_anew(tmp_path):
-    images = list(pictures().values())
-    extension = ["png" if image.startswith(b"\x89PNG") else "jpg" for image in images]
-    first = {f"{i:04d}": {extension[i]: images[i], "cls": str(i).encode(), "json": {"a": 1}} for i in range(6)}
-    second = {f"{i:04d}": {extension[i]: images[i], "cls": str(i).encode()} for i in range(6, 12)} | {
-        "unlabeled": {"jpg": images[0]},
-        "no_image": {"txt": "text"},
-    }
-    webdataset_tar(tmp_path / "in" / "a-000.tar", first)
-    webdataset_tar(tmp_path / "in" / "a-001.tar", second)
-    shards = write_split(webdataset_source(tmp_path / "in"), tmp_path / "out", "train", samples_per_shard=5)
-    assert contents(shards) == {f"{i:04d}": (str(i), images[i]) for i in range(12)} | {"unlabeled": (None, images[0])}
-    assert shards.classes == [str(i) for i in range(12)]  # by number: 10 is not between 1 and 2
-    assert [shard["samples"] for shard in shards.manifest["shards"]] == [5, 5, 3]
-    again = write_split(webdataset_source(Path(shards.root)), tmp_path / "again", "train", seed=1)  # a set of our own
-    assert contents(again) == contents(shards)
-
-
-def test_class_names_of_our_own_shards_are_kept(tmp_path):
-    """By a conversion of one tar, too, and next to a class that is not in the manifest; two of one name are refused."""
-    write_split(folder_source(write_folder(tmp_path / "in", pictures())), tmp_path, "train")
-    root, image = tmp_path / "train", pictures()["class_0/image_0.jpg"]
-    assert webdataset_source(root / "train-000000.tar").classes == ["class_0", "class_1", "class_2"]
-    foreign = write_tar(root / "foreign.tar", {"x.jpg": image, "x.cls": b"3"})
-    assert webdataset_source(foreign).classes == ["0", "1", "2", "3"]
-    assert webdataset_source(root).classes == ["class_0", "class_1", "class_2", "3"]
-    assert index_shards(str(root)).classes == ["class_0", "class_1", "class_2", "3"]
-    manifest = root / "dataset.json"
-    manifest.write_text(manifest.read_text().replace('"class_1"', '"class_2"'))
-    with pytest.raises(UserError, match=r"dataset.json names two classes class_2; rename one of them"):
-        webdataset_source(root)
-
-
-def test_webdataset_names_and_repeated_keys(tmp_path):
-    image = pictures()["class_0/image_0.jpg"]
-    for number, name in enumerate(("owl", "cat")):
-        webdataset_tar(tmp_path / "in" / f"{number}.tar", {"000": {"jpg": image, "cls": name.encode()}})
-    source = webdataset_source(tmp_path / "in")
-    assert [(label, key) for label, key, _ in source.items] == [("owl", "0/000"), ("cat", "1/000")]
-    assert source.classes == ["cat", "owl"]
-    write_tar(tmp_path / "twice.tar", {"a.jpg": image, "b.jpg": image, "./a.jpg": image})
-    with pytest.raises(UserError, match="holds the key a twice"):
-        webdataset_source(tmp_path / "twice.tar")
-    with pytest.raises(UserError, match=r"There is no \.tar in"):
-        webdataset_source(write_folder(tmp_path / "none", {"a.jpg": image}))
-    (tmp_path / "cut.tar").write_bytes(tar_bytes({"a.jpg": image, "b.jpg": image})[:-9000])
-    with pytest.raises(UserError, match="is not a whole, uncompressed tar"):
-        webdataset_source(tmp_path / "cut.tar")
-
-
-TREACHEROUS = {
+MALICIOUS = {
     "../evil.jpg": (tarfile.REGTYPE, "a path that leads out of it"),
     "a/../../evil.jpg": (tarfile.REGTYPE, "a path that leads out of it"),
     "/tmp/evil.jpg": (tarfile.REGTYPE, "a path that leads out of it"),
@@ -111,10 +53,10 @@ def add_member(path: Path, name: str, kind: bytes, content: bytes) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", TREACHEROUS)
+@pytest.mark.parametrize("name", MALICIOUS)
 @pytest.mark.parametrize("form", ["folder", "imagenet", "class tar", "validation", "webdataset"])
-def test_a_tar_with_a_link_or_a_path_that_leads_out_of_it_is_refused(tmp_path, form, name):
-    kind, message = TREACHEROUS[name]
+def test_links_and_paths_out_of_a_tar_are_refused(tmp_path, form, name):
+    kind, message = MALICIOUS[name]
     files = pictures(classes=1)
     image = next(iter(files.values()))
     (tmp_path / "labels").write_text("".join(f"{file} n01\n" for file in (*files, name)))
@@ -134,14 +76,14 @@ def test_a_tar_with_a_link_or_a_path_that_leads_out_of_it_is_refused(tmp_path, f
 
 
 @pytest.mark.parametrize("name", ["../evil.jpg", "a/soft.jpg"])
-def test_nothing_is_written_of_a_tar_that_is_refused(tmp_path, name):
-    path = add_member(write_tar(tmp_path / "in.tar", pictures()), name, TREACHEROUS[name][0], b"")
+def test_a_refused_tar_writes_nothing(tmp_path, name):
+    path = add_member(write_tar(tmp_path / "in.tar", pictures()), name, MALICIOUS[name][0], b"")
     result = run_module("pipeline.convert", "folder", path, tmp_path / "out")
     assert result.returncode == 1 and f"{path} holds {name}, " in result.stderr and len(result.stderr.splitlines()) == 1
     assert [file.name for file in tmp_path.iterdir()] == ["in.tar"]
 
 
-def test_an_archive_of_pixels_with_a_link_in_it_is_refused(tmp_path):
+def test_links_in_pixel_archives_are_refused(tmp_path):
     files, _ = stl10_files(2)
     labels = files.pop("stl10_binary/train_y.bin")
     path = add_member(write_tar(tmp_path / "stl.tar", files), "stl10_binary/train_y.bin", tarfile.SYMTYPE, labels)
@@ -150,7 +92,7 @@ def test_an_archive_of_pixels_with_a_link_in_it_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["folder", "webdataset", "index"])
-def test_what_is_no_plain_file_is_left_out_and_named(tmp_path, form):
+def test_special_files_are_left_out_and_listed(tmp_path, form):
     (tmp_path / "in").mkdir()
     path = add_member(write_tar(tmp_path / "in" / "in.tar", pictures()), "a/pipe.jpg", tarfile.FIFOTYPE, b"")
     if form == "index":
@@ -168,7 +110,7 @@ def test_what_is_no_plain_file_is_left_out_and_named(tmp_path, form):
 @pytest.mark.parametrize("damage", ["header", "cut"])
 @pytest.mark.parametrize("form", ["folder", "imagenet", "class tar", "validation", "webdataset"])
 def test_a_damaged_header_is_not_the_end_of_a_tar(tmp_path, form, damage):
-    """Nor is a cut between two members; one block of zeros is."""
+    """Neither is a cut between two members, but one block of zeros is."""
     path = tmp_path / "in.tar"
     whole = tar_bytes(pictures())
     with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
@@ -199,17 +141,17 @@ def test_a_damaged_header_is_not_the_end_of_a_tar(tmp_path, form, damage):
     assert ("n01.tar in it" in str(error.value)) == (form == "class tar")
 
 
-def test_a_refusal_names_the_cure(tmp_path):
+def test_errors_contain_the_remedy(tmp_path):
     train = write_imagenet(tmp_path / "train.tar", pictures())
     (tmp_path / "labels").write_text("x n01\n")
     (tmp_path / "text.gz").write_bytes(b"no archive")
     stl = stl10_files(2)[0] | {"stl10_binary/class_names.txt": b"\xff\xfe owl"}
     refused = {
-        "class tars, which need no labels: leave --labels out": lambda: imagenet_sources(train, tmp_path / "labels"),
-        "is not taken here: index it in place": lambda: webdataset_source(Path("http://127.0.0.1/set")),
-        "^A URL .s3:/bucket/x. is not taken here: copy it to a folder": lambda: folder_source(Path("s3://bucket/x")),
-        "https:/host/x.tar. is not taken here: copy it": lambda: imagenet_sources(Path("https://host/x.tar")),
-        "http:/host/cifar.tar.gz. is not taken here": lambda: cifar_sources(Path("http://host/cifar.tar.gz")),
+        "class tars, which need no labels; remove --labels": lambda: imagenet_sources(train, tmp_path / "labels"),
+        "index it in place": lambda: webdataset_source(Path("http://127.0.0.1/set")),
+        "s3:/bucket/x.* copy it to a folder": lambda: folder_source(Path("s3://bucket/x")),
+        "https:/host/x.tar.* copy it": lambda: imagenet_sources(Path("https://host/x.tar")),
+        "http:/host/cifar.tar.gz.* copy it": lambda: cifar_sources(Path("http://host/cifar.tar.gz")),
         "is not a whole archive": lambda: stl10_sources(tmp_path / "text.gz"),
         "class_names.txt in .* is damaged": lambda: stl10_sources(write_tar(tmp_path / "stl.tar", stl)),
     }
@@ -219,7 +161,7 @@ def test_a_refusal_names_the_cure(tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_links_in_a_folder_are_followed_but_not_in_circles(tmp_path):
+def test_links_in_folders_are_followed_without_loops(tmp_path):
     """Subsets of ImageNet are often folders of links."""
     image = pictures()["class_0/image_0.jpg"]
     write_folder(tmp_path / "all", {"owl/0.jpg": image, "cat/1.jpg": image})
@@ -233,8 +175,8 @@ def test_links_in_a_folder_are_followed_but_not_in_circles(tmp_path):
     assert source.left_out == [("dog/3.jpg", "a link that leads nowhere, or not a plain file")]
 
 
-def test_folders_that_are_too_deep_and_links_to_themselves_are_left_out(tmp_path, monkeypatch):
-    """Neither the limit of recursion nor that of links ends the listing."""
+def test_deep_folders_and_links_to_themselves_are_left_out(tmp_path, monkeypatch):
+    """Listing stops neither at the recursion limit nor at the limit of links."""
     assert sys.getrecursionlimit() > LONGEST_NAME // 2 + 300  # the deepest path consists of names of one letter
     monkeypatch.setattr("pipeline.shards.archives.LONGEST_NAME", 100)
     image = pictures()["class_0/image_0.jpg"]
@@ -255,10 +197,10 @@ def test_a_name_that_is_not_utf8(tmp_path):
     assert [key.decode() for key in shards.index["key"]] == ["a/caf\\udce9"] and list(rejected(shards)) == ["a/café"]
 
 
-def test_a_source_that_goes_away_stops_the_conversion(tmp_path):
-    """Else all the rest would be left out as unreadable."""
+def test_a_source_that_disappears_stops_the_conversion(tmp_path):
+    """Otherwise all remaining images would be left out as unreadable."""
     source = folder_source(write_folder(tmp_path / "in", pictures()))
-    (tmp_path / "in" / "class_0" / "image_0.jpg").unlink()  # one image less is left out
+    (tmp_path / "in" / "class_0" / "image_0.jpg").unlink()  # a single missing image is left out
     shards = write_split(source, tmp_path / "out", "train")
     assert shards.manifest["rejected"] == 1 and "No such file" in rejected(shards)["class_0/image_0"]
     os.rename(tmp_path / "in", tmp_path / "elsewhere")
@@ -267,8 +209,8 @@ def test_a_source_that_goes_away_stops_the_conversion(tmp_path):
     assert FolderReader(tmp_path / "elsewhere")("class_1/image_1.jpg", 0)
 
 
-def test_a_jpeg_that_passes_is_one_that_decodes():
-    """What verifies decodes JPEGs in gray; damage of every kind must weigh the same as in color."""
+def test_verified_jpegs_decode():
+    """Verification decodes JPEGs in gray and must find the same damage as decoding in color."""
     random = np.random.default_rng(0)
     whole = [encode(smooth_field(1, n, 40 + n, 60), "JPEG", progressive=n % 2 == 1, quality=70 + n) for n in range(18)]
     whole += [encode(smooth_field(1, n, 40, 60).convert("CMYK"), "JPEG") for n in range(2)]
@@ -289,8 +231,8 @@ def test_a_jpeg_that_passes_is_one_that_decodes():
     assert 100 < passed < 300
 
 
-def test_smaller_images_are_averages_of_areas(tmp_path):
-    """512 x 1024 to a short side of 256 is the mean of 2 x 2 pixels; smaller images keep their bytes."""
+def test_shrunk_images_are_area_averages(tmp_path):
+    """Shrinking 512 x 1024 to a short side of 256 averages 2 x 2 pixels; smaller images keep their bytes."""
     big = smooth_field(0, 5, 512, 1024)
     files = {"a/big.jpg": encode(big, "PNG"), "a/exact.jpg": encode(smooth_field(0, 6, 256, 300), "JPEG")}
     files |= {"a/small.png": encode(smooth_field(0, 7, 100, 300), "PNG")}
@@ -317,7 +259,7 @@ def test_smaller_images_are_averages_of_areas(tmp_path):
     assert len(contents(worse)["a/big"][1]) < len(stored["a/big"]) / 3
 
 
-def test_headers_alone_let_a_truncated_image_pass(tmp_path):
+def test_without_verification_truncated_images_pass(tmp_path):
     picture = encode(smooth_field(0, 9, 80, 120), "JPEG")
     files = {"a/whole.jpg": picture, "a/cut.jpg": picture[:-200], "a/text.jpg": b"text", "a/film.gif": b"GIF89a"}
     source = folder_source(write_folder(tmp_path / "in", files))
@@ -328,4 +270,4 @@ def test_headers_alone_let_a_truncated_image_pass(tmp_path):
     assert {(row["height"], row["width"]) for row in without.index} == {(80, 120)}
     assert without.manifest["made_by"]["verify"] is False and "verify" not in with_verify.manifest["made_by"]
     smaller = write_split(source, tmp_path / "smaller", "train", verify=False, short_side=64)
-    assert rejected(smaller).keys() == {"a/cut", "a/text", "a/film"}  # what is made smaller has to be decoded
+    assert rejected(smaller).keys() == {"a/cut", "a/text", "a/film"}  # images that are shrunk are always decoded

@@ -1,4 +1,4 @@
-"""CIFAR and STL-10 as they are distributed, byte for byte, through the converter; damaged and malicious ones."""
+"""CIFAR and STL-10 as distributed, and damaged and malicious versions of them."""
 
 import io
 import os
@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from common import UserError
-from pipeline.convert.pixel_sets import cifar_sources, stl10_sources
+from pipeline.convert.cifar import cifar_sources
+from pipeline.convert.stl10 import stl10_sources
 from pipeline.convert.textures import textures_source
 from pipeline.convert.writer import write_split
 from pipeline.images import decode, png
@@ -30,8 +31,8 @@ from tests.pipeline.image_sets import (
 
 
 @pytest.mark.parametrize("name", ["textures", "cifar", "stl10"])
-def test_pngs_of_another_opencv_are_not_mixed_in(tmp_path, monkeypatch, name):
-    """It may encode the same pixels to other bytes: an interrupted conversion goes on under the same version only."""
+def test_images_encoded_by_another_opencv_are_not_mixed(tmp_path, monkeypatch, name):
+    """Another version may encode the same pixels differently, so a conversion resumes with the same version only."""
     sources = {
         "textures": lambda: {"train": textures_source("train")},
         "cifar": lambda: cifar_sources(write_folder(tmp_path / "in", cifar_files(10, each=3)[0])),
@@ -52,7 +53,7 @@ def test_pngs_of_another_opencv_are_not_mixed_in(tmp_path, monkeypatch, name):
 @pytest.mark.parametrize("form", ["tar.gz", "folder"])
 def test_cifar(tmp_path, kind, form):
     files, truth = cifar_files(kind, each=3)
-    assert pickle.loads(list(files.values())[2], encoding="bytes")[b"data"].shape == (3, 3072)  # as everyone reads it
+    assert pickle.loads(list(files.values())[2], encoding="bytes")[b"data"].shape == (3, 3072)  # as usually read
     sources = cifar_sources(in_form(tmp_path, files, form))
     assert list(sources) == ["train", "test"]
     for split, (pixels, labels) in truth.items():
@@ -76,7 +77,7 @@ class Malicious:
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 @pytest.mark.parametrize("call", ["os.system", "eval", "numpy.load", "getattr"])
-def test_a_pickle_that_would_run_code_is_refused(tmp_path, protocol, call):
+def test_pickles_that_would_run_code_are_refused(tmp_path, protocol, call):
     mark = tmp_path / "executed"
     thing = {
         "os.system": Malicious(os.system, f"touch {mark}"),
@@ -96,10 +97,10 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, protocol, call):
         assert not mark.exists() and not (tmp_path / "out").exists()
 
 
-def test_a_pickle_that_persists_elsewhere_is_refused(tmp_path):
+def test_pickles_with_external_references_are_refused(tmp_path):
     files, _ = cifar_files(10, each=1)
     files["cifar-10-batches-py/test_batch"] = b"\x80\x02X\x01\x00\x00\x00aQ."
-    with pytest.raises(UserError, match="refers to something outside"):
+    with pytest.raises(UserError, match="refers to data outside"):
         cifar_sources(write_folder(tmp_path / "in", files))
 
 
@@ -150,7 +151,7 @@ def test_damaged_stl10(tmp_path):
     pixels, labels = "stl10_binary/train_X.bin", "stl10_binary/train_y.bin"
     changes = {"cut": {pixels: files[pixels][:-1]}, "label 0": {labels: b"\0\1"}, "label 11": {labels: b"\1\13"}}
     for name, change in (changes | {"a label less": {labels: b"\1"}}).items():
-        with pytest.raises(UserError, match=r"The train images and labels in .* don't belong together"):
+        with pytest.raises(UserError, match=r"The train images and labels in .* do not match"):
             stl10_sources(write_folder(tmp_path / name, files | change))
     names = files["stl10_binary/class_names.txt"].replace(b"dog", b"cat")
     with pytest.raises(UserError, match="names a class twice"):
@@ -159,6 +160,6 @@ def test_damaged_stl10(tmp_path):
         stl10_sources(write_folder(tmp_path / "other", {"a.txt": b""}))
 
 
-def test_png_is_lossless_and_the_same_twice():
+def test_png_is_lossless_and_deterministic():
     pixels = np.random.default_rng(0).integers(0, 256, (7, 9, 3), np.uint8)
     assert png(pixels) == png(pixels) and np.array_equal(decode(png(pixels)), pixels)

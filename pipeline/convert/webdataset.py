@@ -1,0 +1,240 @@
+"""WebDataset tars written by other tools: plain or compressed, as files or as the output of a command."""
+
+import bz2
+import gzip
+import io
+import lzma
+import os
+import shutil
+import tarfile
+import tempfile
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, NamedTuple
+
+from ..common import UserError
+from ..shards.archives import NO_CLASS, class_number, clean_key, image_samples, members, open_tar, refuse_url
+from ..shards.dataset import open_shards
+from .base import Source, modified_ns, read_range
+
+PIPE = "pipe:"
+DECOMPRESSORS: dict[bytes, Callable[[BinaryIO], BinaryIO]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\0": lzma.open,
+}
+"""First bytes of a compressed file -> function that opens it for reading."""
+COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+
+
+def webdataset_source(path: str | Path, image_extension: str | None = None) -> Source:
+    """The image of each WebDataset sample and its class (`<key>.cls`), if it has one.
+
+    Numeric classes keep their numbers and, in one of our own shard sets, their names; other texts become class names.
+    Members of other kinds are dropped.
+
+    Samples are written in a seeded order, which requires random access by byte offset. Plain tars provide it;
+    compressed tars and the output of commands are first stored uncompressed in the folder for temporary files.
+
+    Args:
+        path: a tar; a folder of tars; a brace pattern such as "data/{000..146}.tar"; or "pipe:COMMAND" (braces are
+            expanded), which runs a shell command that writes a tar. Commands come from this argument only: files
+            found in a folder are always read as files, whatever their names are.
+        image_extension: see `image_samples`.
+
+    Raises:
+        UserError: there are no tars, a tar is damaged or holds links or paths that lead out of it, a command fails,
+            a sample has two images, or one tar holds a key twice.
+    """
+    files, folder, is_folder = _find_tars(str(path))
+    scratch = tempfile.TemporaryDirectory(prefix="webdataset-")
+    tars = {name: _plain_tar(file, Path(scratch.name, name)) for name, file in files.items()}
+    left_out: list[tuple[str, str]] = []
+    samples = [
+        sample for name, tar in tars.items() for sample in _samples(tar, name, files[name], image_extension, left_out)
+    ]
+    labels = {sample.label for sample in samples if sample.label is not None}
+    numbers = {label: class_number(label) for label in labels}
+    numbered = None not in numbers.values()
+    if numbered:
+        classes = _class_names(folder, None if is_folder else set(files), 1 + max(numbers.values(), default=-1))
+    else:
+        classes = sorted(labels)
+    names = {label: classes[number] if numbered else label for label, number in numbers.items()}
+    repeated = len({sample.key for sample in samples}) < len(samples)  # in tars whose keys all start at 000000
+    items, taken = [], set()
+    for sample in samples:
+        key = clean_key(f"{PurePosixPath(sample.tar).with_suffix('')}/{sample.key}") if repeated else sample.key
+        if key in taken:
+            raise UserError(f"{files[sample.tar]} holds the key {sample.key} twice; rename one of the samples.")
+        taken.add(key)
+        items.append((names.get(sample.label), key, (sample.tar, sample.offset, sample.size)))
+    return Source(
+        _name(str(path), folder),
+        items,
+        TarsReader(tars),
+        classes,
+        left_out,
+        scratch=scratch,
+        modified=modified_ns(file for file in files.values() if isinstance(file, Path)),
+    )
+
+
+class _Sample(NamedTuple):
+    tar: str
+    key: str
+    offset: int
+    size: int
+    label: str | None
+
+
+@dataclass(frozen=True)
+class TarsReader:
+    """Read members of several uncompressed tars by the name of the tar and the byte offset in it."""
+
+    tars: dict[str, Path]
+
+    def __call__(self, tar: str, offset: int, size: int) -> bytes:
+        return read_range(self.tars[tar], offset, size)
+
+
+def _find_tars(path: str) -> tuple[dict[str, Path | str], Path, bool]:
+    """Find the tars that a path, brace pattern or pipe stands for.
+
+    Returns:
+        Name -> file, or the command as "pipe:COMMAND"; the folder that holds the files; whether `path` is that folder.
+    """
+    if path.startswith(PIPE):
+        return {f"pipe-{n:06d}.tar": command for n, command in enumerate(_expand_braces(path))}, Path("."), False
+    refuse_url(Path(path), "index it in place by `python -m pipeline.shards index`, or copy it to a folder first")
+    if os.path.isdir(path):
+        folder = Path(path)
+        inside = sorted(folder.iterdir())
+        tars = [file for file in inside if file.name.endswith(".tar")]
+        tars = tars or [file for file in inside if file.name.endswith(COMPRESSED_SUFFIXES)]
+        if not tars:
+            raise UserError(f"There is no .tar in {path}; use the folder that holds the shards.")
+        return {file.name: file for file in tars}, folder, True
+    files = [Path(path)] if os.path.exists(path) else [Path(name) for name in _expand_braces(path)]
+    folder = Path(os.path.commonpath([file.parent for file in files]))
+    return {file.relative_to(folder).as_posix(): file for file in files}, folder, False
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    if "{" not in pattern:
+        return [pattern]
+    from webdataset.shardlists import expand_urls
+
+    try:
+        return list(dict.fromkeys(expand_urls(pattern)))
+    except ValueError as error:
+        raise UserError(
+            f"The braces in {pattern} are unbalanced; use a pattern such as data/{{000..146}}.tar."
+        ) from error
+
+
+def _plain_tar(source: Path | str, scratch: Path) -> Path:
+    """Return a plain tar as is; store any other one uncompressed in the file `scratch`."""
+    if isinstance(source, str):
+        _run_command(source, scratch)
+        return scratch
+    if not source.is_file():
+        return source  # `open_tar` says what is wrong
+    with open(source, "rb") as file:
+        if not any(map(file.peek().startswith, DECOMPRESSORS)):
+            return source
+        _store(file, scratch, source)
+    return scratch
+
+
+def _run_command(pipe: str, target: Path) -> None:
+    """Store the tar that a command writes, decompressed if necessary."""
+    from webdataset.gopen import gopen
+
+    try:
+        stream = gopen(pipe)
+    except ValueError as error:  # WDS_SECURE is set
+        raise UserError(f"webdataset refuses to run {pipe} ({error}); unset WDS_SECURE.") from error
+    stream.ignore_errors = True  # its exceptions show Python internals instead of the command
+    try:
+        _store(stream.stream, target, pipe)
+    finally:
+        stream.close()
+    if stream.status:
+        raise UserError(f"The command in {pipe} failed with exit code {stream.status}; run it in a shell to see why.")
+
+
+def _store(file: io.BufferedReader, target: Path, name: Path | str) -> None:
+    """Write a file to `target`, decompressed if it is compressed.
+
+    Raises:
+        UserError: the compressed data is damaged, or there is no space for the result.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    start = file.peek()
+    opener = next((opener for mark, opener in DECOMPRESSORS.items() if start.startswith(mark)), None)
+    try:
+        with open(target, "wb") as out:
+            shutil.copyfileobj(opener(file) if opener else file, out, 1 << 20)
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+        raise UserError(f"{name} is truncated or damaged ({error}); download or copy it again.") from error
+    except OSError as error:  # bz2 reports damage as an OSError without a number
+        if error.errno is None:
+            raise UserError(f"{name} is truncated or damaged ({error}); download or copy it again.") from error
+        raise UserError(
+            f"{name} can't be unpacked to {target.parent} ({error.strerror}); set TMPDIR to a folder with enough space."
+        ) from error
+
+
+def _samples(
+    tar_path: Path, name: str, shown: Path | str, extension: str | None, left_out: list[tuple[str, str]]
+) -> list[_Sample]:
+    """List the samples in one tar that have an image."""
+    refused: list[tuple[str, str]] = []
+    classes: dict[int, tuple[str, str]] = {}
+
+    def place(member: tarfile.TarInfo) -> tuple[int, int]:
+        return member.offset_data, member.size
+
+    with open_tar(tar_path) as tar:
+
+        def content(member: tarfile.TarInfo) -> bytes:
+            return tar.extractfile(member).read()
+
+        found = list(image_samples(members(tar, shown), shown, place, content, extension, refused, classes))
+    left_out += [(f"{name}:{member}", reason) for member, reason in refused]
+    labels = {number: text for number, (_, text) in classes.items() if text not in NO_CLASS}
+    return [_Sample(name, key, *address, labels.get(number)) for number, (key, _, address) in enumerate(found)]
+
+
+def _class_names(folder: Path, tars: set[str] | None, count: int) -> list[str]:
+    """Class names of our own shard set that the tars belong to, followed by numbers up to `count` classes.
+
+    Args:
+        folder: may hold the manifest of a shard set.
+        tars: file names; None for all tars of the folder.
+        count: number of classes.
+
+    Raises:
+        UserError: two classes have the same name.
+    """
+    try:
+        manifest = open_shards(str(folder)).manifest if (folder / "dataset.json").is_file() else {"classes": []}
+    except UserError:
+        manifest = {"classes": []}
+    listed = tars is None or tars <= {shard["file"] for shard in manifest.get("shards", [])}
+    names = manifest["classes"] if listed else []
+    if twice := [name for name, times in Counter(names).items() if times > 1]:
+        raise UserError(f"{folder}/dataset.json names two classes {twice[0]}; rename one of them.")
+    return names + [str(number) for number in range(len(names), count)]
+
+
+def _name(path: str, folder: Path) -> str:
+    """Name of the data set."""
+    if path.startswith(PIPE):
+        return "webdataset"
+    last = (Path(path) if os.path.exists(path) else folder).resolve().name
+    return next((last.removesuffix(end) for end in (".tar", *COMPRESSED_SUFFIXES) if last.endswith(end)), last)
