@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..augment.backend import Backend
 from ..augment.params import AugmentParams
 from ..images import DecodeError
 from ..shards.dataset import ShardSet
@@ -57,7 +58,7 @@ class Prefetcher:
     Args:
         reader: reads encoded images; closed together with the prefetcher, like the backend.
         draw: pure function of epoch and samples ((n,) int64) that returns their augmentation parameters.
-        backend: augmentation backend, called with n encoded images and their parameters.
+        backend: augmentation backend.
         bad_samples: chooses replacements and counts them.
         device: device of the batches.
         prefetch: number of batches to prepare ahead; 0 prepares each batch when it is needed.
@@ -67,7 +68,7 @@ class Prefetcher:
         self,
         reader: Reader,
         draw: Callable[[int, np.ndarray], AugmentParams],
-        backend: Callable[[list[bytes], AugmentParams], Tensor],
+        backend: Backend,
         bad_samples: BadSampleTracker,
         *,
         device: torch.device,
