@@ -1,6 +1,6 @@
-"""Hours of batches: memory and open files of whole loaders stay as they are, local and remote, whoever makes the views.
+"""Long runs of whole loaders, local and remote: memory and open files must not grow.
 
-The long runs take $STREAMCLR_SOAK_S seconds each, 120 unless it is set:
+The long runs take $STREAMCLR_SOAK_S seconds each, 120 by default:
 
     STREAMCLR_SOAK_S=3600 make soak
 """
@@ -30,7 +30,7 @@ from tests.pipeline.image_sets import write_folder
 from tests.pipeline.loaders import view_loader
 from tests.pipeline.web_server import cache_at, serving_elsewhere
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's account of this process")
+pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 CPU = torch.device("cpu")
 BACKENDS = ["opencv", "kornia", *(["dali"] if find_spec("nvidia") and find_spec("nvidia.dali") else [])]
 SECONDS = float(os.environ.get("STREAMCLR_SOAK_S", "120"))
@@ -39,7 +39,7 @@ SHARDS, EACH, BATCH = 48, 4, 8
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> ShardSet:
-    """192 images of many sizes in 48 shards, three blocks of the order."""
+    """192 images of many sizes in 48 shards, three blocks of the sampler."""
     root = tmp_path_factory.mktemp("shards")
     pictures = (reference.smooth_field(0, i, 40 + i % 37, 50 + i % 23) for i in range(SHARDS * EACH))
     files = {f"class_{i % 3}/{i}.jpg": reference.encode(picture, "JPEG") for i, picture in enumerate(pictures)}
@@ -47,19 +47,19 @@ def shards(tmp_path_factory) -> ShardSet:
 
 
 def loader(shards: ShardSet, backend: str, **options) -> ViewLoader:
-    recipe = AugmentConfig(size=64)  # a batch of views is 0.8 MB
-    return view_loader(shards, recipe, batch_size=BATCH, seed=0, device=CPU, backend=backend, workers=2, **options)
+    config = AugmentConfig(size=64)  # a batch of views has 0.8 MB
+    return view_loader(shards, config, batch_size=BATCH, seed=0, device=CPU, backend=backend, workers=2, **options)
 
 
 def remote_loader(shards: ShardSet, url: str, folder: Path) -> ViewLoader:
-    """Over the web, with a cache for five of eight shards: something is evicted and fetched again in every epoch."""
+    """Loader over HTTP whose cache holds five of eight shards, so that shards are evicted and fetched in every epoch."""
     size = sum(shard["bytes"] for shard in shards.manifest["shards"])
     cache = cache_at(folder, limit_bytes=size * 5 // 8)
     return loader(open_shards(url, cache), "opencv", cache=cache)
 
 
-class Account(NamedTuple):
-    """Of this process, at times that are equally far apart once it has settled."""
+class Usage(NamedTuple):
+    """Resource usage of this process at regular intervals."""
 
     batches: np.ndarray
     memory_mb: np.ndarray
@@ -67,20 +67,20 @@ class Account(NamedTuple):
 
     @property
     def grown_mb(self) -> float:
-        """From the first batch to the last by the Theil-Sen slope, which a few outliers do not move."""
+        """Growth of memory in MB over all batches by the Theil-Sen slope, which is robust to outliers."""
         i, j = np.triu_indices(len(self.batches), 1)
         slopes = (self.memory_mb[j] - self.memory_mb[i]) / (self.batches[j] - self.batches[i])
         return float(np.median(slopes) * (self.batches[-1] - self.batches[0]))
 
     @property
     def grown_files(self) -> int:
-        """From the first half to the second by the fewest in each: shards and locks are open for a moment."""
+        """Growth of the minimum from the first half to the second; shards and locks are open only briefly."""
         first, second = np.array_split(self.files, 2)
         return int(second.min() - first.min())
 
 
-def held() -> tuple[float, int]:
-    """Resident memory of this process in MB, and how many files it has open."""
+def current_usage() -> tuple[float, int]:
+    """Resident memory of this process in MB, and its number of open files."""
     gc.collect()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6, len(os.listdir("/proc/self/fd"))
@@ -91,78 +91,78 @@ def endless(loader: ViewLoader) -> Iterator[Batch]:
         yield from loader
 
 
-def follow(batches: Iterator[Batch], every: int, limit: int | None = None, seconds: float = np.inf) -> Account:
-    """Take so many batches, or for so long; the first third, in which caches fill and buffers grow, does not count."""
+def measure(batches: Iterator[Batch], every: int, limit: int | None = None, seconds: float = np.inf) -> Usage:
+    """Consume batches up to a number or a time; the first third, in which caches and buffers fill, is not counted."""
     gc.collect()
-    getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # or what grows would fill what other tests have left
-    gc.freeze()  # what the modules hold: it need not be looked at again and again
-    rows, begun = [], time.monotonic()
+    getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # memory left over by other tests would hide growth
+    gc.freeze()  # objects of modules need not be traversed again
+    rows, started = [], time.monotonic()
     for number in count(1):
         next(batches)
         if number % every == 0:
-            rows.append((time.monotonic() - begun, number, *held()))
-        if time.monotonic() - begun > seconds or number == limit:
+            rows.append((time.monotonic() - started, number, *current_usage()))
+        if time.monotonic() - started > seconds or number == limit:
             break
     gc.unfreeze()
     rows = np.array(rows)
     reached = rows[:, 0] / rows[-1, 0] if limit is None else rows[:, 1] / rows[-1, 1]
-    account = Account(*rows[reached > 1 / 3, 1:].T)
-    memory, files = (f"{values[0]:.1f} to {values[-1]:.1f}" for values in (account.memory_mb, account.files))
-    trends = f"trend {account.grown_mb:+.2f} MB, {account.grown_files:+d} files"
+    usage = Usage(*rows[reached > 1 / 3, 1:].T)
+    memory, files = (f"{values[0]:.1f} to {values[-1]:.1f}" for values in (usage.memory_mb, usage.files))
+    trends = f"trend {usage.grown_mb:+.2f} MB, {usage.grown_files:+d} files"
     print(f"{number} batches; after a third of them {memory} MB, {files} open files, {trends}")
-    return account
+    return usage
 
 
-def test_a_batch_in_twenty_that_is_kept_would_be_noticed(shards):
-    kept, whole = [], loader(shards, "opencv")
+def test_a_leak_of_one_batch_in_twenty_is_detected(shards):
+    leaked, whole = [], loader(shards, "opencv")
 
     def leaking() -> Iterator[Batch]:
         for number, batch in enumerate(endless(whole)):
-            kept.extend([batch.views.clone(), open(os.devnull)] if number % 20 == 0 else [])  # noqa: SIM115
+            leaked.extend([batch.views.clone(), open(os.devnull)] if number % 20 == 0 else [])  # noqa: SIM115
             yield batch
 
-    account = follow(leaking(), every=5, limit=300)
+    usage = measure(leaking(), every=5, limit=300)
     whole.close()
-    assert account.grown_mb > 5 and account.grown_files > 3
+    assert usage.grown_mb > 5 and usage.grown_files > 3
 
 
 def test_open_files_stay_constant(shards):
-    """Memory is for the soaks: in a process that has run hundreds of tests it moves by itself."""
+    """Memory is tested by the long runs; in a process that has run hundreds of tests it fluctuates."""
     whole = loader(shards, "opencv")
-    account = follow(endless(whole), every=5, limit=300)
+    usage = measure(endless(whole), every=5, limit=300)
     whole.close()
-    assert account.grown_files < 2
+    assert usage.grown_files < 2
 
 
-def test_also_with_a_cache_smaller_than_the_set(shards, tmp_path):
+def test_open_files_stay_constant_with_a_cache_smaller_than_the_set(shards, tmp_path):
     with serving_elsewhere(Path(shards.root)) as url:
         whole = remote_loader(shards, url, tmp_path)
-        account = follow(endless(whole), every=5, limit=300)
+        usage = measure(endless(whole), every=5, limit=300)
         whole.close()
-    assert account.grown_files < 2
+    assert usage.grown_files < 2
     kept = list((tmp_path / "cache" / "files").iterdir())
     assert 0 < len(kept) < SHARDS and sum(file.stat().st_size for file in kept) <= whole.reader.cache.limit_bytes
 
 
-def is_constant(account: Account) -> bool:
-    """To an hour's growth of 20 MB at most, which a thousandth of every batch would exceed."""
-    share_of_an_hour = (1 - 1 / 3) * SECONDS / 3600
-    return account.grown_mb < max(20 * share_of_an_hour, 1) and account.grown_files < 2
+def is_constant(usage: Usage) -> bool:
+    """At most 20 MB per hour, less than a leak of a thousandth of every batch."""
+    hours = (1 - 1 / 3) * SECONDS / 3600
+    return usage.grown_mb < max(20 * hours, 1) and usage.grown_files < 2
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_hours_of_batches(shards, backend):
+def test_long_run(shards, backend):
     whole = loader(shards, backend)
-    account = follow(endless(whole), every=50, seconds=SECONDS)
+    usage = measure(endless(whole), every=50, seconds=SECONDS)
     whole.close()
-    assert is_constant(account)
+    assert is_constant(usage)
 
 
 @pytest.mark.soak
-def test_hours_of_batches_over_the_web(shards, tmp_path):
+def test_long_run_over_http(shards, tmp_path):
     with serving_elsewhere(Path(shards.root)) as url:
         whole = remote_loader(shards, url, tmp_path)
-        account = follow(endless(whole), every=50, seconds=SECONDS)
+        usage = measure(endless(whole), every=50, seconds=SECONDS)
         whole.close()
-    assert is_constant(account)
+    assert is_constant(usage)

@@ -33,8 +33,8 @@ def whole(tmp_path_factory) -> ShardSet:
     return write_split(folder_source(write_folder(root / "in", pictures(each=10))), root / "out", "train", 0, 6)
 
 
-def damage(shards: ShardSet, folder, samples=(), lost_shards=(), noticed=False) -> ShardSet:
-    """Copy a set, overwrite `samples` by zeros, `noticed` by their checksums, and remove the tars of `lost_shards`."""
+def damage(shards: ShardSet, folder, samples=(), lost_shards=(), detected=False) -> ShardSet:
+    """Copy a set, overwrite `samples` by zeros, `detected` by their checksums, and remove the tars of `lost_shards`."""
     shutil.copytree(shards.root, folder)
     damaged = open_shards(str(folder))
     index = np.array(damaged.index)
@@ -44,7 +44,7 @@ def damage(shards: ShardSet, folder, samples=(), lost_shards=(), noticed=False) 
         with open(folder / shards.manifest["shards"][shard]["file"], "r+b") as tar:
             tar.seek(int(index["offset"][sample]))
             tar.write(zeros)
-        if not noticed:
+        if not detected:
             index["crc32"][sample] = zlib.crc32(zeros)
     for shard in lost_shards:
         (folder / shards.manifest["shards"][shard]["file"]).unlink()
@@ -65,12 +65,12 @@ def recorded(path) -> dict[str, str]:
     return {row["key"]: (row["shard"], row["reason"]) for row in rows}
 
 
-@pytest.mark.parametrize(("backend", "noticed"), [*((backend, False) for backend in BACKENDS), ("opencv", True)])
-def test_bad_images_are_replaced_and_recorded(whole, tmp_path, backend, noticed):
+@pytest.mark.parametrize(("backend", "detected"), [*((backend, False) for backend in BACKENDS), ("opencv", True)])
+def test_bad_images_are_replaced_and_recorded(whole, tmp_path, backend, detected):
     if backend == "dali":
         pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is available for Linux only")
     bad = [3, 17, 18]
-    damaged = damage(whole, tmp_path / "set", bad, noticed=noticed)
+    damaged = damage(whole, tmp_path / "set", bad, detected=detected)
     intact = epochs(whole, backend=backend)
     batches = epochs(damaged, backend=backend, bad_samples_file=tmp_path / "bad_samples.jsonl")
     replaced = 0
@@ -86,7 +86,7 @@ def test_bad_images_are_replaced_and_recorded(whole, tmp_path, backend, noticed)
     rows = recorded(tmp_path / "bad_samples.jsonl")
     assert rows.keys() == {whole.index["key"][sample].decode() for sample in bad}
     shard, reason = rows[whole.index["key"][3].decode()]
-    assert shard == "train-000000.tar" and ("not those of the index" if noticed else "can't be decoded") in reason
+    assert shard == "train-000000.tar" and ("the index" if detected else "can't be decoded") in reason
 
 
 def test_samples_of_a_missing_shard_are_replaced(whole, tmp_path):
@@ -101,7 +101,7 @@ def test_samples_of_a_missing_shard_are_replaced(whole, tmp_path):
 @pytest.mark.parametrize("part", [None, np.array([3, 8, 13, 21, 27])])
 def test_a_missing_or_damaged_shard_of_a_remote_set_is_replaced_like_a_local_one(whole, tmp_path, harm, part):
     """Unavailable samples are replaced and recorded, also if samples are read by byte ranges."""
-    damaged = damage(whole, tmp_path / "set", [13, 14], lost_shards=[2] if harm == "gone" else [], noticed=True)
+    damaged = damage(whole, tmp_path / "set", [13, 14], lost_shards=[2] if harm == "gone" else [], detected=True)
     options = {"samples": part, "batch_size": 4}
     local = epochs(damaged, **options)
     with serving(tmp_path / "set") as server:
@@ -114,14 +114,14 @@ def test_a_missing_or_damaged_shard_of_a_remote_set_is_replaced_like_a_local_one
     assert not set(torch.cat([batch.index for batch in batches]).tolist()) & bad
     rows = recorded(tmp_path / "bad_samples.jsonl")
     assert rows.keys() == {whole.index["key"][sample].decode() for sample in bad}
-    assert all(("404" if harm == "gone" else "not those of the index") in reason for _, reason in rows.values())
+    assert all(("404" if harm == "gone" else "the index") in reason for _, reason in rows.values())
 
 
 def test_an_unreachable_store_stops_the_run(whole, tmp_path):
     """An unreachable store is no reason to replace images."""
     with serving(Path(whole.root)) as server:
         remote = open_shards(server.url, cache_at(tmp_path))
-    with pytest.raises(UserError, match=r"can't be read after 6 attempts .*: see to the connection"):
+    with pytest.raises(UserError, match="can't be read after 6 attempts"):
         epochs(remote, cache=cache_at(tmp_path))
 
 

@@ -269,11 +269,11 @@ def test_invalid_sizes_and_backends_are_rejected(shards):
 
 
 def test_the_next_epoch_is_prefetched_while_the_last_batch_is_used(shards, monkeypatch):
-    order, requested = ShardSampler.batch, []
+    batch, requested = ShardSampler.batch, []
 
     def record(self, epoch, step, *ranks):
         requested.append((epoch, step))
-        return order(self, epoch, step, *ranks)
+        return batch(self, epoch, step, *ranks)
 
     monkeypatch.setattr(ShardSampler, "batch", record)
     whole = loader(shards, prefetch=2, epochs=2)
