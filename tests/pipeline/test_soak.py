@@ -52,7 +52,7 @@ def loader(shards: ShardSet, backend: str, **options) -> ViewLoader:
 
 
 def remote_loader(shards: ShardSet, url: str, folder: Path) -> ViewLoader:
-    """Loader over HTTP whose cache holds five of eight shards, so that shards are evicted and fetched in every epoch."""
+    """Loader over HTTP whose cache holds five of eight shards, so that shards are evicted in every epoch."""
     size = sum(shard["bytes"] for shard in shards.manifest["shards"])
     cache = cache_at(folder, limit_bytes=size * 5 // 8)
     return loader(open_shards(url, cache), "opencv", cache=cache)
