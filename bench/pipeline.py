@@ -52,7 +52,7 @@ console = Console()
 
 
 def photograph(number: int) -> bytes:
-    """Render a substitute for a photograph, 500 x 400 or 400 x 500, about 0.1 MB: noise of all scales and hard edges."""
+    """Render a substitute for a photograph, 500 x 400 or upright, about 0.1 MB: noise of all scales and hard edges."""
     random = np.random.default_rng(number)
     height, width = (400, 500) if number % 3 else (500, 400)
     image = np.full((height, width, 3), random.uniform(60, 190, 3), np.float32)
