@@ -1,7 +1,7 @@
 """Command line of the augmentation.
 
-    python -m pipeline.augment preview --data SHARDS --out grid.png   contact sheet of images and their views
-    python -m pipeline.augment preview --help                         every option
+python -m pipeline.augment preview --data SHARDS --out grid.png   contact sheet of images and their views
+python -m pipeline.augment preview --help                         every option
 """
 
 import sys

@@ -65,8 +65,8 @@ class BadSampleTracker:
         if not self._is_bad(sample, epoch):
             return sample
         drawn = uniforms(self.seed, epoch, np.array([sample]), REPLACEMENT_STREAM, CANDIDATES)[0]
-        for place in (drawn * len(self)).astype(np.int64).tolist():
-            candidate = place if self.population is None else int(self.population[place])
+        for i in (drawn * len(self)).astype(np.int64).tolist():
+            candidate = i if self.population is None else int(self.population[i])
             if not self._is_bad(candidate, epoch):
                 return candidate
         raise UserError(

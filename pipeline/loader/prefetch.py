@@ -4,7 +4,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import fields
 from typing import NamedTuple
 
 import numpy as np
@@ -117,36 +116,16 @@ class Prefetcher:
             while views is None:
                 failures = {i: data for i, data in enumerate(encoded) if isinstance(data, ReadFailure)}
                 if not failures:
-                    views, failures = self._decode(encoded, self.draw(planned.epoch, samples))
+                    try:
+                        views = self.backend(encoded, self.draw(planned.epoch, samples))
+                    except DecodeError as error:
+                        failures = {error.args[1]: ReadFailure("the image can't be decoded")}
                 if failures:
                     samples = self._replace(failures, planned, samples, encoded, stop)
             label = torch.from_numpy(self.reader.shards.index["label"][samples]).to(self.device, non_blocking=True)
             ready = self.stream.record_event() if self.stream else None
         replaced = int((samples != planned.samples).sum())
         return AugmentedBatch(Batch(views, label, torch.from_numpy(samples)), ready, replaced, planned.epoch)
-
-    def _decode(
-        self, encoded: list[bytes], params: AugmentParams
-    ) -> tuple[Tensor, dict] | tuple[None, dict[int, ReadFailure]]:
-        """Run the backend; returns the views, or None and the failures by position in the batch."""
-        try:
-            return self.backend(encoded, params), {}
-        except DecodeError as error:
-            positions = error.args[1:] or self._undecodable(encoded, params)
-            if not positions:
-                raise  # every image decodes by itself, so the images are not the cause
-            return None, dict.fromkeys(positions, ReadFailure("the image can't be decoded"))
-
-    def _undecodable(self, encoded: list[bytes], params: AugmentParams) -> list[int]:
-        """Find undecodable images by running the backend on each alone, if it cannot tell which one it refused."""
-        positions = []
-        for i in range(len(encoded)):
-            one = {field.name: getattr(params, field.name)[:, [i]] for field in fields(params)}
-            try:
-                self.backend([encoded[i]], AugmentParams(**one))
-            except DecodeError:
-                positions.append(i)
-        return positions
 
     def _replace(
         self,

@@ -85,7 +85,7 @@ class ShardSampler:
                 f"{node_groups} node groups; use a smaller --batch-size, fewer groups or more and smaller shards."
             )
         # two each, because a batch may extend from one block, or a lookahead from one epoch, into the next
-        self._blocks = lru_cache(maxsize=2)(self._deal_blocks)
+        self._blocks = lru_cache(maxsize=2)(self._assign_blocks)
         self._samples = lru_cache(maxsize=2)(self._permute_block)
 
     def plan(
@@ -124,8 +124,8 @@ class ShardSampler:
             block = int(np.searchsorted(starts, first, side="right")) - 1  # never an empty block
             parts.append(self._samples(epoch, group, block)[first - starts[block] : last - starts[block]])
             first += len(parts[-1])
-        places = np.concatenate(parts)
-        return places if self.samples is None else self.samples[places]
+        samples = np.concatenate(parts)
+        return samples if self.samples is None else self.samples[samples]
 
     def upcoming_shards(
         self, epoch: int, first: int, last: int, rank: int = 0, world_size: int = 1, epochs: int | None = None
@@ -157,27 +157,27 @@ class ShardSampler:
             raise UserError(
                 f"{world_size} processes are not divisible by {self.node_groups} node groups; use a multiple."
             )
-        group, place = divmod(rank, world_size // self.node_groups)
+        group, position = divmod(rank, world_size // self.node_groups)
         share, local = self.batch_size // self.node_groups, self.batch_size // world_size
-        return group, first * share + place * local, last * share + (place + 1) * local
+        return group, first * share + position * local, last * share + (position + 1) * local
 
-    def _deal_blocks(self, epoch: int, group: int) -> tuple[list[np.ndarray], np.ndarray]:
+    def _assign_blocks(self, epoch: int, group: int) -> tuple[list[np.ndarray], np.ndarray]:
         """Shards of each block of a group, and (blocks + 1,) the position of each block in the group's order."""
         sizes = np.diff(self.starts)
         draw = uniforms(self.seed, epoch, np.arange(len(sizes)), SHARD_STREAM, 2)
-        key, deal = draw[:, 0], draw[:, 1]
+        key, group_key = draw[:, 0], draw[:, 1]
         # tiers of G shards of nearly equal size; each group receives one shard per tier, so groups are equally long
         by_size = np.lexsort((key, -sizes))
         tier = np.empty_like(by_size)
         tier[by_size] = np.arange(len(sizes)) // self.node_groups
-        dealt = np.lexsort((deal, tier))
-        own = np.sort(dealt[group :: self.node_groups])
+        by_tier = np.lexsort((group_key, tier))
+        own = np.sort(by_tier[group :: self.node_groups])
         # strata of neighbors in the stored order; each block receives one shard per stratum. Strata are counted from
         # both ends, so that the incomplete one lies in the middle and biases no block toward an end.
         count = -(-len(own) // self.block_shards)
         half = len(own) // (2 * count) * count
-        inwards = np.concatenate([own[:half], own[half:][::-1]])
-        shards = inwards[np.lexsort((key[inwards], np.arange(len(own)) // count))]
+        inward = np.concatenate([own[:half], own[half:][::-1]])
+        shards = inward[np.lexsort((key[inward], np.arange(len(own)) // count))]
         blocks = [block[np.argsort(key[block], kind="stable")] for block in (shards[b::count] for b in range(count))]
         return blocks, np.cumsum([0, *(int(sizes[block].sum()) for block in blocks)])
 
