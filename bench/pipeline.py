@@ -1,15 +1,15 @@
-"""Images per second of the pipeline, two views of 224 each under the full recipe, beside its floor and its peers.
+"""Images per second of the pipeline, two views of 224 px under the full augmentation, next to decoding and to peers.
 
     python bench/pipeline.py                   bench/results/pipeline.csv and .png
-    python bench/pipeline.py --quick           few images and turns, no file written
-    python bench/pipeline.py --data SHARDS     a shard set of your own in place of the rendered photographs
+    python bench/pipeline.py --quick           few images and rounds, no file written
+    python bench/pipeline.py --data SHARDS     a shard set of your own instead of the rendered photographs
     make bench                                 installs the peers first
 
-The floor is decoding every image once, by libjpeg-turbo in as many threads: no pipeline that decodes can be faster.
-Everything takes turns and a ratio is the median over the turns, so a slow moment of the machine hits both its sides.
-Two kinds of shards: images as they are, and the same resized to a short side of 256. Backends and peers get encoded
-images from memory, with the same number of threads or worker processes; `loader` is the whole path from the shards.
-The stages of each backend are timed apart, each on what the one before it has made, see `bench/stages.py`.
+The upper bound is decoding every image once with libjpeg-turbo in as many threads: no pipeline that decodes is faster.
+All candidates take turns, and a ratio is the median over the rounds, so a slow moment of the machine affects both
+sides. There are two kinds of shards: the original images, and the same images resized to a short side of 256. Backends
+and peers receive encoded images from memory and use the same number of threads or worker processes; `loader` is the
+whole path from the shards. The stages of each backend are timed separately, see `bench/stages.py`.
 """
 
 import argparse
@@ -36,12 +36,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.harness import environment, interleave, percentiles_ms, write_rows
 from bench.plot import plot_pipeline
-from bench.stages import Candidate, Prepared, dali_stages, host_stages, kornia_stages
+from bench.stages import Candidate, Prepared, dali_stages, kornia_stages, opencv_stages
 from common import UserError
 from pipeline.augment.backend import create_backend
 from pipeline.augment.config import AugmentConfig
 from pipeline.images import decode
-from pipeline.loader.loader import ViewLoader
+from pipeline.loader import LoaderConfig, ViewLoader
 from pipeline.shards.dataset import ShardSet, open_shards
 from pipeline.shards.reader import Reader
 
@@ -52,13 +52,13 @@ console = Console()
 
 
 def photograph(number: int) -> bytes:
-    """A rendered stand-in for a photograph: noise of all scales and hard edges, 500 x 400 or upright, about 0.1 MB."""
+    """Render a substitute for a photograph, 500 x 400 or upright, about 0.1 MB: noise of all scales and hard edges."""
     random = np.random.default_rng(number)
     height, width = (400, 500) if number % 3 else (500, 400)
     image = np.full((height, width, 3), random.uniform(60, 190, 3), np.float32)
     for octave in range(8):
         cells = random.normal(0, 42 / 1.5**octave, (2 ** (octave + 1) + 1, 2 ** (octave + 1) + 1, 3))
-        cells = 0.35 * cells + 0.65 * cells.mean(-1, keepdims=True)  # most of a photograph's detail is in its gray
+        cells = 0.35 * cells + 0.65 * cells.mean(-1, keepdims=True)  # most detail of a photograph is in its gray
         image += cv2.resize(cells.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
     for _ in range(12):
         center = (random.uniform(0, 1, 2) * (width, height)).astype(int).tolist()
@@ -69,11 +69,12 @@ def photograph(number: int) -> bytes:
 
 
 def encode(pixels: np.ndarray) -> bytes:
-    """(H, W, 3) uint8 BGR -> JPEG of quality 95."""
+    """Encode (H, W, 3) uint8 BGR as JPEG of quality 95."""
     return cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
 
 
 def with_short_side(encoded: bytes, side: int) -> bytes:
+    """Resize a JPEG such that its short side has `side` pixels."""
     pixels = decode(encoded)[..., ::-1]
     scale = side / min(pixels.shape[:2])
     size = [round(length * scale) for length in pixels.shape[1::-1]]
@@ -81,7 +82,7 @@ def with_short_side(encoded: bytes, side: int) -> bytes:
 
 
 def make_shards(images: list[bytes], folder: Path) -> ShardSet:
-    """A shard set of JPEGs, by the converter's own command."""
+    """Convert JPEGs to a shard set by the command of the converter."""
     (folder / "images").mkdir(parents=True)
     for number, image in enumerate(images):
         (folder / "images" / f"{number:06d}.jpg").write_bytes(image)
@@ -90,36 +91,35 @@ def make_shards(images: list[bytes], folder: Path) -> ShardSet:
     return open_shards(str(folder / "train"))
 
 
-def backends(data: Prepared, recipe: AugmentConfig) -> Iterator[Candidate]:
-    """Every backend as a whole, under both jitters."""
+def backends(data: Prepared, config: AugmentConfig) -> Iterator[Candidate]:
+    """Whole backends, with both kinds of jitter."""
     for name, count in counts(data).items():
         for jitter in ("exact", "affine"):
-            backend = create_backend(name, replace(recipe, jitter=jitter), CPU, BATCH, 2, data.threads)
+            backend = create_backend(name, replace(config, jitter=jitter), CPU, BATCH, 2, data.threads)
             batches = list(data.batches(count, BATCH))
             yield Candidate(name, "all", jitter, count, lambda b=backend, p=batches: [b(*batch) for batch in p])
 
 
 def counts(data: Prepared) -> dict[str, int]:
-    """How many images each backend that is installed gets for one call to time, by its speed."""
+    """Number of images per call of each installed backend, depending on its speed."""
     found = {"opencv": len(data.samples), "kornia": BATCH // 2}
     if find_spec("nvidia") and find_spec("nvidia.dali"):
         found["dali"] = min(2 * BATCH, len(data.samples))
     return found
 
 
-def loaders(data: Prepared, recipe: AugmentConfig) -> Iterator[Candidate]:
-    """The whole path, from the files to batches, on the OpenCV backend: one epoch, the start of its threads included."""
+def loaders(data: Prepared, config: AugmentConfig) -> Iterator[Candidate]:
+    """Whole path from files to batches with the OpenCV backend: one epoch, including the start of its threads."""
 
     def epoch(jitter: str) -> None:
         loader = ViewLoader(
             data.shards,
-            replace(recipe, jitter=jitter),
+            replace(config, jitter=jitter),
+            LoaderConfig(backend="opencv", workers=data.threads),
             batch_size=BATCH,
             seed=0,
             device=CPU,
-            backend="opencv",
-            workers=data.threads,
-            epochs=1,  # or the next one would be prepared while others are timed
+            epochs=1,  # otherwise the next epoch would be prepared while others are timed
         )
         for _ in loader:
             pass
@@ -130,7 +130,7 @@ def loaders(data: Prepared, recipe: AugmentConfig) -> Iterator[Candidate]:
 
 
 class Photographs(Dataset):
-    """Encoded images as a torchvision user has them: decoded by PIL, both views by the same random transform."""
+    """Data set of a typical torchvision user: PIL decodes, and a random transform produces the views."""
 
     def __init__(self, encoded: list[bytes], transform: Callable, both: bool):
         self.encoded, self.transform, self.both = encoded, transform, both
@@ -143,57 +143,57 @@ class Photographs(Dataset):
         return self.transform(image) if self.both else [self.transform(image), self.transform(image)]
 
 
-def torchvision_views(recipe: AugmentConfig) -> Callable:
-    """One view by torchvision's transforms."""
-    s, bicubic = recipe.jitter_strength, transforms.InterpolationMode.BICUBIC
+def torchvision_views(config: AugmentConfig) -> Callable:
+    """Build torchvision's transform of one view."""
+    s, bicubic = config.jitter_strength, transforms.InterpolationMode.BICUBIC
     jitter = transforms.ColorJitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)
-    blur = transforms.GaussianBlur(recipe.blur_window, recipe.blur_sigma)
+    blur = transforms.GaussianBlur(config.blur_window, config.blur_sigma)
     return transforms.Compose(
         [
-            transforms.RandomResizedCrop(recipe.size, recipe.crop_area, recipe.crop_aspect, interpolation=bicubic),
-            transforms.RandomHorizontalFlip(recipe.flip_p),
-            transforms.RandomApply([jitter], recipe.jitter_p),
-            transforms.RandomGrayscale(recipe.gray_p),
-            transforms.RandomApply([blur], recipe.blur_p),
+            transforms.RandomResizedCrop(config.size, config.crop_area, config.crop_aspect, interpolation=bicubic),
+            transforms.RandomHorizontalFlip(config.flip_p),
+            transforms.RandomApply([jitter], config.jitter_p),
+            transforms.RandomGrayscale(config.gray_p),
+            transforms.RandomApply([blur], config.blur_p),
             transforms.ToTensor(),
-            transforms.Normalize(recipe.mean, recipe.std),
+            transforms.Normalize(config.mean, config.std),
         ]
     )
 
 
-def peers(data: Prepared, recipe: AugmentConfig) -> Iterator[Candidate]:
-    """Other libraries' SimCLR views in a DataLoader with as many workers as we have threads."""
-    found = {"torchvision": (torchvision_views(recipe), False)}
+def peers(data: Prepared, config: AugmentConfig) -> Iterator[Candidate]:
+    """SimCLR views of other libraries, in a DataLoader with as many workers as the backends have threads."""
+    found = {"torchvision": (torchvision_views(config), False)}
     if find_spec("lightly"):
         from lightly.transforms import SimCLRTransform
 
-        found["lightly"] = (SimCLRTransform(input_size=recipe.size), True)
+        found["lightly"] = (SimCLRTransform(input_size=config.size), True)
     count = min(2 * BATCH, len(data.samples))
     for name, (transform, both) in found.items():
         loader = DataLoader(
             Photographs(data.encoded[:count], transform, both),
-            BATCH // 2,  # so that every worker has as much to do
+            BATCH // 2,  # equal work for every worker
             num_workers=data.threads,
             persistent_workers=True,
-            multiprocessing_context="spawn",  # a fork of a process with threads may hang
+            multiprocessing_context="spawn",  # forking a process with threads may deadlock
         )
         yield Candidate(name, "all", "exact", count, lambda it=loader: sum(1 for _ in it))
 
 
-def measure(shards: ShardSet, kind: str, recipe: AugmentConfig, threads: int, seconds: float) -> list[dict]:
-    """One row per candidate, all timed in turns."""
-    data = Prepared(shards, recipe, threads, BATCH)
+def measure(shards: ShardSet, kind: str, config: AugmentConfig, threads: int, seconds: float) -> list[dict]:
+    """Time all candidates in turns; returns one row per candidate."""
+    data = Prepared(shards, config, threads, BATCH)
     candidates = [
-        *host_stages(data, recipe),
+        *opencv_stages(data, config),
         *(
             stage
             for name, count in counts(data).items()
             if name != "opencv"
-            for stage in STAGES[name](data, recipe, count)
+            for stage in STAGES[name](data, config, count)
         ),
-        *backends(data, recipe),
-        *loaders(data, recipe),
-        *(others := list(peers(data, recipe))),
+        *backends(data, config),
+        *loaders(data, config),
+        *(others := list(peers(data, config))),
     ]
     times = interleave({i: candidate.call for i, candidate in enumerate(candidates)}, seconds, CPU)
     per_image = [[t / c.images for t in times[i]] for i, c in enumerate(candidates)]
@@ -212,7 +212,7 @@ def measure(shards: ShardSet, kind: str, recipe: AugmentConfig, threads: int, se
 
 
 def _ratio(reference: list[float], own: list[float]) -> float:
-    """How many times the reference's speed: the median over the turns."""
+    """Speed as a multiple of the reference, the median over the rounds."""
     return round(statistics.median(r / o for r, o in zip(reference, own, strict=True)), 3)
 
 
@@ -226,18 +226,20 @@ def show(rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few images and turns, no file written")
-    parser.add_argument("--seconds", type=float, default=120, help="about how long each kind of shards is timed")
-    parser.add_argument("--threads", type=int, default=2, help="or worker processes, for everyone (default: 2)")
-    parser.add_argument("--data", help="a shard set instead of rendered photographs: folder or URL")
+    parser.add_argument("--quick", action="store_true", help="few images and rounds, no file written")
+    parser.add_argument("--seconds", type=float, default=120, help="approximate time per kind of shards (default: 120)")
+    parser.add_argument(
+        "--threads", type=int, default=2, help="threads or worker processes of every candidate (default: 2)"
+    )
+    parser.add_argument("--data", help="folder or URL of a shard set, instead of rendered photographs")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)  # Kornia's
     count, seconds = (BATCH, 0) if arguments.quick else (4 * BATCH, arguments.seconds)
     try:
         with tempfile.TemporaryDirectory() as folder:
             if arguments.data:
-                given = open_shards(arguments.data)
-                images = Reader(given)(np.arange(min(count, len(given))))
+                shards = open_shards(arguments.data)
+                images = Reader(shards)(np.arange(min(count, len(shards))))
             else:
                 images = [photograph(number) for number in range(count)]
             rows = []
@@ -254,7 +256,7 @@ def main() -> None:
         console.print(f"written: {write_rows('pipeline', rows)} and {plot_pipeline()}")
     console.print(
         "Not measured: any GPU; reading from a disk or object store (these reads come from the page cache); FFCV (it "
-        "has no hue jitter, grayscale or blur, so it can't make these views)."
+        "has no hue jitter, grayscale or blur, so it does not support these views)."
         + ("" if find_spec("lightly") else " lightly is not installed.")
         + ("" if {"dali"} & {row["implementation"] for row in rows} else " DALI is not installed.")
     )

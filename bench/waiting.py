@@ -1,7 +1,7 @@
-"""How long a training loop waits for data when its step is slower than the pipeline alone: `python -m bench.waiting`.
+"""Time a training loop waits for data if its step is slower than the pipeline alone: `python -m bench.waiting`.
 
-The loader makes batches of the built-in textures on the host while a stand-in for the step, as an accelerator is to the
-host, takes so many times what a batch takes by itself. Writes bench/results/waiting.csv.
+The loader prepares batches of the built-in textures on the host, while sleeping stands in for a step on an accelerator
+and takes a multiple of the time of a batch. Writes bench/results/waiting.csv.
 """
 
 import statistics
@@ -18,12 +18,12 @@ from bench.harness import environment, write_rows
 from engine.metrics import StepTimer
 from pipeline.augment.config import AugmentConfig
 from pipeline.convert.textures import ensure_textures
-from pipeline.loader.loader import ViewLoader
+from pipeline.loader import LoaderConfig, ViewLoader
 from pipeline.shards.dataset import open_shards
 
 BATCH, WARM, STEPS, SIZE = 64, 4, 120, 96
 STEP_TIMES = (0.8, 1.0, 1.2, 1.5)
-"""Times what a batch takes alone."""
+"""Step times, as multiples of the time that a batch takes alone."""
 CPU = torch.device("cpu")
 
 
@@ -34,10 +34,10 @@ def main() -> None:
         loader = ViewLoader(
             open_shards(f"{folder}/train"),
             AugmentConfig(size=SIZE),
+            LoaderConfig(workers=torch.get_num_threads()),
             batch_size=BATCH,
             seed=0,
             device=CPU,
-            workers=torch.get_num_threads(),
         )
 
         def batches():
@@ -47,18 +47,18 @@ def main() -> None:
         stream = batches()
         for times in STEP_TIMES:
             alone_s = batch_seconds(stream)
-            clock = StepTimer()
-            for _ in clock.watch(islice(stream, WARM)):
+            timer = StepTimer()
+            for _ in timer.watch(islice(stream, WARM)):
                 time.sleep(times * alone_s)
-            clock.pause()
-            for _ in clock.watch(islice(stream, STEPS)):
+            timer.pause()
+            for _ in timer.watch(islice(stream, STEPS)):
                 time.sleep(times * alone_s)
-            figures = clock.window(BATCH)
+            metrics = timer.window(BATCH)
             rows.append(
                 environment(CPU)
                 | {"batch": BATCH, "size": SIZE, "steps": STEPS, "alone_ms": round(1000 * alone_s, 3)}
-                | {"step_over_alone": times, "data_wait_ms": round(figures["data_wait_ms"], 3)}
-                | {"waiting": round(figures["data_wait_ms"] / figures["step_ms"], 4)}
+                | {"step_over_alone": times, "data_wait_ms": round(metrics["data_wait_ms"], 3)}
+                | {"waiting": round(metrics["data_wait_ms"] / metrics["step_ms"], 4)}
             )
         loader.close()
     table = Table("step / batch alone", "batch alone, ms", "waiting for data")
@@ -69,12 +69,12 @@ def main() -> None:
 
 
 def batch_seconds(stream) -> float:
-    """What a batch takes when nothing else is waited for."""
+    """Mean time of a batch if the consumer does nothing else."""
     seconds = []
     for _ in range(STEPS // 2):
-        begun = time.perf_counter()
+        started = time.perf_counter()
         next(stream)
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.perf_counter() - started)
     return statistics.mean(seconds[WARM:])
 
 

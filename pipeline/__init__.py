@@ -1,1 +1,1 @@
-"""From encoded images in shards to augmented views on the device."""
+"""Data pipeline: from images encoded in WebDataset shards to augmented views on the device."""

@@ -1,4 +1,4 @@
-"""SimCLR augmentation: parameters and the backends that render them."""
+"""SimCLR augmentation: options, random parameters, and the backends that apply them to images."""
 
 from .config import AugmentConfig
 from .params import AugmentParams, center_crop, draw_params

@@ -1,14 +1,20 @@
-"""A contact sheet of originals and their views: `python -m pipeline.augment preview --data SHARDS --out grid.png`."""
+"""Command line of the augmentation.
 
-import argparse
+python -m pipeline.augment preview --data SHARDS --out grid.png   contact sheet of images and their views
+python -m pipeline.augment preview --help                         every option
+"""
+
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import cv2
 import numpy as np
 import torch
+import tyro
 
-from ..common import UserError
+from ..common import UserError, check_range
 from ..images import DecodeError, decode
 from ..shards.dataset import ShardSet, open_splits
 from ..shards.reader import Reader
@@ -16,50 +22,80 @@ from .backend import create_backend
 from .config import AugmentConfig
 from .params import HUE, AugmentParams, draw_params
 
-GAP, LINE = 8, 14  # pixels between tiles, and of a line of text
+GAP, LINE = 8, 14
+"""Distance between tiles and height of a line of text, in pixels."""
 TILE = 208
-"""Side of a tile at least, so that the text below it has room; smaller views are shown enlarged."""
+"""Smallest side of a tile in pixels, so that the text below it fits; smaller views are enlarged."""
 LARGEST = 4096
+"""Largest side of a view in pixels."""
 INITIALS = "BCSH"
 
 
-def describe(parameters: AugmentParams, v: int, i: int) -> list[str]:
-    """The parameters of view v of image i in three short lines."""
-    top, left, height, width = parameters.crop[v, i].tolist()
-    flip = " flipped" if parameters.flip[v, i] else ""
-    if parameters.jittered[v, i]:
-        factors = [getattr(parameters, name)[v, i] for name in ("brightness", "contrast", "saturation", "hue")]
-        jitter = " ".join(
-            f"{INITIALS[operation]}{factors[operation]:{'+.3f' if operation == HUE else '.2f'}}"
-            for operation in parameters.order[v, i].tolist()
+@dataclass(frozen=True)
+class PreviewConfig:
+    """Draw a contact sheet: a row per image, with the original and two views by each backend."""
+
+    data: str
+    """Folder or URL of shards, with train/ below it or itself one shard set."""
+    out: Path
+    """Image file to write, .png or .jpg."""
+    backend: tuple[Literal["opencv", "kornia", "dali"], ...] = ("opencv",)
+    """Augmentation backends to compare."""
+    samples: int = 6
+    """Number of images, from the beginning of the shards."""
+    seed: int = 0
+    """Seed of the views."""
+    views: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def __post_init__(self) -> None:
+        check_range("--samples", self.samples, 1, 10**6)
+        check_range("--views.size", self.views.size, 8, LARGEST)
+
+
+def main() -> None:
+    try:
+        config = tyro.extras.subcommand_cli_from_dict(
+            {"preview": PreviewConfig}, prog="python -m pipeline.augment", description="Tools for the augmentation."
         )
-    else:
-        jitter = "no jitter"
-    sigma = float(parameters.sigma[v, i])
-    effects = (["gray"] if parameters.gray[v, i] else []) + ([f"blur {sigma:.2f} px"] if sigma else [])
-    return [f"{width}x{height} at {left},{top}{flip}", jitter, ", ".join(effects) or "no gray, no blur"]
+        shards, _ = open_splits(config.data)
+        sheet = contact_sheet(shards, config.views, config.backend, config.samples, config.seed)
+        save_image(sheet, config.out)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except MemoryError:
+        sys.exit("The image does not fit into memory; use fewer --samples or a smaller --views.size.")
+    except (UserError, OSError) as error:  # an OSError names its file
+        sys.exit(str(error))
+    print(f"{config.out}: {sheet.shape[1]}x{sheet.shape[0]} pixels.")
 
 
-def contact_sheet(shards: ShardSet, recipe: AugmentConfig, backends: list[str], samples: int, seed: int) -> np.ndarray:
-    """(height, width, 3) uint8 RGB: a row per image, its original and two views by every backend, parameters below.
+def contact_sheet(
+    shards: ShardSet, config: AugmentConfig, backends: tuple[str, ...], samples: int, seed: int
+) -> np.ndarray:
+    """Draw original and views of the first images, with the augmentation parameters below each view.
 
-    The jitter's letters are brightness, contrast, saturation and hue in the order of their turn.
+    Letters denote brightness, contrast, saturation and hue, in the order of application.
+
+    Args:
+        samples: number of rows; fewer if the shard set has fewer images.
+        seed: seed of the views.
+
+    Returns:
+        (height, width, 3) uint8 RGB.
 
     Raises:
-        UserError: there is no such backend, or an image can't be read or decoded.
+        UserError: unknown backend, or an image can't be read or decoded.
     """
     chosen = np.arange(min(samples, len(shards)))
     encoded, rows = Reader(shards)(chosen), shards.index[chosen]
-    drawn = draw_params(recipe, seed, 0, chosen, rows["height"], rows["width"])
-    views = {name: _views(name, shards, recipe, encoded, drawn) for name in backends}
-    side = max(TILE, recipe.size)
-    sheet = np.full(
-        (GAP + LINE + len(chosen) * (side + 3 * LINE + 2 * GAP), GAP + (1 + 2 * len(backends)) * (side + GAP), 3),
-        255,
-        np.uint8,
-    )
-    titles = ["original", *(f"{name}, view {v + 1}" for name in backends for v in range(2))]
-    for column, title in enumerate(titles):
+    params = draw_params(config, seed, 0, chosen, rows["height"], rows["width"])
+    views = {name: _views(name, shards, config, encoded, params) for name in backends}
+    columns = [(name, v) for name in backends for v in range(2)]
+
+    side = max(TILE, config.size)
+    height = GAP + LINE + len(chosen) * (side + 3 * LINE + 2 * GAP)
+    sheet = np.full((height, GAP + (1 + len(columns)) * (side + GAP), 3), 255, np.uint8)
+    for column, title in enumerate(["original", *(f"{name}, view {v + 1}" for name, v in columns)]):
         _write(sheet, title, GAP + column * (side + GAP), LINE)
     for i in range(len(chosen)):
         top = GAP + LINE + i * (side + 3 * LINE + 2 * GAP)
@@ -68,10 +104,9 @@ def contact_sheet(shards: ShardSet, recipe: AugmentConfig, backends: list[str], 
         size = [max(round(length * scale), 1) for length in image.shape[1::-1]]
         tiles = [cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST)]
         texts = [[rows["key"][i].decode(), f"{image.shape[1]}x{image.shape[0]}, sample {chosen[i]}"]]
-        for name in backends:
-            for v in range(2):
-                tiles.append(cv2.resize(views[name][v, i], (side, side), interpolation=cv2.INTER_NEAREST))
-                texts.append(describe(drawn, v, i))
+        for name, v in columns:
+            tiles.append(cv2.resize(views[name][v, i], (side, side), interpolation=cv2.INTER_NEAREST))
+            texts.append(describe(params, v, i))
         for column, (tile, lines) in enumerate(zip(tiles, texts, strict=True)):
             left = GAP + column * (side + GAP)
             sheet[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
@@ -80,67 +115,58 @@ def contact_sheet(shards: ShardSet, recipe: AugmentConfig, backends: list[str], 
     return sheet
 
 
-def _views(
-    name: str, shards: ShardSet, recipe: AugmentConfig, encoded: list[bytes], parameters: AugmentParams
-) -> np.ndarray:
-    """(2, n, S, S, 3) uint8 by one backend, no longer normalized."""
-    backend = create_backend(name, recipe, torch.device("cpu"), len(encoded), 2, 1)
+def describe(params: AugmentParams, v: int, i: int) -> list[str]:
+    """Describe the parameters of view v of image i in three short lines."""
+    top, left, height, width = params.crop[v, i].tolist()
+    flip = " flipped" if params.flip[v, i] else ""
+    jitter = "no jitter"
+    if params.jittered[v, i]:
+        factors = [getattr(params, name)[v, i] for name in ("brightness", "contrast", "saturation", "hue")]
+        jitter = " ".join(
+            f"{INITIALS[operation]}{factors[operation]:{'+.3f' if operation == HUE else '.2f'}}"
+            for operation in params.order[v, i].tolist()
+        )
+    sigma = float(params.sigma[v, i])
+    effects = (["gray"] if params.gray[v, i] else []) + ([f"blur {sigma:.2f} px"] if sigma else [])
+    return [f"{width}x{height} at {left},{top}{flip}", jitter, ", ".join(effects) or "no gray, no blur"]
+
+
+def save_image(sheet: np.ndarray, path: Path) -> None:
+    """Write (height, width, 3) uint8 RGB in the format of the file's extension.
+
+    Raises:
+        UserError: unknown extension, too large an image for the format, or the file can't be written.
+    """
     try:
-        views = backend(encoded, parameters)
+        encodes, encoded = cv2.imencode(path.suffix or ".", sheet[..., ::-1])
+    except cv2.error as error:
+        raise UserError(f"{path} does not name an image; use a name that ends in .png or .jpg.") from error
+    if not encodes:
+        size = f"{sheet.shape[1]} x {sheet.shape[0]} pixels"
+        raise UserError(f"An image of {size} is too large for {path.suffix}; use .png or fewer --samples.")
+    try:
+        path.write_bytes(encoded.tobytes())
+    except OSError as error:
+        raise UserError(f"{path} can't be written ({error.strerror}); use another folder.") from error
+
+
+def _views(
+    name: str, shards: ShardSet, config: AugmentConfig, encoded: list[bytes], params: AugmentParams
+) -> np.ndarray:
+    """Views by one backend, denormalized: (2, n, S, S, 3) uint8."""
+    backend = create_backend(name, config, torch.device("cpu"), len(encoded), views=2, workers=1)
+    try:
+        views = backend(encoded, params)
     except DecodeError as error:
-        raise UserError(f"An image of {shards.root} can't be decoded: copy the shards again.") from error
+        raise UserError(f"An image of {shards.root} can't be decoded; copy the shards again.") from error
     finally:
         backend.close()
-    levels = views.unflatten(0, (2, -1)).permute(0, 1, 3, 4, 2).numpy() * recipe.std + recipe.mean
+    levels = views.unflatten(0, (2, -1)).permute(0, 1, 3, 4, 2).numpy() * config.std + config.mean
     return np.clip(np.rint(levels * 255), 0, 255).astype(np.uint8)
 
 
 def _write(sheet: np.ndarray, text: str, left: int, bottom: int) -> None:
     cv2.putText(sheet, text[:40], (left, bottom - 3), cv2.FONT_HERSHEY_SIMPLEX, 0.36, (0, 0, 0), 1, cv2.LINE_AA)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.augment", description=__doc__)
-    preview = parser.add_subparsers(dest="command", required=True).add_parser("preview", help="draw a contact sheet")
-    preview.add_argument("--data", required=True, help="shards: a folder or URL with train/, or one shard set")
-    preview.add_argument("--out", required=True, type=Path, help="the picture to write, .png or .jpg")
-    preview.add_argument("--backend", nargs="+", default=["opencv"], help="one or more of host, kornia, dali")
-    preview.add_argument("--samples", type=int, default=6, help="images, from the first on (default: 6)")
-    preview.add_argument("--seed", type=int, default=0, help="of the views (default: 0)")
-    preview.add_argument("--size", type=int, default=224, help="side of a view in pixels (default: 224)")
-    preview.add_argument("--jitter", default="exact", help="exact or affine (default: exact)")
-    arguments = parser.parse_args()
-    try:
-        for option, value, least in (("samples", arguments.samples, 1), ("size", arguments.size, 8)):
-            if value < least:
-                raise UserError(f"--{option} is {value}: give at least {least}.")
-        if arguments.size > LARGEST:
-            raise UserError(f"--size is {arguments.size}: give at most {LARGEST}.")
-        recipe = AugmentConfig(size=arguments.size, jitter=arguments.jitter)
-        shards, _ = open_splits(arguments.data)
-        sheet = contact_sheet(shards, recipe, arguments.backend, arguments.samples, arguments.seed)
-        _save(sheet, arguments.out)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except MemoryError:
-        sys.exit("The picture does not fit into the memory: give fewer --samples or a smaller --size.")
-    except (UserError, OSError) as error:  # an OSError names its file
-        sys.exit(str(error))
-    print(f"{arguments.out}: {sheet.shape[1]}x{sheet.shape[0]} pixels.")
-
-
-def _save(sheet: np.ndarray, path: Path) -> None:
-    try:
-        encodes, encoded = cv2.imencode(path.suffix or ".", sheet[..., ::-1])
-    except cv2.error as error:
-        raise UserError(f"{path} does not name a picture: use a name that ends in .png or .jpg.") from error
-    if not encodes:
-        size = f"{sheet.shape[1]} x {sheet.shape[0]} pixels"
-        raise UserError(f"A picture of {size} is too large for {path.suffix}: use .png or fewer --samples.")
-    try:
-        path.write_bytes(encoded.tobytes())
-    except OSError as error:
-        raise UserError(f"{path} can't be written ({error.strerror}): choose another place.") from error
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Views by OpenCV in host threads: for machines without a GPU, where it outruns every other backend.
+"""Augmentation with OpenCV in host threads: the fastest backend on machines without a GPU.
 
-OpenCV releases the interpreter's lock inside its calls, so plain threads use all cores and nothing is pickled.
-The arithmetic is that of 8-bit image libraries: each step rounds to whole levels, as PIL does.
+OpenCV releases the global interpreter lock inside its calls, so plain threads use all cores and nothing is pickled.
+Images have 8 bits per channel: each step rounds to whole levels, as PIL does.
 """
 
 import weakref
@@ -19,144 +19,148 @@ from .config import AugmentConfig
 from .params import BRIGHTNESS, CONTRAST, LUMA, SATURATION, AugmentParams, affine_jitter
 
 SMALL = 40
-"""Up to so many pixels a side, two matrix products resize in less time than one call of torch takes to get going."""
+"""Largest side in pixels that is resized by two matrix products, which take less time than the overhead of torch."""
 KEPT_BATCHES = 8
-"""The memory of at most so many batches waits to be used again; a loader has about five in flight."""
+"""Largest number of unused batches whose memory is kept for reuse; a loader has about five batches in flight."""
 
 
 class OpenCVBackend:
-    """Encoded images to normalized views on the host, then to `device`.
+    """Augmentation backend on host threads; see `Backend` for the interface.
 
     Args:
-        recipe: the fixed part of the augmentation.
-        device: where the views are handed over.
-        batch_size: not needed here; part of the backends' common signature.
-        views: V, views per image.
-        workers: threads.
+        config: augmentation options.
+        device: device to which the views are copied.
+        batch_size: not used; part of the common signature.
+        views: V, number of views per image.
+        workers: number of threads.
     """
 
-    def __init__(self, recipe: AugmentConfig, device: torch.device, batch_size: int, views: int, workers: int):
-        cv2.setNumThreads(1)  # the threads are ours: one image each is better balanced than one image on all cores
-        self.recipe, self.device, self.views = recipe, device, views
+    def __init__(self, config: AugmentConfig, device: torch.device, batch_size: int, views: int, workers: int):
+        cv2.setNumThreads(1)  # one image per thread balances better than one image on all cores
+        self.config, self.device, self.views = config, device, views
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="views")
         self.workers = workers
         self.unused: list[np.ndarray] = []  # memory of earlier batches
-        self.pack = Pack(recipe)
+        self.normalize = Normalize(config)
 
-    def __call__(self, encoded: list[bytes], parameters: AugmentParams) -> torch.Tensor:
-        """Decode every image once and make its views.
-
-        Returns:
-            (V n, 3, S, S) float32, channels-last; row v n + i is view v of image i.
-
-        Raises:
-            DecodeError: an image can't be decoded or is smaller than its crop; `args[1]` is its place in `encoded`.
-        """
+    def __call__(self, encoded: list[bytes], params: AugmentParams) -> torch.Tensor:
+        """Augment V views of n images; see `Backend`."""
         n = len(encoded)
         batch = self._batch(self.views * n)
         out = batch.numpy()
-        maps = affine_maps(parameters) if self.recipe.jitter == "affine" else None
-        left = iter(range(n))  # each thread takes the next when it is done: images differ in size, and cores in load
+        maps = affine_maps(params) if self.config.jitter == "affine" else None
+        remaining = iter(range(n))  # shared by the threads, because images and cores differ in speed
         jobs = [
-            self.pool.submit(self._render, encoded, parameters, maps, out, left) for _ in range(min(self.workers, n))
+            self.pool.submit(self._augment, encoded, params, maps, out, remaining) for _ in range(min(self.workers, n))
         ]
         for job in jobs:
             job.result()
         return batch.permute(0, 3, 1, 2).to(self.device, non_blocking=True)
 
     def close(self) -> None:
+        """End the threads and free the memory."""
         self.pool.shutdown()
         self.unused.clear()
 
     def _batch(self, rows: int) -> torch.Tensor:
-        """(rows, S, S, 3) float32 to be written, in memory that nobody else uses."""
-        shape = (rows, self.recipe.size, self.recipe.size, 3)
+        """Uninitialized (rows, S, S, 3) float32, in memory that nothing else uses."""
+        shape = (rows, self.config.size, self.config.size, 3)
         if self.device.type == "cuda":
             return torch.empty(shape, dtype=torch.float32, pin_memory=True)
-        if self.device.type != "cpu":  # the device may still be copying from an earlier batch
+        if self.device.type != "cpu":  # the device may still be copying an earlier batch
             return torch.from_numpy(np.empty(shape, np.float32))
-        # Fresh pages cost the kernel as much time as packing a view takes, so a batch that nobody holds any more is
-        # written again: every tensor over it, and every array made of one, keeps `lent` alive.
+        # Page faults of fresh memory cost as much time as normalizing a view, so memory is reused once its batch is
+        # released: every tensor over it, and every array made from one, keeps `lent` alive.
         memory = self.unused.pop() if self.unused else None
         if memory is None or len(memory) < rows:
-            memory = np.empty(shape, np.float32)  # by numpy, which asks the kernel for huge pages as torch does not
+            memory = np.empty(shape, np.float32)  # numpy requests huge pages, torch does not
         lent = memory[:rows]
-        weakref.finalize(lent, _take_back, self.unused, memory).atexit = False
+        weakref.finalize(lent, _reuse, self.unused, memory).atexit = False
         return torch.from_numpy(lent)
 
-    def _render(
-        self, encoded: list[bytes], parameters: AugmentParams, maps: tuple | None, out: np.ndarray, left: Iterator[int]
+    def _augment(
+        self,
+        encoded: list[bytes],
+        params: AugmentParams,
+        maps: tuple | None,
+        out: np.ndarray,
+        remaining: Iterator[int],
     ) -> None:
-        window = self.recipe.blur_window
-        for i in left:
+        """Write all views of the images `remaining` into `out` (V n, S, S, 3)."""
+        window = self.config.blur_window
+        for i in remaining:
             image = decode(encoded[i])
             if image is None:
                 raise DecodeError("the image can't be decoded", i)
-            if not contains(*image.shape[:2], parameters.crop[:, i]):
+            if not contains(*image.shape[:2], params.crop[:, i]):
                 raise DecodeError("the image is smaller than its index says", i)
             for v in range(self.views):
-                view = resized_crop(image, parameters, v, i, self.recipe.size)
-                view = color(view, parameters, v, i, maps)
-                self.pack(blur(view, float(parameters.sigma[v, i]), window), out[v * len(encoded) + i])
+                view = resized_crop(image, params, v, i, self.config.size)
+                view = color(view, params, v, i, maps)
+                self.normalize(blur(view, float(params.sigma[v, i]), window), out[v * len(encoded) + i])
 
 
-def _take_back(unused: list[np.ndarray], memory: np.ndarray) -> None:
+def _reuse(unused: list[np.ndarray], memory: np.ndarray) -> None:
     if len(unused) < KEPT_BATCHES:
         unused.append(memory)
 
 
-def resized_crop(image: np.ndarray, parameters: AugmentParams, v: int, i: int, size: int) -> np.ndarray:
-    """Window and flip of view v of image i: (H, W, 3) uint8 RGB -> (S, S, 3) uint8."""
-    top, left, height, width = parameters.crop[v, i].tolist()
+def resized_crop(image: np.ndarray, params: AugmentParams, v: int, i: int, size: int) -> np.ndarray:
+    """Crop, resize and flip view v of image i: (H, W, 3) uint8 RGB -> (S, S, 3) uint8."""
+    top, left, height, width = params.crop[v, i].tolist()
     view = _resize(image[top : top + height, left : left + width], size)
-    return cv2.flip(view, 1) if parameters.flip[v, i] else view
+    return cv2.flip(view, 1) if params.flip[v, i] else view
 
 
-def affine_maps(parameters: AugmentParams) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What `color` takes for `AugmentConfig.jitter = "affine"`: matrices and pulls of `affine_jitter`, and who needs them."""
-    return *affine_jitter(parameters), parameters.jittered
+def affine_maps(params: AugmentParams) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Matrices and mean weights of `affine_jitter`, and which views are jittered; each (V, n, ...)."""
+    return *affine_jitter(params), params.jittered
 
 
-def color(view: np.ndarray, parameters: AugmentParams, v: int, i: int, maps: tuple | None) -> np.ndarray:
-    """Jitter and grayscale of view v of image i: (S, S, 3) uint8 -> the same, or (S, S) where it drops the color.
+def color(view: np.ndarray, params: AugmentParams, v: int, i: int, maps: tuple | None) -> np.ndarray:
+    """Apply jitter and grayscale to view v of image i.
 
     Args:
-        maps: `affine_maps(parameters)`, or None for the exact jitter.
+        view: (S, S, 3) uint8 RGB.
+        maps: `affine_maps(params)` for the affine jitter, None for the exact one.
+
+    Returns:
+        (S, S, 3) uint8 RGB, or (S, S) if the view is gray.
     """
-    gray = parameters.gray[v, i]
+    gray = params.gray[v, i]
     if maps is None:
-        view = _jitter(view, parameters, v, i)
+        view = _jitter(view, params, v, i)
         return _gray(view) if gray else view
     view = _gray(view) if gray else view
-    matrix, pull, jittered = (values[v, i] for values in maps)
+    matrix, mean_weight, jittered = (values[v, i] for values in maps)
     if not jittered:
         return view
-    offset = float(pull) * _mean_gray(view)
+    offset = float(mean_weight) * _mean_gray(view)
     if gray:
-        return cv2.addWeighted(view, float(matrix[0].sum()), view, 0, offset)  # the rows of the matrix are equal
+        return cv2.addWeighted(view, float(matrix[0].sum()), view, 0, offset)  # all rows of the matrix are equal
     return cv2.transform(view, np.column_stack([matrix, np.full(3, offset, np.float32)]))  # rounds and clips
 
 
 def blur(view: np.ndarray, sigma: float, window: int) -> np.ndarray:
-    """Gaussian blur of (S, S, 3) or (S, S) uint8; sigma 0 for none."""
+    """Blur (S, S, 3) or (S, S) uint8 with a Gaussian of standard deviation `sigma` in pixels; 0 for no blur."""
     if sigma == 0:
         return view
-    # beyond 4 sigma a Gaussian's weights are below 1/20 of a level, so a narrow blur needs no wide window
+    # weights beyond 4 sigma contribute less than 1/20 of a level, so a narrow blur does not need the whole window
     kernel = cv2.getGaussianKernel(min(window, 2 * int(np.ceil(4 * sigma)) + 1), sigma, cv2.CV_32F)
-    # half the time of cv2.GaussianBlur, which on 8 bits also rounds its weights
+    # twice as fast as cv2.GaussianBlur, which also rounds its weights for 8-bit images
     return cv2.sepFilter2D(view, -1, kernel, kernel, borderType=cv2.BORDER_REFLECT_101)
 
 
-class Pack:
-    """Normalizes a view into its place in the batch: (S, S, 3) or (S, S) uint8 -> (S, S, 3) float32."""
+class Normalize:
+    """Normalization of a view into the batch: (S, S, 3) or (S, S) uint8 -> (S, S, 3) float32."""
 
-    def __init__(self, recipe: AugmentConfig):
-        mean, std = np.array(recipe.mean, np.float32), np.array(recipe.std, np.float32)
+    def __init__(self, config: AugmentConfig):
+        mean, std = np.array(config.mean, np.float32), np.array(config.std, np.float32)
         levels = np.arange(256, dtype=np.float32)[:, None]
         self.table = ((levels / 255 - mean) / std)[None]  # (1, 256, 3): level and channel -> value
-        # The same as a map of colors takes two thirds of the time, but rounds the last bit otherwise: not for the
-        # exact recipe, whose views stay what they have always been.
-        self.map = np.column_stack([np.diag(1 / (255 * std)), -mean / std]) if recipe.jitter == "affine" else None
+        # A linear map takes two thirds of the time of the table, but rounds the last bit differently. It is used only
+        # for the affine jitter, so that views of the exact jitter stay identical across versions.
+        self.map = np.column_stack([np.diag(1 / (255 * std)), -mean / std]) if config.jitter == "affine" else None
 
     def __call__(self, view: np.ndarray, out: np.ndarray) -> None:
         if view.ndim == 2:
@@ -168,22 +172,25 @@ class Pack:
 
 
 def _resize(window: np.ndarray, size: int) -> np.ndarray:
-    """(H, W, 3) -> (S, S, 3) uint8, antialiased bicubic with a = -0.5 as in PIL and torchvision; OpenCV has none."""
+    """Resize (H, W, 3) to (S, S, 3) uint8 by antialiased bicubic interpolation, which OpenCV lacks.
+
+    The kernel has a = -0.5, as in PIL and torchvision.
+    """
     height, width, _ = window.shape
     if max(height, width, size) <= SMALL:
         wide = window.reshape(height, -1).astype(np.float32) @ _columns(width, size)  # (H, 3 W) -> (H, 3 S)
         view = _weights(height, size) @ wide  # (S, 3 S)
         return cv2.convertScaleAbs(np.maximum(view, 0, out=view)).reshape(size, size, 3)
-    # not [None], whose stride does not count as channels-last: torch would then answer with planes
+    # reshape instead of [None], whose strides torch does not recognize as channels-last
     pixels = torch.from_numpy(np.ascontiguousarray(window).reshape(1, height, width, 3)).permute(0, 3, 1, 2)
-    # on 8 bits this takes one thread, torch's SIMD code, and less time than cv2.INTER_AREA
+    # for 8-bit images, torch's SIMD code is faster on one thread than cv2.INTER_AREA
     view = interpolate(pixels, (size, size), mode="bicubic", antialias=True, align_corners=False)
     return view.permute(0, 2, 3, 1).numpy()[0]
 
 
 @lru_cache
 def _weights(length: int, size: int) -> np.ndarray:
-    """(size, length) float32: row i weighs the pixels of a line of `length` that make pixel i of the resized one."""
+    """Interpolation matrix (size, length) float32 that resizes a line of pixels."""
     unit = torch.eye(length, dtype=torch.float64)[None, None]
     rows = interpolate(unit, (size, length), mode="bicubic", antialias=True, align_corners=False)
     return rows[0, 0].float().numpy()
@@ -191,26 +198,26 @@ def _weights(length: int, size: int) -> np.ndarray:
 
 @lru_cache
 def _columns(length: int, size: int) -> np.ndarray:
-    """(3 length, 3 size) float32: `_weights` for a line of interleaved channels, to be multiplied from the right."""
+    """Transposed interpolation matrix (3 length, 3 size) float32 for a line of interleaved RGB pixels."""
     return np.ascontiguousarray(np.kron(_weights(length, size).T, np.eye(3, dtype=np.float32)))
 
 
-def _jitter(view: np.ndarray, parameters: AugmentParams, v: int, i: int) -> np.ndarray:
-    """The exact jitter: each operation rounds and clips."""
-    for operation in parameters.order[v, i].tolist():
+def _jitter(view: np.ndarray, params: AugmentParams, v: int, i: int) -> np.ndarray:
+    """Apply the exact jitter, in the order of the view; each operation rounds and clips."""
+    for operation in params.order[v, i].tolist():
         if operation == BRIGHTNESS:
-            view = _scale(view, float(parameters.brightness[v, i]), 0.0)
+            view = _scale(view, float(params.brightness[v, i]), 0.0)
         elif operation == CONTRAST:
-            view = _scale(view, float(parameters.contrast[v, i]), None)
+            view = _scale(view, float(params.contrast[v, i]), None)
         elif operation == SATURATION:
-            view = _saturate(view, float(parameters.saturation[v, i]))
+            view = _saturate(view, float(params.saturation[v, i]))
         else:
-            view = _shift_hue(view, float(parameters.hue[v, i]))
+            view = _shift_hue(view, float(params.hue[v, i]))
     return view
 
 
 def _scale(view: np.ndarray, factor: float, center: float | None) -> np.ndarray:
-    """factor * x + (1 - factor) * center; the center of contrast (None) is the view's mean gray."""
+    """Return factor * x + (1 - factor) * center; None stands for the mean gray of the view (contrast)."""
     if factor == 1:
         return view
     if center is None:
@@ -219,7 +226,7 @@ def _scale(view: np.ndarray, factor: float, center: float | None) -> np.ndarray:
 
 
 def _mean_gray(view: np.ndarray) -> float:
-    """Of (S, S, 3) RGB, or of what is gray already."""
+    """Mean gray of (S, S, 3) RGB or (S, S) gray."""
     mean = cv2.mean(view)
     return mean[0] if view.ndim == 2 else float(np.dot(mean[:3], LUMA))
 
@@ -237,9 +244,9 @@ def _saturate(view: np.ndarray, factor: float) -> np.ndarray:
 def _shift_hue(view: np.ndarray, turns: float) -> np.ndarray:
     if turns == 0:
         return view
-    hsv = cv2.cvtColor(view, cv2.COLOR_RGB2HSV_FULL)  # FULL: the wheel has 256 steps, so a shift wraps by itself
+    hsv = cv2.cvtColor(view, cv2.COLOR_RGB2HSV_FULL)  # FULL: the hue has 256 steps, so uint8 wraps around
     shift = np.zeros((len(view[0]), 3), np.uint8)
     shift[:, 0] = round(turns * 256) % 256
     lines = hsv.reshape(len(hsv), -1)
-    lines += shift.ravel()  # whole lines: adding to every third byte takes five times as long
+    lines += shift.ravel()  # five times as fast as adding to every third byte
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)

@@ -1,4 +1,4 @@
-"""Options of the loader."""
+"""Loader options."""
 
 import os
 from dataclasses import dataclass
@@ -10,20 +10,20 @@ from ..shards.cache import ShardCache
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """How images are read and augmented; no option changes the batches, except which backend rounds them."""
+    """Reading and augmentation options; batches depend on none of them, except for the rounding of each backend."""
 
     backend: Literal["auto", "dali", "kornia", "opencv"] = "auto"
-    """Augmentation backend. auto: DALI on CUDA (Kornia where DALI is missing), OpenCV threads on a CPU."""
+    """Augmentation backend. auto: DALI on CUDA (Kornia if DALI is missing), Kornia on other GPUs, OpenCV on a CPU."""
     workers: int = 0
-    """Threads per process for reading and augmenting; 0 for this process's share of the cores."""
+    """Number of threads per process for augmentation; 0 for this process's share of the cores."""
     prefetch: int = 2
-    """Batches prepared ahead of the training step; 0 prepares each one when it is needed."""
+    """Number of batches prepared ahead of the training step; 0 prepares each batch when it is needed."""
     max_bad: float = 0.01
-    """Share of the images that may be unreadable and be replaced by others before the run stops."""
+    """Largest fraction of images that may be unreadable, and replaced by others, before the run stops."""
     node_groups: int = 1
-    """Groups of nodes, each of which reads its own part of the shards in an epoch; for remote data on many nodes."""
+    """Number of node groups, each reading its own part of the shards in an epoch; for remote data on many nodes."""
     cache_gb: float = 50
-    """Disk space in GB for shards of a remote --data, in $STREAMCLR_CACHE or ~/.cache/streamclr, shared by all ranks."""
+    """Disk space in GB for shards of a remote --data, in $STREAMCLR_CACHE or ~/.cache/streamclr; shared by ranks."""
 
     def __post_init__(self) -> None:
         check_range("--loader.workers", self.workers, 0, 1024)
@@ -34,9 +34,9 @@ class LoaderConfig:
 
     @property
     def threads(self) -> int:
-        """Number of threads of this process."""
+        """Number of threads of this process: `workers`, or the cores divided by the local number of processes."""
         return self.workers or max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
     def cache(self) -> ShardCache:
-        """Cache for shards of remote sets."""
+        """Create the cache for shards of remote sets."""
         return ShardCache(limit_bytes=round(self.cache_gb * 1e9))

@@ -1,4 +1,4 @@
-"""From a shard set to batches on the device: order -> bytes -> views, a few batches ahead of the training loop."""
+"""Loaders: random views for training, center crops for evaluation, with batches prepared in the background."""
 
 import zlib
 from collections.abc import Iterator
@@ -17,44 +17,45 @@ from ..shards.reader import Reader
 from .bad_samples import BadSampleTracker
 from .config import LoaderConfig
 from .prefetch import Batch, Prefetcher, shards_of
-from .sampler import ShardSampler
+from .sampler import PlannedBatch, ShardSampler
 
 
-def worth_whole_shards(shards: ShardSet, samples: np.ndarray, room: int = 0) -> bool:
-    """Whether to fetch the shards of a remote set that hold `samples` whole: many are wanted, or all fit in `room`."""
+def worth_whole_shards(shards: ShardSet, samples: np.ndarray, cache_bytes: int = 0) -> bool:
+    """Whether to fetch whole shards of a remote set rather than byte ranges of `samples` ((n,) int64).
+
+    True if at least a quarter of the shards' samples is wanted, or if all of these shards fit into `cache_bytes`.
+    """
     used = shards_of(shards, samples)
-    entries = shards.manifest["shards"]
-    return (
-        4 * len(samples) >= np.diff(shards.shard_starts)[used].sum() or sum(entries[s]["bytes"] for s in used) <= room
-    )
+    total_bytes = sum(shards.manifest["shards"][shard]["bytes"] for shard in used)
+    return 4 * len(samples) >= np.diff(shards.shard_starts)[used].sum() or total_bytes <= cache_bytes
 
 
 class ViewLoader:
-    """Epochs of batches of random views, one after the other; the whole state is a position.
+    """Batches of random views, epoch by epoch; the whole state is a position.
 
-    Iterating yields what is left of the current epoch and then moves on to the next one, whose first batches are
-    already being prepared. After the last one of `epochs` it yields nothing.
+    Iterating yields the rest of the current epoch, while the first batches of the next one are already being prepared.
+    After the last of `epochs`, iterating yields nothing.
 
     Args:
-        shards: where the samples are.
-        augment: how they are augmented.
-        config: backend, threads, prefetching, and how many images may be unreadable.
-        batch_size: *global* batch size in samples; each rank gets batch_size / world_size of them.
-        seed: of order and views.
-        device: where the batches are handed over.
-        rank, world_size: which slice of every global batch this process takes.
-        epochs: how many there will be, so that nothing is prepared beyond; None for any number.
-        bad_samples_file: lists unreadable images; None for no file. With several ranks the caller checks their number
-            over all of them (`BadSampleTracker.check`), because each rank counts its own.
-        cache: where the shards of a remote set are kept; default as `config` says.
-        views_per_image: V. View 0 of a sample is the same whether there is another one or not.
-        samples: (n,) int64, ascending: the epochs run over these alone, and so do replacements of bad images; None for
-            all. Shards of a remote set are fetched whole if they fit into the cache or at least a quarter of their
-            samples is wanted; else the samples are read by byte ranges.
+        shards: shard set to read.
+        augment: augmentation options.
+        config: loader options.
+        batch_size: *global* batch size in samples; each rank receives batch_size / world_size of them.
+        seed: seed of the sample order and the views.
+        device: device of the batches.
+        rank, world_size: this process's slice of every global batch.
+        epochs: number of epochs, so that nothing is prepared beyond the last one; None for any number.
+        views_per_image: V. View 0 of a sample does not depend on V.
+        samples: (n,) int64, ascending: restrict epochs, and replacements of unreadable images, to these samples; None
+            for all. Whole shards of a remote set are fetched if they fit into the cache or at least a quarter of their
+            samples is wanted; otherwise the samples are read by byte ranges.
+        cache: cache for shards of a remote set; created from `config` by default.
+        bad_samples_file: list of unreadable images to append to; None for no file. Each rank counts its own, so with
+            several ranks the caller must check the total (`BadSampleTracker.check`).
 
     Raises:
-        UserError: the batch is larger than the samples or does not divide by the ranks; while iterating, more than
-            `max_bad` of the images are bad.
+        UserError: the batch size exceeds the number of samples or is not divisible by the number of ranks; while
+            iterating, more than `config.max_bad` of the images are unreadable.
     """
 
     def __init__(
@@ -83,26 +84,33 @@ class ViewLoader:
         if batch_size > population:
             part = "data set" if samples is None else "subset of"
             raise UserError(
-                f"A batch of {batch_size} is larger than the {part} {shards.root} ({population} images): "
-                f"use a --batch-size of at most {population}."
+                f"A batch of {batch_size} is larger than the {part} {shards.root} ({population} images); "
+                f"use --batch-size {population} or less."
             )
-        self.shards, self.augment, self.seed, self.views_per_image = shards, augment, seed, views_per_image
+        self.shards, self.seed, self.epochs = shards, seed, epochs
+        self.rank, self.world_size = rank, world_size
+        self.epoch, self.step = 0, 0
         groups = config.node_groups
         self.sampler = ShardSampler(shards.shard_starts, batch_size, seed, node_groups=groups, samples=samples)
-        self.rank, self.world_size, self.prefetch, self.epochs = rank, world_size, config.prefetch, epochs
-        self.epoch, self.step = 0, 0
         self.bad_samples = BadSampleTracker(shards, seed, config.max_bad, bad_samples_file, samples)
         self.reader = Reader(shards, cache or config.cache())
         self.whole_shards = samples is None or worth_whole_shards(shards, samples, self.reader.cache.limit_bytes)
+
+        def draw(epoch: int, samples: np.ndarray) -> AugmentParams:
+            height, width = shards.index["height"][samples], shards.index["width"][samples]
+            return draw_params(augment, seed, epoch, samples, height, width, views=views_per_image)
+
         self.backend_name = choose_backend(config.backend, device)
-        backend = create_backend(
-            self.backend_name, augment, device, batch_size // world_size, views_per_image, config.threads
+        local_batch = batch_size // world_size
+        backend = create_backend(self.backend_name, augment, device, local_batch, views_per_image, config.threads)
+        self.prefetcher = Prefetcher(
+            self.reader, draw, backend, self.bad_samples, device=device, prefetch=config.prefetch
         )
-        self.prefetcher = Prefetcher(shards, self.reader, backend, device, self.bad_samples)
-        self._batches, self._next = iter(()), None  # what is being prepared, and from which position on
+        self._batches: Iterator[Batch] = iter(())
+        self._next: tuple[int, int] | None = None  # position of the next batch in `_batches`
 
     def __len__(self) -> int:
-        """Steps of a whole epoch."""
+        """Number of steps in an epoch."""
         return self.sampler.steps_per_epoch
 
     def __iter__(self) -> Iterator[Batch]:
@@ -111,41 +119,24 @@ class ViewLoader:
             return
         while self.step < len(self):
             if self._next != (self.epoch, self.step):
-                self._stop()
-                self._batches = self.prefetcher.batches(self._plan(), self._parameters, self.prefetch)
+                self._start()
             try:
                 batch = next(self._batches)
             except BaseException:
                 self._stop()  # after an error or Ctrl-C, iterating again starts at the same batch
                 raise
-            self.step += 1  # counted when handed over: batches prepared ahead are not part of the position
+            self.step += 1  # counts batches handed over, not those prepared ahead
             self._next = self._position()
             yield batch
         self.epoch, self.step = self.epoch + 1, 0
 
-    def _plan(self) -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
-        """(epoch, samples of this rank, shards that it reads from there on) of every batch from the position on."""
-        epoch, step = self.epoch, self.step
-        while self.epochs is None or epoch < self.epochs:
-            for position in range(step, len(self)):
-                part, coming = (self.rank, self.world_size), None
-                if self.whole_shards:
-                    coming = self.sampler.upcoming_shards(epoch, position, position, *part, self.epochs)
-                yield epoch, self.sampler.batch(epoch, position, *part), coming
-            epoch, step = epoch + 1, 0
-
-    def _parameters(self, epoch: int, samples: np.ndarray) -> AugmentParams:
-        rows = self.shards.index
-        height, width = rows["height"][samples], rows["width"][samples]
-        return draw_params(self.augment, self.seed, epoch, samples, height, width, self.views_per_image)
-
     def _position(self) -> tuple[int, int]:
-        """(epoch, step) of the next batch to be handed over; after the last of an epoch, the first of the next."""
+        """(epoch, step) of the next batch to hand over; after the last one of an epoch, the first of the next."""
         done, step = divmod(self.step, len(self))
         return self.epoch + done, step
 
     def state_dict(self) -> dict[str, int]:
-        """The position: the next batch to be handed over."""
+        """Return the position, and the options on which the sample order depends."""
         epoch, step = self._position()
         return {"epoch": epoch, "step": step, **self._order_options()}
 
@@ -159,22 +150,29 @@ class ViewLoader:
         """Continue at a position.
 
         Raises:
-            UserError: the position belongs to another order (seed, global batch size, node groups or samples differ).
+            UserError: seed, global batch size, node groups or samples differ, so the sample order does too.
         """
         options = self._order_options()
         if state.get("samples_crc32") != options.pop("samples_crc32", None):
-            raise UserError("The run was begun on other samples of the data set: go on with the same subset.")
+            raise UserError("The run was started on other samples of the data set; use the same subset.")
         for name, value in options.items():
             if state[name] != value:
-                raise UserError(f"The run was begun with {name} {state[name]}: go on with the same instead of {value}.")
+                raise UserError(f"The run was started with {name} {state[name]}; use the same value, not {value}.")
         self.epoch, self.step = state["epoch"], state["step"]
 
+    def _start(self) -> None:
+        """Prepare batches from the current position on."""
+        self._stop()
+        ranks, options = (self.rank, self.world_size), {"epochs": self.epochs, "whole_shards": self.whole_shards}
+        self._batches = self.prefetcher.batches(self.sampler.plan(self.epoch, self.step, *ranks, **options))
+
     def _stop(self) -> None:
-        if hasattr(self._batches, "close"):  # a generator: its threads end with it
+        if hasattr(self._batches, "close"):  # a generator; closing it ends its threads
             self._batches.close()
         self._batches, self._next = iter(()), None
 
     def close(self) -> None:
+        """End all threads and release the cache."""
         self._stop()
         self.prefetcher.close()
 
@@ -190,28 +188,32 @@ def center_crop_batches(
     cache: ShardCache | None = None,
     bad_samples_file: Path | None = None,
 ) -> Iterator[Batch]:
-    """The central view of each of `samples` ((n,) integers), in that order, for evaluation; the last batch is partial.
+    """Yield the center crop of each of `samples` ((n,) int64), in that order, for evaluation.
 
-    A bad image is replaced by another one of `samples`, whose label comes with it.
+    The last batch may be smaller. An unreadable image is replaced by another one of `samples`, with its label.
+
+    Args:
+        shards, augment, config, device, cache, bad_samples_file: as for `ViewLoader`.
+        batch_size: samples per batch of this process.
+
+    Raises:
+        UserError: more than `config.max_bad` of the images are unreadable.
     """
-    replacements = BadSampleTracker(shards, 0, config.max_bad, bad_samples_file, samples)
+    whole_shards = worth_whole_shards(shards, samples)
+
+    def plan() -> Iterator[PlannedBatch]:
+        for first in range(0, len(samples), batch_size):
+            upcoming = shards_of(shards, samples[first:][: 16 * batch_size]) if whole_shards else None
+            yield PlannedBatch(0, samples[first : first + batch_size], upcoming)
+
+    def draw(_: int, chosen: np.ndarray) -> AugmentParams:
+        return center_crop(augment, shards.index["height"][chosen], shards.index["width"][chosen])
+
+    bad_samples = BadSampleTracker(shards, 0, config.max_bad, bad_samples_file, samples)
     backend = create_backend(config.backend, augment, device, batch_size, 1, config.threads)
-    prefetcher = Prefetcher(shards, Reader(shards, cache or config.cache()), backend, device, replacements)
-    whole = worth_whole_shards(shards, samples)
-    plan = (
-        (
-            0,
-            samples[first : first + batch_size],
-            shards_of(shards, samples[first:][: 16 * batch_size]) if whole else None,
-        )
-        for first in range(0, len(samples), batch_size)
-    )
-    rows = shards.index
-
-    def parameters(_: int, chosen: np.ndarray) -> AugmentParams:
-        return center_crop(augment, rows["height"][chosen], rows["width"][chosen])
-
+    reader = Reader(shards, cache or config.cache())
+    prefetcher = Prefetcher(reader, draw, backend, bad_samples, device=device, prefetch=2)
     try:
-        yield from prefetcher.batches(plan, parameters, prefetch=2)
+        yield from prefetcher.batches(plan())
     finally:
         prefetcher.close()

@@ -1,146 +1,161 @@
-"""Batches made ahead of the training loop: threads read the bytes, one more has the backend make views of them."""
+"""Prefetching: read and augment batches in threads, ahead of the training loop."""
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from ..augment.backend import Backend
 from ..augment.params import AugmentParams
 from ..images import DecodeError
 from ..shards.dataset import ShardSet
 from ..shards.reader import Reader, ReadFailure
 from .bad_samples import BadSampleTracker
+from .sampler import PlannedBatch
 
 
 class Batch(NamedTuple):
-    """What the training loop gets; B is this rank's share of the global batch, V the number of views per image."""
+    """One training batch; B is this rank's share of the global batch, V the number of views per image."""
 
-    views: torch.Tensor
+    views: Tensor
     """(V B, 3, S, S) float32 on the device, channels-last, normalized; view v of sample i is row v B + i.
 
-    V is 2 for contrasting views of the same image, 1 for fine-tuning, distillation and evaluation: then (B, 3, S, S).
+    V is 2 for contrastive pretraining and 1 for fine-tuning, distillation and evaluation.
     """
-    label: torch.Tensor
-    """(B,) int64 on the device; -1 for none."""
-    index: torch.Tensor
-    """(B,) int64 on the host: the sample's place in the shard set; of the replacement where the one due was bad."""
+    label: Tensor
+    """(B,) int64 on the device; -1 for unlabeled samples."""
+    index: Tensor
+    """(B,) int64 on the host: index of the sample in the shard set, or of its replacement if it was unreadable."""
+
+
+class AugmentedBatch(NamedTuple):
+    """Batch of the augment stage, which the device may still be computing."""
+
+    batch: Batch
+    ready: torch.cuda.Event | None
+    """Recorded behind the batch on the prefetcher's CUDA stream; None without CUDA."""
+    replaced: int
+    """Number of samples that were replaced."""
+    epoch: int
 
 
 def shards_of(shards: ShardSet, samples: np.ndarray) -> np.ndarray:
-    """The shards that hold `samples` ((n,) integers), ascending."""
+    """Indices of the shards that hold `samples` ((n,) int64), ascending."""
     return np.unique(np.searchsorted(shards.shard_starts, samples, side="right") - 1)
 
 
 class Prefetcher:
-    """Samples to batches, two stages of threads ahead of the consumer: bytes, then views.
+    """Stages from planned batches to batches on the device: read -> augment -> hand over.
+
+    Reading and augmenting run in threads, ahead of the consumer. Samples that cannot be read or decoded are replaced.
 
     Args:
-        shards, reader: where the samples are, and what reads their bytes.
-        backend: (encoded images, parameters) -> views; closed with this, as the reader is.
-        device: of the views.
-        quarantine: what takes the place of bad images.
+        reader: reads encoded images; closed together with the prefetcher, like the backend.
+        draw: pure function of epoch and samples ((n,) int64) that returns their augmentation parameters.
+        backend: augmentation backend.
+        bad_samples: chooses replacements and counts them.
+        device: device of the batches.
+        prefetch: number of batches to prepare ahead; 0 prepares each batch when it is needed.
     """
 
     def __init__(
         self,
-        shards: ShardSet,
         reader: Reader,
-        backend: Callable[[list[bytes], AugmentParams], torch.Tensor],
-        device: torch.device,
+        draw: Callable[[int, np.ndarray], AugmentParams],
+        backend: Backend,
         bad_samples: BadSampleTracker,
+        *,
+        device: torch.device,
+        prefetch: int,
     ):
-        self.shards, self.reader, self.backend = shards, reader, backend
-        self.device, self.bad_samples = device, bad_samples
+        self.reader, self.draw, self.backend, self.bad_samples = reader, draw, backend, bad_samples
+        self.device, self.prefetch = device, prefetch
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def batches(
-        self,
-        plan: Iterator[tuple[int, np.ndarray, np.ndarray | None]],
-        parameters: Callable[[int, np.ndarray], AugmentParams],
-        prefetch: int,
-    ) -> Iterator[Batch]:
-        """One batch per (epoch, samples, shards that come next) in `plan`, in order.
+    def batches(self, plan: Iterable[PlannedBatch]) -> Iterator[Batch]:
+        """Yield one batch per planned batch, in order; closing the generator ends its threads.
 
-        Its views are those that `parameters` gives for (epoch, samples). Shards of a remote set are fetched whole and
-        ahead; where `plan` has None for them, samples are read one by one.
+        Raises:
+            UserError: too many samples are bad, or a remote store is unreachable.
         """
         stop = threading.Event()
         with ThreadPoolExecutor(2, "read") as readers, ThreadPoolExecutor(1, "augment") as augmenter:
-            ahead: deque = deque()
-            reading: deque = deque(maxlen=prefetch + 1)  # the shards of batches that may not have been read yet
+            ahead: deque[Future[AugmentedBatch]] = deque()
+            reading: deque = deque(maxlen=self.prefetch + 1)  # shards of batches that may still be waiting to be read
             try:
-                for epoch, samples, coming in plan:
-                    if coming is not None:
-                        reading.append(shards_of(self.shards, samples))
-                        self.reader.prefetch(np.unique(np.concatenate(reading)), coming)
-                    read = readers.submit(self._read, samples, epoch, stop)
-                    ahead.append(augmenter.submit(self._augment, samples, epoch, read, parameters, stop))
-                    if len(ahead) > prefetch:
-                        yield self._hand_over(*ahead.popleft().result())
+                for planned in plan:
+                    if planned.upcoming is not None:
+                        reading.append(shards_of(self.reader.shards, planned.samples))
+                        self.reader.prefetch(np.unique(np.concatenate(reading)), planned.upcoming)
+                    read = readers.submit(self._read, planned, stop)
+                    ahead.append(augmenter.submit(self._augment, planned, read, stop))
+                    if len(ahead) > self.prefetch:
+                        yield self._hand_over(ahead.popleft().result())
                 while ahead:
-                    yield self._hand_over(*ahead.popleft().result())
-            finally:  # the consumer may stop early: then wait neither for a server nor for what was not started
+                    yield self._hand_over(ahead.popleft().result())
+            finally:  # if the consumer stops early, wait neither for a server nor for batches that have not started
                 stop.set()
                 augmenter.shutdown(wait=False, cancel_futures=True)
                 readers.shutdown(wait=False, cancel_futures=True)
 
-    def _read(
-        self, samples: np.ndarray, epoch: int, stop: threading.Event
-    ) -> tuple[np.ndarray, list[bytes | ReadFailure]]:
-        chosen = self.bad_samples.choose(samples, epoch)
-        return chosen, self.reader.read(chosen, stop)
+    def _read(self, planned: PlannedBatch, stop: threading.Event) -> tuple[np.ndarray, list[bytes | ReadFailure]]:
+        """Read a batch; returns (n,) samples, with known bad ones replaced, and the encoded images."""
+        samples = self.bad_samples.choose(planned.samples, planned.epoch)
+        return samples, self.reader.read(samples, stop)
 
-    def _augment(self, samples, epoch, read, parameters, stop) -> tuple[Batch, torch.cuda.Event | None, int, int]:
-        chosen, encoded = read.result()
-        with torch.cuda.stream(self.stream):  # no effect without a CUDA device
-            while True:
-                bad = {place: data for place, data in enumerate(encoded) if isinstance(data, ReadFailure)}
-                if not bad:
+    def _augment(self, planned: PlannedBatch, read: Future, stop: threading.Event) -> AugmentedBatch:
+        """Augment a batch as soon as it is read, replacing samples until all of them can be decoded."""
+        samples, encoded = read.result()
+        with torch.cuda.stream(self.stream):  # no effect without CUDA
+            views = None
+            while views is None:
+                failures = {i: data for i, data in enumerate(encoded) if isinstance(data, ReadFailure)}
+                if not failures:
                     try:
-                        views = self.backend(encoded, parameters(epoch, chosen))
-                        break
+                        views = self.backend(encoded, self.draw(planned.epoch, samples))
                     except DecodeError as error:
-                        places = error.args[1:] or self._undecodable(encoded, parameters(epoch, chosen))
-                        if not places:
-                            raise  # each can be decoded by itself: it is not the images
-                        bad = dict.fromkeys(places, ReadFailure("the image can't be decoded"))
-                for until in (None, epoch):
-                    found = {place: data.reason for place, data in bad.items() if data.transient == (until is not None)}
-                    self.bad_samples.add({int(chosen[place]): reason for place, reason in found.items()}, until)
-                renewed = self.bad_samples.choose(samples, epoch)
-                changed = np.flatnonzero(renewed != chosen)
-                for place, data in zip(changed, self.reader.read(renewed[changed], stop), strict=True):
-                    encoded[place] = data
-                chosen = renewed
-            label = torch.from_numpy(self.shards.index["label"][chosen]).to(self.device, non_blocking=True)
-            event = self.stream.record_event() if self.stream else None
-        return Batch(views, label, torch.from_numpy(chosen)), event, int((chosen != samples).sum()), epoch
+                        failures = {error.args[1]: ReadFailure("the image can't be decoded")}
+                if failures:
+                    samples = self._replace(failures, planned, samples, encoded, stop)
+            label = torch.from_numpy(self.reader.shards.index["label"][samples]).to(self.device, non_blocking=True)
+            ready = self.stream.record_event() if self.stream else None
+        replaced = int((samples != planned.samples).sum())
+        return AugmentedBatch(Batch(views, label, torch.from_numpy(samples)), ready, replaced, planned.epoch)
 
-    def _undecodable(self, encoded: list[bytes], parameters: AugmentParams) -> list[int]:
-        """The places of the images that the backend refuses, each tried by itself: not every backend can tell."""
-        places = []
-        for place in range(len(encoded)):
-            one = {field.name: getattr(parameters, field.name)[:, [place]] for field in fields(parameters)}
-            try:
-                self.backend([encoded[place]], AugmentParams(**one))
-            except DecodeError:
-                places.append(place)
-        return places
+    def _replace(
+        self,
+        failures: dict[int, ReadFailure],
+        planned: PlannedBatch,
+        samples: np.ndarray,
+        encoded: list[bytes | ReadFailure],
+        stop: threading.Event,
+    ) -> np.ndarray:
+        """Record failed samples and read replacements into `encoded`; returns the new samples (n,)."""
+        permanent_first = sorted(failures.items(), key=lambda failure: failure[1].transient)
+        self.bad_samples.add({int(samples[i]): failure for i, failure in permanent_first}, planned.epoch)
+        replaced = self.bad_samples.choose(planned.samples, planned.epoch)
+        changed = np.flatnonzero(replaced != samples)
+        for i, data in zip(changed, self.reader.read(replaced[changed], stop), strict=True):
+            encoded[i] = data
+        return replaced
 
-    def _hand_over(self, batch: Batch, event: torch.cuda.Event | None, replaced: int, epoch: int) -> Batch:
-        self.bad_samples.count(replaced, epoch)
-        if event is not None:  # ordered on the device, without waiting on the host
+    def _hand_over(self, augmented: AugmentedBatch) -> Batch:
+        """Count replacements and make the current CUDA stream wait for the batch, without blocking the host."""
+        self.bad_samples.count(augmented.replaced, augmented.epoch)
+        batch = augmented.batch
+        if augmented.ready is not None:
             current = torch.cuda.current_stream(self.device)
-            current.wait_event(event)
+            current.wait_event(augmented.ready)
             batch.views.record_stream(current)
             batch.label.record_stream(current)
         return batch
 
     def close(self) -> None:
+        """Close reader and backend."""
         self.reader.close()
         self.backend.close()

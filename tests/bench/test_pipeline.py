@@ -1,4 +1,4 @@
-"""The bench of the pipeline: what it renders, what it compares, and the arithmetic of its rows, on a few images."""
+"""Tests of the pipeline benchmark: rendered images, candidates, and the arithmetic of its rows, on a few images."""
 
 from importlib.util import find_spec
 
@@ -25,7 +25,7 @@ def test_rendered_photographs():
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> list[dict]:
-    """A bench of four small images, without the processes of the peers' workers."""
+    """Rows of a benchmark of four small images, without worker processes of the peers."""
     patch = pytest.MonkeyPatch()
     patch.setattr(bench, "BATCH", 4)
     patch.setattr(bench, "DataLoader", lambda dataset, batch, **_: torch.utils.data.DataLoader(dataset, batch))
@@ -37,13 +37,13 @@ def rows(tmp_path_factory) -> list[dict]:
 
 def test_rows(rows):
     named = {(row["implementation"], row["jitter"], row["stage"]): row for row in rows}
-    assert len(named) == len(rows)  # none twice
+    assert len(named) == len(rows)  # unique
     for name in ("opencv", "kornia", "loader"):
         assert {(name, "exact", "all"), (name, "affine", "all")} <= set(named)
     backends = ["opencv", "kornia", *(["dali"] if find_spec("nvidia") and find_spec("nvidia.dali") else [])]
     for name in backends:
         assert {(name, "", "geometry"), (name, "exact", "color"), (name, "affine", "color")} <= set(named)
-        assert (name, "", "blur") in named and (name, "affine" if name == "opencv" else "", "pack") in named
+        assert (name, "", "blur") in named and (name, "affine" if name == "opencv" else "", "normalize") in named
     assert {("opencv", "", "read"), ("opencv", "", "decode")} <= set(named)
     assert ("dali" in backends) == (("dali", "", "decode by DALI") in named)
     assert ("torchvision", "exact", "all") in named
@@ -55,19 +55,19 @@ def test_rows(rows):
     assert max(peers, key=lambda row: row["images_per_s"])["ratio_to_best_peer"] == 1
 
 
-def test_a_ratio_is_the_median_over_the_turns():
+def test_a_ratio_is_the_median_over_the_rounds():
     assert bench._ratio([2.0, 40.0, 3.0], [1.0, 10.0, 6.0]) == 2.0
 
 
-def test_the_plot_comes_from_the_rows(rows, tmp_path, monkeypatch):
+def test_the_plot_is_drawn_from_the_rows(rows, tmp_path, monkeypatch):
     monkeypatch.setattr(plot, "RESULTS", tmp_path)
     monkeypatch.setattr(plot, "read_rows", lambda name: [{k: str(v) for k, v in row.items()} for row in rows])
     assert plot.plot_pipeline().stat().st_size > 10_000
 
 
-def test_each_stage_of_dali_gets_what_the_one_before_it_makes(tmp_path):
-    """The crops of its geometry are those of the host's, and the other stages start from such."""
-    pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is there for Linux only")
+def test_each_stage_of_dali_receives_the_output_of_the_previous_one(tmp_path):
+    """Crops match those of the OpenCV backend, and the other stages start from such crops."""
+    pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is available for Linux only")
     images = [bench.with_short_side(bench.photograph(number), 64) for number in range(4)]
     data = stages.Prepared(bench.make_shards(images, tmp_path), AugmentConfig(size=48), 2, 4)
     found = {(c.stage, c.jitter): c.call for c in stages.dali_stages(data, AugmentConfig(size=48), 4)}
@@ -76,10 +76,11 @@ def test_each_stage_of_dali_gets_what_the_one_before_it_makes(tmp_path):
     crops = np.array([crop for view in found["geometry", ""]() for crop in view.as_array()])
     at = np.ndindex(2, 4)
     expected = [
-        resized_crop(decode(data.encoded[i]), data.drawn, v, i, 48)[:, :: 1 - 2 * data.drawn.flip[v, i]] for v, i in at
+        resized_crop(decode(data.encoded[i]), data.params, v, i, 48)[:, :: 1 - 2 * data.params.flip[v, i]]
+        for v, i in at
     ]
     assert np.abs(crops - expected).mean() < 1
-    for stage in (("color", "exact"), ("color", "affine"), ("blur", ""), ("pack", "")):
+    for stage in (("color", "exact"), ("color", "affine"), ("blur", ""), ("normalize", "")):
         outputs = found[stage]()
         assert len(outputs) == 2 and all(output.as_array().shape == (4, 48, 48, 3) for output in outputs)
-    assert np.abs(found["pack", ""]()[0].as_array()).max() < 3 < np.abs(found["blur", ""]()[0].as_array()).max()
+    assert np.abs(found["normalize", ""]()[0].as_array()).max() < 3 < np.abs(found["blur", ""]()[0].as_array()).max()

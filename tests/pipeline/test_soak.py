@@ -1,4 +1,4 @@
-"""Memory and open files of loaders stay constant for hours, with local and remote shards and every backend.
+"""Long runs of whole loaders, local and remote: memory and open files must not grow.
 
 The long runs take $STREAMCLR_SOAK_S seconds each, 120 by default:
 
@@ -30,7 +30,7 @@ from tests.pipeline.image_sets import write_folder
 from tests.pipeline.loaders import view_loader
 from tests.pipeline.web_server import cache_at, serving_elsewhere
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="requires Linux's /proc")
+pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 CPU = torch.device("cpu")
 BACKENDS = ["opencv", "kornia", *(["dali"] if find_spec("nvidia") and find_spec("nvidia.dali") else [])]
 SECONDS = float(os.environ.get("STREAMCLR_SOAK_S", "120"))
@@ -39,7 +39,7 @@ SHARDS, EACH, BATCH = 48, 4, 8
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> ShardSet:
-    """192 images of many sizes in 48 shards, three blocks of the global order."""
+    """192 images of many sizes in 48 shards, three blocks of the sampler."""
     root = tmp_path_factory.mktemp("shards")
     pictures = (reference.smooth_field(0, i, 40 + i % 37, 50 + i % 23) for i in range(SHARDS * EACH))
     files = {f"class_{i % 3}/{i}.jpg": reference.encode(picture, "JPEG") for i, picture in enumerate(pictures)}
@@ -47,19 +47,19 @@ def shards(tmp_path_factory) -> ShardSet:
 
 
 def loader(shards: ShardSet, backend: str, **options) -> ViewLoader:
-    augment = AugmentConfig(size=64)  # a batch of views is 0.8 MB
-    return view_loader(shards, augment, batch_size=BATCH, seed=0, device=CPU, backend=backend, workers=2, **options)
+    config = AugmentConfig(size=64)  # a batch of views has 0.8 MB
+    return view_loader(shards, config, batch_size=BATCH, seed=0, device=CPU, backend=backend, workers=2, **options)
 
 
 def remote_loader(shards: ShardSet, url: str, folder: Path) -> ViewLoader:
-    """Loader over HTTP with a cache for five of eight shards, so that every epoch evicts and downloads shards."""
+    """Loader over HTTP whose cache holds five of eight shards, so that shards are evicted in every epoch."""
     size = sum(shard["bytes"] for shard in shards.manifest["shards"])
     cache = cache_at(folder, limit_bytes=size * 5 // 8)
     return loader(open_shards(url, cache), "opencv", cache=cache)
 
 
 class Usage(NamedTuple):
-    """Resources of this process at regular intervals, after warm-up."""
+    """Resource usage of this process at regular intervals."""
 
     batches: np.ndarray
     memory_mb: np.ndarray
@@ -67,7 +67,7 @@ class Usage(NamedTuple):
 
     @property
     def grown_mb(self) -> float:
-        """Growth from the first batch to the last by the Theil-Sen slope, which is robust to outliers."""
+        """Growth of memory in MB over all batches by the Theil-Sen slope, which is robust to outliers."""
         i, j = np.triu_indices(len(self.batches), 1)
         slopes = (self.memory_mb[j] - self.memory_mb[i]) / (self.batches[j] - self.batches[i])
         return float(np.median(slopes) * (self.batches[-1] - self.batches[0]))
@@ -80,7 +80,7 @@ class Usage(NamedTuple):
 
 
 def current_usage() -> tuple[float, int]:
-    """Return resident memory in MB and number of open files of this process."""
+    """Resident memory of this process in MB, and its number of open files."""
     gc.collect()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6, len(os.listdir("/proc/self/fd"))
@@ -91,13 +91,11 @@ def endless(loader: ViewLoader) -> Iterator[Batch]:
         yield from loader
 
 
-def follow(batches: Iterator[Batch], every: int, limit: int | None = None, seconds: float = np.inf) -> Usage:
-    """Fetch `limit` batches, or for `seconds`; drop the first third, in which caches fill and buffers grow."""
+def measure(batches: Iterator[Batch], every: int, limit: int | None = None, seconds: float = np.inf) -> Usage:
+    """Consume batches up to a number or a time; the first third, in which caches and buffers fill, is not counted."""
     gc.collect()
-    getattr(ctypes.CDLL(None), "malloc_trim", int)(
-        0
-    )  # or growth would be hidden in memory that other tests have released
-    gc.freeze()  # excludes the objects of imported modules from collection
+    getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # memory left over by other tests would hide growth
+    gc.freeze()  # objects of modules need not be traversed again
     rows, started = [], time.monotonic()
     for number in count(1):
         next(batches)
@@ -116,55 +114,55 @@ def follow(batches: Iterator[Batch], every: int, limit: int | None = None, secon
 
 
 def test_a_leak_of_one_batch_in_twenty_is_detected(shards):
-    kept, views = [], loader(shards, "opencv")
+    leaked, whole = [], loader(shards, "opencv")
 
     def leaking() -> Iterator[Batch]:
-        for number, batch in enumerate(endless(views)):
-            kept.extend([batch.views.clone(), open(os.devnull)] if number % 20 == 0 else [])  # noqa: SIM115
+        for number, batch in enumerate(endless(whole)):
+            leaked.extend([batch.views.clone(), open(os.devnull)] if number % 20 == 0 else [])  # noqa: SIM115
             yield batch
 
-    usage = follow(leaking(), every=5, limit=300)
-    views.close()
+    usage = measure(leaking(), every=5, limit=300)
+    whole.close()
     assert usage.grown_mb > 5 and usage.grown_files > 3
 
 
 def test_open_files_stay_constant(shards):
-    """Memory is tested by the long runs: it fluctuates in a process that has run hundreds of tests."""
-    views = loader(shards, "opencv")
-    usage = follow(endless(views), every=5, limit=300)
-    views.close()
+    """Memory is tested by the long runs; in a process that has run hundreds of tests it fluctuates."""
+    whole = loader(shards, "opencv")
+    usage = measure(endless(whole), every=5, limit=300)
+    whole.close()
     assert usage.grown_files < 2
 
 
-def test_open_files_stay_constant_with_a_small_cache(shards, tmp_path):
+def test_open_files_stay_constant_with_a_cache_smaller_than_the_set(shards, tmp_path):
     with serving_elsewhere(Path(shards.root)) as url:
-        views = remote_loader(shards, url, tmp_path)
-        usage = follow(endless(views), every=5, limit=300)
-        views.close()
+        whole = remote_loader(shards, url, tmp_path)
+        usage = measure(endless(whole), every=5, limit=300)
+        whole.close()
     assert usage.grown_files < 2
-    cached = list((tmp_path / "cache" / "files").iterdir())
-    assert 0 < len(cached) < SHARDS and sum(file.stat().st_size for file in cached) <= views.reader.cache.limit_bytes
+    kept = list((tmp_path / "cache" / "files").iterdir())
+    assert 0 < len(kept) < SHARDS and sum(file.stat().st_size for file in kept) <= whole.reader.cache.limit_bytes
 
 
 def is_constant(usage: Usage) -> bool:
-    """At most 20 MB per hour, which a leak of a thousandth of every batch would exceed."""
-    share_of_an_hour = (1 - 1 / 3) * SECONDS / 3600
-    return usage.grown_mb < max(20 * share_of_an_hour, 1) and usage.grown_files < 2
+    """At most 20 MB per hour, less than a leak of a thousandth of every batch."""
+    hours = (1 - 1 / 3) * SECONDS / 3600
+    return usage.grown_mb < max(20 * hours, 1) and usage.grown_files < 2
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_hours_of_batches(shards, backend):
-    views = loader(shards, backend)
-    usage = follow(endless(views), every=50, seconds=SECONDS)
-    views.close()
+def test_long_run(shards, backend):
+    whole = loader(shards, backend)
+    usage = measure(endless(whole), every=50, seconds=SECONDS)
+    whole.close()
     assert is_constant(usage)
 
 
 @pytest.mark.soak
-def test_hours_of_batches_over_the_web(shards, tmp_path):
+def test_long_run_over_http(shards, tmp_path):
     with serving_elsewhere(Path(shards.root)) as url:
-        views = remote_loader(shards, url, tmp_path)
-        usage = follow(endless(views), every=50, seconds=SECONDS)
-        views.close()
+        whole = remote_loader(shards, url, tmp_path)
+        usage = measure(endless(whole), every=50, seconds=SECONDS)
+        whole.close()
     assert is_constant(usage)

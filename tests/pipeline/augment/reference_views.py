@@ -1,8 +1,8 @@
-"""The slow and obvious views every backend is held against: PIL decodes, torchvision's float functions do the rest.
+"""Reference views: PIL decodes, torchvision's float functions do the rest, in float64 and one view at a time.
 
-One image and one view at a time, in float64 and in the order of `AugmentConfig`; torchvision's functional transforms are the
-definition of each operation, so nothing here is shared with a backend. The affine jitter, which torchvision lacks, is
-done one operation after the other in the drawn order, unclipped, as its definition has it before it is composed.
+torchvision's functional transforms define each operation, in the order of `AugmentConfig`; no code is shared with a
+backend. The affine jitter, which torchvision lacks, is applied one operation after the other, unclipped and in the
+drawn order: its definition before the operations are composed.
 """
 
 import io
@@ -24,12 +24,12 @@ IDENTITY = {"flip": False, "brightness": 1, "contrast": 1, "saturation": 1, "hue
 
 
 def photographs(n: int, seed: int, sizes: Sequence[tuple[int, int]] = SIZES) -> list[bytes]:
-    """n JPEGs of quality 95 of smooth colored fields, their (height, width) taken from `sizes` in turn."""
+    """n JPEGs of smooth colored fields; their (height, width) cycle through `sizes`."""
     return [encode(smooth_field(seed, i, *sizes[i % len(sizes)]), "JPEG", quality=95) for i in range(n)]
 
 
 def smooth_field(seed: int, index: int, height: int, width: int) -> Image.Image:
-    """Noise of three wavelengths over a gradient; reaches black and white, so that clipping is exercised."""
+    """Noise of three wavelengths over a gradient, from black to white so that clipping is exercised."""
     random = np.random.default_rng((seed, index))
     across, down = random.normal(0, 90, (2, 3))
     field = np.linspace(0, across, width)[None] + np.linspace(0, down, height)[:, None]
@@ -41,48 +41,48 @@ def smooth_field(seed: int, index: int, height: int, width: int) -> Image.Image:
 
 
 def encode(image: Image.Image, form: str, **options) -> bytes:
-    """The bytes of `image` in one of PIL's formats."""
+    """Encode an image in one of PIL's formats."""
     file = io.BytesIO()
     image.save(file, form, **options)
     return file.getvalue()
 
 
-def drawn_parameters(encoded: Sequence[bytes], recipe: AugmentConfig, seed: int, views: int = 2) -> AugmentParams:
-    """The recipe's own random parameters for these images."""
+def random_params(encoded: Sequence[bytes], config: AugmentConfig, seed: int, views: int = 2) -> AugmentParams:
+    """Random augmentation parameters of these images."""
     width, height = np.array([Image.open(io.BytesIO(file)).size for file in encoded]).T
-    return draw_params(recipe, seed, 0, np.arange(len(encoded)), height, width, views)
+    return draw_params(config, seed, 0, np.arange(len(encoded)), height, width, views=views)
 
 
-def keep_only(parameters: AugmentParams, *names: str) -> AugmentParams:
-    """`parameters` with every field that `names` leaves out at its identity; crop and order always stay."""
-    neutral = {name: np.full_like(getattr(parameters, name), v) for name, v in IDENTITY.items() if name not in names}
-    return replace(parameters, **neutral)
+def keep_only(params: AugmentParams, *names: str) -> AugmentParams:
+    """Neutralize all operations except for `names`; crop and order are kept."""
+    neutral = {name: np.full_like(getattr(params, name), v) for name, v in IDENTITY.items() if name not in names}
+    return replace(params, **neutral)
 
 
-def take(parameters: AugmentParams, rows: slice) -> AugmentParams:
-    """The parameters of a part of the images."""
-    return AugmentParams(**{f.name: getattr(parameters, f.name)[:, rows] for f in fields(parameters)})
+def select(params: AugmentParams, rows: slice) -> AugmentParams:
+    """Parameters of some of the images."""
+    return AugmentParams(**{f.name: getattr(params, f.name)[:, rows] for f in fields(params)})
 
 
-def reference_views(encoded: Sequence[bytes], parameters: AugmentParams, recipe: AugmentConfig) -> Tensor:
-    """(V*n, 3, S, S) float64 in levels 0..255, not normalized; row v*n + i is view v of image i."""
+def reference_views(encoded: Sequence[bytes], params: AugmentParams, config: AugmentConfig) -> Tensor:
+    """Views as (V n, 3, S, S) float64 in levels 0..255, not normalized; row v n + i is view v of image i."""
     images = [decode(file) for file in encoded]
-    rows = np.ndindex(parameters.flip.shape)
-    return 255 * torch.stack([_view(images[i], parameters, (v, i), recipe) for v, i in rows])
+    rows = np.ndindex(params.flip.shape)
+    return 255 * torch.stack([_view(images[i], params, (v, i), config) for v, i in rows])
 
 
 def decode(file: bytes) -> Tensor:
-    """(3, H, W) float64 in 0..1, EXIF orientation ignored."""
+    """Decode to (3, H, W) float64 in 0..1; the EXIF orientation is ignored."""
     return F.pil_to_tensor(Image.open(io.BytesIO(file)).convert("RGB")).double() / 255
 
 
 def _gray(x: Tensor) -> Tensor:
-    """(3, H, W) -> (1, H, W)."""
+    """Gray by BT.601: (3, H, W) -> (1, H, W)."""
     return (torch.tensor([0.299, 0.587, 0.114], dtype=x.dtype)[:, None, None] * x).sum(0, keepdim=True)
 
 
 def _turn_hue(x: Tensor, turns: float) -> Tensor:
-    """Turns the two color differences of YUV, (blue - Y) * 0.492 towards (red - Y) * 0.877, and solves for RGB."""
+    """Rotate the color differences of YUV, (blue - Y) * 0.492 toward (red - Y) * 0.877, and solve for RGB."""
     y, angle = _gray(x), 2 * math.pi * turns
     u, v = 0.492 * (x[2:] - y), 0.877 * (x[:1] - y)
     u, v = u * math.cos(angle) - v * math.sin(angle), u * math.sin(angle) + v * math.cos(angle)
@@ -99,32 +99,32 @@ JITTER = {
         _turn_hue,
     ),
 }
-"""The four jitter operations in the order of `pipeline.augment.params`: torchvision's, which clip, and the affine ones."""
+"""Brightness, contrast, saturation and hue: torchvision's functions, which clip, and the affine operations."""
 
 
-def _view(image: Tensor, parameters: AugmentParams, at: tuple[int, int], recipe: AugmentConfig) -> Tensor:
-    window, size = parameters.crop[at].tolist(), [recipe.size, recipe.size]
+def _view(image: Tensor, params: AugmentParams, at: tuple[int, int], config: AugmentConfig) -> Tensor:
+    window, size = params.crop[at].tolist(), [config.size, config.size]
     x = F.resized_crop(image, *window, size, F.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
-    if parameters.flip[at]:
+    if params.flip[at]:
         x = F.hflip(x)
-    adjust = JITTER[recipe.jitter]
-    amounts = (parameters.brightness, parameters.contrast, parameters.saturation, parameters.hue)
-    for which in parameters.order[at]:
+    adjust = JITTER[config.jitter]
+    amounts = (params.brightness, params.contrast, params.saturation, params.hue)
+    for which in params.order[at]:
         x = adjust[which](x, float(amounts[which][at]))
-    if parameters.gray[at]:
-        x = F.rgb_to_grayscale(x, 3) if recipe.jitter == "exact" else _gray(x).expand(3, -1, -1)
-    x = x.clamp(0, 1)  # of the affine jitter, whose steps do not clip
-    sigma = float(parameters.sigma[at])
-    return F.gaussian_blur(x, [recipe.blur_window] * 2, [sigma, sigma]) if sigma > 0 else x
+    if params.gray[at]:
+        x = F.rgb_to_grayscale(x, 3) if config.jitter == "exact" else _gray(x).expand(3, -1, -1)
+    x = x.clamp(0, 1)  # the affine jitter clips once
+    sigma = float(params.sigma[at])
+    return F.gaussian_blur(x, [config.blur_window] * 2, [sigma, sigma]) if sigma > 0 else x
 
 
-def denormalize(views: Tensor, recipe: AugmentConfig) -> Tensor:
-    """Normalized views -> float64 levels 0..255 on the CPU, as `reference_views` gives them."""
-    mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (recipe.mean, recipe.std))
+def denormalize(views: Tensor, config: AugmentConfig) -> Tensor:
+    """Convert normalized views to float64 levels 0..255 on the CPU, like those of `reference_views`."""
+    mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (config.mean, config.std))
     return 255 * (views.cpu().double() * std + mean)
 
 
-def deviation(views: Tensor, reference: Tensor, recipe: AugmentConfig) -> tuple[float, float]:
-    """(mean, largest) absolute difference of normalized views from reference views, in levels of 255."""
-    difference = (denormalize(views, recipe) - reference).abs()
+def deviation(views: Tensor, reference: Tensor, config: AugmentConfig) -> tuple[float, float]:
+    """Mean and largest absolute difference of normalized views from reference views, in levels of 255."""
+    difference = (denormalize(views, config) - reference).abs()
     return difference.mean().item(), difference.max().item()

@@ -1,4 +1,4 @@
-"""The loader's contract: what a batch holds, that its state is a position and nothing else, and how it stops."""
+"""Tests of the loader: contents of batches, resuming from a position, stopping, prefetching."""
 
 import signal
 import threading
@@ -28,7 +28,7 @@ from tests.pipeline.loaders import center_crops, view_loader
 from tests.pipeline.web_server import cache_at, serving
 
 CPU = torch.device("cpu")
-RECIPE = AugmentConfig(size=16)
+CONFIG = AugmentConfig(size=16)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def shards(tmp_path_factory) -> ShardSet:
 
 def loader(shards: ShardSet, **options) -> ViewLoader:
     options = {"batch_size": 8, "seed": 0, "device": CPU, "backend": "opencv", "workers": 2} | options
-    return view_loader(shards, RECIPE, **options)
+    return view_loader(shards, CONFIG, **options)
 
 
 def same(first: Batch, second: Batch) -> bool:
@@ -49,21 +49,21 @@ def same(first: Batch, second: Batch) -> bool:
 
 
 def views_of(batch: Batch) -> torch.Tensor:
-    """(2, B, 3, S, S): row v B + i is view v of sample i."""
+    """Views by view and sample: (2, B, 3, S, S)."""
     return batch.views.unflatten(0, (2, -1))
 
 
 def concatenated(shares: list[Batch]) -> Batch:
-    """The global batch of the ranks' shares."""
+    """Global batch from the shares of the ranks."""
     views = torch.cat([views_of(share) for share in shares], 1).flatten(0, 1)
     return Batch(views, *(torch.cat([share[field] for share in shares]) for field in (1, 2)))
 
 
 @pytest.mark.parametrize("backend", ["opencv", "kornia", "dali"])
 def test_a_batch(shards, backend):
-    """Rows i and B + i are views of sample i, by the reference: so label, index and views belong together."""
+    """Rows i and B + i match the reference views of sample i, so label, index and views belong together."""
     if backend == "dali":
-        pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is there for Linux only")
+        pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is available for Linux only")
     whole = loader(shards, backend=backend, seed=3)
     batch = next(iter(whole))
     whole.close()
@@ -73,11 +73,11 @@ def test_a_batch(shards, backend):
     assert batch.index.dtype == batch.label.dtype == torch.int64
     assert np.array_equal(batch.label.numpy(), shards.index["label"][samples])
     rows = shards.index[samples]
-    parameters = draw_params(RECIPE, 3, 0, samples, rows["height"], rows["width"])
-    expected = reference.reference_views(Reader(shards)(samples), parameters, RECIPE)
-    # host rounds to whole levels, Kornia weighs gray and DALI pads a little otherwise: see their own tests
+    params = draw_params(CONFIG, 3, 0, samples, rows["height"], rows["width"])
+    expected = reference.reference_views(Reader(shards)(samples), params, CONFIG)
+    # rounding, gray weights and padding differ slightly, see tests/pipeline/augment/test_backends.py
     tolerance = {"opencv": 0.8, "kornia": 0.05, "dali": 0.15}[backend]
-    assert reference.deviation(batch.views, expected, RECIPE)[0] < tolerance
+    assert reference.deviation(batch.views, expected, CONFIG)[0] < tolerance
 
 
 def test_an_epoch(shards):
@@ -93,7 +93,7 @@ def test_an_epoch(shards):
     assert set(labels.values()) <= {-1, 0, 1, 2} and labels == {i: shards.index["label"][i] for i in labels}
 
 
-def test_views_change_with_the_epoch_but_not_with_the_batch_size(shards):
+def test_views_depend_on_the_epoch_but_not_on_the_batch_size(shards):
     def by_sample(epoch: int, **options) -> dict[int, torch.Tensor]:
         part = loader(shards, **options)
         part.load_state_dict(part.state_dict() | {"epoch": epoch})
@@ -109,17 +109,17 @@ def test_views_change_with_the_epoch_but_not_with_the_batch_size(shards):
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 4])
-def test_resuming_goes_on_with_the_very_same_batches(shards, stop):
-    """Also at the end of an epoch (3) and after it, and with another number of threads and batches ahead."""
+def test_resuming_continues_with_identical_batches(shards, stop):
+    """Also at the end of an epoch (3) and after it, and with other numbers of threads and prefetched batches."""
     whole = loader(shards)
     batches = [*whole, *whole]
     whole.close()
-    begun = loader(shards, prefetch=1)
+    first = loader(shards, prefetch=1)
     taken = []
     while len(taken) < stop:
-        taken += islice(begun, stop - len(taken))
-    state = begun.state_dict()
-    begun.close()
+        taken += islice(first, stop - len(taken))
+    state = first.state_dict()
+    first.close()
     assert state == {"epoch": stop // 3, "step": stop % 3, "seed": 0, "batch_size": 8, "node_groups": 1}
     resumed = loader(shards, prefetch=3, workers=1)
     resumed.load_state_dict(state)
@@ -130,14 +130,14 @@ def test_resuming_goes_on_with_the_very_same_batches(shards, stop):
         assert same(batch, again)
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(shards):
+def test_a_run_resumes_with_another_number_of_ranks(shards):
     alone = loader(shards)
     batches = list(alone)
     alone.close()
-    begun = loader(shards)
-    assert same(next(iter(begun)), batches[0])
-    state = begun.state_dict()
-    begun.close()
+    first = loader(shards)
+    assert same(next(iter(first)), batches[0])
+    state = first.state_dict()
+    first.close()
     ranks = [loader(shards, rank=rank, world_size=2) for rank in range(2)]
     for rank in ranks:
         rank.load_state_dict(state)
@@ -148,7 +148,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(shards):
         rank.close()
 
 
-def test_what_is_prepared_ahead_is_not_part_of_the_position(shards):
+def test_prefetched_batches_are_not_part_of_the_position(shards):
     for prefetch in 0, 1, 5:
         whole = loader(shards, prefetch=prefetch)
         batches = iter(whole)
@@ -160,9 +160,9 @@ def test_what_is_prepared_ahead_is_not_part_of_the_position(shards):
         whole.close()
 
 
-def test_after_the_last_batch_of_an_epoch_the_next_one_begins(shards):
+def test_after_the_last_batch_of_an_epoch_comes_the_next_epoch(shards):
     whole = loader(shards)
-    for _ in islice(whole, 3):  # which stops without having asked for a fourth
+    for _ in islice(whole, 3):  # stops without requesting a fourth batch
         pass
     assert len(list(whole)) == 3 and whole.state_dict()["epoch"] == 2
     whole.close()
@@ -178,8 +178,8 @@ def test_after_the_last_epoch_there_are_no_batches(shards):
     whole.close()
 
 
-def test_after_an_error_the_same_batch_comes_again(shards, monkeypatch):
-    """As in a notebook, where the error is seen and the cell is run again."""
+def test_after_an_error_the_same_batch_is_repeated(shards, monkeypatch):
+    """As in a notebook, where the cell is run again after an error."""
     whole = loader(shards, prefetch=0)
     expected = list(whole)
     whole.load_state_dict(whole.state_dict() | {"epoch": 0, "step": 0})
@@ -194,8 +194,8 @@ def test_after_an_error_the_same_batch_comes_again(shards, monkeypatch):
 
 
 @pytest.mark.parametrize("samples", [None, np.array([3, 8, 20, 28])])
-def test_closing_waits_for_no_server(shards, tmp_path, samples):
-    """Neither for whole shards nor for byte ranges that stall, here when Ctrl-C comes during the wait."""
+def test_closing_does_not_wait_for_a_server(shards, tmp_path, samples):
+    """Neither for whole shards nor for byte ranges that stall, here when Ctrl-C is pressed during the wait."""
     before = set(threading.enumerate())
     with serving(Path(shards.root), *[""] * 2, *["stall"] * 50) as server:
         cache = ShardCache(tmp_path, limit_bytes=10**6 if samples is None else 0)
@@ -215,10 +215,10 @@ def test_closing_waits_for_no_server(shards, tmp_path, samples):
         assert not left & {"read", "augment", "range"}
 
 
-def test_another_order_is_refused(shards):
+def test_another_sample_order_is_rejected(shards):
     whole = loader(shards)
     for name, value in (("seed", 1), ("batch_size", 4), ("node_groups", 2)):
-        with pytest.raises(UserError, match=f"begun with {name} {value}: go on with the same"):
+        with pytest.raises(UserError, match=f"started with {name} {value}; use the same value"):
             whole.load_state_dict(whole.state_dict() | {name: value})
     whole.close()
 
@@ -237,7 +237,7 @@ def test_breaking_out_leaves_no_threads(shards, backend):
     assert set(threading.enumerate()) <= before
 
 
-def test_breaking_out_does_not_wait_for_what_was_not_begun(shards, monkeypatch):
+def test_breaking_out_does_not_wait_for_batches_that_have_not_started(shards, monkeypatch):
     read = Reader.read
     calls = []
 
@@ -249,58 +249,60 @@ def test_breaking_out_does_not_wait_for_what_was_not_begun(shards, monkeypatch):
 
     monkeypatch.setattr(Reader, "read", slowly)
     whole = loader(shards, batch_size=1, prefetch=20)
-    begun = time.monotonic()
+    started = time.monotonic()
     for _ in whole:
         break
     whole.close()
-    assert time.monotonic() - begun < 2 and len(calls) < 6
+    assert time.monotonic() - started < 2 and len(calls) < 6
 
 
-def test_what_does_not_fit_is_refused(shards):
-    with pytest.raises(UserError, match=r"batch of 32 is larger than the data set .*\(31 images\).*at most 31"):
+def test_invalid_sizes_and_backends_are_rejected(shards):
+    with pytest.raises(
+        UserError, match=r"of 32 is larger than the data set .*\(31 images\); use --batch-size 31 or less"
+    ):
         loader(shards, batch_size=32)
     with pytest.raises(UserError, match="batch of 10 does not divide by 4 processes: use --batch-size 8"):
         loader(shards, batch_size=10, world_size=4)
-    with pytest.raises(UserError, match="no backend 'cv2': choose one of auto, dali, kornia, opencv"):
+    with pytest.raises(UserError, match="no backend 'cv2'; use one of auto, dali, kornia, opencv"):
         choose_backend("cv2", CPU)
     assert choose_backend("auto", CPU) == "opencv" and choose_backend("auto", torch.device("mps")) == "kornia"
 
 
-def test_the_next_epoch_is_prepared_while_the_last_batch_is_used(shards, monkeypatch):
-    order, asked = ShardSampler.batch, []
+def test_the_next_epoch_is_prefetched_while_the_last_batch_is_used(shards, monkeypatch):
+    batch, requested = ShardSampler.batch, []
 
-    def note(self, epoch, step, *ranks):
-        asked.append((epoch, step))
-        return order(self, epoch, step, *ranks)
+    def record(self, epoch, step, *ranks):
+        requested.append((epoch, step))
+        return batch(self, epoch, step, *ranks)
 
-    monkeypatch.setattr(ShardSampler, "batch", note)
+    monkeypatch.setattr(ShardSampler, "batch", record)
     whole = loader(shards, prefetch=2, epochs=2)
     for _ in whole:
         pass
-    assert asked[-1] == (1, 1)
-    assert len(list(whole)) == 3 and asked == [(epoch, step) for epoch in range(2) for step in range(3)]
+    assert requested[-1] == (1, 1)
+    assert len(list(whole)) == 3 and requested == [(epoch, step) for epoch in range(2) for step in range(3)]
     whole.close()
 
 
 @pytest.mark.parametrize("backend", ["opencv", "kornia", "dali"])
-def test_central_batches(shards, backend):
+def test_center_crop_batches(shards, backend):
     if backend == "dali":
-        pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is there for Linux only")
+        pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is available for Linux only")
     samples = np.array([30, 4, 4, 17, 0, 9, 21])
-    batches = list(center_crops(shards, RECIPE, samples, batch_size=3, device=CPU, backend=backend))
+    batches = list(center_crops(shards, CONFIG, samples, batch_size=3, device=CPU, backend=backend))
     assert [len(batch.index) for batch in batches] == [3, 3, 1]
     assert torch.cat([batch.index for batch in batches]).tolist() == samples.tolist()
     assert torch.cat([batch.label for batch in batches]).tolist() == shards.index["label"][samples].tolist()
     rows = shards.index[samples]
-    parameters = center_crop(RECIPE, rows["height"], rows["width"])
-    expected = reference.reference_views(Reader(shards)(samples), parameters, RECIPE)
+    params = center_crop(CONFIG, rows["height"], rows["width"])
+    expected = reference.reference_views(Reader(shards)(samples), params, CONFIG)
     views = torch.cat([batch.views for batch in batches])
-    assert reference.deviation(views, expected, RECIPE)[0] < (0.3 if backend == "opencv" else 0.05)
+    assert reference.deviation(views, expected, CONFIG)[0] < (0.3 if backend == "opencv" else 0.05)
 
 
-def test_central_batches_may_be_left_early(shards):
+def test_center_crop_batches_may_be_abandoned(shards):
     before = set(threading.enumerate())
-    for _ in center_crops(shards, RECIPE, np.arange(31), batch_size=4, device=CPU, backend="opencv"):
+    for _ in center_crops(shards, CONFIG, np.arange(31), batch_size=4, device=CPU, backend="opencv"):
         break
     assert {thread for thread in threading.enumerate() if thread not in before} == set()
 
@@ -311,25 +313,25 @@ def test_a_failing_web_server_changes_no_batch(shards, tmp_path, faults):
     expected = [batch for _ in range(2) for batch in local]
     local.close()
     samples = np.array([3, 4, 30, 17])
-    expected += center_crops(shards, RECIPE, samples, batch_size=3, device=CPU, backend="opencv")
+    expected += center_crops(shards, CONFIG, samples, batch_size=3, device=CPU, backend="opencv")
     with serving(Path(shards.root), *faults) as server:
         cache = cache_at(tmp_path / "cache")
         remote = open_shards(server.url, cache)
         over_the_web = loader(remote, cache=cache)
         batches = [batch for _ in range(2) for batch in over_the_web]
         over_the_web.close()
-        batches += center_crops(remote, RECIPE, samples, batch_size=3, device=CPU, backend="opencv", cache=cache)
+        batches += center_crops(remote, CONFIG, samples, batch_size=3, device=CPU, backend="opencv", cache=cache)
     assert len(batches) == 8 and all(map(same, batches, expected))
 
 
 def test_the_backends_agree(shards):
-    """The same seed gives the same views whoever makes them; in levels of 255."""
-    pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is there for Linux only")
+    """With the same seed, all backends produce the same views, in levels of 255."""
+    pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is available for Linux only")
     loaders = [loader(shards, backend=backend) for backend in ("opencv", "kornia", "dali")]
-    for host, kornia, dali in zip(*loaders, strict=True):
-        assert torch.equal(host.index, kornia.index) and torch.equal(host.index, dali.index)
-        exact = reference.denormalize(kornia.views, RECIPE)
-        assert reference.deviation(host.views, exact, RECIPE)[0] < 0.8
-        assert reference.deviation(dali.views, exact, RECIPE)[0] < 0.15
+    for opencv, kornia, dali in zip(*loaders, strict=True):
+        assert torch.equal(opencv.index, kornia.index) and torch.equal(opencv.index, dali.index)
+        exact = reference.denormalize(kornia.views, CONFIG)
+        assert reference.deviation(opencv.views, exact, CONFIG)[0] < 0.8
+        assert reference.deviation(dali.views, exact, CONFIG)[0] < 0.15
     for each in loaders:
         each.close()
