@@ -10,12 +10,13 @@ they are the encoders of SimCLR v2 (arXiv 2006.10029, table 1).
 import json
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import timm
 import torch
-from timm.models import load_pretrained, register_model, resolve_pretrained_cfg
+from timm.models import build_model_with_cfg, register_model
 from torch import nn
 
 from .common import UserError, check_range
@@ -43,7 +44,7 @@ class EncoderConfig:
     width: float = 1.0
     """Multiplier of all channel counts of a ResNet."""
     selective_kernels: bool = False
-    """Use the selective kernels of SimCLR v2, with the stem and shortcuts of ResNet-D; for ResNets of 50 layers or more."""
+    """Use the selective kernels of SimCLR v2, with ResNet-D's stem and shortcuts; for ResNets of 50 layers or more."""
 
     def __post_init__(self) -> None:
         check_range("--encoder.width", self.width, 0.05, 32)
@@ -75,15 +76,11 @@ def _simclr_resnet(base: str, small_stem: bool, width: float, selective_kernels:
 
 
 def _register(base: str) -> None:
-    """Register `simclr_<base>` with timm, in the form that timm's own loading of pretrained folders expects."""
     name = PREFIX + base
 
     def entrypoint(
         pretrained: bool = False,
         pretrained_cfg: dict | None = None,
-        pretrained_cfg_overlay: dict | None = None,
-        pretrained_model_args: dict | None = None,  # of an exported folder; timm merges them into the arguments below
-        cache_dir: str | None = None,
         small_stem: bool = False,
         width: float = 1.0,
         selective_kernels: bool = False,
@@ -91,18 +88,11 @@ def _register(base: str) -> None:
     ) -> nn.Module:
         if selective_kernels and base not in BOTTLENECK_RESNETS:
             raise ValueError(f"selective kernels need one of {', '.join(BOTTLENECK_RESNETS)}")
-        exported = None
-        if pretrained_cfg or pretrained_cfg_overlay:
-            exported = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay).to_dict()
-            kwargs.setdefault("num_classes", exported["num_classes"])
-        if pretrained and not exported:
+        if pretrained and not pretrained_cfg:  # only exported folders have weights
             raise ValueError(f"there are no pretrained weights for {name}")
-        encoder = _simclr_resnet(base, small_stem, width, selective_kernels, **kwargs)
-        if exported:
-            encoder.pretrained_cfg = encoder.default_cfg = exported
-        if pretrained:
-            load_pretrained(encoder, exported, encoder.num_classes, kwargs.get("in_chans", 3), cache_dir=cache_dir)
-        return encoder
+        build = partial(_simclr_resnet, base, small_stem, width, selective_kernels)
+        pretrained_cfg = pretrained_cfg or timm.get_pretrained_cfg(base).to_dict()
+        return build_model_with_cfg(build, name, pretrained, pretrained_cfg, **kwargs)
 
     entrypoint.__name__, entrypoint.__module__ = name, __name__
     register_model(entrypoint)
