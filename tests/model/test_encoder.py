@@ -141,7 +141,7 @@ def test_widths_out_of_range(width):
 
 def test_errors_of_timm_without_a_message():
     """HaloNet raises an empty AssertionError for images smaller than its windows."""
-    with pytest.raises(UserError, match=r"32 px \(AssertionError\): change"):
+    with pytest.raises(UserError, match=r"32 px \(AssertionError\); change"):
         model.feature_dim(model.create_encoder(spec("eca_halonext26ts", 32)), 32)
 
 
