@@ -15,7 +15,6 @@ from typing import Literal
 import tyro
 
 from common import UserError
-from model.encoder import PREFIX
 from model.export import export_encoder
 
 
@@ -40,8 +39,8 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     print(f"{config.format}: {config.out}")
-    if spec.name.startswith(PREFIX):
-        print(f"timm lacks {spec.name}; to load it, `pip install streamclr` and `import streamclr.model`.")
+    if spec.needs_streamclr:
+        print(f"To let timm load {spec.name}, `pip install streamclr` and `import streamclr.model` first.")
 
 
 if __name__ == "__main__":

@@ -85,10 +85,9 @@ def create_classifier(
     """
     layers = 0 if head is None else sum(isinstance(module, nn.Linear) for module in head)
     if not 0 <= from_layer <= layers:
-        has = f"has {layers} layers" if layers else "is missing"
         raise UserError(
-            f"Can't fine-tune from layer {from_layer} of a projection head that {has}; set --start.from-layer to "
-            + (f"0 to {layers}." if layers else "0.")
+            f"Can't fine-tune from layer {from_layer} of a projection head with {layers} layers; --start.from-layer must "
+            f"be 0 to {layers}."
         )
     kept_layers, width, kept = nn.Sequential(), features, None
     if from_layer:

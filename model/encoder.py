@@ -56,6 +56,11 @@ class EncoderSpec(NamedTuple):
     name: str
     kwargs: dict
 
+    @property
+    def needs_streamclr(self) -> bool:
+        """Whether timm knows the architecture only after this package has been imported."""
+        return self.name.startswith(PREFIX)
+
 
 def _simclr_resnet(base: str, small_stem: bool, width: float, selective_kernels: bool, **kwargs) -> nn.Module:
     # even counts, because timm's deep stem ends with twice stem_width channels

@@ -98,7 +98,7 @@ def huggingface_config(encoder: nn.Module, spec: EncoderSpec, config: dict[str, 
     name, kwargs = spec
     size = config["views"]["size"]
     base = timm.get_pretrained_cfg(name.removeprefix(PREFIX))  # describes the architecture, whatever its weights
-    deep_stem = name.startswith(PREFIX) and isinstance(encoder.conv1, nn.Sequential)
+    deep_stem = spec.needs_streamclr and isinstance(encoder.conv1, nn.Sequential)
     return {
         "architecture": name,
         "num_classes": 0,

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from .common import UserError, file_sha256
-from .encoder import PREFIX, EncoderSpec
+from .encoder import EncoderSpec
 
 PARTS = ("encoder", "head", "views", "loss", "optim")
 """Parts of a run's configuration whose options are listed in the card, after the options of the stage itself."""
@@ -31,15 +31,12 @@ def read_run_config(run: Path) -> dict[str, Any]:
     try:
         config = json.loads((run / "config.json").read_text(encoding="utf-8"))
         size, mean, std = (config["views"][key] for key in ("size", "mean", "std"))
-        if not (type(size) is int and size > 0):
-            raise ValueError(f"views.size is {size}")
-        if not (len(mean) == len(std) == 3 and all(map(math.isfinite, [*mean, *std])) and min(std) > 0):
-            raise ValueError(f"views.mean is {mean} and views.std {std}")
-        for part in (*PARTS, "start", "labels"):
-            if not isinstance(config.get(part, {}), dict):
-                raise ValueError(f"{part} is {config[part]}")
-        if not isinstance(config.get("data", ""), str):
-            raise ValueError(f"data is {config['data']}")
+        valid = type(size) is int and size > 0 and len(mean) == len(std) == 3 and min(std) > 0
+        if not (valid and all(map(math.isfinite, [*mean, *std]))):
+            raise ValueError(f"views.size {size}, mean {mean}, std {std}")
+        for name, kind in {"data": str, **dict.fromkeys((*PARTS, "start", "labels"), dict)}.items():
+            if not isinstance(config.get(name, kind()), kind):
+                raise ValueError(f"{name} is {config[name]}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{run} has no valid config.json, which states how images are preprocessed ({type(error).__name__}: "
@@ -73,12 +70,12 @@ tags:
 ---
 # {_escape(title)}
 
-An image encoder, `{name}` with `{kwargs}`, {training_sentence(config)}, with StreamCLR. It maps images to features; it
-has no classifier.
+An image encoder, `{name}` with `{kwargs}`, {training_sentence(config)}, with StreamCLR.
+It maps images to features; it has no classifier.
 
 ```python
 import timm
-{registration if name.startswith(PREFIX) else ""}
+{registration if spec.needs_streamclr else ""}
 encoder = timm.create_model({place}, pretrained=True, num_classes=0).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(encoder))
 h = encoder(transform(image).unsqueeze(0))  # (1, 3, {size}, {size}) -> (1, features)
@@ -186,8 +183,8 @@ def evaluation_scores(run: Path, encoder_file: Path) -> list[tuple[str, dict[str
 
 def _numbers(record: dict[str, Any]) -> dict[str, float]:
     """Finite numbers among a record's values, except the step at which they were measured."""
-    numbers = {key: value for key, value in record.items() if type(value) in (int, float) and math.isfinite(value)}
-    return {key: value for key, value in numbers.items() if key != "step"}
+    scores = {key: value for key, value in record.items() if key != "step" and type(value) in (int, float)}
+    return {key: value for key, value in scores.items() if math.isfinite(value)}
 
 
 def _score_tables(

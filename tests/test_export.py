@@ -14,7 +14,7 @@ def test_huggingface_folder(tmp_path, monkeypatch, capsys):
     main()
     printed = capsys.readouterr().out
     assert (tmp_path / "out" / "model.safetensors").is_file() and str(tmp_path / "out") in printed
-    assert "timm lacks simclr_resnet18; to load it, `pip install streamclr`" in printed
+    assert "To let timm load simclr_resnet18, `pip install streamclr`" in printed
     with pytest.raises(SystemExit) as exit:  # a text exit status: Python prints it to stderr and exits with 1
         main()
     assert str(exit.value).startswith("error: ") and "already exists" in str(exit.value)
