@@ -86,8 +86,8 @@ def create_classifier(
     layers = 0 if head is None else sum(isinstance(module, nn.Linear) for module in head)
     if not 0 <= from_layer <= layers:
         raise UserError(
-            f"Can't fine-tune from layer {from_layer} of a projection head with {layers} layers; --start.from-layer must "
-            f"be 0 to {layers}."
+            f"Can't fine-tune from layer {from_layer} of a projection head with {layers} layers; "
+            f"--start.from-layer must be 0 to {layers}."
         )
     kept_layers, width, kept = nn.Sequential(), features, None
     if from_layer:
