@@ -1,7 +1,10 @@
-"""Encoders, projection heads, SimCLR itself and classifiers. Importing this registers `simclr_resnet*` with timm."""
+"""Encoders, projection heads, the SimCLR module and classifiers.
+
+Importing this package registers the architectures `simclr_resnet*` with timm.
+"""
 
 from .batchnorm import synchronize_batchnorm
-from .classifier import Classifier, StartConfig, fine_tuned, load_classifier, save_classifier, start_classifier
+from .classifier import Classifier, StartConfig, create_classifier, load_classifier, save_classifier, start_classifier
 from .encoder import (
     EncoderConfig,
     EncoderSpec,
@@ -22,10 +25,10 @@ __all__ = [
     "HeadConfig",
     "SimCLR",
     "StartConfig",
+    "create_classifier",
     "create_encoder",
     "encoder_spec",
     "feature_dim",
-    "fine_tuned",
     "load_classifier",
     "load_encoder",
     "load_head",

@@ -1,7 +1,7 @@
-"""Batch norm over the global batch: under several processes each rank must see the statistics of all of them.
+"""Batch norm over the global batch: with several processes, every rank uses the statistics of all ranks.
 
-Statistics of its own slice alone let a network find the positive by the leak of local statistics (arXiv 2002.05709,
-section 2.2, "Global BN").
+With statistics per rank, a network can recognize the positive by the local statistics that it shares with the anchor,
+without learning useful features (arXiv 2002.05709, section 2.2, "Global BN").
 """
 
 import torch
@@ -15,36 +15,44 @@ from .common import UserError
 
 
 def synchronize_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
-    """Let every batch norm's statistics span all ranks: torch's SyncBatchNorm on a GPU, ours elsewhere.
+    """Convert every batch norm to one whose statistics span all ranks.
 
-    Activation and dropout inside timm's fused norm layers are kept; frozen batch norm has nothing to synchronize. With
-    one process the module is returned unchanged.
+    The replacement is `torch.nn.SyncBatchNorm` on a GPU and `CpuSyncBatchNorm` elsewhere. Activation and dropout inside
+    timm's fused norm layers are kept, and frozen batch norm is left alone. With one process the module is returned
+    unchanged.
+
+    Args:
+        module: changed in place, except if it is a batch norm itself.
+        device: device that the module will be moved to.
 
     Raises:
-        UserError: a layer has running statistics that can't span ranks.
+        UserError: a layer has statistics of the batch that cannot span ranks.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return module
-    # timm's conversion, since torch's would drop the activation inside timm's own norms
+    # timm's conversion, because torch's would drop the activation inside timm's fused norm layers
     module = convert_sync_batchnorm(module) if device.type == "cuda" else _convert(module, {})
     for layer in module.modules():
-        # each rank would normalize by its own statistics, and only those of rank 0 would be saved
+        # every rank would normalize by statistics of its own, and only those of rank 0 would be saved
         local = isinstance(layer, _BatchNorm) or getattr(layer, "running_var", None) is not None
         if local and not isinstance(layer, SYNCHRONIZED + FROZEN):
             raise UserError(
-                f"{type(layer).__name__} can't take its statistics over several processes: use one process or another "
-                "encoder."
+                f"{type(layer).__name__} can't synchronize its statistics over several processes; use one process or "
+                "another encoder."
             )
     return module
 
 
 def _convert(module: nn.Module, converted: dict[nn.Module, nn.Module]) -> nn.Module:
+    """Recursive conversion to `CpuSyncBatchNorm`; `converted` maps visited modules to their replacements."""
     if module in converted:  # a layer used in several places remains one layer
         return converted[module]
     result = module
     if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d):
         if module.momentum is None or not module.track_running_stats:
-            raise UserError("Batch norm without exponential running statistics can't span ranks: use one process.")
+            raise UserError(
+                "Batch norm without an exponential moving average of its statistics can't span ranks; use one process."
+            )
         result = CpuSyncBatchNorm(module.num_features, module.eps, module.momentum, module.affine)
         if isinstance(module, BatchNormAct2d):
             result.drop, result.act = module.drop, module.act
@@ -53,14 +61,14 @@ def _convert(module: nn.Module, converted: dict[nn.Module, nn.Module]) -> nn.Mod
         for name, parameter in result.named_parameters():
             parameter.requires_grad_(module.get_parameter(name).requires_grad)
     converted[module] = result
-    for name, child in list(module._modules.items()):  # named_children() leaves out the second place of a child
+    for name, child in list(module._modules.items()):  # named_children() omits repeated children
         if child is not None:
             setattr(result, name, _convert(child, converted))
     return result
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """All-reduce forward and backward: every rank's statistics reach the loss of every rank."""
+    """Sum over ranks whose gradient is summed too, because the statistics enter the loss of every rank."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor) -> torch.Tensor:
@@ -76,14 +84,17 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 class CpuSyncBatchNorm(_BatchNorm):
-    """`torch.nn.SyncBatchNorm` for ranks without a GPU, which torch's own refuses. Equal batches on every rank."""
+    """`torch.nn.SyncBatchNorm` for CPU tensors, which torch's own refuses.
+
+    All ranks must have batches of the same size. Parameters and buffers are those of `torch.nn.BatchNorm2d`.
+    """
 
     def _check_input_dim(self, input: torch.Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"batch norm expects (N, C, ...), got {tuple(input.shape)}")
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """(N, C, ...) of this rank -> the same shape, normalized by mean and variance over all ranks."""
+        """(N, C, ...) of this rank -> the same shape, normalized by the mean and variance of all ranks' batches."""
         self._check_input_dim(input)
         if not self.training:
             return self._activate(super().forward(input))
@@ -91,7 +102,7 @@ class CpuSyncBatchNorm(_BatchNorm):
         shape = [1, -1] + [1] * (input.dim() - 2)
         x = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
         world_size = dist.get_world_size()
-        # the mean first and the variance around it: two small messages, no cancellation as in E[x^2] - E[x]^2
+        # two messages of C values instead of one with E[x] and E[x^2], whose difference would cancel
         mean = _SumOverRanks.apply(x.mean(axes)) / world_size
         centered = x - mean.view(shape)
         variance = _SumOverRanks.apply(centered.square().mean(axes)) / world_size
@@ -108,7 +119,7 @@ class CpuSyncBatchNorm(_BatchNorm):
         return self._activate(normalized.to(input.dtype))
 
     def _activate(self, x: torch.Tensor) -> torch.Tensor:
-        """Dropout and activation of the fused layer in whose place this one stands, if it was one."""
+        """Apply dropout and activation of the timm layer that this one replaces, if it had them."""
         return self.act(self.drop(x)) if hasattr(self, "act") else x
 
 

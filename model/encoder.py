@@ -1,26 +1,35 @@
-"""Encoders: timm's by name, plus the ResNets of SimCLR for small images and other widths.
+"""Encoders: any timm architecture by name, and SimCLR's ResNets for small images and other widths.
 
-A plain encoder is exactly `timm.create_model(name, num_classes=0)`. SimCLR's changes for small images (first
-convolution 3x3 with stride 1, no max-pool: Chen et al. 2020, arXiv 2002.05709, appendix B.9) and its width multiplier
-are timm models of their own, registered here as `simclr_resnet18` and so on: after `import model`,
-`timm.create_model("simclr_resnet18", num_classes=0, small_stem=True, width=2.0)` makes one. With
-`selective_kernels=True` it is an encoder of SimCLR v2 (arXiv 2006.10029, table 1).
+A plain encoder is exactly `timm.create_model(name, num_classes=0)`. timm lacks SimCLR's stem for small images (a first
+convolution of 3x3 with stride 1 and no max-pool: arXiv 2002.05709, appendix B.9) and its width multiplier. Importing
+this module therefore registers `simclr_resnet18` to `simclr_resnet152` with timm, so that
+`timm.create_model("simclr_resnet18", num_classes=0, small_stem=True, width=2.0)` works. With `selective_kernels=True`
+they are the encoders of SimCLR v2 (arXiv 2006.10029, table 1).
 """
 
 import json
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import timm
 import torch
-from timm.models import load_pretrained, register_model, resolve_pretrained_cfg
+from timm.models import build_model_with_cfg, register_model
 from torch import nn
 
 from .common import UserError, check_range
 from .selective_kernels import SelectiveKernelBottleneck
 from .weights import load_strictly, read_weights, reading_metadata, write_weights
+
+SMALL_IMAGE_PX = 64
+"""Largest view size for which `stem="auto"` selects the small stem."""
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+BOTTLENECK_RESNETS = RESNETS[2:]
+"""ResNets whose blocks can have selective kernels."""
+PREFIX = "simclr_"
+"""Prefix of the architectures that this module registers with timm."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,7 @@ class EncoderConfig:
     width: float = 1.0
     """Multiplier of all channel counts of a ResNet."""
     selective_kernels: bool = False
-    """Use SimCLR v2's selective kernels, and with them ResNet-D's stem and shortcuts, in a ResNet of 50 layers or more."""
+    """Use the selective kernels of SimCLR v2, with ResNet-D's stem and shortcuts; for ResNets of 50 layers or more."""
 
     def __post_init__(self) -> None:
         check_range("--encoder.width", self.width, 0.05, 32)
@@ -47,126 +56,109 @@ class EncoderSpec(NamedTuple):
     name: str
     kwargs: dict
 
-
-SMALL_IMAGE = 64
-"""Images of at most this side, in pixels, get the small stem."""
-RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-BOTTLENECKS = RESNETS[2:]
-"""Those whose blocks can have selective kernels."""
+    @property
+    def needs_streamclr(self) -> bool:
+        """Whether timm knows the architecture only after this package has been imported."""
+        return self.name.startswith(PREFIX)
 
 
 def _simclr_resnet(base: str, small_stem: bool, width: float, selective_kernels: bool, **kwargs) -> nn.Module:
-    # even, since timm's deep stem below has twice half as many channels as the first block takes
+    # even counts, because timm's deep stem ends with twice stem_width channels
     channels = [2 * max(1, round(planes * width / 2)) for planes in (64, 128, 256, 512)]
-    if selective_kernels:  # and with them ResNet-D, as in the official code
+    if selective_kernels:  # combined with ResNet-D, as in the official code
         kwargs |= {"block": SelectiveKernelBottleneck, "avg_down": True}
-    # timm fixes a plain stem at 64 channels but lets a deep one follow stem_width: build deep, then put the plain
-    # convolution in its place, so that the first block sees the right number of channels
+    # timm's plain stem always has 64 channels, but its deep stem follows stem_width: build the deep one, so that the
+    # first block expects the right number of channels, then replace its convolutions by the plain one
     encoder = timm.create_model(base, channels=channels, stem_type="deep", stem_width=channels[0] // 2, **kwargs)
     if small_stem or not selective_kernels:
         side, stride = (3, 1) if small_stem else (7, 2)
-        inputs = kwargs.get("in_chans", 3)
-        encoder.conv1 = nn.Conv2d(inputs, encoder.bn1.num_features, side, stride, padding=side // 2, bias=False)
-        nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm's own convolutions
+        in_channels = kwargs.get("in_chans", 3)
+        encoder.conv1 = nn.Conv2d(in_channels, encoder.bn1.num_features, side, stride, padding=side // 2, bias=False)
+        nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")  # timm's initialization
     if small_stem:
         encoder.maxpool = nn.Identity()
     return encoder
 
 
 def _register(base: str) -> None:
-    name = f"simclr_{base}"
+    name = PREFIX + base
 
     def entrypoint(
         pretrained: bool = False,
         pretrained_cfg: dict | None = None,
-        pretrained_cfg_overlay: dict | None = None,
-        pretrained_model_args: dict | None = None,  # what timm read from an exported folder: among the others too
-        cache_dir: str | None = None,
         small_stem: bool = False,
         width: float = 1.0,
         selective_kernels: bool = False,
         **kwargs,
     ) -> nn.Module:
-        if selective_kernels and base not in BOTTLENECKS:
-            raise ValueError(f"selective kernels are for {', '.join(BOTTLENECKS)}")
-        exported = None
-        if pretrained_cfg or pretrained_cfg_overlay:
-            exported = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay).to_dict()
-            kwargs.setdefault("num_classes", exported["num_classes"])
-        if pretrained and not exported:
-            raise ValueError("there are no pretrained weights for SimCLR's small-image and wide ResNets")
-        encoder = _simclr_resnet(base, small_stem, width, selective_kernels, **kwargs)
-        if exported:
-            encoder.pretrained_cfg = encoder.default_cfg = exported
-        if pretrained:
-            load_pretrained(encoder, exported, encoder.num_classes, kwargs.get("in_chans", 3), cache_dir=cache_dir)
-        return encoder
+        if selective_kernels and base not in BOTTLENECK_RESNETS:
+            raise ValueError(f"selective kernels need one of {', '.join(BOTTLENECK_RESNETS)}")
+        if pretrained and not pretrained_cfg:  # only exported folders have weights
+            raise ValueError(f"there are no pretrained weights for {name}")
+        build = partial(_simclr_resnet, base, small_stem, width, selective_kernels)
+        pretrained_cfg = pretrained_cfg or timm.get_pretrained_cfg(base).to_dict()
+        return build_model_with_cfg(build, name, pretrained, pretrained_cfg, **kwargs)
 
-    entrypoint.__name__ = name
-    entrypoint.__module__ = __name__
+    entrypoint.__name__, entrypoint.__module__ = name, __name__
     register_model(entrypoint)
 
 
 for _base in RESNETS:
-    _register(_base)
+    if not timm.is_model(PREFIX + _base):  # `model` and `streamclr.model` may be imported by one process
+        _register(_base)
 
 
 def encoder_spec(config: EncoderConfig, image_size: int) -> EncoderSpec:
-    """What to hand to `timm.create_model` for an encoder on views of `image_size` pixels.
+    """Translate an encoder configuration into arguments of `timm.create_model`.
 
     Args:
-        name: any timm architecture; simclr_resnet* means the ResNet itself. image_size: side of a view in pixels.
-        stem: of a ResNet: "small", "standard", or "auto" for the small one on images of 64 px or less.
-        width: multiplies every channel count of a ResNet.
-        selective_kernels: SimCLR v2's blocks in a ResNet of 50 layers or more, and with them ResNet-D's shortcuts and
-            standard stem, three 3x3 convolutions for one 7x7.
-
-    Returns:
-        (timm name, keyword arguments).
+        config: encoder configuration; the names simclr_resnet* and resnet* are equivalent, since stem, width and
+            selective kernels decide between them.
+        image_size: side of a view in pixels.
 
     Raises:
-        UserError: timm has no such model, the name contains a pretrained tag, or width, stem or selective kernels are
-            not for it.
+        UserError: timm has no such model, the name contains a pretrained tag, or the model does not support the
+            width, stem or selective kernels.
     """
-    name, stem, width, selective_kernels = config.name, config.stem, config.width, config.selective_kernels
+    name = config.name
     base, dot, tag = name.partition(".")
     if dot and timm.is_model(base):
-        raise UserError(f"{name} names the pretrained weights {tag!r}, but weights start random: use {base}.")
-    if name in (f"simclr_{resnet}" for resnet in RESNETS):
-        name = name.removeprefix("simclr_")  # the stem and the options below decide which of the two it becomes
+        raise UserError(f"{name} names the pretrained weights {tag!r}, but weights start random; use {base}.")
+    if name.startswith(PREFIX) and name.removeprefix(PREFIX) in RESNETS:
+        name = name.removeprefix(PREFIX)
     if not timm.is_model(name):
-        names = timm.list_models(exclude_filters="simclr_*")
-        longer = [longer for longer in names if name and longer.startswith(name)]  # vit_tiny
-        close = sorted(longer, key=len)[:3] or get_close_matches(name, names, 3)
+        names = timm.list_models(exclude_filters=f"{PREFIX}*")
+        completions = [longer for longer in names if name and longer.startswith(name)]  # such as vit_tiny
+        close = sorted(completions, key=len)[:3] or get_close_matches(name, names, 3)
         hint = f" (did you mean {' or '.join(close)}?)" if close else ""
-        raise UserError(f"timm has no encoder {name!r}{hint}: use one of `timm.list_models()`.")
-    if selective_kernels and name not in BOTTLENECKS:
+        raise UserError(f"timm has no encoder {name!r}{hint}; use one of `timm.list_models()`.")
+    if config.selective_kernels and name not in BOTTLENECK_RESNETS:
         raise UserError(
-            f"{name} has no selective kernels, which are for {', '.join(BOTTLENECKS)}: choose one of them or give "
+            f"{name} does not support selective kernels; use one of {', '.join(BOTTLENECK_RESNETS)} or set "
             "--encoder.no-selective-kernels."
         )
     kwargs: dict = {"num_classes": 0}
     if name in RESNETS:
-        if stem == "small" or (stem == "auto" and image_size <= SMALL_IMAGE):
+        if config.stem == "small" or (config.stem == "auto" and image_size <= SMALL_IMAGE_PX):
             kwargs["small_stem"] = True
-        if width != 1:
-            kwargs["width"] = width
-        if selective_kernels:
+        if config.width != 1:
+            kwargs["width"] = config.width
+        if config.selective_kernels:
             kwargs["selective_kernels"] = True
-        return EncoderSpec(f"simclr_{name}" if len(kwargs) > 1 else name, kwargs)
-    if width != 1 or stem == "small":
+        return EncoderSpec(PREFIX + name if len(kwargs) > 1 else name, kwargs)
+    if config.width != 1 or config.stem == "small":
         raise UserError(
-            f"{name} has neither a width multiplier nor SimCLR's small stem, which are for {', '.join(RESNETS)}: "
-            "give --encoder.width 1 --encoder.stem auto (a preset may set others)."
+            f"{name} supports neither a width multiplier nor SimCLR's small stem, which are for {', '.join(RESNETS)}; "
+            "set --encoder.width 1 --encoder.stem auto (a preset may set others)."
         )
-    config = timm.get_pretrained_cfg(name)
-    if config is not None and config.fixed_input_size:  # a ViT, whose position embeddings are for one image size
+    pretrained_cfg = timm.get_pretrained_cfg(name)
+    if pretrained_cfg is not None and pretrained_cfg.fixed_input_size:  # a ViT: position embeddings have a fixed size
         kwargs["img_size"] = image_size
     return EncoderSpec(name, kwargs)
 
 
 def create_encoder(spec: EncoderSpec) -> nn.Module:
-    """Build the encoder of a spec: (N, 3, H, W) -> pooled representation h (N, features).
+    """Build an encoder with random weights: (N, 3, H, W) -> pooled features h (N, features).
 
     Raises:
         UserError: timm cannot build it.
@@ -174,79 +166,83 @@ def create_encoder(spec: EncoderSpec) -> nn.Module:
     name, kwargs = spec
     try:
         return timm.create_model(name, **kwargs)
-    except Exception as error:  # a thousand models, each failing in its own way
+    except Exception as error:  # timm's models raise errors of many types
         raise UserError(
-            f"timm can't build {name} with {kwargs} ({first_line(error)}): choose another encoder or size."
+            f"timm can't build {name} with {kwargs} ({_first_line(error)}); use another encoder or size."
         ) from error
 
 
 def feature_dim(encoder: nn.Module, image_size: int) -> int:
-    """Width of h for views of `image_size` pixels, measured by encoding two black ones.
+    """Number of features of h for views of `image_size` pixels, measured by encoding two black images.
 
-    timm's `num_features` is wrong for some models, which widen once more after pooling.
+    timm's `num_features` is wrong for models that project the pooled features to another width.
 
     Raises:
-        UserError: the encoder can't take views of this size, or returns something else than one vector per view.
+        UserError: the encoder does not accept views of this size, or does not return one vector per view.
     """
     training = encoder.training
     encoder.eval()
     try:
         with torch.no_grad():
             h = encoder(torch.zeros(2, 3, image_size, image_size))
-    except Exception as error:  # a thousand models, each failing in its own way
+    except Exception as error:  # timm's models raise errors of many types
         raise UserError(
-            f"The encoder can't take views of {image_size} px ({first_line(error)}): change --views.size or "
+            f"The encoder can't take views of {image_size} px ({_first_line(error)}); change --views.size or "
             "--encoder.name."
         ) from error
     if not isinstance(h, torch.Tensor) or h.ndim != 2 or len(h) != 2:
         found = f"shape {tuple(h.shape)}" if isinstance(h, torch.Tensor) else type(h).__name__
         raise UserError(
-            f"The encoder returns {found} for two views instead of one vector each: choose another --encoder.name."
+            f"The encoder returns {found} for two views instead of one vector each; use another --encoder.name."
         )
     encoder.train(training)
     return h.shape[1]
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its type if it has none: an error of ours is one sentence."""
+def _first_line(error: Exception) -> str:
+    """First line of an error's message, or its type if it has none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def save_encoder(encoder: nn.Module, spec: EncoderSpec, path: Path) -> None:
-    """Weights in safetensors, with the spec in the file's metadata; `timm.create_model(name, **kwargs)` loads them."""
-    write_weights(encoder, {"timm_name": spec[0], "timm_kwargs": spec[1]}, path)
+    """Write weights to a safetensors file whose metadata states the arguments of `timm.create_model`.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    write_weights(encoder, {"timm_name": spec.name, "timm_kwargs": spec.kwargs}, path)
 
 
 def load_encoder(path: Path) -> nn.Module:
-    """The encoder that `save_encoder` wrote, on the CPU and in evaluation mode.
+    """Load an encoder written by `save_encoder`, on the CPU and in evaluation mode.
 
     Raises:
         UserError: the file is missing, damaged or holds something else.
     """
     metadata, state = read_weights(path, "timm_name")
     with reading_metadata(path):
-        encoder = create_encoder(spec_in(metadata))
+        encoder = create_encoder(spec_from_metadata(metadata))
     return load_strictly(encoder, state, path)
 
 
 def read_spec(path: Path) -> EncoderSpec:
-    """The spec of the encoder that `save_encoder` wrote.
+    """Read the spec of an encoder written by `save_encoder`.
 
     Raises:
         UserError: the file is missing, damaged or holds something else.
     """
     with reading_metadata(path):
-        return spec_in(read_weights(path, "timm_name")[0])
+        return spec_from_metadata(read_weights(path, "timm_name")[0])
 
 
-def spec_in(metadata: dict[str, str]) -> EncoderSpec:
-    """The spec in a file's metadata.
+def spec_from_metadata(metadata: dict[str, str]) -> EncoderSpec:
+    """Parse the spec in a file's metadata.
 
     Raises:
-        ValueError: it is none, or timm would fetch the model or weights from elsewhere.
+        KeyError, TypeError, ValueError: there is no valid one, or timm would load the model or weights from elsewhere.
     """
     name, kwargs = metadata["timm_name"], json.loads(metadata["timm_kwargs"])
-    # "hf-hub:..." would be downloaded, and a checkpoint may be a pickle: this file's own tensors are the weights
+    # timm would download "hf-hub:..." and unpickle a checkpoint; only the tensors of the file itself are trusted
     if not timm.is_model(name) or not isinstance(kwargs, dict) or kwargs.keys() & {"pretrained", "checkpoint_path"}:
         raise ValueError(f"timm_name {name}, timm_kwargs {kwargs}")
     return EncoderSpec(name, kwargs)

@@ -1,4 +1,4 @@
-"""Projection heads: from the representation h to the space in which views are compared."""
+"""Projection heads: from the features h to the space z in which views are compared."""
 
 import json
 from dataclasses import dataclass
@@ -29,33 +29,31 @@ class HeadConfig:
 
 
 def projection_head(config: HeadConfig, features: int) -> nn.Sequential:
-    """The head g of SimCLR.
+    """Build SimCLR's projection head g: h (N, features) -> z (N, out).
+
+    v1 has two layers, g(h) = W2 relu(W1 h) (arXiv 2002.05709, section 2.1), v2 has three (arXiv 2006.10029, section 2).
+    Every linear layer is followed by batch norm, as in the official code. Layers are named `fc1`, `bn1`, `relu1`,
+    `fc2`, ..., so that fine-tuning can start from any of them.
 
     Args:
-        version: "v1", two layers: g(h) = W2 relu(W1 h) (arXiv 2002.05709, section 2.1), with batch norm after each
-            layer as in the official code. "v2", three layers (arXiv 2006.10029, section 2).
-        features, hidden, out: widths of h, of the layers between and of z.
-
-    Returns:
-        (N, features) -> (N, out). Layers are named `fc1`, `bn1`, ... so that fine-tuning can begin at any of them.
+        config: version and widths of the layers.
+        features: width of h.
     """
     hidden = [config.hidden] * (1 if config.version == "v1" else 2)
     widths = [features, *hidden, config.out]
     head = nn.Sequential()
     for number, (fan_in, fan_out) in enumerate(pairwise(widths), start=1):
-        last = number == len(widths) - 1
         head.add_module(f"fc{number}", nn.Linear(fan_in, fan_out, bias=False))  # batch norm would cancel a bias
         head.add_module(f"bn{number}", nn.BatchNorm1d(fan_out))
-        if last:
-            nn.init.zeros_(head[-1].bias)
-            head[-1].bias.requires_grad_(False)  # the official code normalizes z's last layer without a learned shift
-        else:
+        if number < len(widths) - 1:
             head.add_module(f"relu{number}", nn.ReLU(inplace=True))
+    nn.init.zeros_(head[-1].bias)
+    head[-1].bias.requires_grad_(False)  # the official code's last batch norm has no learned shift
     return head
 
 
 def head_spec(head: nn.Sequential) -> dict:
-    """The arguments with which `projection_head` made a head, read off its layers."""
+    """Arguments from which `head_from_spec` builds a head of the same shape, read from its layers."""
     layers = [module for module in head if isinstance(module, nn.Linear)]
     return {
         "version": "v1" if len(layers) == 2 else "v2",
@@ -66,17 +64,21 @@ def head_spec(head: nn.Sequential) -> dict:
 
 
 def head_from_spec(spec: dict) -> nn.Sequential:
-    """The projection head, with new weights, of what `head_spec` returned."""
+    """Build the projection head that `head_spec` describes, with random weights."""
     return projection_head(HeadConfig(spec["version"], spec["hidden"], spec["out"]), spec["features"])
 
 
 def save_head(head: nn.Sequential, path: Path) -> None:
-    """Weights in safetensors, with version, features, hidden and out in the file's metadata."""
+    """Write weights to a safetensors file whose metadata is the `head_spec`.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     write_weights(head, {"head": head_spec(head)}, path)
 
 
 def load_head(path: Path) -> nn.Sequential:
-    """The head that `save_head` wrote, on the CPU and in evaluation mode.
+    """Load a head written by `save_head`, on the CPU and in evaluation mode.
 
     Raises:
         UserError: the file is missing, damaged or holds something else.

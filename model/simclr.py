@@ -1,17 +1,17 @@
-"""SimCLR: images -> representation h -> projection z, and class scores of an online probe beside them."""
+"""SimCLR: images -> features h -> projection z, with an online linear probe on h."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class SimCLR(nn.Module):
-    """Encoder f and projection head g of arXiv 2002.05709, figure 2.
+    """Encoder f, projection head g (arXiv 2002.05709, figure 2) and an online linear probe.
 
     Args:
         encoder: (N, 3, H, W) -> h (N, features).
-        head: h -> z.
+        head: h (N, features) -> z (N, out).
         features: width of h.
-        classes: how many the online linear probe tells apart; 0 for no probe.
+        classes: number of classes of the probe; 0 for no probe.
     """
 
     def __init__(self, encoder: nn.Module, head: nn.Module, features: int, classes: int = 0):
@@ -19,18 +19,19 @@ class SimCLR(nn.Module):
         self.encoder, self.head = encoder, head
         self.probe = nn.Linear(features, classes) if classes else None
 
-    def forward(self, views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """
+    def forward(self, views: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Encode and project both views of every image in one pass, so that batch norm sees them together.
+
         Args:
-            views: (2B, 3, H, W), both views in one pass so that batch norm sees them together.
+            views: (2B, 3, H, W).
 
         Returns:
-            z (2B, out), and the probe's scores (2B, classes) from h without its graph: the probe learns from the
-            encoder, never the other way round.
+            z (2B, out), and the probe's logits (2B, classes) or None. The probe reads a detached h: it learns from the
+            encoder, but does not train it.
         """
         h = self.encoder(views)  # (2B, features)
         z = self.head(h)  # (2B, out)
         if self.probe is None:
             return z, None
-        with torch.autocast(h.device.type, enabled=False):  # classes would tie in bf16
-            return z, self.probe(h.detach().to(self.probe.weight.dtype))
+        with torch.autocast(h.device.type, enabled=False):  # bf16 rounding would make classes tie
+            return z, self.probe(h.detach().to(self.probe.weight.dtype))  # (2B, classes)

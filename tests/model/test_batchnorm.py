@@ -1,4 +1,4 @@
-"""Batch norm over gloo ranks against one process on the whole batch."""
+"""Batch norm over gloo ranks, compared with one process on the whole batch."""
 
 import pytest
 import timm
@@ -21,10 +21,10 @@ def network():
     return net.double()
 
 
-def step(net, x, share):
-    """Gradients and statistics after one pass; the loss is not symmetric in the rows."""
+def forward_backward(net, x):
+    """Output, gradients and statistics after one step; the loss is not symmetric in the rows."""
     out = net(x)
-    (out.pow(3).sum() / share).backward()
+    out.pow(3).sum().backward()
     return {
         "out": out.detach(),
         **{f"grad {name}": p.grad for name, p in net.named_parameters() if p.grad is not None},
@@ -33,12 +33,12 @@ def step(net, x, share):
 
 
 def fused_network():
-    """timm's fused layers, each keeping its own activation; the last one is used in two places."""
+    """timm's fused norm layers with different activations; the last one is used in two places."""
     torch.manual_seed(0)
     norm = BatchNormAct2d(4, act_layer=nn.SiLU, drop_layer=lambda: nn.Dropout(0.0))
     other = BatchNormAct2d(4, act_layer=nn.PReLU)
     norm.weight.requires_grad_(False)
-    convolutions = [nn.Conv2d(3 if place == 0 else 4, 4, 3, bias=False) for place in range(3)]
+    convolutions = [nn.Conv2d(channels, 4, 3, bias=False) for channels in (3, 4, 4)]
     pairs = zip(convolutions, (norm, other, other), strict=True)
     return nn.Sequential(*(layer for pair in pairs for layer in pair), nn.Flatten()).double()
 
@@ -49,7 +49,7 @@ def on_rank(rank, world_size, x):
     fused = synchronize_batchnorm(fused_network(), torch.device("cpu"))
     assert fused[3] is fused[5] and fused.state_dict().keys() == fused_network().state_dict().keys()
     assert not fused[1].weight.requires_grad and isinstance(fused[1].drop, nn.Dropout)
-    results = [step(each, x.chunk(world_size)[rank], share=1) for each in (net, fused)]
+    results = [forward_backward(each, x.chunk(world_size)[rank]) for each in (net, fused)]
     for result in results:
         for name in result:
             if name.startswith("grad"):
@@ -58,49 +58,56 @@ def on_rank(rank, world_size, x):
     return results
 
 
-def test_ranks_equal_one_process(tmp_path):
+def test_two_ranks_match_one_process(tmp_path):
     x = torch.randn(8, 3, 8, 8, dtype=torch.float64) * 3 + 1
     ranks = run_ranks(2, tmp_path, on_rank, x)
     for number, net in enumerate((network(), fused_network())):
-        alone, outs = step(net, x, share=1), [rank[number].pop("out") for rank in ranks]
-        torch.testing.assert_close(torch.cat(outs), alone.pop("out"), rtol=1e-12, atol=1e-12)
+        expected, outs = forward_backward(net, x), [rank[number].pop("out") for rank in ranks]
+        torch.testing.assert_close(torch.cat(outs), expected.pop("out"), rtol=1e-12, atol=1e-12)
         if number:
-            alone["evaluated"] = net.eval()(x).detach()
+            expected["evaluated"] = net.eval()(x).detach()
         for rank in ranks:
-            assert rank[number].keys() == alone.keys()
-            for name, value in alone.items():
+            assert rank[number].keys() == expected.keys()
+            for name, value in expected.items():
                 torch.testing.assert_close(rank[number][name], value, rtol=1e-11, atol=1e-11, msg=name)
+
+
+def test_one_process_needs_no_conversion():
+    net = network()
+    layers = list(net)
+    assert synchronize_batchnorm(net, torch.device("cpu")) is net and list(net) == layers
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("norm", [EvoNorm2dB0(4), nn.InstanceNorm2d(4, track_running_stats=True)])
-def test_statistics_that_would_stay_local_are_refused(norm, device):
-    with pytest.raises(UserError, match=rf"{type(norm).__name__} can't take .*use one process"):
+def test_unsupported_norm_layers(two_ranks, norm, device):
+    with pytest.raises(UserError, match=rf"{type(norm).__name__} can't synchronize .*use one process"):
         synchronize_batchnorm(nn.Sequential(norm), torch.device(device))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_what_has_no_statistics_of_the_batch_stays_as_it_is(device):
+def test_layers_without_batch_statistics_are_left_alone(two_ranks, device):
     layers = [EvoNorm2dS0(32), GroupNormAct(4, 2), FrozenBatchNormAct2d(4), nn.InstanceNorm2d(4), nn.LayerNorm(4)]
     assert list(synchronize_batchnorm(nn.Sequential(*layers), torch.device(device))) == layers
 
 
-def test_evaluation_needs_no_other_rank():
+def test_evaluation_matches_plain_batch_norm(two_ranks):
     net = network()
     net(torch.randn(8, 3, 8, 8, dtype=torch.float64))
     synchronized = synchronize_batchnorm(network(), torch.device("cpu"))
+    assert isinstance(synchronized[1], CpuSyncBatchNorm)
     synchronized.load_state_dict(net.state_dict())
     x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
     torch.testing.assert_close(synchronized.eval()(x), net.eval()(x))
 
 
-def test_a_norm_that_cannot_span_ranks_is_refused():
+def test_batch_norm_without_running_statistics(two_ranks):
     with pytest.raises(UserError, match="use one process"):
         synchronize_batchnorm(nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)), torch.device("cpu"))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "regnety_002"])  # the second has activations inside its norms
-def test_on_a_gpu_the_network_stays_the_same(name):
+@pytest.mark.parametrize("name", ["resnet18", "regnety_002"])  # the second has activations inside its norm layers
+def test_gpu_conversion_keeps_the_output(two_ranks, name):
     encoder = timm.create_model(name, num_classes=0).eval()
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():

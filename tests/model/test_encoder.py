@@ -9,35 +9,35 @@ from safetensors.torch import load_file
 import model
 from common import UserError
 from engine import checkpoint
+from tests.model.networks import spec
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_small_images_get_the_small_stem(name):
-    encoder = model.create_encoder(model.encoder_spec(name, image_size=32))
+def test_small_images_use_the_small_stem(name):
+    encoder = model.create_encoder(spec(name, 32))
     assert encoder.conv1.kernel_size == (3, 3) and encoder.conv1.stride == (1, 1) and encoder.conv1.padding == (1, 1)
     plain = timm.create_model(name, num_classes=0)
     assert encoder.num_features == plain.num_features
     stages = encoder.forward_intermediates(torch.zeros(1, 3, 32, 32), intermediates_only=True)
-    assert stages[1].shape[-1] == 32, "neither stem nor pooling may shrink the image before the first stage"
+    assert stages[1].shape[-1] == 32, "neither stem nor pooling reduces the resolution before the first stage"
     for key, value in plain.state_dict().items():
         assert key == "conv1.weight" or encoder.state_dict()[key].shape == value.shape, key
 
 
-def test_large_images_get_timms_own_model():
-    spec = model.encoder_spec("resnet50", image_size=224)
-    assert spec == ("resnet50", {"num_classes": 0})
+def test_large_images_use_timms_own_model():
+    assert spec("resnet50", 224) == ("resnet50", {"num_classes": 0})
 
 
 def test_stem_can_be_chosen():
-    assert model.encoder_spec("resnet18", 32, stem="standard") == ("resnet18", {"num_classes": 0})
-    assert model.encoder_spec("resnet18", 224, stem="small")[0] == "simclr_resnet18"
+    assert spec("resnet18", 32, stem="standard") == ("resnet18", {"num_classes": 0})
+    assert spec("resnet18", 224, stem="small")[0] == "simclr_resnet18"
 
 
 @pytest.mark.parametrize("width", [0.25, 2.0])
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_width_multiplies_every_channel_count(name, width):
     plain = timm.create_model(name, num_classes=0).state_dict()
-    wide = model.create_encoder(model.encoder_spec(name, 224, width=width)).state_dict()
+    wide = model.create_encoder(spec(name, 224, width=width)).state_dict()
     assert wide.keys() == plain.keys()
     for key, value in plain.items():
         expected = [side * width for side in value.shape]
@@ -50,31 +50,31 @@ def test_width_multiplies_every_channel_count(name, width):
 
 @pytest.mark.parametrize("width", [0.05, 0.2, 0.33, 1.1])
 def test_odd_widths_keep_the_blocks_of_a_resnet(width):
-    """Channels that the stem could not have would bring a projection into the first shortcut."""
+    """An odd number of channels, which the deep stem cannot have, would add a projection to the first shortcut."""
     plain = timm.create_model("resnet18", num_classes=0).state_dict()
-    wide = model.create_encoder(model.encoder_spec("resnet18", 32, width=width)).state_dict()
+    wide = model.create_encoder(spec("resnet18", 32, width=width)).state_dict()
     assert wide.keys() == plain.keys()
     assert wide["conv1.weight"].shape[0] == wide["layer1.0.conv1.weight"].shape[0]
 
 
 @pytest.mark.parametrize("size", [32, 224])
-def test_the_registered_name_of_a_resnet_means_the_resnet(size):
-    assert model.encoder_spec("simclr_resnet18", size) == model.encoder_spec("resnet18", size)
+def test_registered_name_is_equivalent_to_the_resnet(size):
+    assert spec("simclr_resnet18", size) == spec("resnet18", size)
 
 
 def test_layers_that_share_weights_are_saved(tmp_path):
-    """CoaT's: safetensors refuses shared memory, and the refusal would come at the end of a run."""
-    spec = model.encoder_spec("coat_tiny", 32)
-    encoder = model.create_encoder(spec)
+    """safetensors refuses shared memory, which CoaT has; a run would fail only at its end."""
+    coat = spec("coat_tiny", 32)
+    encoder = model.create_encoder(coat)
     assert encoder.cpe1.proj.weight is encoder.serial_blocks1[0].cpe.proj.weight
-    model.save_encoder(encoder, spec, tmp_path / "encoder.safetensors")
+    model.save_encoder(encoder, coat, tmp_path / "encoder.safetensors")
     again = model.load_encoder(tmp_path / "encoder.safetensors")
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(again(x), encoder.eval()(x))
-    saved = checkpoint.Checkpoints(tmp_path / "checkpoints", keep=1).save(1, checkpoint.pack(encoder, []), {})
-    other = model.create_encoder(spec).eval()
-    checkpoint.unpack(checkpoint.load(saved)[0], other, [])
+    saved = checkpoint.Checkpoints(tmp_path / "checkpoints", keep=1).save(1, checkpoint.state_tensors(encoder, []), {})
+    other = model.create_encoder(coat).eval()
+    checkpoint.load_state_tensors(checkpoint.load(saved)[0], other, [])
     with torch.no_grad():
         assert torch.equal(other(x), encoder(x))
 
@@ -83,9 +83,8 @@ def test_layers_that_share_weights_are_saved(tmp_path):
     ("name", "size"), [("resnet18", 32), ("resnet18", 96), ("vit_tiny_patch16_224", 96), ("convnext_atto", 64)]
 )
 def test_saved_weights_load_strictly_into_timm(tmp_path, name, size):
-    spec = model.encoder_spec(name, size)
-    encoder = model.create_encoder(spec).eval()
-    model.save_encoder(encoder, spec, tmp_path / "encoder.safetensors")
+    encoder = model.create_encoder(spec(name, size)).eval()
+    model.save_encoder(encoder, spec(name, size), tmp_path / "encoder.safetensors")
     assert [file.name for file in tmp_path.iterdir()] == ["encoder.safetensors"]
     with safe_open(tmp_path / "encoder.safetensors", "pt") as file:
         metadata = file.metadata()
@@ -99,52 +98,51 @@ def test_saved_weights_load_strictly_into_timm(tmp_path, name, size):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("name", "options", "message"),
     [
-        (("resnet19", 224), r"timm has no encoder 'resnet19' \(did you mean resnet18 or .*use one of"),
-        (("vit_tiny", 224), "did you mean vit_tiny_"),
-        (("", 224), "timm has no encoder '': use"),
-        (("resnet18.a1_in1k", 32), "names the pretrained weights 'a1_in1k'.*use resnet18\\."),
-        (("resnet18.", 32), "names the pretrained weights"),
-        (("convnext_atto", 224, "auto", 2.0), "width multiplier.*--encoder.width 1"),
-        (("vit_tiny_patch16_224", 224, "small"), "small stem"),
+        ("resnet19", {}, r"timm has no encoder 'resnet19' \(did you mean resnet18 or .*use one of"),
+        ("vit_tiny", {}, "did you mean vit_tiny_"),
+        ("", {}, "timm has no encoder ''; use"),
+        ("resnet18.a1_in1k", {}, "names the pretrained weights 'a1_in1k'.*use resnet18\\."),
+        ("resnet18.", {}, "names the pretrained weights"),
+        ("convnext_atto", {"width": 2.0}, "width multiplier.*--encoder.width 1"),
+        ("vit_tiny_patch16_224", {"stem": "small"}, "small stem"),
     ],
 )
-def test_what_cannot_be_built_is_said_in_a_sentence(arguments, message):
+def test_unsupported_architectures(name, options, message):
     with pytest.raises(UserError, match=message):
-        model.encoder_spec(*arguments)
+        spec(name, 224, **options)
 
 
 @pytest.mark.parametrize(("name", "size"), [("resnet18", 32), ("mobilenetv3_small_050", 64), ("convnext_atto", 32)])
-def test_the_width_of_h_is_that_of_its_output(name, size):
-    encoder = model.create_encoder(model.encoder_spec(name, size))
+def test_feature_dim_is_the_width_of_the_output(name, size):
+    encoder = model.create_encoder(spec(name, size))
     features = model.feature_dim(encoder, size)
     assert encoder(torch.randn(2, 3, size, size)).shape == (2, features) and encoder.training
     assert model.feature_dim(encoder.eval(), size) == features and not encoder.training
 
 
-def test_views_too_small_for_an_encoder_are_said_in_a_sentence():
-    encoder = model.create_encoder(("inception_v3", {"num_classes": 0}))
+def test_views_too_small_for_an_encoder():
+    encoder = model.create_encoder(model.EncoderSpec("inception_v3", {"num_classes": 0}))
     with pytest.raises(UserError, match=r"can't take views of 32 px \(.*change --views.size"):
         model.feature_dim(encoder, 32)
 
 
-def test_an_impossible_size_is_said_in_a_sentence():
+def test_arguments_that_timm_refuses():
     with pytest.raises(UserError, match="can't build"):
-        model.create_encoder(("vit_tiny_patch16_224", {"num_classes": 0, "nonsense": 1}))
+        model.create_encoder(model.EncoderSpec("vit_tiny_patch16_224", {"num_classes": 0, "nonsense": 1}))
 
 
-@pytest.mark.parametrize("width", [1e9, float("inf")])
-def test_an_impossible_width_is_said_in_a_sentence(width):
-    with pytest.raises(UserError, match="can't build") as error:
-        model.create_encoder(model.encoder_spec("resnet18", 32, width=width))
-    assert "\n" not in str(error.value)
+@pytest.mark.parametrize("width", [0, 33, float("inf"), float("nan")])
+def test_widths_out_of_range(width):
+    with pytest.raises(UserError, match=rf"--encoder.width is {width}; it must be at (least 0.05|most 32)\."):
+        model.EncoderConfig(width=width)
 
 
-def test_whatever_timm_raises_becomes_a_sentence():
-    """HaloNet's windows do not fit small images, which timm says by an assertion without words."""
-    with pytest.raises(UserError, match=r"32 px \(AssertionError\): change"):
-        model.feature_dim(model.create_encoder(model.encoder_spec("eca_halonext26ts", 32)), 32)
+def test_errors_of_timm_without_a_message():
+    """HaloNet raises an empty AssertionError for images smaller than its windows."""
+    with pytest.raises(UserError, match=r"32 px \(AssertionError\); change"):
+        model.feature_dim(model.create_encoder(spec("eca_halonext26ts", 32)), 32)
 
 
 class Returning(torch.nn.Module):
@@ -160,6 +158,6 @@ class Returning(torch.nn.Module):
     ("output", "found"),
     [(torch.zeros(2, 5, 1, 1), r"shape \(2, 5, 1, 1\)"), (torch.zeros(6, 5), r"\(6, 5\)"), ((1, 2), "tuple")],
 )
-def test_an_encoder_must_return_one_vector_per_view(output, found):
+def test_encoders_must_return_one_vector_per_view(output, found):
     with pytest.raises(UserError, match=f"returns .*{found}.* instead of one vector each"):
         model.feature_dim(Returning(output), 32)
