@@ -1,12 +1,13 @@
 """Weighted k-nearest-neighbor classification of frozen features (Wu et al. 2018, arXiv 1805.01978, section 3.4)."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .accuracy import classes_ahead, count_correct
+from .accuracy import classes_ahead, count_correct, scores
 from .common import UserError
 
 QUERY_ROWS, BANK_ROWS = 512, 65_536
@@ -55,6 +56,28 @@ def knn_correct(
             ahead = classes_ahead(votes, truth).masked_fill(without_vote, classes)
             correct[neighbors, t] += count_correct(ahead, classes)
     return {setting: tuple(counts.tolist()) for setting, counts in correct.items()}
+
+
+def knn_protocol(
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    *,
+    k: Sequence[int],
+    temperature: Sequence[float],
+    classes: int,
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """kNN evaluation: scores for every pair of k and temperature.
+
+    Args:
+        train: features (N, D) and labels (N,) of the bank.
+        test: features (M, D) and labels (M,) of the queries.
+        k, temperature, classes, device: see `knn_correct`.
+    """
+    correct = knn_correct(*train, *test, k=k, temperature=temperature, classes=classes, device=device)
+    return [
+        {"k": neighbors, "temperature": t, **scores(right, len(test[0]))} for (neighbors, t), right in correct.items()
+    ]
 
 
 def check_k(k: Sequence[int], bank: int) -> None:

@@ -245,8 +245,6 @@ def fast_protocol(
             update(advance=1)
             fit = fits[chosen.l2]
             solved = {"converged": fit.converged, "gradient": fit.gradient, "iterations": fit.iterations}
-            results.append(
-                {"seed": seed, "l2": fit.l2, **solved, "held_out_images": len(validation), "l2_path": path}
-            )
+            results.append({"seed": seed, "l2": fit.l2, **solved, "held_out_images": len(validation), "l2_path": path})
     tested_scores = {l2: scores(fit_correct(fit, tested), len(tested)) for l2, fit in fits.items()}
     return [result | tested_scores[result["l2"]] for result in results]
