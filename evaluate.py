@@ -11,14 +11,11 @@ RUN is the folder of a finished run, or an encoder.safetensors.
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import timm
 import torch
@@ -31,13 +28,13 @@ from common import UserError, check_range, file_sha256
 from engine.processes import ending_together
 from engine.session import Session
 from evaluation.accuracy import over_seeds
-from evaluation.cache import code_checksum
+from evaluation.cache import code_checksum, feature_folder
 from evaluation.knn import check_k, knn_protocol
 from evaluation.linear import fast_protocol
 from evaluation.report import scores_table
 from evaluation.results import prepare_out, write_features, write_results
 from evaluation.sgd_probe import base_learning_rate, global_batch_size, simclr_protocol
-from evaluation.store import FeatureStore, SplitFeatures, all_splits, labeled_splits
+from evaluation.store import FeatureStore, SplitFeatures, eval_splits
 from evaluation.target import find_target
 from options import nearest, parse_options
 from pipeline.augment import AugmentConfig
@@ -80,23 +77,6 @@ class EvalOptions:
             check_range("--mean", value, 0, 1)
         for value in self.std or ():
             check_range("--std", value, 0.001, 1)
-
-    @property
-    def name(self) -> str:
-        """Name of the command in results."""
-        return type(self).__name__.lower()
-
-    @property
-    def views(self) -> dict[str, Any]:
-        """Options of the views that override those of the run."""
-        return {name: value for name in ("size", "mean", "std") if (value := getattr(self, name)) is not None}
-
-    def check_complete(self) -> None:
-        """Check that all required options are set; called once the command line has been read."""
-        if not self.run:
-            raise UserError(
-                f"There is no encoder; use evaluate.py {type(self).__name__.lower()} RUN, where RUN is a run folder."
-            )
 
 
 @dataclass(frozen=True)
@@ -141,19 +121,10 @@ class Linear(EvalOptions):
             check_range(f"--{name.replace('_', '-')}", getattr(self, name), 1, MANY)
         check_range("--held-out", self.held_out, 0.001, 0.999)
 
-    @property
-    def name(self) -> str:
-        return f"linear-{self.protocol}"
-
 
 @dataclass(frozen=True)
 class Embed(EvalOptions):
     """Write the features of all splits to one safetensors file: <split>.features, .label (-1 for none) and .index."""
-
-    def check_complete(self) -> None:
-        super().check_complete()
-        if not self.out:
-            raise UserError("embed has no file to write; use --out with the name of a safetensors file.")
 
 
 COMMANDS = {"knn": Knn, "linear": Linear, "embed": Embed}
@@ -163,9 +134,10 @@ def evaluate(options: Knn | Linear | Embed) -> None:
     """Run one evaluation, from shards to a table and a file."""
     start_s = time.monotonic()
     session = Session(options.precision)
+    name = type(options).__name__.lower() + (f"-{options.protocol}" if isinstance(options, Linear) else "")
 
     # Encoder: views (B, 3, S, S) -> h (B, D), frozen.
-    target = find_target(options.run, options.data, options.views)
+    target = find_target(options.run, options.data, size=options.size, mean=options.mean, std=options.std)
     encoder, views = model.load_encoder(target.encoder), AugmentConfig(**target.views)
     width = feature_dim(encoder, views.size)
     encoder = session.to_device(encoder.eval())
@@ -176,11 +148,11 @@ def evaluate(options: Knn | Linear | Embed) -> None:
 
     # Data: the images of each split, as center crops.
     train, test = open_data(target.data, options.loader)
-    splits = all_splits(train, test) if isinstance(options, Embed) else labeled_splits(train, test)
+    splits = eval_splits(train, test, labeled=not isinstance(options, Embed))
     classes, k = len(train.classes), getattr(options, "k", ()) or (target.k,)
     if isinstance(options, Knn):
         check_k(k, len(splits[0].samples))
-    out = Path(options.out) if options.out else target.folder / "evaluation" / f"{options.name}.json"
+    out = Path(options.out) if options.out else target.folder / "evaluation" / f"{name}.json"
     prepare_out(out)
     reading = {"device": session.device, "bad_samples_file": out.with_suffix(".bad_samples.jsonl")}
     batches = partial(
@@ -195,10 +167,10 @@ def evaluate(options: Knn | Linear | Embed) -> None:
     made_from = {"encoder_sha256": file_sha256(target.encoder), "precision": "bf16" if session.bf16 else "fp32"}
     made_from |= {"size": views.size, "mean": views.mean, "std": views.std, "device": session.device.type}
     made_from |= versions(choose_backend(options.loader.backend, session.device))
-    record = {"what": options.name, "arguments": sys.argv[1:], "options": asdict(options), **made_from}
+    record = {"what": name, "arguments": sys.argv[1:], "options": asdict(options), **made_from}
     record |= {"encoder": str(target.encoder), "processes": session.world_size, "data": {}}
 
-    with feature_folder(options.cache) as folder:
+    with feature_folder(ShardCache().folder / "features" if options.cache else None) as folder:
         store = FeatureStore(
             session=session,
             forward_features=forward_features,
@@ -210,14 +182,13 @@ def evaluate(options: Knn | Linear | Embed) -> None:
             bad_samples_file=reading["bad_samples_file"],
         )
         found: dict[str, SplitFeatures | None] = {}  # on rank 0, None on other ranks
-        for split in splits[1:] if options.name == "linear-simclr" else splits:  # which trains on views, not features
+        for split in splits[1:] if name == "linear-simclr" else splits:  # the former trains on views
             found[split.name] = features = store.load_or_embed(split)
             if features is not None:
                 record["data"][split.name] = features.about
                 session.print(store.describe(split, features))
 
-        results = None
-        if options.name == "linear-simclr":
+        if name == "linear-simclr":
             batch_size = global_batch_size(options.batch_size, len(splits[0].samples), session.world_size)
             record |= {"batch_size": batch_size, "lr": base_learning_rate(batch_size), "crop_area": views.crop_area}
             loader = partial(
@@ -265,7 +236,7 @@ def evaluate(options: Knn | Linear | Embed) -> None:
 
 
 def feature_dim(encoder: nn.Module, size: int) -> int:
-    """Width of h for views of `size` pixels."""
+    """Width of h for views of `size` pixels; the error names this script's option."""
     try:
         return model.feature_dim(encoder, size)
     except UserError as error:
@@ -284,22 +255,6 @@ def versions(backend: str) -> dict[str, str]:
     }
 
 
-@contextmanager
-def feature_folder(keep: bool) -> Iterator[Path]:
-    """Folder of stored features: the cache, or a temporary folder that is deleted when the command ends."""
-    if not keep:
-        with TemporaryDirectory(prefix="streamclr-features-") as folder:
-            yield Path(folder)
-        return
-    folder = ShardCache().folder / "features"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        remedy = "set $STREAMCLR_CACHE to a writable folder or use --no-cache"
-        raise UserError(f"{folder} can't store features ({error}); {remedy}.") from error
-    yield folder
-
-
 def parse(arguments: list[str]) -> Knn | Linear | Embed:
     """Read a command line: the command first, then RUN and the options.
 
@@ -315,7 +270,10 @@ def parse(arguments: list[str]) -> Knn | Linear | Embed:
             f"There is no command {command!r}{nearest(command, COMMANDS)}; use one of {', '.join(COMMANDS)}."
         )
     options = parse_options(COMMANDS[command](), arguments[1:], prog=f"evaluate.py {command}")
-    options.check_complete()
+    if not options.run:
+        raise UserError(f"There is no encoder; use evaluate.py {command} RUN, where RUN is a run folder.")
+    if command == "embed" and not options.out:
+        raise UserError("embed has no file to write; use --out with the name of a safetensors file.")
     return options
 
 

@@ -38,6 +38,25 @@ def code_checksum(*packages: ModuleType) -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
+@contextmanager
+def feature_folder(folder: Path | None) -> Iterator[Path]:
+    """Create the folder of feature files; None for a temporary one, deleted at the end of the block.
+
+    Raises:
+        UserError: the folder cannot be created.
+    """
+    if folder is None:
+        with TemporaryDirectory(prefix="streamclr-features-") as temporary:
+            yield Path(temporary)
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        remedy = "set $STREAMCLR_CACHE to a writable folder or use --no-cache"
+        raise UserError(f"{folder} can't store features ({error}); {remedy}.") from error
+    yield folder
+
+
 def load_features(path: Path) -> tuple[Tensor, Tensor] | None:
     """Load a feature file; None if it is missing, truncated or of another format.
 

@@ -18,7 +18,7 @@ def embed(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Features of `samples`, batch by batch and in order; the ranks share the work and each receives all features.
 
-    An unreadable image, which the loader replaces by another one, is left out, so that the result does not depend on the
+    Unreadable images, which the loader replaces by others, are left out, so that the result does not depend on the
     number of ranks.
 
     Args:

@@ -1,6 +1,6 @@
 """Multinomial logistic regression on stored features, solved to convergence (the fast linear protocol).
 
-Features are standardized per dimension with the mean and standard deviation of the training set, so that a penalty means
+Features are standardized per dimension with mean and standard deviation of the training set, so that a penalty means
 the same for every dimension and every encoder, whatever the scale of its features, and L-BFGS needs fewer steps. The
 penalty is chosen on a held-out part of the training set, never on the test set.
 """
@@ -94,10 +94,7 @@ def logistic_regression(
     because the line search compares objectives, which near the solution are equal in single precision.
 
     Args:
-        train: the samples to fit.
-        classes: number of classes C.
-        l2: penalty.
-        start: (C, D + 1) float64, initial parameters; None for zeros.
+        start: (C, D + 1) float64, initial parameters for C classes; None for zeros.
         tolerance: largest component of the gradient at which the fit has converged.
         max_iterations: number of iterations after which the fit is returned unconverged.
     """
@@ -199,18 +196,15 @@ def fast_protocol(
 ) -> list[dict[str, Any]]:
     """Linear evaluation by logistic regression, once per seed.
 
-    A seed decides which part of the training set is held out and thereby which penalty is chosen; the classifier is then
-    fitted to the whole training set. Seeds that choose the same penalty share this fit. The test set is used once all
-    penalties have been chosen.
+    A seed decides which part of the training set is held out and thereby which penalty is chosen; then the classifier
+    is fitted to the whole training set. Seeds that choose the same penalty share this fit. The test set is used once
+    all penalties have been chosen.
 
     Args:
         train: features (N, D) and labels (N,).
         test: features (M, D) and labels (M,).
-        classes: number of classes.
         seeds: number of repetitions, with seeds 0, 1 and so on.
         held_out: share of every class that is held out.
-        max_iterations: limit of the solver, see `logistic_regression`.
-        device: device of the computation.
 
     Returns:
         For every seed: the chosen penalty, how accurately it was solved, the path of penalties, and the scores.

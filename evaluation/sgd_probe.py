@@ -1,6 +1,6 @@
 """Linear classifiers trained by SGD as in SimCLR (arXiv 2002.05709, appendix B.6).
 
-Nesterov momentum 0.9, learning rate 0.1 B / 256 for batches of B, no weight decay, a cosine schedule without warm-up, 90
+Nesterov momentum 0.9, learning rate 0.1 B / 256 for batches of B, no weight decay, cosine schedule without warm-up, 90
 epochs; the classifier after the last epoch counts.
 """
 
@@ -66,9 +66,7 @@ def simclr_protocol(
         test: features (M, D) and labels (M,) of the test split on rank 0; None on other ranks.
         session: has `rank`, `device` and `mean`.
         feature_dim: D.
-        classes: number of classes.
         batch_size: global batch size.
-        epochs: passes over the training images.
         seeds: number of repetitions, with seeds 0, 1 and so on.
 
     Returns:
@@ -83,13 +81,14 @@ def simclr_protocol(
             probe = probe_layer(feature_dim, classes, seed, session.device)
             with closing(create_loader(seed=seed)) as loader:
                 sizes = {"batch_size": batch_size, "epochs": epochs}
-                for loss in train_on_views(probe, forward_features, loader, **sizes, mean_over_ranks=session.mean):
+                for epoch_loss in train_on_views(probe, forward_features, loader, session, **sizes):
+                    loss = epoch_loss.item()
                     update(advance=1)
-                result = {"seed": seed, "steps": epochs * len(loader), "train_loss": loss.item()}
-            if not loss.isfinite():
+                result = {"seed": seed, "steps": epochs * len(loader), "train_loss": loss}
+            if not math.isfinite(loss):
                 raise UserError(
-                    f"The training of the classifier diverged (seed {seed}, mean loss {loss.item()} in the last epoch); "
-                    "use a smaller --batch-size, which lowers the learning rate, or --precision fp32."
+                    f"The training of the classifier diverged (seed {seed}, mean loss {loss} in the last epoch); use a "
+                    "smaller --batch-size, which lowers the learning rate, or --precision fp32."
                 )
             if test is not None:
                 result |= scores(probe_correct(probe, *test, session.device), len(test[1]))
@@ -101,10 +100,10 @@ def train_on_views(
     probe: nn.Linear,
     forward_features: Callable[[Tensor], Tensor],
     loader: Iterable,
+    session: Any,
     *,
     batch_size: int,
     epochs: int,
-    mean_over_ranks: Callable[[Tensor], Tensor] = lambda part: part,
 ) -> Iterator[Tensor]:
     """Train `probe` in place on randomly cropped and flipped views; the encoder is frozen.
 
@@ -116,9 +115,8 @@ def train_on_views(
         forward_features: (B, 3, S, S) -> h (B, D), with an encoder in evaluation mode.
         loader: each iteration over it yields one epoch of this rank's batches, with `views` (B, 3, S, S) and `label`
             (B,); its length is the number of steps per epoch.
+        session: has `mean`, which maps a tensor of each rank to the mean over ranks.
         batch_size: global batch size.
-        epochs: number of epochs.
-        mean_over_ranks: maps a tensor of each rank to the mean over ranks.
 
     Yields:
         Mean loss () of each epoch over all ranks.
@@ -135,10 +133,10 @@ def train_on_views(
             optimizer.zero_grad()
             loss.backward()
             for parameter in probe.parameters():
-                parameter.grad = mean_over_ranks(parameter.grad)
+                parameter.grad = session.mean(parameter.grad)
             optimizer.step()
             losses, step = losses + loss.detach(), step + 1
-        yield mean_over_ranks(losses / len(loader))
+        yield session.mean(losses / len(loader))
 
 
 @torch.no_grad()
@@ -157,15 +155,12 @@ def linear_top1(
 ) -> float:
     """Top-1 accuracy on `test` of a linear classifier trained on `train`, after its last epoch.
 
-    The optimization is that of the paper, in batches of 256. The features are those of center crops and are standardized
-    per dimension, in place of augmentation.
+    The optimization is that of the paper, in batches of 256. Features of center crops, standardized per dimension,
+    stand in for random views.
 
     Args:
-        train: (N, D) float.
-        train_label: (N,) int64.
-        test: (M, D) float.
-        test_label: (M,) int64.
-        epochs: number of epochs.
+        train: (N, D) float, with train_label (N,) int64.
+        test: (M, D) float, with test_label (M,) int64.
         seed: seed of the order of the samples.
     """
     mean = train.float().mean(0)

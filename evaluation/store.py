@@ -29,26 +29,21 @@ class EvalSplit:
     """(n,) int64, ascending positions in the shard set."""
 
 
-def all_splits(train: Any, test: Any | None) -> list[EvalSplit]:
-    """All images of the train and the test split, or of a single shard set."""
-    if test is None:
-        return [EvalSplit(train.manifest.get("split") or "data", train, np.arange(len(train)))]
-    return [EvalSplit(name, shards, np.arange(len(shards))) for name, shards in (("train", train), ("test", test))]
-
-
-def labeled_splits(train: Any, test: Any | None) -> list[EvalSplit]:
-    """Labeled images of the train and the test split.
+def eval_splits(train: Any, test: Any | None, labeled: bool) -> list[EvalSplit]:
+    """Labeled images of the train and the test split, or all images of whatever splits there are.
 
     Raises:
-        UserError: there is no test split, or a split has no labels.
+        UserError: labels are needed, but there is no test split or a split has no labels.
     """
+    named = {train.manifest.get("split") or "data": train} if test is None else {"train": train, "test": test}
+    if not labeled:
+        return [EvalSplit(name, shards, np.arange(len(shards))) for name, shards in named.items()]
     if test is None:
         raise UserError(f"There is no test split in {train.root}; use a folder with train/ and test/ or val/.")
-    splits = []
-    for name, shards in (("train", train), ("test", test)):
-        splits.append(EvalSplit(name, shards, np.flatnonzero(shards.index["label"] >= 0)))
-        if not len(splits[-1].samples):
-            raise UserError(f"No image of {shards.root} has a label; use labeled shards.")
+    splits = [EvalSplit(name, shards, np.flatnonzero(shards.index["label"] >= 0)) for name, shards in named.items()]
+    for split in splits:
+        if not len(split.samples):
+            raise UserError(f"No image of {split.shards.root} has a label; use labeled shards.")
     return splits
 
 
@@ -64,9 +59,6 @@ class SplitFeatures:
     """(n,) int64, positions in the shard set."""
     about: dict[str, Any]
     """What the record of the evaluation says of them: source, checksum, number of images and speed."""
-
-    def __len__(self) -> int:
-        return len(self.features)
 
     @property
     def labeled(self) -> tuple[Tensor, Tensor]:
@@ -139,7 +131,7 @@ class FeatureStore:
         about, source = found.about, f"from the cache in {self.folder}"
         if not about["from_cache"]:
             source = f"in {self.made_from['precision']} at {about['images_per_s']:,.0f} images/s"
-        text = f"{split.name}: {len(found):,} features of width {found.features.shape[1]} {source}"
+        text = f"{split.name}: {len(found.index):,} features of width {found.features.shape[1]} {source}"
         if about["left_out"]:
             text += f"; {about['left_out']} unreadable images left out, see {self.bad_samples_file}"
         return text

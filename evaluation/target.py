@@ -27,19 +27,19 @@ class EvalTarget:
     """Number of neighbors in the run's own kNN evaluation."""
 
 
-def find_target(run: str, data: str = "", views: dict[str, Any] | None = None) -> EvalTarget:
+def find_target(run: str, data: str = "", **views: Any) -> EvalTarget:
     """Find the encoder of a run folder, or an encoder file.
 
     Args:
         run: run folder or encoder.safetensors.
         data: shards; "" for those of the run.
-        views: size, mean and std that override those of the run.
+        views: size, mean and std that override those of the run; None for no override.
 
     Raises:
-        UserError: there is no encoder, its run is unfinished or damaged, or an encoder file is used without settings that
-            only a run folder provides.
+        UserError: there is no encoder, its run is unfinished or damaged, or an encoder file is used without the
+            settings that only a run folder provides.
     """
-    path, views = Path(run), views or {}
+    path, views = Path(run), {name: value for name, value in views.items() if value is not None}
     if path.is_dir():
         return _of_run(path, data, views)
     if not path.exists():
@@ -47,7 +47,7 @@ def find_target(run: str, data: str = "", views: dict[str, Any] | None = None) -
     settings = {"data": data, **views}
     if missing := [f"--{name}" for name in ("data", "size", "mean", "std") if not settings.get(name)]:
         raise UserError(
-            f"{path} does not contain the settings of its images; set {' '.join(missing)} as well or use its run folder."
+            f"{path} does not contain the settings of its images; set {' '.join(missing)} or use its run folder."
         )
     return EvalTarget(path, path.parent, views, data, k=20)
 
