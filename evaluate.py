@@ -119,7 +119,8 @@ class Linear(EvalOptions):
         super().__post_init__()
         for name in ("seeds", "max_iterations", "epochs", "batch_size"):
             check_range(f"--{name.replace('_', '-')}", getattr(self, name), 1, MANY)
-        check_range("--held-out", self.held_out, 0.001, 0.999)
+        if not 0 < self.held_out < 1:
+            raise UserError(f"--held-out is {self.held_out}; it must be above 0 and below 1.")
 
 
 @dataclass(frozen=True)
