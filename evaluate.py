@@ -92,7 +92,7 @@ class Knn(EvalOptions):
         super().__post_init__()
         for value in self.k:
             check_range("--k", value, 1, MANY)
-        for value in self.temperature:
+        for value in self.temperature or (0,):  # an option without values is refused, too
             check_range("--temperature", value, 0.001, 1000)
 
 

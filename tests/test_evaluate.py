@@ -388,6 +388,7 @@ def test_errors_are_one_sentence(run, data, run_here, tmp_path):
     assert "--k 81 exceeds the 80 labeled training images" in refused("knn", run, "--k", 5, 81)
     assert "--k is 0; it must be at least 1" in refused("knn", run, "--k", 0)
     assert "--temperature is 0.0; it must be at least" in refused("knn", run, "--temperature", 0)
+    assert "--temperature is 0; it must be" in refused("knn", run, "--temperature")
     assert "--temperature is nan; it must be" in refused("knn", run, "--temperature", 0.1, "nan")
     assert "--std is nan; it must be" in refused("knn", run, "--std", 1, "nan", 1)
     assert "--loader.cache-gb is inf; it must be" in refused("knn", run, "--loader.cache-gb", "inf")

@@ -76,14 +76,16 @@ def test_ranks_share_the_embedding_and_restore_its_order():
 
 def test_accuracy_of_a_classifier_on_one_and_two_ranks():
     features, label = clusters(41, 0, 3.0, classes=8, width=8)
-    classifier = torch.nn.Sequential(torch.nn.Dropout(0.5)).train()  # the features themselves, in evaluation mode
 
     def run(session):
-        return evaluate_classifier(classifier, batches_of(features, label), np.arange(41), session)
+        classifier = torch.nn.Sequential(torch.nn.Dropout(0.5)).train()  # the features themselves, in evaluation mode
+        scores = evaluate_classifier(classifier, batches_of(features, label), np.arange(41), session)
+        assert classifier.training
+        return scores
 
     order = features.argsort(dim=1, descending=True)
-    hits = [(order[:, :n] == label[:, None]).any(1).sum().item() / 41 for n in (1, 5)]
-    assert run(FakeSession()) == on_ranks(2, run)[1] == {"top1": hits[0], "top5": hits[1]} and classifier.training
+    top1, top5 = ((order[:, :n] == label[:, None]).any(1).sum().item() / 41 for n in (1, 5))
+    assert run(FakeSession()) == on_ranks(2, run)[1] == {"top1": top1, "top5": top5}
     test = SimpleNamespace(classes=["a", "b"], index={"label": np.array([1, -1, 0])})
     assert labeled_test_samples(test, ["a", "b"]).tolist() == [0, 2]
     assert not len(labeled_test_samples(test, ["b", "a"])) and not len(labeled_test_samples(None, ["a"]))
