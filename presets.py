@@ -1,18 +1,12 @@
 """Presets as plain functions, and the command line that starts from one of them."""
 
 import argparse
-import contextlib
-import difflib
-import io
 import json
-import re
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import tyro
 
 from common import UserError
 from config import DistillConfig, FinetuneConfig, PretrainConfig, StageConfig
@@ -20,6 +14,7 @@ from engine.optim import OptimConfig
 from evaluation.evaluator import EvalConfig
 from loss import LossConfig
 from model import EncoderConfig, HeadConfig, StartConfig
+from options import nearest, parse_options
 from pipeline.augment import AugmentConfig
 from pipeline.loader.subsets import LabelsConfig
 
@@ -236,60 +231,6 @@ def parse(presets: dict[str, Callable[[], StageConfig]], arguments: list[str], p
     config = parse_options(default, arguments, prog)
     config.check_complete()
     return config
-
-
-def parse_options(default: StageConfig, arguments: list[str], prog: str) -> Any:
-    """`tyro.cli` with one sentence per error in place of its boxes.
-
-    Raises:
-        UserError: unknown option, missing value, or a value of another type or out of range.
-    """
-    # tyro writes the negation of a nested switch as --eval.no-baselines; accept --no-eval.baselines as well
-    arguments = [re.sub(r"^--no-([\w-]+)\.", r"--\1.no-", argument) for argument in arguments]
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(printed):
-            config, unknown = tyro.cli(
-                type(default),
-                prog=prog,
-                description=type(default).__doc__,
-                default=default,
-                args=arguments,
-                return_unknown_args=True,
-            )
-    except SystemExit as stopped:
-        if not stopped.code:  # --help
-            raise
-        # a box with a title, the reason, a rule and the option's help; drawn in ASCII, or colored, as the terminal is
-        parts = re.split("─{2,}|-{8,}", re.sub(r"\x1b\[[\d;]*m|[│╭╮╰╯]", "", printed.getvalue()))
-        reason = " ".join("".join(parts[1:2] or parts).split())
-        reason = (reason[:1].upper() + reason[1:]).replace(". Expected", "; expected").rstrip(".")
-        raise UserError(f"{reason}; see {prog} --help.") from None
-    if unknown:
-        option = unknown[0].split("=")[0]
-        hint = nearest(option, option_names(asdict(default)))
-        raise UserError(f"There is no option {option!r}{hint}; see {prog} --help.")
-    return config
-
-
-def option_names(options: dict[str, Any], prefix: str = "") -> list[str]:
-    """Every option of a configuration as it is typed, switches in both forms."""
-    names = []
-    for field, value in options.items():
-        if isinstance(value, dict):
-            names += option_names(value, f"{prefix}{field}.")
-        else:
-            options_of_field = [f"{prefix}{field}"] + ([f"{prefix}no_{field}"] if isinstance(value, bool) else [])
-            names += ["--" + option.replace("_", "-") for option in options_of_field]
-    return names
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """A hint at the valid name that is most like a mistyped one, to be put behind it; "" if none is like it."""
-    name = name.lower()
-    within = [other for other in names if other.rpartition(".")[2] == name.lstrip("-")]  # --lr for --optim.lr
-    found = within or difflib.get_close_matches(name, names, n=1)
-    return f" (did you mean {found[0]}?)" if found else ""
 
 
 def images_of(run: Path) -> tuple[str, dict[str, Any]]:

@@ -1,41 +1,67 @@
-"""Features on the disk, in a file named by what they were made from: embedding a training set takes far longer than
-judging it, and one encoder is judged more than once.
+"""Feature files, named by a checksum of everything that determines the features.
 
-A file is written aside and renamed, so that one of that name is whole, whichever process made it.
+Embedding a training set takes far longer than evaluating it, and an encoder is usually evaluated more than once. Files
+are replaced atomically, so a file of the expected name is complete, whichever process wrote it.
 """
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import ModuleType
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .common import UserError, save_tensors
+from .common import UserError, replacing, save_tensors
 
 FORMAT = "streamclr-features-1"
-"""To be changed whenever these files hold something else."""
+"""Must change whenever the content of these files changes."""
 ABANDONED_AFTER_S = 24 * 3600
 
 
 def feature_name(made_from: dict[str, Any]) -> str:
-    """The file name of features: a SHA-256 of everything that decides them."""
+    """File name of features: a SHA-256 of everything that determines them."""
     text = json.dumps({"format": FORMAT, **made_from}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest() + ".safetensors"
 
 
-def load_features(path: Path) -> tuple[Tensor, Tensor] | None:
-    """features (N, D) float32, mapped into memory instead of read, and their samples (N,) int64; None if not there.
+def code_checksum(*packages: ModuleType) -> str:
+    """SHA-256 of the source files of packages."""
+    files = sorted(path for package in packages for path in Path(package.__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
-    A file that is cut short or holds something else counts as not there, so it is replaced.
+
+@contextmanager
+def feature_folder(folder: Path | None) -> Iterator[Path]:
+    """Create the folder of feature files; None for a temporary one, deleted at the end of the block.
+
+    Raises:
+        UserError: the folder cannot be created.
+    """
+    if folder is None:
+        with TemporaryDirectory(prefix="streamclr-features-") as temporary:
+            yield Path(temporary)
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        remedy = "set $STREAMCLR_CACHE to a writable folder or use --no-cache"
+        raise UserError(f"{folder} can't store features ({error}); {remedy}.") from error
+    yield folder
+
+
+def load_features(path: Path) -> tuple[Tensor, Tensor] | None:
+    """Load a feature file; None if it is missing, truncated or of another format.
+
+    Returns:
+        Features (N, D) float32, mapped into memory rather than read, and their samples (N,) int64.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -47,35 +73,37 @@ def load_features(path: Path) -> tuple[Tensor, Tensor] | None:
 
 
 def save_features(path: Path, parts: Iterable[tuple[Tensor, Tensor, Tensor]], made_from: dict[str, Any]) -> None:
-    """Write what `evaluation.features.embed` yields, in a memory of one batch.
+    """Write a feature file, holding one batch in memory at a time.
+
+    Args:
+        path: file to write; its folder must exist.
+        parts: batches from `evaluation.features.embed`.
+        made_from: everything that determines the features; written to the metadata.
 
     Raises:
-        UserError: a feature is not a finite number, there is none, or the disk is full; no file is left.
+        UserError: a feature is not finite, there are no features, or the disk is full; no file is left.
     """
     _delete_abandoned(path.parent)
-    with TemporaryDirectory(dir=path.parent, prefix="unfinished-") as folder:
-        rows, index, broken, width = Path(folder) / "rows", [], 0, 0
+    with TemporaryDirectory(dir=path.parent, prefix=".unfinished-") as folder:
+        rows, index, non_finite, width = Path(folder) / "rows", [], 0, 0
         for features, _, samples in parts:
             width = features.shape[1]
-            broken += int((~features.isfinite().all(1)).sum())
+            non_finite += int((~features.isfinite().all(1)).sum())
             index.append(samples.cpu())
             with _disk_errors_explained(path.parent), rows.open("ab") as file:
                 file.write(features.float().cpu().contiguous().numpy())
-        if not (kept := sum(map(len, index))):
+        if not (count := sum(map(len, index))):
+            raise UserError("No image can be decoded; check the shards with `python -m pipeline.shards verify`.")
+        if non_finite:
             raise UserError(
-                "None of the images can be decoded: see what is wrong by `python -m pipeline.shards verify`."
+                f"{non_finite} of {count} features are not finite, because the encoder has diverged or overflows; use "
+                "--precision fp32 or another run."
             )
-        if broken:
-            raise UserError(
-                f"{broken} of {kept} features hold values that are not finite numbers: the encoder has diverged, or "
-                "needs --precision fp32."
-            )
-        # mapped, since a training set's features may exceed the memory
-        features = torch.from_file(str(rows), shared=True, size=kept * width).view(kept, width)
-        about = {"made_from": json.dumps(made_from)}
-        with _disk_errors_explained(path.parent):
-            save_tensors({"features": features, "index": torch.cat(index)}, Path(folder) / "whole", about)
-            os.replace(Path(folder) / "whole", path)
+        # mapped into memory, since the features of a training set may exceed it
+        features = torch.from_file(str(rows), shared=True, size=count * width).view(count, width)
+        tensors = {"features": features, "index": torch.cat(index)}
+        with replacing(path) as temporary, _disk_errors_explained(path.parent):
+            save_tensors(tensors, temporary, {"made_from": json.dumps(made_from)})
 
 
 @contextmanager
@@ -84,14 +112,14 @@ def _disk_errors_explained(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"Features can't be kept in {folder} ({error.strerror or error}): free some space, or set $STREAMCLR_CACHE "
-            "(with --no-cache, $TMPDIR) to another folder."
+            f"Features can't be stored in {folder} ({error.strerror or error}); free some space, or set "
+            "$STREAMCLR_CACHE (with --no-cache, $TMPDIR) to another folder."
         ) from error
 
 
 def _delete_abandoned(folder: Path) -> None:
-    """Delete what processes that were killed have left; a process that is still writing has changed its files since."""
-    for left in folder.glob("unfinished-*"):
-        with suppress(OSError):  # another process deletes it too, or it is another user's
+    """Delete the temporary folders of killed processes; a running process has changed its files recently."""
+    for left in folder.glob("*unfinished-*"):
+        with suppress(OSError):  # another process is deleting it too, or it belongs to another user
             if max(path.stat().st_mtime for path in (left, *left.iterdir())) < time.time() - ABANDONED_AFTER_S:
                 shutil.rmtree(left)

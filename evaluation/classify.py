@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from .accuracy import classes_ahead, top_n
+from .accuracy import classes_ahead, count_correct
 from .features import embed
 
 
 def labeled_test_samples(test: Any, classes: list[str]) -> np.ndarray:
-    """(n,) int64: the labeled samples of a test split; none unless its classes are `classes`.
+    """Labeled samples of a test split, (n,) int64; empty if its classes differ from `classes`.
 
     Args:
         test: shard set with `classes` and `index`, or None.
@@ -25,21 +25,21 @@ def labeled_test_samples(test: Any, classes: list[str]) -> np.ndarray:
 def evaluate_classifier(
     classifier: nn.Module, batches: Callable[..., Iterable], samples: np.ndarray, session: Any
 ) -> dict[str, float]:
-    """`top1` and `top5` of a classifier on labeled samples; the ranks share the work and get the same figures.
+    """Accuracies `top1` and `top5` of a classifier; the ranks share the work and return the same values.
 
     Args:
-        classifier: (B, 3, S, S) -> logits (B, classes); put into evaluation mode meanwhile.
+        classifier: (B, 3, S, S) -> logits (B, classes); in evaluation mode during the call.
         batches: called with samples=...; yields batches of their center crops.
-        samples: (n,) int64, places in the shard set.
+        samples: (n,) int64, positions of labeled samples in the shard set; not empty.
         session: see `evaluation.features.embed`.
     """
     training = classifier.training
     classifier.eval()
-    total = top1 = top5 = 0
+    total = correct = 0
     with session.autocast():
         for logits, label, _ in embed(classifier, batches, samples, session):
-            ahead = classes_ahead(logits, label)
-            total, top1 = total + len(label), top1 + (ahead < 1).sum()
-            top5 = top5 + (ahead < top_n(logits.shape[1])).sum()
+            total += len(label)
+            correct = correct + count_correct(classes_ahead(logits, label), logits.shape[1])
     classifier.train(training)
-    return {"top1": int(top1) / total, "top5": int(top5) / total}
+    top1, top5 = correct.tolist()
+    return {"top1": top1 / total, "top5": top5 / total}

@@ -1,4 +1,4 @@
-"""Evaluation of frozen features in the course of a run."""
+"""Evaluation of frozen features during pretraining."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class EvalConfig:
     k: int = 20
     """Number of neighbors that vote."""
     max_bank: int = 50_000
-    """Maximum number of images of each split that are used, evenly spread."""
+    """Maximum number of images used per split, spread evenly over it."""
     baselines: bool = True
     """Also evaluate raw pixels and the untrained encoder."""
 
@@ -35,12 +35,12 @@ class EvalConfig:
 
 
 class Evaluator:
-    """kNN and linear accuracy of any features; the ranks share the embedding and each gets the same figures.
+    """kNN and linear accuracy of any features; the ranks share the embedding and return the same values.
 
     Args:
-        train: (split, its labeled samples (n,)): neighbors, and the training set of the linear classifier.
-        test: (split, its labeled samples (n,)) to classify.
-        batches: called with (split, samples=...); yields batches of their center crops.
+        train: (shard set, its labeled samples (n,)): neighbors, and training set of the linear classifier.
+        test: (shard set, its labeled samples (n,)) to classify.
+        batches: called with (shard set, samples=...); yields batches of their center crops.
         session: see `evaluation.features.embed`.
         config: number of neighbors and of images.
     """
@@ -56,7 +56,7 @@ class Evaluator:
         self.train, self.test, self.batches, self.session, self.config = train, test, batches, session, config
 
     def __call__(self, function: Callable[[Tensor], Tensor], linear: bool = True) -> dict[str, float]:
-        """`knn_top1` and, unless `linear` is False, `linear_top1` of features.
+        """Compute `knn_top1` and, unless `linear` is False, `linear_top1` of features.
 
         Args:
             function: views (B, 3, S, S) -> features (B, D).
@@ -67,8 +67,11 @@ class Evaluator:
             scores["linear_top1"] = linear_top1(*bank, *query)
         return scores
 
-    def _features(self, function: Callable[[Tensor], Tensor], split: Any, samples: np.ndarray) -> tuple[Tensor, Tensor]:
+    def _features(
+        self, function: Callable[[Tensor], Tensor], shards: Any, samples: np.ndarray
+    ) -> tuple[Tensor, Tensor]:
+        """Features (n, D) and labels (n,) of at most `max_bank` samples."""
         count = min(len(samples), self.config.max_bank)
         chosen = samples[np.linspace(0, len(samples) - 1, count).astype(np.int64)]
-        parts = list(embed(function, partial(self.batches, split), chosen, self.session))
+        parts = list(embed(function, partial(self.batches, shards), chosen, self.session))
         return torch.cat([features for features, _, _ in parts]), torch.cat([label for _, label, _ in parts])

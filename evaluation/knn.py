@@ -1,17 +1,19 @@
 """Weighted k-nearest-neighbor classification of frozen features (Wu et al. 2018, arXiv 1805.01978, section 3.4)."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .accuracy import classes_ahead, top_n
+from .accuracy import classes_ahead, count_correct, scores
 from .common import UserError
 
 QUERY_ROWS, BANK_ROWS = 512, 65_536
-"""Similarities are computed in tiles of this shape: 134 MB."""
+"""Shape of the tiles in which similarities are computed: 134 MB."""
 LOW = 2**32 - 1
+"""Mask of the lower half of a key, see `_keys`."""
 
 
 def knn_correct(
@@ -25,47 +27,73 @@ def knn_correct(
     classes: int,
     device: torch.device,
 ) -> dict[tuple[int, float], tuple[int, int]]:
-    """How many queries are classified rightly, for every (k, temperature), at top-1 and top-5.
+    """Number of queries classified correctly at top-1 and top-5, for every (k, temperature).
 
     The k bank features of highest cosine vote for their class with weight exp(cosine / temperature). A class without
-    any vote is never right.
+    votes is never correct.
 
     Args:
-        bank: (N, D) float, on any device or mapped into memory. bank_label: (N,) int64 below `classes`.
-        query: (M, D). query_label: (M,).
-        k: 200 is usual for ImageNet, 20 for small sets.
-        device: where it is computed, in memory that does not grow with N.
+        bank: (N, D) float, on any device or mapped into memory.
+        bank_label: (N,) int64 below `classes`.
+        query: (M, D) float.
+        query_label: (M,) int64.
+        k: numbers of neighbors; 200 is usual for ImageNet, 20 for small data sets.
+        temperature: temperatures of the votes.
+        classes: number of classes.
+        device: device of the computation, whose memory use does not grow with N.
 
     Raises:
         UserError: there are fewer than k bank features.
     """
     check_k(k, len(bank))
-    correct = dict.fromkeys([(each, t) for each in k for t in temperature], (0, 0))
+    correct = {(neighbors, t): torch.zeros(2, dtype=torch.int64, device=device) for neighbors in k for t in temperature}
     bank_label = bank_label.to(device)
     for rows, (cosine, place) in nearest(bank, query, max(k), device):
         label, truth = bank_label[place], query_label[rows].to(device)
-        for each, t in correct:
-            votes = class_votes(cosine[:, :each], label[:, :each], classes, t)
-            ahead = classes_ahead(votes, truth).masked_fill(votes.gather(1, truth[:, None])[:, 0] == 0, classes)
-            top1, top5 = correct[each, t]
-            correct[each, t] = top1 + int((ahead < 1).sum()), top5 + int((ahead < top_n(classes)).sum())
-    return correct
+        for neighbors, t in correct:
+            votes = class_votes(cosine[:, :neighbors], label[:, :neighbors], classes, t)
+            without_vote = votes.gather(1, truth[:, None])[:, 0] == 0
+            ahead = classes_ahead(votes, truth).masked_fill(without_vote, classes)
+            correct[neighbors, t] += count_correct(ahead, classes)
+    return {setting: tuple(counts.tolist()) for setting, counts in correct.items()}
+
+
+def knn_protocol(
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    *,
+    k: Sequence[int],
+    temperature: Sequence[float],
+    classes: int,
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """kNN evaluation: scores for every pair of k and temperature.
+
+    Args:
+        train: features (N, D) and labels (N,) of the bank.
+        test: features (M, D) and labels (M,) of the queries.
+        k, temperature, classes, device: see `knn_correct`.
+    """
+    correct = knn_correct(*train, *test, k=k, temperature=temperature, classes=classes, device=device)
+    return [
+        {"k": neighbors, "temperature": t, **scores(right, len(test[0]))} for (neighbors, t), right in correct.items()
+    ]
 
 
 def check_k(k: Sequence[int], bank: int) -> None:
-    """Refuse more neighbors than there are bank features.
+    """Refuse more neighbors than bank features.
 
     Raises:
         UserError: there are fewer than k.
     """
     if max(k) > bank:
-        raise UserError(f"{max(k)} neighbors can't vote among {bank} training images: use a smaller --k.")
+        raise UserError(f"--k {max(k)} exceeds the {bank} labeled training images; use a smaller --k.")
 
 
 def knn_top1(
     bank: Tensor, bank_label: Tensor, query: Tensor, query_label: Tensor, *, k: int = 20, temperature: float = 0.1
 ) -> float:
-    """Share of queries whose class is right by at most k neighbors: as many as there are in a smaller bank."""
+    """Top-1 accuracy of the queries with at most k neighbors: all of them if the bank is smaller."""
     classes = int(torch.maximum(bank_label.max(), query_label.max())) + 1
     k = min(k, len(bank))
     correct = knn_correct(
@@ -75,18 +103,24 @@ def knn_top1(
 
 
 def nearest(bank: Tensor, query: Tensor, k: int, device: torch.device) -> Iterator[tuple[slice, tuple[Tensor, Tensor]]]:
-    """The k bank features of highest cosine, in descending order; of equal cosines, the first in the bank.
+    """Find the k bank features of highest cosine, in descending order; among equal cosines, the first in the bank.
 
-    A feature of zeros has cosine 0 with every other. Copies of one bank feature in different tiles may differ in the
-    last bit of their cosine, since the order of summation depends on the shape of the tile; that bit then decides.
-    Only one tile of similarities exists at a time, and each query's best so far.
+    A feature of zeros has cosine 0 with every other feature. Copies of a bank feature in different tiles may differ in
+    the last bit of their cosine, which then decides, because the order of summation depends on the shape of the tile.
+    Only one tile of similarities exists at a time, next to the best neighbors of each query so far.
+
+    Args:
+        bank: (N, D) float, on any device or mapped into memory.
+        query: (M, D) float.
+        k: number of neighbors, at most N.
+        device: device of the computation.
 
     Yields:
         (rows of `query`, (cosine (m, k) float32, place in the bank (m, k) int64)), on `device`.
     """
     query_blocks = [slice(first, first + QUERY_ROWS) for first in range(0, len(query), QUERY_ROWS)]
     best: list[Tensor | None] = [None] * len(query_blocks)
-    for first in range(0, len(bank), BANK_ROWS):  # outermost, since the bank is what is large and may lie on the disk
+    for first in range(0, len(bank), BANK_ROWS):  # outer loop: the bank is large and may be on disk
         block = _unit(bank[first : first + BANK_ROWS].to(device).float())
         place = torch.arange(first, first + len(block), device=device)
         for number, rows in enumerate(query_blocks):
@@ -100,45 +134,59 @@ def nearest(bank: Tensor, query: Tensor, k: int, device: torch.device) -> Iterat
 
 
 def _unit(features: Tensor) -> Tensor:
-    """(n, D) rows of length 1; rows of zeros stay zero.
+    """Normalize rows (n, D) to unit length; rows of zeros stay zero.
 
-    Each row is scaled by a power of two first, which is exact: the squares of very large or very small features would
-    leave the range of float32.
+    Each row is first scaled by a power of two, which is exact, because the squares of very large or very small features
+    would leave the range of float32.
     """
     exponent = features.abs().amax(1, keepdim=True).frexp().exponent
     return normalize(features.ldexp(-exponent), dim=1)
 
 
 def _best_keys(cosine: Tensor, place: Tensor, k: int) -> Tensor:
-    """(m, n) float32 and (n,) -> (m, k): the largest keys of each row, in no particular order."""
+    """The k largest keys of each row, unordered: cosine (m, n) float32, place (n,) int64 -> (m, k) int64."""
     best, column = cosine.topk(k, dim=1)
-    # topk is free to choose among equal ones; where the last of the k has no equal outside, there was no choice
+    # topk may choose any of several equal values; this does not matter unless some equal to the last were left out
     if ((cosine >= best[:, -1:]).sum(1) == k).all():
         return _keys(best, place[column])
     return _keys(cosine, place).topk(k, dim=1).values
 
 
 def _keys(cosine: Tensor, place: Tensor) -> Tensor:
-    """(m, n) float32 and their places -> (m, n) int64, all different in a row: by cosine, then the earliest place.
+    """Sortable keys, distinct within a row: cosine in the upper half, place (descending) in the lower half.
 
-    The bits of a float are in the order of its values, with those of negative ones reversed; adding 0 makes -0 and 0
-    the same.
+    The bits of floats sort like their values, in reverse for negative ones; adding 0 turns -0 into 0.
+
+    Args:
+        cosine: (m, n) float32.
+        place: (n,) or (m, n) int64.
+
+    Returns:
+        (m, n) int64.
     """
     bits = (cosine + 0.0).view(torch.int32).long()
     return (torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) << 32) | (LOW - place)
 
 
 def _cosine_and_place(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse of `_keys`."""
     high = keys >> 32
     cosine = torch.where(high < 0, high ^ 0x7FFFFFFF, high).int().view(torch.float32)
     return cosine, LOW - (keys & LOW)
 
 
 def class_votes(cosine: Tensor, label: Tensor, classes: int, temperature: float) -> Tensor:
-    """(m, k) neighbors in descending order and their classes -> (m, classes) votes, the nearest one's being 1."""
-    weight = ((cosine - cosine[:, :1]) / temperature).exp()  # the largest taken out: small temperatures overflow
+    """Sum of the votes for each class, (m, classes), relative to the vote of the nearest neighbor.
+
+    Args:
+        cosine: (m, k) float32, descending.
+        label: (m, k) int64, classes of the neighbors.
+        classes: number of classes.
+        temperature: a vote weighs exp(cosine / temperature).
+    """
+    weight = ((cosine - cosine[:, :1]) / temperature).exp()  # relative, because small temperatures would overflow
     votes = cosine.new_zeros(len(cosine), classes)
     rows = torch.arange(len(cosine), device=cosine.device)
-    for neighbor in range(cosine.shape[1]):  # one after the other: the order of a scattered sum varies on a GPU
+    for neighbor in range(cosine.shape[1]):  # in turn, because the order of a scattered sum varies on a GPU
         votes[rows, label[:, neighbor]] += weight[:, neighbor]
     return votes

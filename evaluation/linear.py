@@ -1,11 +1,11 @@
 """Multinomial logistic regression on stored features, solved to convergence (the fast linear protocol).
 
-Features are standardized per dimension by the mean and standard deviation of the training set: one penalty then means
+Features are standardized per dimension with mean and standard deviation of the training set, so that a penalty means
 the same for every dimension and every encoder, whatever the scale of its features, and L-BFGS needs fewer steps. The
-penalty is chosen on a part of the training set that is kept apart for it; the test set has no say.
+penalty is chosen on a held-out part of the training set, never on the test set.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,35 +14,36 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from .accuracy import classes_ahead, top_n
-from .common import UserError
+from .accuracy import classes_ahead, count_correct, scores
+from .common import UserError, progress_bar
 
 L2_PATH = tuple(10.0 ** (-half / 2) for half in range(-4, 13))
-"""From 100 to 1e-6 in half decades: strong penalties are solved quickly and each solution begins the next."""
+"""From 100 to 1e-6 in half decades: strong penalties are solved quickly, and each solution initializes the next fit."""
 BLOCK_ROWS = 16_384
 
 
 @dataclass(frozen=True)
 class Split:
-    """Some rows of stored features, seen standardized and in blocks, so that they need not fit on the device."""
+    """Rows of stored features, standardized block by block so that they need not fit on the device."""
 
     features: Tensor
     """(N, D) float, on any device or mapped into memory."""
     label: Tensor
     """(N,) int64."""
     mean: Tensor
-    """(D,) float64, subtracted."""
+    """(D,) float64, subtracted from the features."""
     scale: Tensor
-    """(D,) float64, multiplied by."""
+    """(D,) float64, multiplies the centered features."""
     device: torch.device
+    """Device of the computation."""
     rows: Tensor | None = None
-    """(n,) int64 ascending, on the device of the features: those in use. None for all."""
+    """(n,) int64, ascending, on the device of the features: the rows in use; None for all."""
 
     def __len__(self) -> int:
         return len(self.features if self.rows is None else self.rows)
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(n, D) float64 features and (n,) labels."""
+        """Yield standardized features (n, D) float64 and labels (n,), on `device`."""
         for first in range(0, len(self), BLOCK_ROWS):
             rows = slice(first, first + BLOCK_ROWS) if self.rows is None else self.rows[first : first + BLOCK_ROWS]
             x = (self.features[rows].to(self.device).double() - self.mean) * self.scale
@@ -51,28 +52,30 @@ class Split:
 
 @dataclass(frozen=True)
 class Fit:
-    """A linear classifier and how well it was solved for."""
+    """A linear classifier and how accurately it was solved."""
 
     theta: Tensor
     """(C, D + 1) float64: weights, and the bias in the last column."""
     l2: float
+    """Penalty on the weights."""
     gradient: float
-    """The largest component of the objective's gradient, in size."""
+    """Largest absolute component of the objective's gradient."""
     iterations: int
+    """Iterations of L-BFGS."""
     converged: bool
     """Whether `gradient` is within the tolerance."""
 
 
 def standardization(features: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and inverse standard deviation (D,), float64; 0 where a dimension never varies."""
+    """Mean (D,) and inverse standard deviation (D,) of features (N, D), float64; 0 where a dimension is constant."""
 
-    def mean_of(of) -> Tensor:
-        sums = sum(of(block.to(device).double()).sum(0) for block in features.split(BLOCK_ROWS))
+    def mean_of(function) -> Tensor:
+        sums = sum(function(block.to(device).double()).sum(0) for block in features.split(BLOCK_ROWS))
         return sums / len(features)
 
     mean = mean_of(lambda block: block)
-    variance = mean_of(lambda block: (block - mean).square())  # around the mean: E[x^2] - E[x]^2 would cancel
-    constant = variance <= (torch.finfo(features.dtype).eps * mean).square()  # but for rounding
+    variance = mean_of(lambda block: (block - mean).square())  # two passes: E[x^2] - E[x]^2 would cancel
+    constant = variance <= (torch.finfo(features.dtype).eps * mean).square()  # up to rounding
     scale = torch.where(constant, 0.0, variance.clamp_min(torch.finfo(torch.float64).tiny).rsqrt())
     return mean, scale
 
@@ -85,15 +88,15 @@ def logistic_regression(
     tolerance: float = 1e-6,
     max_iterations: int = 1000,
 ) -> Fit:
-    """Minimise mean cross-entropy + l2 / 2 * |weights|^2 by full-batch L-BFGS; the bias is not penalised.
+    """Minimize mean cross-entropy + l2 / 2 * |weights|^2 by full-batch L-BFGS; the bias is not penalized.
 
-    This is scikit-learn's LogisticRegression with C = 1 / (l2 n) for n samples. All is computed in float64: the line
-    search compares objectives, and near the solution those of single precision can no longer be told apart.
+    Equivalent to scikit-learn's LogisticRegression with C = 1 / (l2 n) for n samples. The computation is in float64,
+    because the line search compares objectives, which near the solution are equal in single precision.
 
     Args:
-        start: (C, D + 1) from which to begin; None for zeros.
-        tolerance: of the largest component of the gradient.
-        max_iterations: after which the fit is given back unconverged.
+        start: (C, D + 1) float64, initial parameters for C classes; None for zeros.
+        tolerance: largest component of the gradient at which the fit has converged.
+        max_iterations: number of iterations after which the fit is returned unconverged.
     """
     width = train.features.shape[1]
     theta = (
@@ -109,7 +112,7 @@ def logistic_regression(
         max_iter=max_iterations,
         max_eval=2 * max_iterations,
         tolerance_grad=tolerance,
-        tolerance_change=0,  # only the gradient says that it is solved
+        tolerance_change=0,  # only the gradient decides on convergence
         history_size=20,
         line_search_fn="strong_wolfe",
     )
@@ -120,7 +123,7 @@ def logistic_regression(
 
 @torch.no_grad()
 def _loss_and_gradient(train: Split, theta: Tensor, l2: float) -> tuple[Tensor, Tensor]:
-    """The objective () and its gradient (C, D + 1)."""
+    """Objective () and its gradient (C, D + 1)."""
     weight = theta[:, :-1]
     loss, gradient = 0.5 * l2 * weight.square().sum(), torch.zeros_like(theta)
     for x, label in train.blocks():
@@ -135,49 +138,48 @@ def _loss_and_gradient(train: Split, theta: Tensor, l2: float) -> tuple[Tensor, 
 
 
 def _logits(theta: Tensor, x: Tensor) -> Tensor:
-    """(C, D + 1) and (n, D) -> (n, C)."""
+    """theta (C, D + 1), x (n, D) -> logits (n, C)."""
     return torch.addmm(theta[:, -1], x, theta[:, :-1].T)
 
 
 @torch.no_grad()
-def correct(fit: Fit, split: Split) -> tuple[int, int]:
-    """How many samples are classified rightly at top-1 and top-5."""
-    top1, top5 = 0, 0
-    for x, label in split.blocks():
-        ahead = classes_ahead(_logits(fit.theta, x), label)
-        top1, top5 = top1 + int((ahead < 1).sum()), top5 + int((ahead < top_n(len(fit.theta))).sum())
+def fit_correct(fit: Fit, split: Split) -> tuple[int, int]:
+    """Number of samples classified correctly at top-1 and top-5."""
+    classes = len(fit.theta)
+    counts = (count_correct(classes_ahead(_logits(fit.theta, x), label), classes) for x, label in split.blocks())
+    top1, top5 = sum(counts).tolist()
     return top1, top5
 
 
 def l2_path(
     train: Split, held_out: Split, classes: int, path: Sequence[float] = L2_PATH, max_iterations: int = 1000
 ) -> Iterator[tuple[Fit, float]]:
-    """A fit for every l2 and its top-1 on the part that was kept apart, each fit begun where the one before ended.
+    """Yield a fit for every l2 and its top-1 accuracy on the held-out part; each fit initializes the next one.
 
-    Solved less tightly than the final fit, for only their order matters.
+    The tolerance is looser than that of the final fit, because only the order of the accuracies matters.
     """
     fit = None
     for l2 in path:
         start = None if fit is None else fit.theta
         fit = logistic_regression(train, classes, l2, start, tolerance=1e-4, max_iterations=max_iterations)
-        yield fit, correct(fit, held_out)[0] / len(held_out)
+        yield fit, fit_correct(fit, held_out)[0] / len(held_out)
 
 
 def stratified_split(label: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows to learn from and rows kept apart, ascending (int64): `share` of every class, drawn by seed.
+    """Split into rows to fit and held-out rows, (n,) int64 ascending: `share` of every class, drawn by seed.
 
-    Of a class with two samples or more at least one is kept apart and at least one is not.
+    A class with two samples or more has at least one on either side.
     """
     random, label = np.random.default_rng(seed), label.cpu().numpy()
-    apart = np.zeros(len(label), bool)
+    held_out = np.zeros(len(label), bool)
     for each in np.unique(label):
         rows = np.flatnonzero(label == each)
-        apart[random.permutation(rows)[: min(max(round(share * len(rows)), 1), len(rows) - 1)]] = True
-    return torch.from_numpy(np.flatnonzero(~apart)), torch.from_numpy(np.flatnonzero(apart))
+        held_out[random.permutation(rows)[: min(max(round(share * len(rows)), 1), len(rows) - 1)]] = True
+    return torch.from_numpy(np.flatnonzero(~held_out)), torch.from_numpy(np.flatnonzero(held_out))
 
 
-def near(features: Tensor, label: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """On the GPU if that leaves half of its memory free, for every step of the solver reads all of them."""
+def _to_gpu_if_small(features: Tensor, label: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Move features to the GPU if half of its memory remains free: every step of the solver reads all of them."""
     fits = device.type == "cuda" and features.nbytes < torch.cuda.mem_get_info(device)[0] / 2
     return (features.to(device), label.to(device)) if fits else (features, label)
 
@@ -191,47 +193,52 @@ def fast_protocol(
     held_out: float,
     max_iterations: int,
     device: torch.device,
-    advance: Callable[[int], None] = lambda fits: None,
 ) -> list[dict[str, Any]]:
-    """One outcome for each seed, with `correct` on the test set, which is looked at when every choice has been made.
+    """Linear evaluation by logistic regression, once per seed.
 
-    A seed decides which part of the training set is kept apart, so which penalty is chosen; the classifier then learns
-    from all of the training set. Seeds that choose the same penalty share it.
+    A seed decides which part of the training set is held out and thereby which penalty is chosen; then the classifier
+    is fitted to the whole training set. Seeds that choose the same penalty share this fit. The test set is used once
+    all penalties have been chosen.
 
     Args:
-        train, test: features (N, D) and labels (N,).
-        held_out: share of every class that is kept apart.
-        advance: told of every fit, of which a seed takes len(L2_PATH) + 1.
+        train: features (N, D) and labels (N,).
+        test: features (M, D) and labels (M,).
+        seeds: number of repetitions, with seeds 0, 1 and so on.
+        held_out: share of every class that is held out.
+
+    Returns:
+        For every seed: the chosen penalty, how accurately it was solved, the path of penalties, and the scores.
 
     Raises:
         UserError: no class has two samples.
     """
-    if device.type == "mps":  # which has no float64
+    if device.type == "mps":  # it does not support float64
         device = torch.device("cpu")
-    train, test = near(*train, device), near(*test, device)
+    train, test = _to_gpu_if_small(*train, device), _to_gpu_if_small(*test, device)
     mean, scale = standardization(train[0], device)
     whole, tested = Split(*train, mean, scale, device), Split(*test, mean, scale, device)
-    outcomes: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     fits: dict[float, Fit] = {}
-    for seed in range(seeds):
-        learned, apart = (
-            replace(whole, rows=rows.to(train[0].device)) for rows in stratified_split(train[1], held_out, seed)
-        )
-        if not len(apart):
-            raise UserError("No class has two training images, one of which could be kept apart: use more images.")
-        path, best = [], -1.0
-        for fit, top1 in l2_path(learned, apart, classes, max_iterations=max_iterations):
-            path.append({"l2": fit.l2, "top1": top1, "converged": fit.converged, "iterations": fit.iterations})
-            if top1 > best:  # of equal ones the strongest penalty
-                chosen, best = fit, top1
-            advance(1)
-        if chosen.l2 not in fits:
-            fits[chosen.l2] = logistic_regression(
-                whole, classes, chosen.l2, chosen.theta, max_iterations=max_iterations
+    with progress_bar(seeds * (len(L2_PATH) + 1), "fitting") as update:
+        for seed in range(seeds):
+            fitted, validation = (
+                replace(whole, rows=rows.to(train[0].device)) for rows in stratified_split(train[1], held_out, seed)
             )
-        advance(1)
-        fit = fits[chosen.l2]
-        solved = {"converged": fit.converged, "gradient": fit.gradient, "iterations": fit.iterations}
-        outcomes.append({"seed": seed, "l2": fit.l2, **solved, "held_out_images": len(apart), "l2_path": path})
-    right = {l2: correct(fit, tested) for l2, fit in fits.items()}
-    return [outcome | {"hits": right[outcome["l2"]]} for outcome in outcomes]
+            if not len(validation):
+                raise UserError("No class has two training images, one of which could be held out; use more images.")
+            path, best = [], -1.0
+            for fit, top1 in l2_path(fitted, validation, classes, max_iterations=max_iterations):
+                path.append({"l2": fit.l2, "top1": top1, "converged": fit.converged, "iterations": fit.iterations})
+                if top1 > best:  # among equal ones the strongest penalty
+                    chosen, best = fit, top1
+                update(advance=1)
+            if chosen.l2 not in fits:
+                fits[chosen.l2] = logistic_regression(
+                    whole, classes, chosen.l2, chosen.theta, max_iterations=max_iterations
+                )
+            update(advance=1)
+            fit = fits[chosen.l2]
+            solved = {"converged": fit.converged, "gradient": fit.gradient, "iterations": fit.iterations}
+            results.append({"seed": seed, "l2": fit.l2, **solved, "held_out_images": len(validation), "l2_path": path})
+    tested_scores = {l2: scores(fit_correct(fit, tested), len(tested)) for l2, fit in fits.items()}
+    return [result | tested_scores[result["l2"]] for result in results]

@@ -1,21 +1,24 @@
 """Linear classifiers trained by SGD as in SimCLR (arXiv 2002.05709, appendix B.6).
 
-Nesterov momentum 0.9, learning rate 0.1 B / 256 for batches of B, no weight decay, a cosine without warm-up, 90 epochs;
-the last epoch's classifier is the result.
+Nesterov momentum 0.9, learning rate 0.1 B / 256 for batches of B, no weight decay, cosine schedule without warm-up, 90
+epochs; the classifier after the last epoch counts.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from .accuracy import classes_ahead, top_n
+from .accuracy import classes_ahead, count_correct, scores
+from .common import UserError, progress_bar
 
 
 def probe_layer(width: int, classes: int, seed: int, device: torch.device) -> nn.Linear:
-    """A linear layer whose weights begin at a standard deviation of 0.01, the same for a seed on any device."""
+    """Create a linear layer with weights of standard deviation 0.01, the same for a seed on every device."""
     probe = nn.Linear(width, classes, device=device)
     with torch.no_grad():
         probe.weight.copy_(0.01 * torch.randn(classes, width, generator=torch.Generator().manual_seed(seed)))
@@ -23,83 +26,158 @@ def probe_layer(width: int, classes: int, seed: int, device: torch.device) -> nn
     return probe
 
 
+def base_learning_rate(batch_size: int) -> float:
+    """Learning rate at the start of the cosine schedule."""
+    return 0.1 * batch_size / 256
+
+
+def global_batch_size(limit: int, images: int, world_size: int) -> int:
+    """Largest global batch size within `limit` and the number of images that divides by the ranks.
+
+    Raises:
+        UserError: there are fewer images than ranks.
+    """
+    batch_size = min(limit, images) // world_size * world_size
+    if not batch_size:
+        raise UserError(
+            f"A batch of at most {limit} of the {images} labeled training images does not divide among {world_size} "
+            "processes; use fewer processes or a larger --batch-size."
+        )
+    return batch_size
+
+
+def simclr_protocol(
+    forward_features: Callable[[Tensor], Tensor],
+    create_loader: Callable[..., Any],
+    test: tuple[Tensor, Tensor] | None,
+    session: Any,
+    *,
+    feature_dim: int,
+    classes: int,
+    batch_size: int,
+    epochs: int,
+    seeds: int,
+) -> list[dict[str, Any]]:
+    """Linear evaluation by SGD on random views, once per seed, trained by all ranks together.
+
+    Args:
+        forward_features: see `train_on_views`.
+        create_loader: called with seed=...; returns a loader as in `train_on_views`, with `close()`.
+        test: features (M, D) and labels (M,) of the test split on rank 0; None on other ranks.
+        session: has `rank`, `device` and `mean`.
+        feature_dim: D.
+        batch_size: global batch size.
+        seeds: number of repetitions, with seeds 0, 1 and so on.
+
+    Returns:
+        Steps, loss of the last epoch and, on rank 0, scores for every seed.
+
+    Raises:
+        UserError: the training diverged.
+    """
+    results = []
+    with progress_bar(seeds * epochs, "training", shown=session.rank == 0) as update:
+        for seed in range(seeds):
+            probe = probe_layer(feature_dim, classes, seed, session.device)
+            with closing(create_loader(seed=seed)) as loader:
+                sizes = {"batch_size": batch_size, "epochs": epochs}
+                for epoch_loss in train_on_views(probe, forward_features, loader, session, **sizes):
+                    loss = epoch_loss.item()
+                    update(advance=1)
+                result = {"seed": seed, "steps": epochs * len(loader), "train_loss": loss}
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"The training of the classifier diverged (seed {seed}, mean loss {loss} in the last epoch); use a "
+                    "smaller --batch-size, which lowers the learning rate, or --precision fp32."
+                )
+            if test is not None:
+                result |= scores(probe_correct(probe, *test, session.device), len(test[1]))
+            results.append(result)
+    return results
+
+
 def train_on_views(
     probe: nn.Linear,
     forward_features: Callable[[Tensor], Tensor],
     loader: Iterable,
+    session: Any,
     *,
     batch_size: int,
     epochs: int,
-    mean_over_ranks: Callable[[Tensor], Tensor] = lambda part: part,
 ) -> Iterator[Tensor]:
-    """Train `probe` in place on randomly cropped and flipped views; the encoder stays as it is.
+    """Train `probe` in place on randomly cropped and flipped views; the encoder is frozen.
 
-    The ranks must hold the same `probe` and keep it the same, since they all apply the mean of their gradients.
+    The ranks must start from the same `probe`; it stays the same on all of them, because each applies the mean of their
+    gradients.
 
     Args:
-        represent: (B, 3, S, S) -> h (B, D), with an encoder in evaluation mode.
-        loader: iterating once gives one epoch of this rank's batches, with `views` (B, 3, S, S) and `label` (B,); its
-            length is the number of steps.
-        batch_size: of the global batch.
-        mean_over_ranks: a tensor of each rank -> the mean of all.
+        probe: linear layer, features (B, D) -> logits (B, classes).
+        forward_features: (B, 3, S, S) -> h (B, D), with an encoder in evaluation mode.
+        loader: each iteration over it yields one epoch of this rank's batches, with `views` (B, 3, S, S) and `label`
+            (B,); its length is the number of steps per epoch.
+        session: has `mean`, which maps a tensor of each rank to the mean over ranks.
+        batch_size: global batch size.
 
     Yields:
-        the mean loss () of each epoch, over all ranks.
+        Mean loss () of each epoch over all ranks.
     """
-    rate, total = 0.1 * batch_size / 256, epochs * len(loader)
-    optimizer, step = torch.optim.SGD(probe.parameters(), rate, momentum=0.9, nesterov=True), 0
+    lr, total_steps = base_learning_rate(batch_size), epochs * len(loader)
+    optimizer, step = torch.optim.SGD(probe.parameters(), lr, momentum=0.9, nesterov=True), 0
     for _ in range(epochs):
         losses = 0.0
         for batch in loader:
-            optimizer.param_groups[0]["lr"] = cosine(rate, step, total)
+            optimizer.param_groups[0]["lr"] = cosine(lr, step, total_steps)
             with torch.no_grad():
                 h = forward_features(batch.views).float()
             loss = cross_entropy(probe(h), batch.label)
             optimizer.zero_grad()
             loss.backward()
             for parameter in probe.parameters():
-                parameter.grad = mean_over_ranks(parameter.grad)
+                parameter.grad = session.mean(parameter.grad)
             optimizer.step()
             losses, step = losses + loss.detach(), step + 1
-        yield mean_over_ranks(losses / len(loader))
+        yield session.mean(losses / len(loader))
 
 
 @torch.no_grad()
 def probe_correct(probe: nn.Linear, features: Tensor, label: Tensor, device: torch.device) -> tuple[int, int]:
-    """How many of the features (M, D) are classified rightly at top-1 and top-5."""
-    top1, top5 = 0, 0
-    for rows, truth in zip(features.split(8192), label.split(8192), strict=True):
-        ahead = classes_ahead(probe(rows.to(device)), truth.to(device))
-        top1, top5 = top1 + int((ahead < 1).sum()), top5 + int((ahead < top_n(probe.out_features)).sum())
+    """Number of features (M, D) classified correctly at top-1 and top-5."""
+    counts = (
+        count_correct(classes_ahead(probe(rows.to(device)), truth.to(device)), probe.out_features)
+        for rows, truth in zip(features.split(8192), label.split(8192), strict=True)
+    )
+    top1, top5 = sum(counts).tolist()
     return top1, top5
 
 
 def linear_top1(
     train: Tensor, train_label: Tensor, test: Tensor, test_label: Tensor, *, epochs: int = 90, seed: int = 0
 ) -> float:
-    """Share of test samples that a linear classifier trained on `train` gets right, after its last epoch.
+    """Top-1 accuracy on `test` of a linear classifier trained on `train`, after its last epoch.
 
-    The optimization is that of the paper, in batches of 256. The features are those of central views and are
-    standardized per dimension, which stands in for augmenting them.
+    The optimization is that of the paper, in batches of 256. Features of center crops, standardized per dimension,
+    stand in for random views.
 
     Args:
-        train: (N, D) float. train_label: (N,) int64. test: (M, D). test_label: (M,).
+        train: (N, D) float, with train_label (N,) int64.
+        test: (M, D) float, with test_label (M,) int64.
+        seed: seed of the order of the samples.
     """
     mean = train.float().mean(0)
-    scale = train.float().std(0, correction=min(1, len(train) - 1)).clamp_min(1e-6)  # of one sample: 0, not NaN
+    scale = train.float().std(0, correction=min(1, len(train) - 1)).clamp_min(1e-6)  # 0 for one sample, not NaN
     train, test = (train.float() - mean) / scale, (test.float() - mean) / scale
     batch_size = min(256, len(train))
     probe = nn.Linear(train.shape[1], int(train_label.max()) + 1, device=train.device)
     nn.init.zeros_(probe.weight)
     nn.init.zeros_(probe.bias)
-    rate = 0.1 * batch_size / 256
-    optimizer = torch.optim.SGD(probe.parameters(), rate, momentum=0.9, nesterov=True)
+    lr = base_learning_rate(batch_size)
+    optimizer = torch.optim.SGD(probe.parameters(), lr, momentum=0.9, nesterov=True)
     generator = torch.Generator().manual_seed(seed)
     steps_per_epoch = len(train) // batch_size
     for epoch in range(epochs):
         order = torch.randperm(len(train), generator=generator).to(train.device)
         for step in range(steps_per_epoch):
-            optimizer.param_groups[0]["lr"] = cosine(rate, epoch * steps_per_epoch + step, epochs * steps_per_epoch)
+            optimizer.param_groups[0]["lr"] = cosine(lr, epoch * steps_per_epoch + step, epochs * steps_per_epoch)
             rows = order[step * batch_size : (step + 1) * batch_size]
             optimizer.zero_grad()
             cross_entropy(probe(train[rows]), train_label[rows]).backward()
@@ -108,6 +186,6 @@ def linear_top1(
         return (probe(test).argmax(1) == test_label).float().mean().item()
 
 
-def cosine(rate: float, step: int, total: int) -> float:
-    """The learning rate of a step."""
-    return rate * 0.5 * (1 + math.cos(math.pi * step / total))
+def cosine(lr: float, step: int, total_steps: int) -> float:
+    """Learning rate of a step: a cosine from `lr` to 0."""
+    return lr * 0.5 * (1 + math.cos(math.pi * step / total_steps))

@@ -1,4 +1,4 @@
-"""Which encoder is judged, and how it wants its images."""
+"""The encoder that is evaluated, and the images it expects."""
 
 import json
 import math
@@ -7,58 +7,65 @@ from pathlib import Path
 from typing import Any
 
 from .common import UserError
-from .options import Options
 
-OF_A_RUN = ("size", "mean", "std", "crop_area", "crop_aspect")
+VIEW_OPTIONS = ("size", "mean", "std", "crop_area", "crop_aspect")
 
 
 @dataclass(frozen=True)
 class EvalTarget:
-    """An encoder file and what belongs to it."""
+    """An encoder file and the settings that belong to it."""
 
     encoder: Path
+    """The encoder.safetensors."""
     folder: Path
-    """Of the run, or that the file lies in."""
+    """Run folder, or the folder of the encoder file."""
     views: dict[str, Any]
-    """Arguments of a AugmentConfig: size, mean and std; of a run also how it crops."""
+    """Options of the views: size, mean and std; for a run also how it crops."""
     data: str
-    """Shards; empty for those that the built-in preset makes."""
+    """Shards; "" for the built-in textures."""
     k: int
-    """Neighbors of the run's own kNN evaluation."""
+    """Number of neighbors in the run's own kNN evaluation."""
 
 
-def find_target(options: Options) -> EvalTarget:
-    """From the run folder, and from the options where they say something else.
+def find_target(run: str, data: str = "", **views: Any) -> EvalTarget:
+    """Find the encoder of a run folder, or an encoder file.
+
+    Args:
+        run: run folder or encoder.safetensors.
+        data: shards; "" for those of the run.
+        views: size, mean and std that override those of the run; None for no override.
 
     Raises:
-        UserError: there is no encoder, or what an encoder by itself does not tell is missing.
+        UserError: there is no encoder, its run is unfinished or damaged, or an encoder file is used without the
+            settings that only a run folder provides.
     """
-    place = Path(options.encoder)
-    views = {name: value for name in ("size", "mean", "std") if (value := getattr(options, name)) is not None}
-    if place.is_dir():
-        return _of_a_run(place, views, options.data)
-    if not place.exists():
-        raise UserError(f"There is nothing at {place}: give a run folder or an encoder.safetensors.")
-    given = {"data": options.data, **views}
-    if missing := [f"--{name}" for name in ("data", "size", "mean", "std") if not given.get(name)]:
+    path, views = Path(run), {name: value for name, value in views.items() if value is not None}
+    if path.is_dir():
+        return _of_run(path, data, views)
+    if not path.exists():
+        raise UserError(f"There is nothing at {path}; use a run folder or an encoder.safetensors.")
+    settings = {"data": data, **views}
+    if missing := [f"--{name}" for name in ("data", "size", "mean", "std") if not settings.get(name)]:
         raise UserError(
-            f"{place} does not tell what its images are: give {' '.join(missing)} as well, or its run folder instead."
+            f"{path} does not contain the settings of its images; set {' '.join(missing)} or use its run folder."
         )
-    return EvalTarget(place, place.parent, views, options.data, k=20)
+    return EvalTarget(path, path.parent, views, data, k=20)
 
 
-def _of_a_run(folder: Path, views: dict[str, Any], data: str) -> EvalTarget:
+def _of_run(folder: Path, data: str, views: dict[str, Any]) -> EvalTarget:
     encoder = folder / "encoder.safetensors"
     if not encoder.exists():
         if (folder / "checkpoints").is_dir():
             raise UserError(
-                f"The run in {folder} is not finished, it has checkpoints but no encoder.safetensors: let train.py go "
-                f"on with it (--out {folder})."
+                f"The run in {folder} is not finished, it has checkpoints but no encoder.safetensors; resume it with "
+                f"train.py --out {folder}."
             )
-        raise UserError(f"{folder} is not the folder of a finished run, for it has no encoder.safetensors: give one.")
+        raise UserError(
+            f"{folder} is not the folder of a finished run, it has no encoder.safetensors; use another folder."
+        )
     try:
         config = json.loads((folder / "config.json").read_text())
-        found = {name: config["views"][name] for name in OF_A_RUN}
+        found = {name: config["views"][name] for name in VIEW_OPTIONS}
         data = data or config["data"]
         if not data and config.get("preset") != "textures":
             raise KeyError("data")
@@ -68,13 +75,13 @@ def _of_a_run(folder: Path, views: dict[str, Any], data: str) -> EvalTarget:
         for name, count in {"mean": 3, "std": 3, "crop_area": 2, "crop_aspect": 2}.items():
             if len(found[name]) != count or not all(map(math.isfinite, found[name])):
                 raise ValueError(f"views.{name} is {found[name]}")
-        for name, number, least in (("views.size", found["size"], 8), ("eval.k", k, 1)):
-            if not isinstance(number, int) or number < least:
+        for name, number, smallest in (("views.size", found["size"], 8), ("eval.k", k, 1)):
+            if not isinstance(number, int) or number < smallest:
                 raise ValueError(f"{name} is {number}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{folder}/config.json is missing or lacks something ({error}): give {encoder} with --data --size --mean "
-            "--std instead."
+            f"{folder}/config.json is missing or incomplete ({error}); use {encoder} with --data --size --mean --std "
+            "instead."
         ) from error
     tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
     return EvalTarget(encoder, folder, tuples | views, data, k)

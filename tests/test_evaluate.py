@@ -1,4 +1,4 @@
-"""evaluate.py as its users run it, on a few textures and an encoder that has learned nothing."""
+"""evaluate.py from the command line, on a few textures and an untrained encoder."""
 
 import dataclasses
 import json
@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,18 +16,19 @@ from safetensors.torch import load_file, save_file
 
 import evaluate
 import presets
-from common import UserError
-from evaluation import linear
-from evaluation.intervals import wilson
-from evaluation.knn import knn_top1
-from evaluation.options import Linear
-from model import create_encoder, encoder_spec, load_encoder, save_encoder
+from common import file_sha256
+from engine import session
+from evaluation import knn_top1, linear, sgd_probe
+from evaluation.accuracy import wilson
+from evaluation.cache import code_checksum
+from model import EncoderConfig, create_encoder, encoder_spec, load_encoder, save_encoder
 from pipeline.convert import textures
-from pipeline.loader.loader import center_crop_batches
 from pipeline.shards.dataset import open_splits
+from tests.pipeline.loaders import center_crops
 from tests.small_sets import remove_labels, texture_shards
 
 ROOT = Path(__file__).parents[1]
+SPEC = encoder_spec(EncoderConfig("resnet18", stem="standard", width=0.125), image_size=32)
 VIEWS = ["--size", 32, "--mean", 0.5, 0.5, 0.5, "--std", 0.25, 0.25, 0.25]
 
 
@@ -40,14 +40,13 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def run(data, tmp_path):
-    """The folder of a run that has ended."""
+    """Folder of a finished run."""
     folder = tmp_path / "run"
     folder.mkdir()
     torch.manual_seed(0)
-    spec = encoder_spec("resnet18", 32, "standard", 0.125)
-    save_encoder(create_encoder(spec), spec, folder / "encoder.safetensors")
+    save_encoder(create_encoder(SPEC), SPEC, folder / "encoder.safetensors")
     options = dataclasses.replace(presets.textures(), data=str(data))
-    record = {**dataclasses.asdict(options), "timm_name": spec[0], "timm_kwargs": spec[1]}
+    record = {**dataclasses.asdict(options), "timm_name": SPEC[0], "timm_kwargs": SPEC[1]}
     (folder / "config.json").write_text(json.dumps(record))
     return folder
 
@@ -59,15 +58,15 @@ def own_cache(monkeypatch, tmp_path):
 
 @pytest.fixture
 def run_here(monkeypatch, capsys):
-    """Run evaluate.py in this process; returns what it prints, on one line."""
+    """Run evaluate.py in this process; returns what it prints, joined into one line."""
     threads = torch.get_num_threads()
 
     def run(*arguments):
         AcceleratorState._reset_state(reset_partial_state=True)
-        monkeypatch.setattr(evaluate, "available_cores", lambda: 1)  # threads would only wait for each other
+        monkeypatch.setattr(session, "available_cores", lambda: 1)  # threads would only wait for each other
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
         evaluate.main()
-        return " ".join(capsys.readouterr().out.split())  # wherever the terminal's width has broken it
+        return " ".join(capsys.readouterr().out.split())  # wherever the terminal wraps it
 
     yield run
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -75,7 +74,6 @@ def run_here(monkeypatch, capsys):
 
 
 def launch(processes, *arguments):
-    """As tests/test_train.py does."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
     command += ["--num_processes", str(processes), "--main_process_port", "0", str(ROOT / "evaluate.py")]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "COLUMNS": "200"}
@@ -89,18 +87,18 @@ def record_of(run, name):
 
 
 def embedded_by_hand(run, data):
-    """features and labels of both splits without anything of evaluate.py."""
+    """Features and labels of both splits, computed without evaluate.py."""
     encoder, views = load_encoder(run / "encoder.safetensors"), presets.textures().views
     found = []
     for split in open_splits(str(data)):
-        batches = center_crop_batches(split, views, np.arange(len(split)), batch_size=256, device=torch.device("cpu"))
+        batches = center_crops(split, views, np.arange(len(split)), batch_size=256, device=torch.device("cpu"))
         with torch.no_grad():
             parts = [(encoder(batch.views), batch.label) for batch in batches]
         found.append(tuple(torch.cat(part) for part in zip(*parts, strict=True)))
     return found
 
 
-def test_knn_writes_figures_and_what_they_were_made_from(run, data, run_here):
+def test_knn_writes_scores_and_their_origin(run, data, run_here):
     printed = run_here("knn", run, "--k", 3, 20, "--temperature", 0.1, 0.07, "--precision", "fp32")
     train, test = embedded_by_hand(run, data)
     record = record_of(run, "knn")
@@ -110,7 +108,7 @@ def test_knn_writes_figures_and_what_they_were_made_from(run, data, run_here):
         assert row["top1"] <= row["top5"] and row["top1_wilson_95"] == list(wilson(round(40 * row["top1"]), 40))
         assert f"{row['top1']:.4f}" in printed
     assert record["what"] == "knn" and record["precision"] == "fp32" and record["classes"] == 10
-    assert record["encoder_sha256"] == evaluate.digest_of(run / "encoder.safetensors")
+    assert record["encoder_sha256"] == file_sha256(run / "encoder.safetensors")
     assert (record["size"], record["mean"], record["std"]) == (32, [0.5] * 3, [0.25] * 3)
     about = record["data"]
     assert (about["train"]["images"], about["test"]["images"], about["test"]["left_out"]) == (80, 40, 0)
@@ -124,7 +122,11 @@ def test_features_are_embedded_once(run, data, run_here, tmp_path, monkeypatch):
     first = record_of(run, "knn")
     stored = sorted((tmp_path / "cache" / "features").iterdir())
     assert len(stored) == 2
-    monkeypatch.setattr(evaluate, "center_crop_batches", None)  # which nobody may need now
+
+    def not_needed(*args, **options):
+        raise AssertionError("features were embedded again")
+
+    monkeypatch.setattr(evaluate, "center_crop_batches", not_needed)
     printed = run_here("knn", run)
     again = record_of(run, "knn")
     assert printed.count("from the cache") == 2 and again["data"]["test"]["from_cache"]
@@ -136,18 +138,17 @@ def test_features_are_embedded_once(run, data, run_here, tmp_path, monkeypatch):
     assert json.loads(out.read_text())["results"] == first["results"]
     monkeypatch.undo()
     monkeypatch.setenv("STREAMCLR_CACHE", str(tmp_path / "cache"))
-    # other views, another precision or another encoder are not
+    # other views, precisions or encoders are not
     for change in (["--mean", 0.4, 0.5, 0.5], ["--precision", "bf16" if first["precision"] == "fp32" else "fp32"]):
         assert "from the cache" not in run_here("knn", run, *change)
     weights = load_file(run / "encoder.safetensors")
-    spec = encoder_spec("resnet18", 32, "standard", 0.125)
-    encoder = create_encoder(spec)
+    encoder = create_encoder(SPEC)
     encoder.load_state_dict({name: 1.01 * each for name, each in weights.items()})
-    save_encoder(encoder, spec, run / "encoder.safetensors")
+    save_encoder(encoder, SPEC, run / "encoder.safetensors")
     assert "from the cache" not in run_here("knn", run)
 
 
-def test_without_a_cache_nothing_is_left(run, run_here, tmp_path, monkeypatch):
+def test_no_cache_leaves_nothing(run, run_here, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     run_here("knn", run)
@@ -158,7 +159,7 @@ def test_without_a_cache_nothing_is_left(run, run_here, tmp_path, monkeypatch):
     assert not (tmp_path / "cache" / "features").exists() and not list((tmp_path / "temporary").iterdir())
 
 
-def test_linear_fast_reports_every_seed_and_their_interval(run, run_here, monkeypatch):
+def test_linear_fast_reports_every_seed_and_an_interval(run, run_here, monkeypatch):
     monkeypatch.setattr(linear, "L2_PATH", (1.0, 0.1))
     monkeypatch.setattr(linear.l2_path, "__defaults__", ((1.0, 0.1), 1000))
     printed = run_here("linear", run, "--seeds", 3)
@@ -173,7 +174,7 @@ def test_linear_fast_reports_every_seed_and_their_interval(run, run_here, monkey
 
 
 def damage(data, tmp_path, samples):
-    """A copy of the shards in which some samples of the first test shard are zeros; their checksums are as before."""
+    """Copy the shards and overwrite samples of the first test shard with zeros, keeping the recorded checksums."""
     shutil.copytree(data, tmp_path / "shards", dirs_exist_ok=True)
     rows = np.load(tmp_path / "shards" / "test" / "test-000000.index.npy")
     with open(tmp_path / "shards" / "test" / "test-000000.tar", "r+b") as tar:
@@ -183,9 +184,9 @@ def damage(data, tmp_path, samples):
     return tmp_path / "shards"
 
 
-def test_linear_simclr_in_two_processes_is_that_of_one(run, data, run_here, tmp_path):
-    """Also that two processes share the embedding, that one of them writes the cache, and that the limit on bad images
-    is one for all: both are of the first process, which embeds 20 images.
+def test_linear_simclr_in_two_processes_equals_one(run, data, run_here, tmp_path):
+    """Also: two processes share the embedding, one of them writes the cache, and the limit on unreadable images applies
+    to all processes together, although both such images belong to the first one, which embeds 20 images.
     """
     options = ["linear", run, "--protocol", "simclr", "--epochs", 2, "--batch-size", 32, "--precision", "fp32"]
     options += ["--data", damage(data, tmp_path, [2, 4]), "--loader.max-bad", 0.05]
@@ -194,7 +195,7 @@ def test_linear_simclr_in_two_processes_is_that_of_one(run, data, run_here, tmp_
     assert one["batch_size"] == 32 and one["lr"] == 0.0125 and one["results"][0]["steps"] == 4
     assert one["results"][0]["train_loss"] != one["results"][1]["train_loss"]
     (stored,) = (tmp_path / "cache" / "features").iterdir()
-    features = {name: tensor.clone() for name, tensor in load_file(stored).items()}  # not those of the file
+    features = {name: tensor.clone() for name, tensor in load_file(stored).items()}  # not mapped from the file
     stored.unlink()
     done = launch(2, *options, "--seeds", 2)
     assert done.returncode == 0, done.stderr
@@ -212,7 +213,7 @@ def test_linear_simclr_in_two_processes_is_that_of_one(run, data, run_here, tmp_
 
 @pytest.mark.soak
 @pytest.mark.parametrize("what", [["knn"], ["linear"], ["embed", "--out", "OUT"]])
-def test_two_processes_give_the_figures_of_one(run, run_here, tmp_path, what):
+def test_two_processes_produce_the_scores_of_one(run, run_here, tmp_path, what):
     out = tmp_path / "features.safetensors"
     name, *rest = [out if word == "OUT" else word for word in what]
     options = [name, run, "--precision", "fp32", "--no-cache", *rest]
@@ -227,12 +228,12 @@ def test_two_processes_give_the_figures_of_one(run, run_here, tmp_path, what):
     alone = outcome()
     done = launch(2, *options)
     assert done.returncode == 0, done.stderr
-    # other shapes of batches round otherwise, so one of the 40 images may be judged otherwise
+    # batches of other shapes are rounded differently, which may change the prediction for one of the 40 images
     tolerance = {} if name == "embed" else {"rtol": 0, "atol": 0.026}
     torch.testing.assert_close(outcome(), alone, **tolerance)
 
 
-def test_embed_writes_every_split_and_takes_one(run, data, run_here, tmp_path):
+def test_embed_writes_every_split_and_accepts_a_single_one(run, data, run_here, tmp_path):
     out = tmp_path / "features.safetensors"
     run_here("embed", run, "--out", out, "--precision", "fp32")
     written = load_file(out)
@@ -245,13 +246,13 @@ def test_embed_writes_every_split_and_takes_one(run, data, run_here, tmp_path):
 
 
 def unlabel(data, tmp_path, split, count=None):
-    """A copy of the shards in which the first `count` samples of each shard of a split have no label."""
+    """Copy the shards and remove the labels of the first `count` samples of each shard of a split."""
     shutil.copytree(data, tmp_path / "unlabeled")
     remove_labels(tmp_path / "unlabeled" / split, count)
     return tmp_path / "unlabeled"
 
 
-def test_unlabeled_images_are_not_judged_but_embedded(run, data, run_here, tmp_path):
+def test_unlabeled_images_are_embedded_but_not_evaluated(run, data, run_here, tmp_path):
     partly = unlabel(data, tmp_path, "train", 5)
     run_here("knn", run, "--data", partly)
     assert record_of(run, "knn")["data"]["train"]["images"] == 80 - 3 * 5
@@ -261,7 +262,7 @@ def test_unlabeled_images_are_not_judged_but_embedded(run, data, run_here, tmp_p
     assert (load_file(tmp_path / "f.safetensors")["train.label"] == -1).sum() == 15
 
 
-def test_a_bad_image_is_left_out_and_named(run, data, run_here, tmp_path):
+def test_unreadable_image_is_left_out_and_listed(run, data, run_here, tmp_path):
     shutil.copytree(data, tmp_path / "shards")
     rows = np.load(tmp_path / "shards" / "test" / "test-000000.index.npy")
     with open(tmp_path / "shards" / "test" / "test-000000.tar", "r+b") as tar:
@@ -270,23 +271,23 @@ def test_a_bad_image_is_left_out_and_named(run, data, run_here, tmp_path):
     printed = run_here("knn", run, "--data", tmp_path / "shards", "--loader.max-bad", 0.05)
     record = record_of(run, "knn")
     assert record["data"]["test"]["images"] == 39 and record["data"]["test"]["left_out"] == 1
-    assert "1 bad images left out" in printed
+    assert "1 unreadable images left out" in printed
     (bad,) = map(json.loads, (run / "evaluation" / "knn.bad_samples.jsonl").read_text().splitlines())
     assert bad["key"] == rows["key"][3].decode()
 
 
-def test_features_without_bad_images_are_used_until_an_image_can_be_read(run, data, run_here, tmp_path):
+def test_features_without_unreadable_images_are_reused_until_an_image_is_repaired(run, data, run_here, tmp_path):
     shards = damage(data, tmp_path, [3, 5])
     options = ["knn", run, "--data", shards, "--loader.max-bad", 0.05]
     run_here(*options)
     out = tmp_path / "again.json"
     printed = run_here(*options, "--out", out)
-    assert printed.count("from the cache") == 2 and "2 bad images left out" in printed
+    assert printed.count("from the cache") == 2 and "2 unreadable images left out" in printed
     listed = (tmp_path / "again.bad_samples.jsonl").read_text().splitlines()
-    assert len(listed) == 2, "the file that the message names"
-    with pytest.raises(SystemExit, match=r"2 of 40 images of .*test can't be read, listed in .*--data\.max-bad 0\.04"):
-        run_here(*options[:-1], 0.04)  # also if they are stored already
-    damage(data, tmp_path, [3])  # one of them is repaired
+    assert len(listed) == 2, "the file named in the message"
+    with pytest.raises(SystemExit, match=r"2 of 40 images of .*test can't be read \(see .*--loader\.max-bad 0\.04"):
+        run_here(*options[:-1], 0.04)  # although the features are stored already
+    damage(data, tmp_path, [3])  # repairs sample 5
     run_here(*options)
     about = record_of(run, "knn")["data"]
     assert about["train"]["from_cache"] and not about["test"]["from_cache"] and about["test"]["images"] == 39
@@ -298,24 +299,24 @@ def test_features_without_bad_images_are_used_until_an_image_can_be_read(run, da
     assert json.loads(out.read_text())["results"] == repaired["results"]
 
 
-def test_code_and_versions_decide_the_name_of_features(run, run_here, monkeypatch):
+def test_code_and_versions_determine_the_name_of_features(run, run_here, monkeypatch):
     run_here("knn", run)
     assert "from the cache" in run_here("knn", run)
     record = record_of(run, "knn")
     assert {"torch", "timm", "cv2", "code_sha256"} <= record.keys()
-    for change in (lambda: "other", "torch", "timm"):
+    for change in (lambda *packages: "other", "torch", "timm"):
         with monkeypatch.context() as patch:
             if change == "torch":
                 patch.setattr(evaluate.torch, "__version__", "2.99.0")
             elif change == "timm":
                 patch.setattr(evaluate.timm, "__version__", "1.0")
             else:
-                patch.setattr(evaluate, "digest_of_code", change)
+                patch.setattr(evaluate, "code_checksum", change)
             assert "from the cache" not in run_here("knn", run)
-    assert len(evaluate.digest_of_code()) == 64
+    assert len(code_checksum(evaluate.model)) == 64
 
 
-def test_a_result_replaces_an_earlier_one_and_no_other_file(run, run_here, tmp_path):
+def test_result_replaces_an_earlier_result_and_no_other_file(run, run_here, tmp_path):
     config, weights = run / "config.json", run / "encoder.safetensors"
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -324,7 +325,7 @@ def test_a_result_replaces_an_earlier_one_and_no_other_file(run, run_here, tmp_p
     before = {path: path.read_bytes() for path in (config, weights, foreign)}
     for out in (*before, folder, Path("/dev/null")):
         for command in ("knn", "embed"):
-            with pytest.raises(SystemExit, match=r"exists and is not a result of .*: use another --out"):
+            with pytest.raises(SystemExit, match=r"exists and is not a result of .*; use another --out"):
                 run_here(command, run, "--out", out)
     assert {path: path.read_bytes() for path in before} == before and Path("/dev/null").is_char_device()
     assert sorted(tmp_path.iterdir()) == sorted({folder, foreign, run})
@@ -339,13 +340,13 @@ def test_a_result_replaces_an_earlier_one_and_no_other_file(run, run_here, tmp_p
     assert json.loads(out.read_text())["what"] == "knn"
 
 
-def test_a_classifier_that_diverges_has_no_result(run, run_here, monkeypatch):
+def test_diverged_classifier_has_no_result(run, run_here, monkeypatch):
     def broken(width, classes, seed, device):
         probe = torch.nn.Linear(width, classes)
         torch.nn.init.constant_(probe.weight, float("inf"))
         return probe
 
-    monkeypatch.setattr(evaluate, "probe_layer", broken)
+    monkeypatch.setattr(sgd_probe, "probe_layer", broken)
     with pytest.raises(SystemExit, match=r"The training of the classifier diverged \(seed 0, mean loss nan"):
         run_here("linear", run, "--protocol", "simclr", "--epochs", 1)
     assert not (run / "evaluation" / "linear-simclr.json").exists()
@@ -361,8 +362,7 @@ def other_classes(data, tmp_path):
 def not_finite(run):
     weights = load_file(run / "encoder.safetensors")
     weights["bn1.running_mean"][0] = float("nan")
-    spec = encoder_spec("resnet18", 32, "standard", 0.125)
-    metadata = {"timm_name": spec[0], "timm_kwargs": json.dumps(spec[1])}
+    metadata = {"timm_name": SPEC[0], "timm_kwargs": json.dumps(SPEC[1])}
     save_file(weights, run / "encoder.safetensors", metadata)
 
 
@@ -371,7 +371,7 @@ def unfinished(run):
     (run / "checkpoints").mkdir()
 
 
-def test_what_cannot_be_judged_gets_one_sentence(run, data, run_here, tmp_path):
+def test_errors_are_one_sentence(run, data, run_here, tmp_path):
     def refused(*arguments):
         with pytest.raises(SystemExit) as stopped:
             run_here(*arguments)
@@ -381,26 +381,33 @@ def test_what_cannot_be_judged_gets_one_sentence(run, data, run_here, tmp_path):
 
     encoder = run / "encoder.safetensors"
     assert "There is nothing at" in refused("knn", tmp_path / "nowhere")
-    assert "give --data --size --mean --std as well" in refused("knn", encoder)
-    assert "give --mean as well" in refused("knn", encoder, "--data", data, *VIEWS[:2], *VIEWS[6:])
+    assert "set --data --size --mean --std or use its run folder" in refused("knn", encoder)
+    assert "set --mean or use its run folder" in refused("knn", encoder, "--data", data, *VIEWS[:2], *VIEWS[6:])
     assert "No shards at" in refused("knn", run, "--data", tmp_path / "nowhere")
     assert "There is no test split in" in refused("linear", run, "--data", data / "train")
-    assert "81 neighbors can't vote among 80" in refused("knn", run, "--k", 5, 81)
-    assert "--k is 0: give at least 1" in refused("knn", run, "--k", 0)
-    assert "--temperature is 0" in refused("knn", run, "--temperature", 0)
-    assert "--temperature is 0.1 nan: use finite" in refused("knn", run, "--temperature", 0.1, "nan")
-    assert "--std is 1.0 nan 1.0: use finite" in refused("knn", run, "--std", 1, "nan", 1)
-    assert "--loader.cache-gb is inf: use finite" in refused("knn", run, "--loader.cache-gb", "inf")
+    assert "--k 81 exceeds the 80 labeled training images" in refused("knn", run, "--k", 5, 81)
+    assert "--k is 0; it must be at least 1" in refused("knn", run, "--k", 0)
+    assert "--temperature is 0.0; it must be at least" in refused("knn", run, "--temperature", 0)
+    assert "--temperature is 0; it must be" in refused("knn", run, "--temperature")
+    assert "--temperature is nan; it must be" in refused("knn", run, "--temperature", 0.1, "nan")
+    assert "--std is nan; it must be" in refused("knn", run, "--std", 1, "nan", 1)
+    assert "--loader.cache-gb is inf; it must be" in refused("knn", run, "--loader.cache-gb", "inf")
+    assert "--size is 7; it must be at least 8" in refused("knn", run, "--size", 7)
+    assert "--mean is 128.0; it must be at most 1" in refused("knn", run, "--mean", 1, 128, 1)
+    assert "There is no option '--workers' (did you mean --loader.workers?)" in refused("knn", run, "--workers", 2)
+    assert "There is no command 'lineer' (did you mean linear?)" in refused("lineer", run)
+    assert "There is no encoder" in refused("knn")
+    assert "Error parsing --k" in refused("knn", run, "--k", "x")
     assert "--seeds is 0" in refused("linear", run, "--seeds", 0)
     assert "--held-out is 1.0" in refused("linear", run, "--held-out", 1)
-    assert "--std is 0.0 1.0 1.0" in refused("knn", run, "--std", 0, 1, 1)
-    assert "embed needs --out" in refused("embed", run)
+    assert "--std is 0.0; it must be" in refused("knn", run, "--std", 0, 1, 1)
+    assert "embed has no file to write; use --out" in refused("embed", run)
     assert "exists and is not a result of evaluate.py" in refused("embed", run, "--out", encoder)
     assert "has other classes than" in refused("knn", run, "--data", other_classes(data, tmp_path))
     assert "No image of" in refused("knn", run, "--data", unlabel(data, tmp_path, "test"))
     (tmp_path / "blocked").touch()
     os.environ["STREAMCLR_CACHE"] = str(tmp_path / "blocked")
-    assert "or give --no-cache" in refused("knn", run)
+    assert "or use --no-cache" in refused("knn", run)
     os.environ["STREAMCLR_CACHE"] = str(tmp_path / "cache")
     not_finite(run)
     assert "hold NaN or infinity" in refused("knn", run)
@@ -412,9 +419,9 @@ def test_what_cannot_be_judged_gets_one_sentence(run, data, run_here, tmp_path):
     assert "is not the folder of a finished run" in refused("knn", run)
 
 
-def test_a_config_without_its_views(run, run_here):
+def test_config_without_views_is_rejected(run, run_here):
     (run / "config.json").write_text("{}")
-    with pytest.raises(SystemExit, match=r"config\.json is missing or lacks something"):
+    with pytest.raises(SystemExit, match=r"config\.json is missing or incomplete"):
         run_here("knn", run)
 
 
@@ -432,29 +439,21 @@ def test_a_config_without_its_views(run, run_here):
         (None, "views", []),
     ],
 )
-def test_a_config_with_values_that_cannot_be(run, run_here, part, name, value):
+def test_config_with_invalid_values_is_rejected(run, run_here, part, name, value):
     config = json.loads((run / "config.json").read_text())
     (config[part] if part else config)[name] = value
     (run / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SystemExit, match=r"^error: .*config\.json is missing or lacks something"):
+    with pytest.raises(SystemExit, match=r"^error: .*config\.json is missing or incomplete"):
         run_here("knn", run)
 
 
-def test_help_names_commands_and_options(run_here, capsys):
+def test_help_lists_commands_and_options(run_here, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_here("linear", "--help")
     shown = capsys.readouterr().out
     assert stopped.value.code == 0
+    with pytest.raises(SystemExit) as stopped:
+        run_here("--help")
+    assert stopped.value.code == 0 and "python evaluate.py linear RUN" in capsys.readouterr().out
     for option in ("--data", "--size", "--protocol", "--seeds", "--no-cache", "--loader.workers"):
         assert option in shown
-
-
-def test_fewer_labeled_images_than_processes_are_refused(monkeypatch):
-    monkeypatch.setattr(evaluate, "features_of", lambda *_: None)
-    parts = SimpleNamespace(
-        splits={"train": None, "test": None},
-        samples={"train": np.arange(3)},
-        accelerator=SimpleNamespace(num_processes=4),
-    )
-    with pytest.raises(UserError, match="3 labeled training images does not divide among 4 processes"):
-        evaluate.linear_simclr(parts, Linear("run", protocol="simclr"))

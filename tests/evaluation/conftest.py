@@ -1,4 +1,4 @@
-"""What all tests of the evaluation share."""
+"""Fixtures of all evaluation tests."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """For tensors this small, torch's threads cost more in waiting for each other than they gain."""
+    """Use one thread: for tensors this small, synchronizing several costs more than they gain."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -19,7 +19,7 @@ def parts_of(features, size=4):
     return zip(features.split(size), index.split(size), index.split(size), strict=True)
 
 
-def test_what_is_kept_is_what_was_embedded(tmp_path):
+def test_stored_features_equal_embedded_ones(tmp_path):
     features, path = torch.randn(11, 5), tmp_path / "a.safetensors"
     assert load_features(path) is None
     save_features(path, parts_of(features[:9]), {"encoder": "x"})
@@ -30,8 +30,8 @@ def test_what_is_kept_is_what_was_embedded(tmp_path):
     assert os.listdir(tmp_path) == ["a.safetensors"]
 
 
-def test_features_are_mapped_and_not_read(tmp_path):
-    """What is written into the file afterwards is seen, so the features are those pages."""
+def test_features_are_mapped_rather_than_read(tmp_path):
+    """Bytes written to the file later are visible, so the features are its pages."""
     path = tmp_path / "a.safetensors"
     save_features(path, parts_of(torch.zeros(8, 4)), {})
     found, _ = load_features(path)
@@ -42,13 +42,13 @@ def test_features_are_mapped_and_not_read(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["encoder", "shards", "samples", "size", "mean", "std", "precision", "device"])
-def test_whatever_decides_the_features_decides_the_name(change):
+def test_everything_that_determines_features_determines_the_name(change):
     about = {name: "a" for name in ("encoder", "shards", "samples", "size", "mean", "std", "precision", "device")}
     assert feature_name(about) == feature_name(dict(reversed(about.items())))
     assert feature_name(about) != feature_name(about | {change: "b"})
 
 
-def test_damaged_features_are_made_anew(tmp_path):
+def test_damaged_files_count_as_missing(tmp_path):
     path = tmp_path / "a.safetensors"
     save_features(path, parts_of(torch.randn(11, 5)), {})
     for length in (path.stat().st_size - 1, 50, 4, 0):
@@ -56,7 +56,7 @@ def test_damaged_features_are_made_anew(tmp_path):
         assert load_features(path) is None
 
 
-def test_a_file_of_another_format_is_not_there(tmp_path):
+def test_files_of_another_format_count_as_missing(tmp_path):
     path, features, index = tmp_path / "a.safetensors", torch.randn(11, 5), torch.arange(11)
     others = [
         {"features": features},
@@ -77,7 +77,7 @@ def test_a_file_of_another_format_is_not_there(tmp_path):
 
 @contextmanager
 def files_of_at_most(size):
-    """What a write meets on a full disk, on any machine; the limit is this process's."""
+    """Limit the size of files of this process, in place of a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -87,9 +87,9 @@ def files_of_at_most(size):
 
 
 @pytest.mark.parametrize("limit", [100, 4200])  # while embedding, and while the whole file is written
-def test_a_full_disk_is_explained_and_nothing_is_left(tmp_path, limit):
+def test_full_disk_is_explained_and_leaves_nothing(tmp_path, limit):
     features = torch.randn(100, 10)  # 4,000 bytes
-    with files_of_at_most(limit), pytest.raises(UserError, match=r"can't be kept in .* \(.*large.*free some space"):
+    with files_of_at_most(limit), pytest.raises(UserError, match=r"can't be stored in .* \(.*large.*free some space"):
         save_features(tmp_path / "a.safetensors", parts_of(features), {})
     assert os.listdir(tmp_path) == []
     save_features(tmp_path / "a.safetensors", parts_of(features), {})
@@ -108,7 +108,7 @@ def test_files_are_readable_as_far_as_the_umask_allows(tmp_path, umask):
     assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o666 & ~umask}
 
 
-def test_what_is_written_aside_appears_whole_or_not_at_all(tmp_path):
+def test_replaced_files_appear_complete_or_not_at_all(tmp_path):
     out = tmp_path / "new" / "a.safetensors"
     with pytest.raises(KeyboardInterrupt), replacing(out) as path:
         path.write_text("half")
@@ -125,26 +125,26 @@ def test_what_is_written_aside_appears_whole_or_not_at_all(tmp_path):
     assert os.listdir(out.parent) == [] and (tmp_path / "taken").read_text() == "mine"
 
 
-def test_what_killed_processes_left_is_deleted_after_a_day(tmp_path):
-    for name, age_s in {"unfinished-old": 25 * 3600, "unfinished-new": 3600}.items():
+def test_leftovers_of_killed_processes_are_deleted_after_a_day(tmp_path):
+    for name, age_s in {"unfinished-old": 25 * 3600, ".unfinished-old": 25 * 3600, ".unfinished-new": 3600}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "rows").write_bytes(bytes(10))
         for path in (tmp_path / name / "rows", tmp_path / name):
             os.utime(path, (time.time() - age_s,) * 2)
     save_features(tmp_path / "a.safetensors", parts_of(torch.randn(11, 5)), {})
-    assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "unfinished-new"]
+    assert sorted(os.listdir(tmp_path)) == [".unfinished-new", "a.safetensors"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_refused_and_leaves_nothing(tmp_path, value):
+def test_non_finite_features_are_rejected_and_leave_nothing(tmp_path, value):
     features = torch.randn(11, 5)
     features[3, 2] = features[9, 0] = features[9, 1] = value
-    with pytest.raises(UserError, match="2 of 11 features hold values that are not finite"):
+    with pytest.raises(UserError, match="2 of 11 features are not finite"):
         save_features(tmp_path / "a.safetensors", parts_of(features), {})
     assert os.listdir(tmp_path) == []
 
 
-def test_two_writers_leave_one_whole_file(tmp_path):
+def test_two_writers_leave_one_complete_file(tmp_path):
     features, path = torch.randn(400, 8), tmp_path / "a.safetensors"
     meet = threading.Barrier(2, timeout=30)
 

@@ -9,7 +9,6 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from common import UserError
 from evaluation import knn
-from evaluation.accuracy import classes_ahead
 from evaluation.knn import class_votes, knn_correct, knn_top1, nearest
 from tests.evaluation.clusters import clusters
 
@@ -17,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def knn_in_loops(bank, bank_label, query, query_label, k, temperature):
-    right = 0
+    correct = 0
     for q, truth in zip(query.tolist(), query_label.tolist(), strict=True):
 
         def cosine(b, q=q):
@@ -29,11 +28,11 @@ def knn_in_loops(bank, bank_label, query, query_label, k, temperature):
         votes = {}
         for similarity, label in neighbors[:k]:
             votes[label] = votes.get(label, 0) + math.exp(similarity / temperature)
-        right += max(votes, key=votes.get) == truth
-    return right / len(query)
+        correct += max(votes, key=votes.get) == truth
+    return correct / len(query)
 
 
-def test_knn_is_its_definition():
+def test_knn_matches_its_definition():
     bank, query = clusters(60, 0, 1.2), clusters(50, 1, 1.2)
     for k in (1, 7, 60):
         expected = knn_in_loops(*bank, *query, k, 0.1)
@@ -42,15 +41,15 @@ def test_knn_is_its_definition():
     assert knn_top1(*bank, *query, k=200) == knn_top1(*bank, *query, k=60)
 
 
-def test_knn_ignores_length():
+def test_knn_ignores_the_length_of_features():
     bank, query = clusters(60, 0, 0.5), clusters(50, 1, 0.5)
     longer = (bank[0] * torch.arange(1, 61)[:, None], bank[1])
     assert knn_top1(*longer, *query, k=5) == knn_top1(*bank, *query, k=5)
 
 
 @pytest.mark.parametrize(("k", "temperature"), [(1, 0.1), (5, 0.07), (20, 0.1), (150, 1.0)])
-def test_predictions_are_those_of_scikit_learn(k, temperature, monkeypatch):
-    """On every query whose two best classes differ by more than what float32 may turn round."""
+def test_predictions_match_scikit_learn(k, temperature, monkeypatch):
+    """On every query whose two best classes differ by more than float32 rounding errors."""
     monkeypatch.setattr(knn, "QUERY_ROWS", 37)
     monkeypatch.setattr(knn, "BANK_ROWS", 41)
     (bank, label), (query, _) = clusters(300, 0, 1.5, classes=7), clusters(200, 1, 1.5, classes=7)
@@ -58,10 +57,10 @@ def test_predictions_are_those_of_scikit_learn(k, temperature, monkeypatch):
     peer.fit(bank.double().numpy(), label.numpy())
     probability = torch.from_numpy(peer.predict_proba(query.double().numpy()))
     top2 = probability.topk(2, dim=1).values
-    # a cosine is off by (D + 2) eps at most, its weight by that over the temperature; a vote is a sum of k
+    # error of a cosine: at most (D + 2) eps; of its weight: that over the temperature; a vote is a sum of k weights
     error = 2 * (16 + 2) * torch.finfo(torch.float32).eps / temperature + k * torch.finfo(torch.float32).eps
     clear = top2[:, 0] - top2[:, 1] > 2 * error
-    assert clear.sum() >= 199, "nearly all are compared"
+    assert clear.sum() >= 199, "nearly all queries are compared"
     predicted = torch.cat(
         [
             class_votes(cosine, label[place], 7, temperature).argmax(1)
@@ -74,8 +73,8 @@ def test_predictions_are_those_of_scikit_learn(k, temperature, monkeypatch):
 
 @settings(max_examples=60, derandomize=True, deadline=None)
 @given(st.integers(1, 90), st.integers(1, 30), st.integers(1, 40), st.integers(1, 40), st.integers(0, 99), st.data())
-def test_running_top_k_is_that_of_the_whole_matrix(bank_size, queries, bank_rows, query_rows, seed, data):
-    """On small whole numbers, which make many equal cosines: bit for bit, and of equal ones the first."""
+def test_running_top_k_matches_that_of_the_whole_matrix(bank_size, queries, bank_rows, query_rows, seed, data):
+    """With small integers, which produce many equal cosines, among which the first must be chosen."""
     k = data.draw(st.integers(1, bank_size))
     random = torch.Generator().manual_seed(seed)
     bank = torch.randint(-1, 2, (bank_size, 3), generator=random).float()
@@ -97,7 +96,7 @@ def test_running_top_k_is_that_of_the_whole_matrix(bank_size, queries, bank_rows
     assert (sorted_place[:, 1:] > sorted_place[:, :-1])[equal].all()
 
 
-def test_of_equal_neighbors_the_first_votes():
+def test_first_of_equal_neighbors_votes():
     bank = torch.tensor([[1.0, 0.0]]).repeat(50, 1)
     ((_, (cosine, place)),) = nearest(bank, torch.tensor([[2.0, 0.0], [-1.0, 0.0], [0.0, 1.0]]), 3, CPU)
     assert place.tolist() == [[0, 1, 2]] * 3 and cosine.tolist() == [[1.0] * 3, [-1.0] * 3, [0.0] * 3]
@@ -109,41 +108,34 @@ def test_top_5_and_classes_without_a_vote():
     assert list(correct) == [(1, 0.1), (1, 0.5), (40, 0.1), (40, 0.5)]
     assert correct[1, 0.1][0] == correct[1, 0.1][1] == correct[1, 0.5][1], "a single vote names a single class"
     assert correct[40, 0.5][0] < correct[40, 0.5][1] < 80
-    # with the vote of everyone, top-5 by its definition
+    # top-5 by its definition, where all neighbors vote
     ((_, (cosine, place)),) = nearest(bank[0], query[0], 80, CPU)
     votes = class_votes(cosine, bank[1][place], 8, 0.5)
     expected = sum(int(truth) in row for truth, row in zip(query[1], votes.topk(5).indices.tolist(), strict=True))
     assert knn_correct(*bank, *query, k=[80], temperature=[0.5], classes=8, device=CPU)[80, 0.5][1] == expected
 
 
-def test_a_small_temperature_does_not_overflow():
+def test_small_temperature_does_not_overflow():
     bank, query = clusters(60, 0, 0.5), clusters(50, 1, 0.5)
     assert knn_top1(*bank, *query, k=5, temperature=0.001) == knn_top1(*bank, *query, k=1)
 
 
-def test_more_neighbors_than_images_are_refused():
+def test_more_neighbors_than_images_are_rejected():
     bank = clusters(10, 0, 1.0)
-    with pytest.raises(UserError, match="11 neighbors can't vote among 10 training images"):
+    with pytest.raises(UserError, match="--k 11 exceeds the 10 labeled training images"):
         knn_correct(*bank, *bank, k=[3, 11], temperature=[0.1], classes=4, device=CPU)
 
 
-def test_of_equal_scores_the_lower_class_comes_first():
-    scores = torch.tensor([[1.0, 3.0, 3.0, 0.0]]).repeat(4, 1)
-    assert classes_ahead(scores, torch.arange(4)).tolist() == [2, 0, 1, 3]
-
-
-def test_scores_that_are_not_numbers_are_never_right():
+def test_nan_votes_are_never_correct():
     nan = float("nan")
-    scores = torch.tensor([[nan, nan, nan], [1.0, nan, 0.0], [1.0, nan, 2.0], [2.0, nan, 1.0]])
-    assert classes_ahead(scores, torch.tensor([0, 1, 2, 0])).tolist() == [3, 3, 1, 1]
     bank = clusters(20, 0, 1.0)
     correct = knn_correct(*bank, *bank, k=[3], temperature=[nan], classes=4, device=CPU)
     assert correct[3, nan] == (0, 0)
 
 
 @pytest.mark.parametrize("scale", [1e-42, 1e-20, 1e20, 1e37])
-def test_very_small_and_very_large_features_are_compared_by_direction(scale):
-    """Powers of two would be exact; these round once, and denormal numbers keep few digits."""
+def test_scale_of_features_does_not_matter(scale):
+    """Powers of ten round once, unlike powers of two, and denormal numbers keep few digits."""
     bank, query = clusters(60, 0, 0.3), clusters(50, 1, 0.3)
     scaled = [(features * scale, label) for features, label in (bank, query)]
     ((_, (cosine, _)),) = nearest(scaled[0][0], scaled[1][0], 60, CPU)

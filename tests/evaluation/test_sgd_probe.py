@@ -1,18 +1,31 @@
 import math
-import threading
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from evaluation.sgd_probe import linear_top1, probe_correct, probe_layer, train_on_views
+from common import UserError
+from evaluation.sgd_probe import (
+    global_batch_size,
+    linear_top1,
+    probe_correct,
+    probe_layer,
+    simclr_protocol,
+    train_on_views,
+)
 from tests.evaluation.clusters import clusters
+from tests.evaluation.sessions import FakeSession, on_ranks
 
 CPU = torch.device("cpu")
 
 
 class Epochs(list):
-    """A loader with the same batches in every epoch."""
+    """Loader with the same batches in every epoch."""
+
+
+def identity(x):
+    return x
 
 
 def loader_of(features, label, size, rank=0, world_size=1):
@@ -26,13 +39,14 @@ def loader_of(features, label, size, rank=0, world_size=1):
     )
 
 
-def test_steps_are_nesterov_with_a_cosine():
-    """Against the update written out: v <- 0.9 v + g, w <- w - lr (g + 0.9 v)."""
+def test_steps_are_nesterov_momentum_with_a_cosine_schedule():
+    """Compared with the update v <- 0.9 v + g, w <- w - lr (g + 0.9 v)."""
     features, label = clusters(64, 0, 1.0)
     probe = probe_layer(16, 4, 0, CPU)
     weight, velocity = probe.weight.detach().clone(), torch.zeros(4, 16)
     bias, bias_velocity = torch.zeros(4), torch.zeros(4)
-    losses = list(train_on_views(probe, lambda x: 2 * x, loader_of(features, label, 16), batch_size=16, epochs=3))
+    loader, sizes = loader_of(features, label, 16), {"batch_size": 16, "epochs": 3}
+    losses = list(train_on_views(probe, lambda x: 2 * x, loader, FakeSession(), **sizes))
     expected = []
     for step in range(12):
         rows = slice(step % 4 * 16, step % 4 * 16 + 16)
@@ -50,47 +64,53 @@ def test_steps_are_nesterov_with_a_cosine():
 
 
 def test_two_ranks_take_the_same_steps_as_one():
-    """Played in lockstep: each rank's gradients wait for the other's."""
     features, label = clusters(64, 0, 1.0)
-    alone = probe_layer(16, 4, 0, CPU)
-    list(train_on_views(alone, lambda x: x, loader_of(features, label, 16), batch_size=16, epochs=2))
-    slots, meet = [None, None], threading.Barrier(2, timeout=30)
 
-    def mean_of(rank):
-        def mean(part):
-            slots[rank] = part
-            meet.wait()
-            total = (slots[0] + slots[1]) / 2
-            meet.wait()
-            return total
+    def run(session):
+        probe = probe_layer(16, 4, 0, CPU)
+        loader = loader_of(features, label, 16, session.rank, session.world_size)
+        list(train_on_views(probe, identity, loader, session, batch_size=16, epochs=2))
+        return probe.weight
 
-        return mean
-
-    probes = [probe_layer(16, 4, 0, CPU) for _ in range(2)]
-
-    def run(rank):
-        part = loader_of(features, label, 16, rank, 2)
-        list(train_on_views(probes[rank], lambda x: x, part, batch_size=16, epochs=2, mean_over_ranks=mean_of(rank)))
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
-    assert torch.equal(probes[0].weight, probes[1].weight)
-    torch.testing.assert_close(probes[0].weight, alone.weight)
+    (alone,), together = on_ranks(1, run), on_ranks(2, run)
+    assert torch.equal(*together)
+    torch.testing.assert_close(together[0], alone)
 
 
-def test_a_probe_begins_by_its_seed_and_learns():
+def test_protocol_scores_every_seed_on_rank_0():
+    train, test = clusters(64, 0, 0.5), clusters(20, 1, 0.5)
+    closed = []
+
+    def create_loader(seed):
+        loader = loader_of(*train, 16)
+        loader.close = lambda: closed.append(seed)
+        return loader
+
+    sizes = {"feature_dim": 16, "classes": 4, "batch_size": 16, "epochs": 5, "seeds": 2}
+    results = simclr_protocol(identity, create_loader, test, FakeSession(), **sizes)
+    assert [(row["seed"], row["steps"]) for row in results] == [(0, 20), (1, 20)] and closed == [0, 1]
+    assert results[0]["train_loss"] != results[1]["train_loss"] and results[0]["top1"] > 0.5
+    assert "top1" not in simclr_protocol(identity, create_loader, None, FakeSession(), **sizes)[0]
+
+
+def test_global_batch_size_divides_by_the_ranks():
+    assert global_batch_size(4096, 65, 1) == 65 and global_batch_size(32, 65, 3) == 30
+    with pytest.raises(UserError, match="3 labeled training images does not divide among 4 processes"):
+        global_batch_size(4096, 3, 4)
+
+
+def test_probe_depends_on_its_seed_and_learns():
     assert torch.equal(probe_layer(16, 4, 3, CPU).weight, probe_layer(16, 4, 3, CPU).weight)
     assert not torch.equal(probe_layer(16, 4, 3, CPU).weight, probe_layer(16, 4, 4, CPU).weight)
     train, test = clusters(512, 0, 0.3, classes=8), clusters(200, 1, 0.3, classes=8)
     probe = probe_layer(16, 8, 0, CPU)
     untrained = probe_correct(probe, *test, CPU)
-    list(train_on_views(probe, lambda x: x, loader_of(*train, 64), batch_size=64, epochs=20))
+    list(train_on_views(probe, identity, loader_of(*train, 64), FakeSession(), batch_size=64, epochs=20))
     top1, top5 = probe_correct(probe, *test, CPU)
     assert untrained[0] < untrained[1] < 195 < top1 <= top5 <= 200
 
 
-def test_linear_separates_what_is_separable_and_guesses_noise():
+def test_linear_classifier_separates_clusters_and_guesses_on_noise():
     train, test = clusters(512, 0, 0.3), clusters(200, 1, 0.3)
     assert linear_top1(*train, *test) > 0.97
     noise = torch.randn(512, 16, generator=torch.Generator().manual_seed(3))
@@ -98,7 +118,7 @@ def test_linear_separates_what_is_separable_and_guesses_noise():
     assert linear_top1(*train, *test, seed=1) == linear_top1(*train, *test, seed=1)
 
 
-def test_a_single_training_sample_makes_a_classifier_of_its_class():
+def test_single_training_sample_predicts_its_class():
     train, test = clusters(4, 0, 0.3), clusters(42, 1, 0.3)
     for place, label in enumerate(train[1].tolist()):
         one = (train[0][place : place + 1], train[1][place : place + 1])

@@ -1,0 +1,180 @@
+"""Features of whole splits, embedded by all ranks together and reused while nothing that determines them changes."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .cache import feature_name, load_features, save_features
+from .common import UserError, progress_bar
+from .features import embed
+
+
+@dataclass(frozen=True)
+class EvalSplit:
+    """Images of one split that an evaluation uses."""
+
+    name: str
+    shards: Any
+    """Shard set, with `root`, `checksum`, `classes` and `index`."""
+    samples: np.ndarray
+    """(n,) int64, ascending positions in the shard set."""
+
+
+def eval_splits(train: Any, test: Any | None, labeled: bool) -> list[EvalSplit]:
+    """Labeled images of the train and the test split, or all images of whatever splits there are.
+
+    Raises:
+        UserError: labels are needed, but there is no test split or a split has no labels.
+    """
+    named = {train.manifest.get("split") or "data": train} if test is None else {"train": train, "test": test}
+    if not labeled:
+        return [EvalSplit(name, shards, np.arange(len(shards))) for name, shards in named.items()]
+    if test is None:
+        raise UserError(f"There is no test split in {train.root}; use a folder with train/ and test/ or val/.")
+    splits = [EvalSplit(name, shards, np.flatnonzero(shards.index["label"] >= 0)) for name, shards in named.items()]
+    for split in splits:
+        if not len(split.samples):
+            raise UserError(f"No image of {split.shards.root} has a label; use labeled shards.")
+    return splits
+
+
+@dataclass(frozen=True)
+class SplitFeatures:
+    """Features of one split, on the host of rank 0."""
+
+    features: Tensor
+    """(n, D) float32, mapped into memory."""
+    label: Tensor
+    """(n,) int64, -1 for none."""
+    index: Tensor
+    """(n,) int64, positions in the shard set."""
+    about: dict[str, Any]
+    """What the record of the evaluation says of them: source, checksum, number of images and speed."""
+
+    @property
+    def labeled(self) -> tuple[Tensor, Tensor]:
+        """(features, label)."""
+        return self.features, self.label
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureStore:
+    """Features of one encoder, stored in a folder.
+
+    The limit on unreadable images is checked here, over all ranks; `batches` must replace any number of them.
+    """
+
+    session: Any
+    """Has `rank`, `world_size`, `device`, `gather` and `sum`."""
+    forward_features: Callable[[Tensor], Tensor]
+    """(B, 3, S, S) -> h (B, D), by the frozen encoder."""
+    batches: Callable[..., Iterable]
+    """Called with (shard set, samples=...); yields batches of their center crops."""
+    batch_size: int
+    """Images per batch of `batches`."""
+    made_from: dict[str, Any]
+    """Everything besides the images that determines the features."""
+    folder: Path
+    max_bad: float
+    """Share of the images of a split that may be unreadable."""
+    bad_samples_file: Path
+    """Where the loader lists unreadable images."""
+
+    def load_or_embed(self, split: EvalSplit) -> SplitFeatures | None:
+        """Features of a split, on rank 0; None on other ranks. Called by all ranks.
+
+        Raises:
+            UserError: too many images are unreadable, a feature is not finite, or the disk is full.
+        """
+        session, is_main = self.session, self.session.rank == 0
+        made_from = self.made_from | {"shards": split.shards.checksum}
+        made_from["samples"] = sha256(split.samples.astype("<i8").tobytes()).hexdigest()
+        path = self.folder / feature_name(made_from)
+        found = load_features(path) if is_main else None
+        if found and self._readable_again(split, found[1]):
+            found = None
+        # rank 0 decides: others may have another disk, or look at it later
+        stored = session.sum(torch.tensor(float(found is not None), device=session.device)).item() > 0
+        start_s = time.monotonic()
+        if not stored:
+            parts = self._embed(split)
+            if is_main:
+                save_features(path, parts, made_from)
+                found = load_features(path)
+            else:
+                for _ in parts:
+                    pass
+        if not is_main:
+            return None
+        features, index = found
+        unreadable = len(split.samples) - len(index)
+        self._check_unreadable(split, unreadable)
+        about = {"root": split.shards.root, "sha256": made_from["shards"], "images": len(index), "from_cache": stored}
+        about["left_out"] = unreadable
+        if not stored:
+            about["embedding_s"] = round(time.monotonic() - start_s, 3)
+            about["images_per_s"] = round(len(split.samples) / about["embedding_s"], 1)
+        label = torch.from_numpy(split.shards.index["label"][index.numpy()])
+        return SplitFeatures(features, label, index, about)
+
+    def describe(self, split: EvalSplit, found: SplitFeatures) -> str:
+        """One sentence on the features of a split: how many, where they come from, what was left out."""
+        about, source = found.about, f"from the cache in {self.folder}"
+        if not about["from_cache"]:
+            source = f"in {self.made_from['precision']} at {about['images_per_s']:,.0f} images/s"
+        text = f"{split.name}: {len(found.index):,} features of width {found.features.shape[1]} {source}"
+        if about["left_out"]:
+            text += f"; {about['left_out']} unreadable images left out, see {self.bad_samples_file}"
+        return text
+
+    def _embed(self, split: EvalSplit) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Batches of `embed`, with a progress bar; all ranks stop at too many unreadable images."""
+        session, total = self.session, len(split.samples)
+        encoded = readable = 0
+        batches = partial(self.batches, split.shards)
+        with progress_bar(total, f"embedding {split.name}", shown=session.rank == 0) as update:
+            for batch in embed(self.forward_features, batches, split.samples, session):
+                encoded = min(encoded + self.batch_size * session.world_size, total)
+                readable += len(batch[0])
+                self._check_unreadable(split, encoded - readable)
+                yield batch
+                update(completed=encoded)
+
+    def _check_unreadable(self, split: EvalSplit, unreadable: int) -> None:
+        total = len(split.samples)
+        if unreadable > self.max_bad * total:
+            raise UserError(
+                f"{unreadable} of {total} images of {split.shards.root} can't be read (see {self.bad_samples_file}), "
+                f"more than --loader.max-bad {self.max_bad:g} allows; check the shards with `python -m pipeline.shards "
+                f"verify {split.shards.root}` or raise --loader.max-bad."
+            )
+
+    def _readable_again(self, split: EvalSplit, index: Tensor) -> bool:
+        """Whether an image can be read that could not be when the features of the samples `index` were stored.
+
+        The cause may have been transient, such as a failing network, or a shard may have been repaired: its recorded
+        checksum, which names the features, is the same. Images that still fail are listed in `bad_samples_file`.
+        """
+        missing = np.setdiff1d(split.samples, index.numpy())
+        if not len(missing):
+            return False
+        # together with at least as many readable ones, from which the loader draws replacements
+        tried = np.union1d(missing, index[: max(len(missing), self.batch_size)].numpy())
+        batches = self.batches(split.shards, samples=tried)
+        first = 0
+        with suppress(UserError), closing(batches):  # the shards may be unavailable while their features are stored
+            for batch in batches:
+                expected = tried[first : first + len(batch.index)]
+                first += len(expected)
+                if np.isin(expected[batch.index.numpy() == expected], missing).any():
+                    return True
+        return False
