@@ -117,9 +117,11 @@ def nt_xent(
         return nt_xent_blockwise(z, temperature) if gather is None else nt_xent_blockwise(z, temperature, gather)
 
 
-@torch.compiler.assume_constant_result
 def _torch_precision() -> Precision:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+_torch_precision._dynamo_marked_constant = True  # see the end of triton/__init__.py
 
 
 def _as_tensor(temperature: float | Tensor, device: torch.device, may_read_device: bool) -> Tensor:

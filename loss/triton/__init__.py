@@ -44,7 +44,6 @@ D in the kernels is the copy's. Masks over D would cost every tile registers, an
 import torch
 
 
-@torch.compiler.assume_constant_result
 def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     """Reason why impl="triton" cannot run on such a z, as one sentence; None if it can. Imports Triton."""
     try:
@@ -61,3 +60,7 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
         f"impl='triton' is not available for z on {device}: it needs an NVIDIA GPU of compute capability 8.0 or later, "
         "or TRITON_INTERPRET=1 set before Python starts; use impl='auto' or 'blockwise'."
     )
+
+
+# As torch.compiler.assume_constant_result does, which imports torch._dynamo and with it Triton.
+unsupported_reason._dynamo_marked_constant = True
