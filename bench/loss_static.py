@@ -108,7 +108,7 @@ class Compiled(NamedTuple):
 
 
 def shipped(widths: tuple[int, ...] = ()) -> Iterator[Case]:
-    """Every line of the table in every form, at its largest D (twice the previous one for the last line) and `widths`."""
+    """Every line of the table in every form, at its largest D (twice the previous for the last line) and `widths`."""
     for (architecture, kernel, arithmetic), rows in TILES.items():
         widest = [int(width) for width in rows if width < math.inf]
         for width in (*widest, 2 * widest[-1] if widest else 128, *widths):

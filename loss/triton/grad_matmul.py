@@ -61,7 +61,10 @@ def grad_matmul_kernel(
             j, j_end = tile_columns(u, first, n, M, BLOCK_N)
             y_j = load_rows(y_ptr, j, j_end, 0, D, BLOCK_N, BLOCK_K, EVEN)
             g_j = load_vector(g_ptr, j, j_end, BLOCK_N, EVEN)
-            t = similarities(y_ptr, y_i, y_j, g_i, g_j, k_i, i, i_end, j, j_end, n, D, EVEN, PAIRS, PRECISION)
+            t = similarities(
+                y_ptr, y_i, y_j, g_i, g_j, k_i, i, i_end, j, j_end, n,
+                D, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, PAIRS, PRECISION,
+            )  # fmt: skip
             if ONLINE:
                 lse_j = load_vector(lse_ptr, j, j_end, BLOCK_N, EVEN)
                 w = (tl.exp2(t - a_i[:, None]) + tl.exp2(t - lse_j[None, :])) * g_j[None, :]
