@@ -82,17 +82,10 @@ def grad_matmul_kernel(
 
 
 def grad_matmul(y: Tensor, g: Tensor, lse: Tensor, temperature: Tensor, n: int, precision: str) -> tuple[Tensor, float]:
-    """Partial products of this rank's 2n rows with the rows of all ranks.
+    """Partial products (splits, 2n, pitch) float32 of this rank's rows with those of all ranks, and the headroom h.
 
-    Args:
-        y: (M, pitch) rows and g (M,) float32 factors from `rows.scale_rows`.
-        lse: (M,) float32 of all ranks, in base 2.
-        temperature: () on the host or on y's device.
-        n: samples of this rank.
-        precision: of the products of float32 rows, "tf32" or "ieee".
-
-    Returns:
-        (splits, 2n, pitch) float32 and the headroom h.
+    y (M, pitch) and g (M,) are from `rows.scale_rows`, lse (M,) is in base 2; `precision` of float32 rows is "tf32" or
+    "ieee".
     """
     m, pitch = y.shape
     headroom = FP16_HEADROOM if y.dtype == torch.float16 else 1.0

@@ -63,17 +63,9 @@ def lse_forward_kernel(
 
 
 def lse_forward(y: Tensor, g: Tensor, temperature: Tensor, n: int, precision: str, *, own: bool) -> Tensor:
-    """Partial log-sums over this rank's own columns, or over the columns of all other ranks.
+    """Partial log-sums (splits, 2n) in base 2 over this rank's `own` 2n columns, or over the M - 2n of the other ranks.
 
-    Args:
-        y: (M, pitch) rows and g (M,) float32 factors from `rows.scale_rows`.
-        temperature: () on the host or on y's device.
-        n: samples of this rank.
-        precision: of the products of float32 rows, "tf32" or "ieee".
-        own: columns to sum over: the 2n rows of this rank, or the M - 2n others.
-
-    Returns:
-        (splits, 2n) float32 in base 2.
+    y (M, pitch) and g (M,) are from `rows.scale_rows`; precision is "tf32" or "ieee", for float32 rows.
     """
     m, width = y.shape
     tile, splits = choose_tile("lse_forward", y, precision, n, 2 * n if own else m - 2 * n)

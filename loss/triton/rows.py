@@ -64,17 +64,10 @@ def scale_rows_kernel(
 
 
 def scale_rows(x: Tensor, temperature: Tensor, n: int, precision: str, kernel: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, factors and positives for `kernel`, which is "lse_forward" or "grad_matmul".
+    """Rows y (M, pitch), factors g (M,) and t_ip(i) (M / 2,) of the positives, the latter two in float32.
 
-    Args:
-        x: (M, D) projections of W ranks with 2n rows each; for every rank, its first views before its second views.
-        temperature: () on the host or on x's device.
-        n: samples of this rank.
-        precision: of the products of float32 rows, "tf32" or "ieee".
-        kernel: determines the pitch of its rows.
-
-    Returns:
-        y (M, pitch): x or a scaled and padded copy; g (M,) float32; t_ip(i) (M / 2,) float32 of the positives.
+    x (M, D) holds 2n rows of every rank, its first views before its second views. y is x or a scaled and padded copy,
+    as `kernel` needs it: "lse_forward" or "grad_matmul" at `precision` "tf32" or "ieee".
     """
     m, width = x.shape
     pitch = tile_of(kernel, x, precision).pitch(width)
@@ -136,14 +129,9 @@ def row_losses_kernel(
 
 
 def row_losses(partial: Tensor, positives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses of this rank's rows.
+    """l (2n,), lse (2n,) in base 2 and q (2n,) of this rank's rows, float32.
 
-    Args:
-        partial: (slots, 2n) float32, all partial log-sums from `lse_forward`.
-        positives: (n,) float32 from `scale_rows`.
-
-    Returns:
-        l (2n,), lse (2n,) in base 2 and q (2n,), float32.
+    partial (slots, 2n) are all partial log-sums from `lse_forward`, positives (n,) are from `scale_rows`.
     """
     slots, rows = partial.shape
     losses, lse, q = (partial.new_empty(rows) for _ in range(3))
@@ -203,17 +191,9 @@ def gradient_rows_kernel(
 def gradient_rows(
     grad_loss: Tensor, temperature: Tensor, x: Tensor, product: Tensor, q: Tensor, headroom: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of W times the global loss with respect to this rank's rows.
+    """W dL/dx_i (2n, D) in x's dtype and W <z_i, dL/dz_i> (2n,) float32 for this rank's rows, the first 2n of x (M, D).
 
-    Args:
-        grad_loss: () float32, gradient of the loss.
-        temperature: () on the host or on x's device.
-        x: (M, D), of which the first 2n rows are read.
-        product: (splits, 2n, pitch) float32 from `grad_matmul`, and its `headroom`.
-        q: (2n,) float32 from `row_losses`.
-
-    Returns:
-        W dL/dx_i (2n, D) in x's dtype and W <z_i, dL/dz_i> (2n,) float32.
+    product (splits, 2n, pitch) and headroom are from `grad_matmul`, q (2n,) is from `row_losses`.
     """
     splits, rows, pitch = product.shape
     width = x.shape[1]
