@@ -1,7 +1,7 @@
-"""What bench/loss_kernel.py compares: our NT-Xent, the dense form in plain torch, and the peers that are installed.
+"""Implementations compared by bench/loss_kernel.py: this project's NT-Xent, the dense form, and installed libraries.
 
-Every one is a function of (z, temperature) with z (2N, D), both views of sample i at rows i and N + i, that returns the
-mean loss with a graph behind it.
+Each is a function of (z, temperature) with z (2N, D), the two views of sample i in rows i and N + i, that returns the
+differentiable mean loss.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ Implementation = Callable[[Tensor, float], Tensor]
 
 
 def dense(z: Tensor, temperature: float) -> Tensor:
-    """The usual few lines: all similarities, self-pairs at -inf, cross-entropy with the positive's column."""
+    """Usual dense form: all similarities, self-pairs at -inf, cross-entropy with the column of the positive."""
     n = len(z) // 2
     u = normalize(z, dim=1)  # (2N, D)
     s = (u @ u.T / temperature).fill_diagonal_(-torch.inf)  # (2N, 2N)
@@ -49,7 +49,7 @@ def metric_learning(z: Tensor, temperature: float) -> Tensor:
 
 
 def implementations(device: torch.device) -> dict[str, Implementation]:
-    """Name -> implementation, of those that run on `device` with what is installed."""
+    """Implementations by name that are installed and run on `device`."""
     found: dict[str, Implementation] = {"blockwise": partial(nt_xent, impl="blockwise")}
     if device.type == "cuda":
         found = {"triton": partial(nt_xent, impl="triton"), **found}

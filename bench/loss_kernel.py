@@ -1,14 +1,15 @@
-"""Throughput, memory and error of NT-Xent, forward and backward, beside its floor and its peers.
+"""Throughput, memory and error of NT-Xent, forward and backward, next to its floor and to other implementations.
 
-    python bench/loss_kernel.py                   the sweep; bench/results/loss_kernel.csv and .png
-    python bench/loss_kernel.py --rows 8192       that M alone, anew
-    python bench/loss_kernel.py --quick           M = 1024 and 2048 only
+    python bench/loss_kernel.py                   full sweep; bench/results/loss_kernel.csv and .png
+    python bench/loss_kernel.py --rows 8192       this M only; replaces its rows in the CSV
+    python bench/loss_kernel.py --quick           M = 1024 and 2048 only; writes no files
     python bench/loss_kernel.py --static          what the Triton kernels compile to, without a GPU
-    make bench                                    installs the peers first
+    make bench                                    installs the other implementations first
 
-The floor of a shape is what no exact implementation on this device can beat by much: two GEMM units of 2 M M D flop
-(half a unit forward and one and a half backward, S being symmetric) at the rate of a large square matrix product, and
-one exponential per pair and direction at the rate of `exp_`, both measured in the same run between the candidates.
+The floor of a shape is a time that no exact implementation on this device can beat by much: two GEMM units of 2 M M D
+flop (half a unit forward and one and a half backward, because S is symmetric) at the rate of a large square matrix
+product, and one exponential per pair and direction at the rate of `exp_`, both measured in the same run, in turn with
+the candidates.
 """
 
 import argparse
@@ -32,14 +33,14 @@ from loss import nt_xent
 TEMPERATURE = 0.1
 SHAPES = [(M, 128) for M in (1024, 2048, 4096, 8192)] + [(4096, 64), (4096, 256), (4096, 512)]
 LONG = [16384, 32768, 65536]
-"""Rows M that only the implementations of linear memory are measured at."""
+"""Rows M at which only implementations with linear memory are measured."""
 CUBIC_LIMIT = 512
 """pytorch-metric-learning materializes M x M (M - 2) similarities: 2 GB here."""
 console = Console()
 
 
 def projections(m: int, d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(M, D) like a trained model's: the two views of a sample at cosine 0.93 or so."""
+    """Projections (M, D) like those of a trained model: views of the same sample have a cosine of about 0.93."""
     random = torch.Generator().manual_seed(0)
     sample = torch.randn(m // 2, d, generator=random)
     views = [sample + 0.27 * torch.randn(m // 2, d, generator=random) for _ in range(2)]
@@ -58,7 +59,7 @@ def square_side(device: torch.device) -> int:
 
 
 def floor_functions(dtype: torch.dtype, device: torch.device) -> dict:
-    """Two calls whose times make the floor: a square matrix product, and exponentials in cached blocks."""
+    """Functions whose times determine the floor: a square matrix product, and exponentials of cached blocks."""
     side = square_side(device)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
@@ -73,6 +74,7 @@ def floor_functions(dtype: torch.dtype, device: torch.device) -> dict:
 
 
 def floor_ms(times: dict[str, list[float]], m: int, d: int, device: torch.device) -> float:
+    """Floor of M rows of dimension D in ms, from the seconds of both `floor_functions`."""
     flop_s = 2 * square_side(device) ** 3 / _median(times["floor: matrix product"])
     exp_s = 4 * 512 * 1024 / _median(times["floor: exponentials"])
     return 1000 * (2 * 2 * m * m * d / flop_s + m * m / exp_s)
@@ -83,13 +85,13 @@ def _median(values: list[float]) -> float:
 
 
 def error_against_float64(implementation: Implementation, z: Tensor) -> float:
-    """Largest deviation of dL/dz from float64 autograd of the reference, relative to the largest gradient."""
+    """Maximum error of dL/dz against float64 autograd of the reference, relative to the maximum gradient."""
     truth = forward_backward(lambda x, t: nt_xent(x, t, impl="reference"), z.double())
     return ((forward_backward(implementation, z).double() - truth).abs().max() / truth.abs().max()).item()
 
 
 def peak_extra_mb(name: str, m: int, d: int, dtype: str, device: torch.device) -> float:
-    """Peak memory of one forward and backward over what stands before it, in MB."""
+    """Peak memory of one forward and backward pass minus the memory in use before it, in MB."""
     if device.type == "cuda":
         z = projections(m, d, getattr(torch, dtype), device)
         forward_backward(implementations(device)[name], z)
@@ -97,14 +99,14 @@ def peak_extra_mb(name: str, m: int, d: int, dtype: str, device: torch.device) -
         before = torch.cuda.memory_allocated(device)
         forward_backward(implementations(device)[name], z)
         return (torch.cuda.max_memory_allocated(device) - before) / 1e6
-    # a process of its own: the peak of a process never falls
+    # a separate process, because the peak of a process never decreases
     command = [sys.executable, __file__, "--memory-of", name, str(m), str(d), dtype]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 
 def print_memory(name: str, m: int, d: int, dtype: str) -> None:
-    """The child of `peak_extra_mb`: warm up small, so that only the shape itself is left to grow the peak."""
+    """Child process of `peak_extra_mb`; a small warm-up first, so that only this shape raises the peak."""
     device = torch.device("cpu")
     implementation = implementations(device)[name]
     forward_backward(implementation, projections(64, d, getattr(torch, dtype), device))
@@ -116,7 +118,7 @@ def print_memory(name: str, m: int, d: int, dtype: str) -> None:
 
 def measure(m: int, d: int, dtype: str, device: torch.device, seconds: float, memory: bool) -> list[dict]:
     """One row per implementation that can run this shape."""
-    torch.compiler.reset()  # after eight shapes of one function torch runs it uncompiled, with no more than a warning
+    torch.compiler.reset()  # after eight shapes of a function, torch silently runs it uncompiled
     z = projections(m, d, getattr(torch, dtype), device)
     chosen = {
         name: implementation
@@ -129,17 +131,17 @@ def measure(m: int, d: int, dtype: str, device: torch.device, seconds: float, me
     floor = floor_ms(times, m, d, device)
     rows = []
     for name, implementation in chosen.items():
-        figures = percentiles_ms(times[name])
-        median_s = figures["median_ms"] / 1000
+        timing = percentiles_ms(times[name])
+        median_s = timing["median_ms"] / 1000
         rows.append(
             environment(device)
             | {"implementation": name, "M": m, "D": d, "dtype": dtype, "temperature": TEMPERATURE}
-            | figures
+            | timing
             | {
                 "pairs_per_s": round(m * m / median_s),
                 "tflop_per_s": round(3 * 2 * m * m * d / median_s / 1e12, 4),
                 "floor_ms": round(floor, 6),
-                "ratio_to_floor": round(figures["median_ms"] / floor, 3),
+                "ratio_to_floor": round(timing["median_ms"] / floor, 3),
                 "peak_extra_mb": round(peak_extra_mb(name, m, d, dtype, device), 1) if memory else "",
                 "gradient_error": f"{error_against_float64(implementation, z):.2e}" if m <= 4096 else "",
             }
@@ -157,13 +159,13 @@ def show(rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    some = parser.add_mutually_exclusive_group()
-    some.add_argument("--quick", action="store_true", help="M = 1024 and 2048 at D = 128 only, no file written")
+    selection = parser.add_mutually_exclusive_group()
+    selection.add_argument("--quick", action="store_true", help="M = 1024 and 2048 at D = 128 only; writes no files")
     parser.add_argument("--static", action="store_true", help="report what the Triton kernels compile to")
-    parser.add_argument("--seconds", type=float, default=6.0, help="about how long each shape is timed (default: 6)")
+    parser.add_argument("--seconds", type=float, default=6.0, help="approximate time per shape in s (default: 6)")
     sweep = [(512, 128), *SHAPES, *((m, 128) for m in LONG)]
-    rows_help = "this M alone, in place of its rows in the CSV"
-    some.add_argument("--rows", type=int, choices=sorted({m for m, _ in sweep}), help=rows_help)
+    rows_help = "measure this M only and replace its rows in the CSV"
+    selection.add_argument("--rows", type=int, choices=sorted({m for m, _ in sweep}), help=rows_help)
     parser.add_argument("--memory-of", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_of:
@@ -171,8 +173,8 @@ def main() -> None:
         return print_memory(name, int(m), int(d), dtype)
     if arguments.static:
         if not find_spec("triton"):
-            parser.error("--static needs the triton package, which exists for Linux only")
-        from bench.static_report import report
+            parser.error("--static needs the triton package, which is available for Linux only")
+        from bench.loss_static import report
 
         return report()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -193,7 +195,7 @@ def main() -> None:
     if not arguments.quick:
         console.print(f"written: {write_rows('loss_kernel', rows)} and {plot_loss_kernel()}")
     if device.type == "cpu":
-        console.print("No GPU here: the Triton kernels were not timed; --static reports what they compile to.")
+        console.print("No GPU found: the Triton kernels were not timed; use --static to see what they compile to.")
 
 
 if __name__ == "__main__":

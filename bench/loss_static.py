@@ -1,7 +1,14 @@
-"""What the shipped tiles compile to, told without a GPU: registers, spills, shared memory, tensor-core instructions.
+"""Static report on the Triton kernels: what every shipped tile compiles to, and bounds on its speed, without a GPU.
 
-Triton compiles for an architecture it does not find here; the report is read off the binary by `cuobjdump`, which comes
-with Triton, and off the PTX. Not in a process with TRITON_INTERPRET=1.
+    python bench/loss_kernel.py --static          both tables; bench/results/loss_static.csv and loss_bounds.csv
+
+Triton compiles for an architecture that is not present; registers, spills and shared memory are read from the binary by
+`cuobjdump`, which is part of Triton, and tensor-core instructions from the PTX. Not possible in a process with
+TRITON_INTERPRET=1.
+
+The bounds are computed, not measured: the maximum of the time of the products on the tensor cores, of the exponentials
+on the special-function units, and of reading and writing each tensor once. A kernel without any overlap takes the sum
+of the first two, `serial_ms`.
 """
 
 import math
@@ -13,20 +20,47 @@ from typing import NamedTuple
 
 import torch
 import triton
+from rich.console import Console
+from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from loss.triton.kernels import grad_matmul_kernel, lse_forward_kernel
-from loss.triton.rows import gradient_kernel, row_losses_kernel, scale_rows_kernel
+from bench.harness import write_rows
+from loss.triton.grad_matmul import grad_matmul_kernel
+from loss.triton.lse_forward import lse_forward_kernel
+from loss.triton.rows import gradient_rows_kernel, row_losses_kernel, scale_rows_kernel
 from loss.triton.tiles import SHARED_BYTES, TILES, Tile, row_block, tile_for
 
-KERNELS = {"negatives": lse_forward_kernel, "products": grad_matmul_kernel}
-REGISTERS, THREADS = 65536, 2048  # of a multiprocessor: CUDA C++ programming guide, technical specifications
+KERNELS = {"lse_forward": lse_forward_kernel, "grad_matmul": grad_matmul_kernel}
+REGISTERS, THREADS = 65536, 2048  # per multiprocessor: CUDA C++ programming guide, technical specifications
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+
+# NVIDIA's data sheets of A100 80GB SXM and H100 SXM: dense tensor-core FLOP/s, bytes/s, multiprocessors. Exponentials
+# per clock and multiprocessor: CUDA C++ programming guide, arithmetic instructions, compute capability 8.0 and 9.0.
+# The clock is the one at which 1024 (A100) or 2048 (H100) bfloat16 multiply-adds per multiprocessor reach the peak.
+GPUS = {
+    "A100 80GB SXM": {
+        "architecture": "sm_80",
+        "half": 312e12,
+        "tf32": 156e12,
+        "bytes_per_s": 2.039e12,
+        "exps_per_s": 16 * 312e12 / (2 * 1024),
+        "multiprocessors": 108,
+    },
+    "H100 SXM": {
+        "architecture": "sm_90",
+        "half": 989.4e12,
+        "tf32": 494.7e12,
+        "bytes_per_s": 3.35e12,
+        "exps_per_s": 16 * 989.4e12 / (2 * 2048),
+        "multiprocessors": 132,
+    },
+}
+ROWS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 
 class Form(NamedTuple):
-    """What a launch fixes besides the tile: rows that fill all tiles, the running maximum, the temperature's place."""
+    """Constants of a launch besides the tile: rows fill all tiles, running maximum, temperature on the device."""
 
     even: bool
     online: bool
@@ -42,6 +76,8 @@ FORMS = (
 
 
 class Case(NamedTuple):
+    """A kernel compiled for D = `width`."""
+
     architecture: str
     kernel: str
     dtype: torch.dtype
@@ -49,12 +85,17 @@ class Case(NamedTuple):
     width: int
     form: Form = PLAIN
 
+    @property
+    def tile(self) -> Tile:
+        return tile_for(self.kernel, self.architecture, self.dtype, self.precision, self.width)
+
 
 class Compiled(NamedTuple):
-    """`stack_bytes` holds spilled registers. `programs` fit a multiprocessor at once, by registers, memory and threads.
+    """Resources and instruction counts of a compiled kernel.
 
-    `exps_per_pair` and `gemm_units` (of 2 D flops per pair) are counted in the code of a tile; gemm_units is None where
-    it goes over D in a loop, or without tensor cores.
+    `stack_bytes` are spilled registers. `programs` fit a multiprocessor at once, given registers, memory and threads.
+    `exps_per_pair` and `gemm_units` (of 2 D flops per pair) are counted in the code of one tile; gemm_units is None if
+    that code loops over D or uses no tensor cores.
     """
 
     registers: int
@@ -67,10 +108,7 @@ class Compiled(NamedTuple):
 
 
 def shipped(widths: tuple[int, ...] = ()) -> Iterator[Case]:
-    """Every line of the table with the widest D it serves (twice the line above, for the last), in every form.
-
-    Then every kernel and arithmetic of the table at D in `widths`.
-    """
+    """Every line of the table in every form, at its largest D (twice the previous for the last line) and `widths`."""
     for (architecture, kernel, arithmetic), rows in TILES.items():
         widest = [int(width) for width in rows if width < math.inf]
         for width in (*widest, 2 * widest[-1] if widest else 128, *widths):
@@ -80,8 +118,8 @@ def shipped(widths: tuple[int, ...] = ()) -> Iterator[Case]:
 
 
 def compile_case(case: Case, target: int | None = None) -> Compiled:
-    """Compiles for the case's architecture, or for that of compute capability `target`: 100 for 10.0."""
-    tile = tile_for(case.kernel, case.architecture, case.dtype, case.precision, case.width)
+    """Compile for the case's architecture or for compute capability `target`, for example 100 for 10.0."""
+    tile = case.tile
     constants = {
         "D": tile.pitch(case.width),
         "BLOCK_M": tile.block_m,
@@ -96,12 +134,19 @@ def compile_case(case: Case, target: int | None = None) -> Compiled:
     capability = target or int(case.architecture.removeprefix("sm_"))
     compiled = _compile(KERNELS[case.kernel], constants, case.dtype, capability, tile.warps, tile.stages)
     registers, stack_bytes = _resources(compiled.asm["cubin"])
-    return _read(compiled.asm["ptx"], tile, case, registers, stack_bytes, compiled.metadata.shared)
+    shared_bytes = compiled.metadata.shared
+    threads = 32 * tile.warps
+    limits = (
+        REGISTERS // (-(-registers // 8) * 8 * threads),  # allocated in units of eight per thread
+        (SHARED_BYTES[case.architecture] + 1024) // (shared_bytes + 1024),  # every block costs another 1 KB
+        THREADS // threads,
+    )
+    return Compiled(registers, stack_bytes, shared_bytes, min(limits), *_instructions(compiled.asm["ptx"], case))
 
 
 def row_kernel_resources(dtype: torch.dtype, width: int, capability: int, tau_is_pointer: bool) -> dict[str, tuple]:
-    """Registers and bytes of stack of the kernels that go over rows."""
-    pitch = max(16, triton.next_power_of_2(width))  # the most any tile asks for
+    """Registers and bytes of stack of every kernel over rows."""
+    pitch = max(16, triton.next_power_of_2(width))  # largest pitch of any tile
     padded, block_m = row_block(pitch)
     constants = {
         "D": width,
@@ -112,7 +157,7 @@ def row_kernel_resources(dtype: torch.dtype, width: int, capability: int, tau_is
         "COPIED": pitch != width or dtype == torch.float16,
         "SCALED": dtype == torch.float16,
     }
-    kernels = (scale_rows_kernel, row_losses_kernel, gradient_kernel)
+    kernels = (scale_rows_kernel, row_losses_kernel, gradient_rows_kernel)
     return {
         kernel.__name__: _resources(_compile(kernel, constants, dtype, capability, warps=4, stages=3).asm["cubin"])
         for kernel in kernels
@@ -133,7 +178,7 @@ def _compile(
             signature[name] = TYPES[dtype] if name in ("x_ptr", "y_ptr", "dx_ptr") else "*fp32"
         else:
             signature[name] = "fp32" if name == "headroom" else "i32"
-        if "*" in signature[name] or (constants.get("EVEN") and name in ("n", "M")):  # as a launch finds them
+        if "*" in signature[name] or (constants.get("EVEN") and name in ("n", "M")):  # as in a launch
             attributes[position,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": warps, "num_stages": stages})
@@ -149,10 +194,12 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(registers), int(stack_bytes) + int(local_bytes)
 
 
-def _read(ptx: str, tile: Tile, case: Case, registers: int, stack_bytes: int, shared_bytes: int) -> Compiled:
-    # The loop stands there twice, with and without pairs; the online sums' rescaling is not per pair, nor in PLAIN.
+def _instructions(ptx: str, case: Case) -> tuple[str | None, float, float | None]:
+    """`Compiled.tensor_core`, `exps_per_pair` and `gemm_units`."""
+    # The code of a tile occurs twice, with and without pairs. Rescaling of the running sums is not per pair, and absent
+    # from PLAIN.
+    tile = case.tile
     pairs = 2 * tile.block_m * tile.block_n
-    threads = 32 * tile.warps
     wgmma = re.findall(r"wgmma\.mma_async\.sync\.aligned\.m(\d+)n(\d+)k(\d+)", ptx)
     mma = re.findall(r"\bmma\.sync\.aligned\.m(\d+)n(\d+)k(\d+)", ptx)
     flops = sum(2 * int(m) * int(n) * int(k) for m, n, k in wgmma) * tile.warps / 4  # one per group of four warps
@@ -160,17 +207,82 @@ def _read(ptx: str, tile: Tile, case: Case, registers: int, stack_bytes: int, sh
     names = {"wgmma": wgmma, "mma.sync": mma, "tcgen05.mma": "tcgen05.mma" in ptx}
     found = " + ".join(name for name, present in names.items() if present) or None
     counted = found in ("wgmma", "mma.sync") and tile.block_k >= tile.pitch(case.width)
-    limits = (
-        REGISTERS // (-(-registers // 8) * 8 * threads),  # given out in eights per thread
-        (SHARED_BYTES[case.architecture] + 1024) // (shared_bytes + 1024),  # each block costs 1 KB more
-        THREADS // threads,
-    )
-    return Compiled(
-        registers,
-        stack_bytes,
-        shared_bytes,
-        min(limits),
+    return (
         found,
-        len(re.findall(r"ex2\.approx", ptx)) * threads / pairs,
+        len(re.findall(r"ex2\.approx", ptx)) * 32 * tile.warps / pairs,
         flops / pairs / (2 * tile.pitch(case.width)) if counted else None,
     )
+
+
+def static_rows() -> list[dict]:
+    """One row per shipped tile and dtype: what it compiles to."""
+    return [
+        {
+            "architecture": case.architecture,
+            "kernel": case.kernel,
+            "dtype": str(case.dtype).removeprefix("torch."),
+            "precision": case.precision if case.dtype == torch.float32 else "",
+            "d": case.width,
+            "even": case.form.even,
+            "online": case.form.online,
+            "tile": "x".join(map(str, case.tile[:4])),
+            "warps": case.tile.warps,
+            "stages": case.tile.stages,
+            **compile_case(case)._asdict(),
+        }
+        for case in shipped()
+        if case.form == PLAIN
+    ]
+
+
+def bound_rows(width: int = 128, dtype: torch.dtype = torch.bfloat16, precision: str = "tf32") -> list[dict]:
+    """One row per GPU, pass and M: lower bounds on the time of products, exponentials and memory accesses."""
+    rows = []
+    size = dtype.itemsize
+    for gpu, peak in GPUS.items():
+        for kernel in KERNELS:
+            case = Case(peak["architecture"], kernel, dtype, precision, width)
+            exps_per_pair = compile_case(case).exps_per_pair
+            forward = kernel == "lse_forward"
+            units = 1 if forward else 1 + math.ceil(width / case.tile.block_d)
+            for m in ROWS:
+                flops, exps = units * 2 * m * m * width, exps_per_pair * m * m
+                # forward reads x and writes log-sums; backward reads x, writes and reads the product, reads x and
+                # writes its gradient
+                moved = m * width * (size if forward else 3 * size + 8) + 4 * m
+                gemm_ms = flops / peak["half" if size == 2 else precision] * 1e3
+                exp_ms = exps / peak["exps_per_s"] * 1e3
+                memory_ms = moved / peak["bytes_per_s"] * 1e3
+                rows.append(
+                    {
+                        "gpu": gpu,
+                        "pass": "forward" if forward else "backward",
+                        "m": m,
+                        "d": width,
+                        "gemm_flops": flops,
+                        "exps": exps,
+                        "bytes_moved": moved,
+                        "gemm_ms": gemm_ms,
+                        "exp_ms": exp_ms,
+                        "memory_ms": memory_ms,
+                        "bound_ms": max(gemm_ms, exp_ms, memory_ms),
+                        "serial_ms": max(gemm_ms + exp_ms, memory_ms),
+                        "programs": 2 * triton.cdiv(m // 2, case.tile.block_m),
+                        "multiprocessors": peak["multiprocessors"],
+                    }
+                )
+    return rows
+
+
+def report() -> None:
+    """Print both tables and write bench/results/loss_static.csv and loss_bounds.csv."""
+    for title, name, rows in (
+        ("What every shipped tile compiles to", "loss_static", static_rows()),
+        ("Bounds on speed, computed from data sheets, not measured", "loss_bounds", bound_rows()),
+    ):
+        table = Table(*rows[0], title=title, title_justify="left", box=None)
+        for row in rows:
+            table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+        console = Console(width=Console(width=1000).measure(table).maximum)  # one line per row, also in a pipe
+        console.print(table)
+        console.print(f"written: {write_rows(name, rows)}")

@@ -1,3 +1,5 @@
+"""Losses: NT-Xent for contrastive pretraining, cross-entropies for distillation."""
+
 from .distill import distillation, labeled_cross_entropy
 from .ntxent import LossConfig, nt_xent
 

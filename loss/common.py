@@ -1,8 +1,12 @@
-"""Helpers shared by all rooms: the module `common` in the checkout, `streamclr.common` once installed."""
+"""What the loss takes from the module `common` of the checkout, which is `streamclr.common` once installed."""
 
 if __package__ == "loss":
-    from common import UserError, available_cores, check_range, file_sha256, progress_bar, replacing, save_tensors
+    from common import check_range
 else:
-    from ..common import UserError, available_cores, check_range, file_sha256, progress_bar, replacing, save_tensors
+    from ..common import check_range
 
-__all__ = ["UserError", "available_cores", "check_range", "file_sha256", "progress_bar", "replacing", "save_tensors"]
+OPERATOR_NAMESPACE = __package__.split(".")[0]
+"""Namespace of this package's custom operators. torch refuses to register a name twice, and one process may import both
+`loss` from the checkout and `streamclr.loss`."""
+
+__all__ = ["OPERATOR_NAMESPACE", "check_range"]

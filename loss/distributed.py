@@ -1,4 +1,4 @@
-"""What the loss needs of torch.distributed: who else takes part, and their rows."""
+"""Collectives of the loss: the participating ranks, their rows, and a check that their calls agree."""
 
 import weakref
 
@@ -12,23 +12,35 @@ _checked_groups: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
 
 
 def participants(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """The group to gather over: `group`, else the default group, else (or with only one rank) None."""
+    """Process group to gather over: `group`, else the default group; None for a single rank.
+
+    Raises:
+        ValueError: this process is not a member of `group`.
+    """
     if group is None and dist.is_available() and dist.is_initialized():
         group = dist.group.WORLD
     if group is None:
         return None
     world_size = dist.get_world_size(group)
-    if world_size < 1:  # on a rank that is not a member new_group returns a stand-in, which counts -1 ranks
-        raise ValueError("This process is not in the group: call nt_xent on the members of the group only.")
+    if world_size < 1:  # new_group returns a placeholder with -1 ranks to processes that are not members
+        raise ValueError("This process is not in the group; nt_xent must be called by members of the group only.")
     return group if world_size > 1 else None
 
 
 def check_equal_calls(z: Tensor, impl: str, temperature: float | None, group: dist.ProcessGroup) -> None:
-    """Raise ValueError on every rank if the ranks' calls differ: a gather would hang, crash or mix two losses.
+    """Raise on every rank if the ranks' calls differ: otherwise a gather would hang, crash or mix two losses.
 
-    Compares the shape (2n, D) and dtype of z, the resolved `impl` and a temperature that is a number; None for a
-    tensor, which is learned or on the device. Five numbers per rank: on the CPU in every call; on an accelerator in the
-    first call of each group only, because reading them there makes the host wait for the device.
+    Compares five numbers per rank: on the CPU in every call; on an accelerator only in the first call of each group,
+    because reading them synchronizes the host with the device.
+
+    Args:
+        z: (2n, D) projections, of which shape and dtype are compared.
+        impl: resolved implementation, not "auto".
+        temperature: None for a tensor, whose value is not compared.
+        group: ranks to compare.
+
+    Raises:
+        ValueError: names the differing arguments of every rank.
     """
     if z.device.type != "cpu" and group in _checked_groups:
         return
@@ -36,7 +48,7 @@ def check_equal_calls(z: Tensor, impl: str, temperature: float | None, group: di
     calls = gather_rows(torch.tensor([call], dtype=torch.float64, device=z.device), group)  # (W, 5)
     if (calls[:, :2] != calls[0, :2]).any():
         shapes = calls[:, :2].long().tolist()
-        raise ValueError(f"z must have the same shape on every rank; this one and the others hold {shapes}")
+        raise ValueError(f"z must have the same shape on every rank; this one and the others have {shapes}.")
     if (calls != calls[0]).any():
         described = [
             f"{DTYPES[int(dtype)]} by {IMPLS[int(impl)]} at temperature {'(a tensor)' if tau < 0 else tau}"
@@ -44,13 +56,13 @@ def check_equal_calls(z: Tensor, impl: str, temperature: float | None, group: di
         ]
         raise ValueError(
             "nt_xent must be called with the same dtype, impl and temperature on every rank; this one and the others "
-            f"compute {'; '.join(described)}"
+            f"compute {'; '.join(described)}."
         )
     _checked_groups.add(group)
 
 
 def gather_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """x (m, ...) of every rank -> (W m, ...): this rank's rows first, then those of the ranks after it, cyclically."""
+    """Concatenate x (m, ...) of all W ranks: (W m, ...), this rank's rows first, then those of the following ranks."""
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     gathered = x.new_empty(world_size * x.shape[0], *x.shape[1:])
     slots = gathered.chunk(world_size)
@@ -59,7 +71,7 @@ def gather_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 class GatherRowsWithGradient(torch.autograd.Function):
-    """`gather_rows` for the reference, whose gradient needs a second collective: `SumOwnRows`."""
+    """Differentiable `gather_rows` for the reference; its gradient is a second collective, `SumOwnRows`."""
 
     @staticmethod
     def forward(ctx, x, group):
@@ -72,9 +84,9 @@ class GatherRowsWithGradient(torch.autograd.Function):
 
 
 class SumOwnRows(torch.autograd.Function):
-    """The transpose of `gather_rows`: the sum over ranks of what each holds for this rank's rows.
+    """Transpose of `gather_rows`: the sum over ranks of the entries for this rank's rows.
 
-    Its own gradient gathers again, so that the reference can be differentiated any number of times.
+    Its gradient is again a gather, so that the reference can be differentiated any number of times.
     """
 
     @staticmethod
@@ -82,7 +94,7 @@ class SumOwnRows(torch.autograd.Function):
         ctx.group = group
         rank, world_size = dist.get_rank(group), dist.get_world_size(group)
         rows = gathered.shape[0] // world_size
-        total = gathered.roll(rank * rows, dims=0)  # in the order of the ranks, the same on each
+        total = gathered.roll(rank * rows, dims=0)  # ordered by rank, the same on every rank
         dist.all_reduce(total, group=group)
         return total[rank * rows : (rank + 1) * rows].clone()
 

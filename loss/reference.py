@@ -1,4 +1,4 @@
-"""NT-Xent as the paper writes it: dense, slow and obvious. The oracle of tests and benches."""
+"""Dense NT-Xent as written in the paper: the oracle of tests and benchmarks."""
 
 import math
 
@@ -8,17 +8,26 @@ from torch import Tensor
 
 
 def nt_xent_reference(z: Tensor, temperature: Tensor, z_all: Tensor) -> Tensor:
-    """The loss of `nt_xent` for z (2n, D) of this rank, the first 2n rows of z_all (2N, D); autograd does the gradient.
+    """`nt_xent` in O(2n M) memory, differentiated by autograd any number of times.
 
-    SimCLR (arXiv 2002.05709), Algorithm 1 and equation 1, for the anchor i and its other view j:
+    SimCLR (arXiv 2002.05709), Algorithm 1 and equation 1, for row i and the other view j of its sample:
         s_ik = z_i . z_k / (|z_i| |z_k|)
         l(i, j) = -log( exp(s_ij / tau) / sum over k != i of exp(s_ik / tau) )
-        L = mean of l(i, j) over all anchors
-    The fraction is written as sigmoid(s_ij / tau - log of the sum over k not in {i, j}): once the positive outweighs
-    the negatives by 1e16, as after training at a low temperature, a softmax is 1 even in float64, its gradient 0.
+        L = mean of l(i, j) over all rows
+    The fraction is computed as sigmoid(s_ij / tau - log of the sum over k not in {i, j}): once the positive outweighs
+    the negatives by 1e16, as after training at a low temperature, a softmax rounds to 1 and its gradient to 0 even in
+    float64.
+
+    Args:
+        z: (2n, D) projections of this rank.
+        temperature: () tau.
+        z_all: (M, D) projections of all ranks, those of this rank first.
+
+    Returns:
+        () mean over the rows of z, float32 (float64 for a float64 z).
     """
     anchors = _normalize(z)  # (2n, D)
-    similarity = anchors @ _normalize(z_all).T / temperature  # (2n, 2N)
+    similarity = anchors @ _normalize(z_all).T / temperature  # (2n, M)
     i = torch.arange(z.shape[0], device=z.device)
     j = i.roll(z.shape[0] // 2)
     not_negative = torch.zeros_like(similarity, dtype=torch.bool)

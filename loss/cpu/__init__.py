@@ -1,1 +1,1 @@
-"""NT-Xent in blocks with torch, for CPUs and any other device."""
+"""NT-Xent in blocks of torch operations, for CPUs and every other device."""

@@ -1,38 +1,46 @@
-"""NT-Xent in blocks: memory O(M D + block), never M x M, on whatever device torch runs.
+"""NT-Xent in blocks of the similarity matrix: O(M D + block) memory, on every device that torch supports.
 
 With u_i = z_i / |z_i|, s_ij = u_i . u_j / tau and p(i) the other view of i:
 
     l_i   = softplus(L_i - s_ip(i)),            L_i = log of the sum over j not in {i, p(i)} of exp(s_ij)
     lse_i = logaddexp(L_i, s_ip(i)),            q_i = sigmoid(L_i - s_ip(i))
     dL/du_i = [ sum_j (P_ij + P_ji) u_j - (q_i + q_p(i)) u_p(i) ] / (M tau),     P_ij = exp(s_ij - lse_i)
-    dL/dtau = -1/(2 tau) sum_i u_i . dL/du_i    (s = u.u / tau, and u.u meets every pair from both of its ends)
+    dL/dtau = -1/(2 tau) sum_i u_i . dL/du_i    (s = u.u / tau; every pair contributes from both ends)
 
-This is equation 1 of SimCLR (arXiv 2002.05709) with the positive split off. S is symmetric, so the pairs among a rank's
-own rows are visited once, in the upper triangle, and every block serves its rows and its columns:
-P_ij + P_ji = exp(s_ij) (exp(-lse_i) + exp(-lse_j)) takes one exponential. The positives stay out of the blocks'
-sums: subtracted afterwards they would cancel everything else once the model is trained.
+This is equation 1 of SimCLR (arXiv 2002.05709) with the positive separated. S is symmetric, so pairs among a rank's own
+rows are visited once, in the upper triangle, and every block contributes to its rows and to its columns:
+P_ij + P_ji = exp(s_ij) (exp(-lse_i) + exp(-lse_j)) needs one exponential. Positives are excluded from the blocks' sums:
+subtracting them afterwards would cancel all other terms once the model is trained.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import reduce
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..common import OPERATOR_NAMESPACE
 from .workers import Workers, workers
 
-# Of a block, at most: long enough for the GEMM to run at its full rate and for the number of calls not to matter, small
-# enough that the exponential and the sums find the block still in the cache.
+# Largest block: large enough that the GEMM runs at its full rate and call overhead is negligible, small enough that the
+# exponential and the sums find the block in the cache.
 BAND_ROWS, BLOCK_COLUMNS = 384, 768
 
 
 def nt_xent_blockwise(z: Tensor, temperature: Tensor, gather: Callable[[Tensor], Tensor] = Tensor.detach) -> Tensor:
-    """The loss of `nt_xent` for this rank's z (m, D).
+    """`nt_xent` of this rank's projections, computed in blocks.
 
-    `gather` concatenates a tensor's rows over the ranks, this rank's first; one process has nothing to gather. Both
-    gathers happen here, in the forward: every rank then owns all it needs for the full gradient of its own rows.
+    Args:
+        z: (2n, D) of any floating dtype; 16-bit values are computed in float32.
+        temperature: () on any device; read by the host.
+        gather: concatenates a tensor's rows over all ranks, this rank's first. Both gathers take place in the forward
+            pass, after which every rank has all it needs for the complete gradient of its own rows.
+
+    Returns:
+        () float32 (float64 for a float64 z), differentiable once in z and in temperature.
     """
     with torch.no_grad():
         z_all = gather(z)  # (M, D)
@@ -40,32 +48,32 @@ def nt_xent_blockwise(z: Tensor, temperature: Tensor, gather: Callable[[Tensor],
     return loss_from_negatives(z, temperature, z_all, negatives_all)
 
 
-@torch.library.custom_op("streamclr::negatives_logsumexp", mutates_args=())
+@torch.library.custom_op(f"{OPERATOR_NAMESPACE}::negatives_logsumexp", mutates_args=())
 def negatives_logsumexp(z_all: Tensor, temperature: Tensor, rows: int) -> Tensor:
-    """L_i (rows,) of the first `rows` rows of z_all (M, D), this rank's own, against all M."""
+    """L_i (rows,) of the first `rows` rows of z_all (M, D), which are this rank's, against all M rows."""
     return workers(z_all.device).run(_negatives_logsumexp, z_all, temperature, rows)
 
 
 def _negatives_logsumexp(workers: Workers, z_all: Tensor, temperature: Tensor, rows: int) -> Tensor:
     u, _ = _unit_rows(z_all)
-    u_t = u.t().contiguous()  # (D, M): the GEMM of a block reads it along its rows
+    u_t = u.t().contiguous()  # (D, M): contiguous for the GEMM of a block
     tau = temperature.item()
     exp_fits = _exp_fits(u.dtype, tau)
 
     def over_bands(bands: Iterable[slice]) -> Tensor:
         total = u.new_full((rows,), 0.0 if exp_fits else -math.inf)
-        for i, j, mirrored, s in _blocks(u, u_t, rows, tau, bands):
-            s_mirrored = s[:, mirrored.start - j.start : mirrored.stop - j.start]
+        for block in _blocks(u, u_t, rows, tau, bands):
+            i, mirrored, s = block.rows, block.mirrored, block.s
             if exp_fits:
                 s.exp_()
                 total[i] += s.sum(1)
-                total[mirrored] += s_mirrored.sum(0)
+                total[mirrored] += block.s_mirrored.sum(0)
             else:
                 total[i] = total[i].logaddexp(s.logsumexp(1))
-                total[mirrored] = total[mirrored].logaddexp(s_mirrored.logsumexp(0))
+                total[mirrored] = total[mirrored].logaddexp(block.s_mirrored.logsumexp(0))
         return total
 
-    partial_sums = workers.share_out(over_bands, rows, BAND_ROWS)
+    partial_sums = workers.map_bands(over_bands, rows, BAND_ROWS)
     return sum(partial_sums).log_() if exp_fits else reduce(torch.logaddexp, partial_sums)
 
 
@@ -74,12 +82,12 @@ def _(z_all, temperature, rows):
     return z_all.new_empty(rows, dtype=_compute_dtype(z_all))
 
 
-@torch.library.custom_op("streamclr::nt_xent_loss", mutates_args=())
+@torch.library.custom_op(f"{OPERATOR_NAMESPACE}::nt_xent_loss", mutates_args=())
 def loss_from_negatives(z: Tensor, temperature: Tensor, z_all: Tensor, negatives_all: Tensor) -> Tensor:
-    """Mean l_i () over the rows of z (m, D), differentiable once in z and in temperature.
+    """Mean loss () of this rank's rows z (2n, D), differentiable once in z and in temperature.
 
-    z_all (M, D), whose first m rows are z, and L (M,) of all its rows are intermediate results, not inputs: the
-    gradient that flows through them is already part of the gradient of z.
+    z_all (M, D), whose first 2n rows are z, and L (M,) of its rows are intermediate results, not inputs: gradients
+    through them are part of the gradient of z.
     """
     return workers(z.device).run(_loss_from_negatives, z, temperature, negatives_all)
 
@@ -95,11 +103,11 @@ def _(z, temperature, z_all, negatives_all):
     return z.new_empty((), dtype=_compute_dtype(z))
 
 
-@torch.library.custom_op("streamclr::nt_xent_gradient", mutates_args=())
+@torch.library.custom_op(f"{OPERATOR_NAMESPACE}::nt_xent_gradient", mutates_args=())
 def loss_gradient(
     grad_loss: Tensor, temperature: Tensor, z_all: Tensor, negatives_all: Tensor, rows: int
 ) -> tuple[Tensor, Tensor]:
-    """dL/dz (rows, D) and dL/dtau () of W times the global loss: the average over W ranks is the global gradient."""
+    """dL/dz (rows, D) and dL/dtau () of W times the global loss: the mean over W ranks is the global gradient."""
     return workers(z_all.device).run(_loss_gradient, grad_loss, temperature, z_all, negatives_all, rows)
 
 
@@ -118,7 +126,8 @@ def _loss_gradient(
     def over_bands(bands: Iterable[slice]) -> Tensor:
         du = u.new_zeros(rows, u.shape[1])
         weights = u.new_empty(_block_size(u, rows))
-        for i, j, mirrored, s in _blocks(u, u_t, rows, tau, bands):
+        for block in _blocks(u, u_t, rows, tau, bands):
+            i, j, s = block.rows, block.columns, block.s
             w = weights[: s.numel()].view_as(s)
             if exp_fits:
                 torch.add(shrink[i, None], shrink[j], out=w)
@@ -127,11 +136,11 @@ def _loss_gradient(
                 torch.sub(s, lse[j], out=w).exp_()
                 s.sub_(lse[i, None]).exp_().add_(w)
             du[i].addmm_(s, u[j])
-            if mirrored.start < mirrored.stop:
-                du[mirrored].addmm_(s[:, mirrored.start - j.start : mirrored.stop - j.start].t(), u[i])
+            if block.mirrored.start < block.mirrored.stop:
+                du[block.mirrored].addmm_(block.s_mirrored.t(), u[i])
         return du
 
-    du, *others = workers.share_out(over_bands, rows, BAND_ROWS)
+    du, *others = workers.map_bands(over_bands, rows, BAND_ROWS)
     for other in others:
         du += other
     du.view(2, rows // 2, -1).addcmul_(u[:rows].view(2, rows // 2, -1).flip(0), q[0] + q[1], value=-1)
@@ -140,7 +149,7 @@ def _loss_gradient(
     du *= grad_loss / (rows * tau)  # rows = M / W
     along = (u * du).sum(1, keepdim=True)
     d_tau = along.sum() / (-2 * tau)
-    du.addcmul_(u, along, value=-1).div_(norm)  # the part of du along u cannot change z's direction
+    du.addcmul_(u, along, value=-1).div_(norm)  # the component along u does not change z's direction
     return du.to(z_all.dtype), d_tau.to(temperature)
 
 
@@ -156,8 +165,8 @@ def _save_for_gradient(ctx, inputs, output):
 
 
 def _backward(ctx, grad_loss):
-    if torch.is_grad_enabled():  # the gradient would come out as a constant, and a penalty on it would do nothing
-        raise RuntimeError("nt_xent cannot be differentiated twice (create_graph=True); impl='reference' can")
+    if torch.is_grad_enabled():  # the gradient would be a constant, and a penalty on it would have no effect
+        raise RuntimeError("nt_xent cannot be differentiated twice (create_graph=True); use impl='reference'.")
     dz, d_tau = loss_gradient(grad_loss, *ctx.saved_tensors, ctx.rows)
     return dz, d_tau, None, None
 
@@ -165,14 +174,22 @@ def _backward(ctx, grad_loss):
 loss_from_negatives.register_autograd(_backward, setup_context=_save_for_gradient)
 
 
-def _blocks(
-    u: Tensor, u_t: Tensor, rows: int, tau: float, bands: Iterable[slice]
-) -> Iterator[tuple[slice, slice, slice, Tensor]]:
-    """Blocks s (R, C) of S in one reused buffer, self-pairs and positives at -inf: (rows i, columns j, mirrored, s).
+class Block(NamedTuple):
+    """Block of S: `rows` x `columns`, of which the columns `mirrored` are below the diagonal of S for these rows."""
 
-    The rows are the `bands` of u's first `rows`, the columns all of u from the diagonal on. `mirrored` are those
-    columns of j which stand below the diagonal for rows i: s serves them transposed as well.
-    """
+    rows: slice
+    columns: slice
+    mirrored: slice
+    s: Tensor  # (rows, columns), self-pairs and positives at -inf; a view of a buffer that the next block overwrites
+
+    @property
+    def s_mirrored(self) -> Tensor:
+        """(rows, mirrored); its transpose is another block of S."""
+        return self.s[:, self.mirrored.start - self.columns.start : self.mirrored.stop - self.columns.start]
+
+
+def _blocks(u: Tensor, u_t: Tensor, rows: int, tau: float, bands: Iterable[slice]) -> Iterator[Block]:
+    """Blocks of S for the `bands` of u's first `rows` rows, from the diagonal to the last column."""
     n = rows // 2
     buffer = u.new_empty(_block_size(u, rows))
     for i in bands:
@@ -181,11 +198,11 @@ def _blocks(
             j = slice(left, min(left + BLOCK_COLUMNS, u.shape[0]))
             s = buffer[: u_i.shape[0] * (j.stop - left)].view(u_i.shape[0], j.stop - left)
             torch.mm(u_i, u_t[:, j], out=s)
-            # a row's own column, and that of its positive: n further for a first view, n back for a second
+            # self-pairs, and positives: n columns to the right of a first view, n to the left of a second view
             for shift, stop in ((0, i.stop), (n, min(i.stop, n)), (-n, i.stop)):
                 if i.start + shift < j.stop and left < stop + shift:
                     s[: stop - i.start].diagonal(i.start + shift - left).fill_(-math.inf)
-            yield i, j, slice(max(left, i.stop), max(left, i.stop, min(j.stop, rows))), s
+            yield Block(i, j, slice(max(left, i.stop), max(left, i.stop, min(j.stop, rows))), s)
 
 
 def _block_size(u: Tensor, rows: int) -> int:
@@ -193,27 +210,28 @@ def _block_size(u: Tensor, rows: int) -> int:
 
 
 def _exp_fits(dtype: torch.dtype, tau: float) -> bool:
-    # |s| <= 1 / tau, so above this temperature exp(s) needs no maximum taken off: neither it, nor the sum of a million
-    # of them (hence 14), nor its inverse leaves the normal numbers. That is tau >= 0.0134 in fp32. Below, L comes from
-    # running log-sums and P_ij + P_ji from two exponentials, none of them of a positive number.
+    # |s| <= 1 / tau, so from this temperature on (0.0134 in float32) no maximum has to be subtracted: neither exp(s),
+    # nor the sum of a million of them (hence 14), nor its inverse leaves the normal numbers. Below it, L is a running
+    # log-sum-exp, and P_ij + P_ji takes two exponentials, both of numbers that are not positive.
     return 1 / tau <= math.log(torch.finfo(dtype).max) - 14
 
 
 def _unit_rows(z: Tensor) -> tuple[Tensor, Tensor]:
-    """u (M, D) and |z| (M, 1) in fp32 or wider. A zero row has no direction: u = 0; |z| = inf stops its gradient.
+    """Unit rows u (M, D) and norms |z| (M, 1) in float32 or wider.
 
-    Nor has a row whose square is near the smallest normal number: rounded so coarsely, u would not have length 1.
+    A zero row has no direction: u = 0, and |z| = inf stops its gradient. The same applies to a row whose square is near
+    the smallest normal number, where rounding would give u a norm other than 1.
     """
     z = z.to(_compute_dtype(z))
     norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
-    # A finite row whose square overflows would come out as a zero row: NaN ends a run that has diverged so far.
+    # A finite row whose square overflows would become a zero row: NaN stops a run that has diverged this far.
     norm = norm.masked_fill(norm == math.inf, math.nan)
     norm = norm.masked_fill(norm < 100 * math.sqrt(torch.finfo(z.dtype).tiny), math.inf)
     return z / norm, norm
 
 
 def _positives(u: Tensor, rows: int, tau: float) -> Tensor:
-    """s_ip(i) (M,): the ranks' rows follow each other, `rows` of each, its first views before its second views."""
+    """s_ip(i) (M,) of u (M, D): `rows` rows of every rank in turn, first views before second views."""
     views = u.view(-1, 2, rows // 2, u.shape[1])  # (W, 2, n, D)
     positives = (views[:, 0] * views[:, 1]).sum(-1) / tau  # (W, n)
     return positives[:, None].expand(-1, 2, -1).reshape(-1)

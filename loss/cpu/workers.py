@@ -1,4 +1,4 @@
-"""Host threads that share out bands of rows: each computes alone, so no barrier stands between two small products."""
+"""Threads that compute bands of rows independently, without a barrier between small matrix products."""
 
 import os
 from collections.abc import Callable
@@ -10,26 +10,26 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-MOST_WORKERS = 16
-"""With more cores than that each worker takes several, since all workers wait for one interpreter between calls."""
-LEAST_ROWS = 64
-"""Of a band: below that, handing it over costs more than computing it."""
+MAX_WORKERS = 16
+"""Beyond this number, each worker uses several cores: all workers share the interpreter lock between calls."""
+MIN_BAND_ROWS = 64
+"""Smaller bands cost more to hand over than to compute."""
 T = TypeVar("T")
 
 
 class Workers:
-    """A lead, which runs the body of an operation, and helpers to which it hands bands of rows.
+    """A lead thread, which runs the body of an operation, and helper threads that compute bands of rows for it.
 
-    The body leaves the caller's thread because OpenMP's threads spin for milliseconds after each of its operations,
-    on the cores that the workers need. torch's number of threads belongs to each thread, but the last one set is also
-    what threads that start later take: so all workers start here, and the caller's number is set again after them.
+    The body does not run in the caller's thread because OpenMP threads spin for milliseconds after each operation, on
+    the cores that the workers need. torch's number of threads is per thread, but threads started later inherit the last
+    number that was set: therefore all workers start here, and the caller's number is restored afterwards.
 
     Args:
-        threads: divided among the workers; with one thread the caller is the only worker.
+        threads: number of threads divided among the workers; if it is 1, the caller is the only worker.
     """
 
     def __init__(self, threads: int):
-        each = -(-threads // MOST_WORKERS)
+        each = -(-threads // MAX_WORKERS)
         self.count = threads // each
 
         def prepare() -> None:
@@ -40,38 +40,39 @@ class Workers:
             started = Barrier(size + 1)
             executor = ThreadPoolExecutor(size, "nt_xent", initializer=prepare)
             try:
-                for _ in range(size):
-                    executor.submit(started.wait)  # a waiting thread takes no second task: every one gets its own
-            except RuntimeError:  # no more threads available: those that wait would keep the process from ending
+                for _ in range(size):  # a waiting thread takes no second task, so that the pool starts all threads
+                    executor.submit(started.wait)
+            except RuntimeError:  # no more threads available: waiting ones would keep the process alive
                 started.abort()
                 raise
             started.wait()
             return executor
 
         if self.count > 1:
-            callers = torch.get_num_threads()
+            threads_of_caller = torch.get_num_threads()
             try:
                 self._lead, self._helpers = pool(1), pool(self.count - 1)
             finally:
-                torch.set_num_threads(callers)
+                torch.set_num_threads(threads_of_caller)
 
     def run(self, body: Callable[..., T], *arguments) -> T:
-        """body(self, *arguments) in the lead's thread; of several callers at once each waits for its turn."""
+        """Call body(self, *arguments) in the lead thread; concurrent callers wait for their turn."""
         if self.count == 1:
             return body(self, *arguments)
         return _submit(self._lead, body, self, *arguments)()
 
-    def share_out(self, work: Callable[[list[slice]], Tensor], rows: int, most_rows: int) -> list[Tensor]:
-        """What `work` returns for each worker's bands of rows, in the order of the workers.
+    def map_bands(self, work: Callable[[list[slice]], Tensor], rows: int, max_band_rows: int) -> list[Tensor]:
+        """Results of `work` for every worker's bands of rows, in the order of the workers.
 
-        Bands go to the workers there and back again (0 1 | 1 0 | 0 1 ...), so that in a triangle, where every band has
-        less to do than the one before it, all have about the same.
+        Bands are assigned back and forth (0 1 | 1 0 | 0 1 ...), which balances the workers in a triangle, where every
+        band has less work than the previous one.
 
         Args:
-            work: bands, ascending -> tensor; it must not touch what another call of it writes.
-            rows: what is cut into bands of at most `most_rows`.
+            work: maps ascending bands to a tensor; must not write to memory shared with other calls.
+            rows: number of rows to divide into bands.
+            max_band_rows: largest band.
         """
-        height = min(most_rows, max(LEAST_ROWS, -(-rows // (2 * self.count))))
+        height = min(max_band_rows, max(MIN_BAND_ROWS, -(-rows // (2 * self.count))))
         bands = [slice(top, min(top + height, rows)) for top in range(0, rows, height)]
         turn = 2 * self.count
         shares = [[b for n, b in enumerate(bands) if n % turn in (w, turn - 1 - w)] for w in range(self.count)]
@@ -80,18 +81,18 @@ class Workers:
 
 
 def _submit(pool: ThreadPoolExecutor, task: Callable[..., T], *arguments) -> Callable[[], T]:
-    """Start the task in the pool; the function returned waits for its result."""
+    """Start a task in the pool; the returned function waits for its result."""
     try:
         return pool.submit(task, *arguments).result
-    except RuntimeError:  # once the main thread has ended, pools take no tasks while other threads may still train
+    except RuntimeError:  # after the main thread has ended, pools accept no tasks, but other threads may still train
         return partial(task, *arguments)
 
 
 def workers(device: torch.device) -> Workers:
-    """The workers of this process: as many as torch's threads on a CPU, the caller alone on any other device."""
+    """Workers of this process: one per torch thread on a CPU, the caller alone on any other device."""
     return _workers(torch.get_num_threads() if device.type == "cpu" else 1, os.getpid())
 
 
 @lru_cache(maxsize=1)
 def _workers(threads: int, process: int) -> Workers:
-    return Workers(threads)  # kept between calls; threads do not survive a fork, hence the process
+    return Workers(threads)  # kept between calls; keyed by process because threads do not survive a fork

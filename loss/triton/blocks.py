@@ -1,20 +1,18 @@
-"""What NT-Xent's kernels do with one block of rows or one tile of pairs. Names and equations: triton_kernels.py."""
+"""Device functions of the kernels, each for one block of rows or one tile of pairs.
+
+The package docstring defines the names.
+"""
 
 import triton
 import triton.language as tl
 
-SHORTEST_ROW = tl.constexpr(100 * 2.0**-63)  # 100 times the root of fp32's smallest normal number
-
-
-@triton.jit
-def load_temperature(temperature, TAU_IS_POINTER: tl.constexpr):
-    return tl.load(temperature).to(tl.float32) if TAU_IS_POINTER else temperature
+SHORTEST_ROW = tl.constexpr(100 * 2.0**-63)  # 100 times the square root of the smallest normal float32
 
 
 @triton.jit
 def inverse_norm(x):
-    # 1 / |x_i| (ROWS,). A zero row has no direction: 0, as for one whose square is near the smallest normal number. One
-    # whose square overflows must end the run as NaN.
+    # 1 / |x_i| (ROWS,). 0 for a zero row, which has no direction, and for a row whose square is near the smallest
+    # normal number. NaN for a row whose square overflows, so that a diverged run stops.
     x = x.to(tl.float32)
     norm = tl.sqrt_rn(tl.sum(x * x, axis=1))
     norm = tl.where(norm == float("inf"), float("nan"), norm)
@@ -23,14 +21,14 @@ def inverse_norm(x):
 
 @triton.jit
 def power_of_two_above(g):
-    # 2^e with g / 2^e in [1/2, 1), from the bits of g's own exponent
+    # 2^e with g / 2^e in [1/2, 1), from the exponent bits of g
     exponent = (g.to(tl.int32, bitcast=True) >> 23) + 1
     return (tl.minimum(exponent, 254) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def own_rows(n, BLOCK_M: tl.constexpr):
-    # The program's rows i ... i_end, all of one view, and the samples k_i (BLOCK_M,) they are views of.
+    # Rows i ... i_end of this program, all of the same view, and the samples k_i (BLOCK_M,) they belong to.
     blocks = tl.cdiv(n, BLOCK_M)
     view = tl.program_id(0) // blocks
     k = (tl.program_id(0) % blocks) * BLOCK_M
@@ -39,8 +37,8 @@ def own_rows(n, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def pair_tiles(n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    # Each view's own columns are tiled apart, and tile 2c + v is the c-th of view v: so the tiles with a self-pair or a
-    # positive of the program's rows follow each other. The first of them, and how many.
+    # Index of the first tile with self-pairs or positives of this program's rows, and their number. Each view's own
+    # columns are tiled separately, and tile 2c + v is tile c of view v, so that these tiles are consecutive.
     k = (tl.program_id(0) % tl.cdiv(n, BLOCK_M)) * BLOCK_M
     c = k // BLOCK_N
     return 2 * c, 2 * (tl.cdiv(tl.minimum(k + BLOCK_M, n), BLOCK_N) - c)
@@ -48,7 +46,7 @@ def pair_tiles(n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def tile_columns(u, first, n, M, BLOCK_N: tl.constexpr):
-    # Columns j ... j_end of the program's u-th tile: its pairs' first, its other own ones, then the other ranks'.
+    # Columns j ... j_end of tile u in this program's order: tiles with pairs, other own columns, other ranks' columns.
     own_tiles = 2 * tl.cdiv(n, BLOCK_N)
     tile = (first + u) % own_tiles
     is_own = u < own_tiles
@@ -60,7 +58,7 @@ def tile_columns(u, first, n, M, BLOCK_N: tl.constexpr):
 def load_rows(
     ptr, row, row_end, column, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr
 ):
-    # (ROWS, COLUMNS) from (row, column) on, 0 outside
+    # (ROWS, COLUMNS) starting at (row, column), 0 outside
     r = tl.arange(0, ROWS)
     d = column + tl.arange(0, COLUMNS)
     pointers = ptr + row.to(tl.int64) * D + (r[:, None] * D + d[None, :])
@@ -79,26 +77,12 @@ def load_vector(ptr, row, row_end, ROWS: tl.constexpr, EVEN: tl.constexpr):
 
 @triton.jit
 def similarities(
-    y_ptr,
-    y_i,  # (BLOCK_M, BLOCK_K) and
-    y_j,  # (BLOCK_N, BLOCK_K): all D columns, or else left alone and loaded here in turns
-    g_i,
-    g_j,
-    k_i,
-    i,
-    i_end,
-    j,
-    j_end,
-    n,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN: tl.constexpr,
-    PAIRS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    # t_ij = g_i g_j (x_i . x_j) (BLOCK_M, BLOCK_N); -inf outside and for two views of one sample, looked for if PAIRS
+    y_ptr, y_i, y_j, g_i, g_j, k_i, i, i_end, j, j_end, n,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr, PAIRS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # t_ij = g_i g_j (x_i . x_j) (BLOCK_M, BLOCK_N), -inf outside the matrix and, if PAIRS, for two views of one sample.
+    # y_i (BLOCK_M, BLOCK_K) and y_j (BLOCK_N, BLOCK_K) hold all D columns, or else are ignored and loaded here in turn.
     if BLOCK_K >= D:
         dot = tl.dot(y_i, tl.trans(y_j), input_precision=PRECISION)
     else:
@@ -118,7 +102,7 @@ def similarities(
 
 @triton.jit
 def add_exponentials(high, total, t, ONLINE: tl.constexpr):
-    # total 2^high += sum_j 2^t_ij; high stays put but for ONLINE
+    # Add sum_j 2^t_ij to total 2^high; high changes only if ONLINE
     if ONLINE:
         new_high = tl.maximum(high, tl.max(t, axis=1))
         finite = tl.where(new_high == -float("inf"), 0.0, new_high)

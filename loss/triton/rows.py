@@ -1,12 +1,16 @@
-"""The kernels of NT-Xent that go over rows, O(M D): lengths before the tiles, losses and gradient after them.
+"""Kernels over rows, O(M D), with their launchers: norms and positives, row losses, gradient rows.
 
-The derivation and the names stand in triton_kernels.py.
+The package docstring derives the equations and defines the names.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .blocks import inverse_norm, load_temperature, power_of_two_above
+from .blocks import inverse_norm, power_of_two_above
+from .temperature import is_on_host, load_temperature, temperature_argument
+from .tiles import row_block, tile_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -15,10 +19,10 @@ LN_2 = tl.constexpr(0.6931471805599453)
 @triton.jit
 def scale_rows_kernel(
     x_ptr,  # (M, D)
-    temperature,  # a number or, if TAU_IS_POINTER, a pointer to one
-    g_ptr,  # (M,) fp32
-    positive_ptr,  # (M / 2,) fp32: t_ip(i), one for both views of a sample
-    y_ptr,  # (M, PITCH): the rows, scaled if SCALED, and zeros, if COPIED
+    temperature,  # number or, if TAU_IS_POINTER, pointer
+    g_ptr,  # (M,) float32
+    positive_ptr,  # (M / 2,) float32: t_ip(i), the same for both views of a sample
+    y_ptr,  # (M, PITCH): written if COPIED: rows, scaled if SCALED, and zeros
     n,
     D: tl.constexpr,
     PITCH: tl.constexpr,
@@ -59,6 +63,37 @@ def scale_rows_kernel(
     tl.store(positive_ptr + rank * n + k, positive, mask=k < n)
 
 
+def scale_rows(x: Tensor, temperature: Tensor, n: int, precision: str, kernel: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows y (M, pitch), factors g (M,) and t_ip(i) (M / 2,) of the positives, the latter two in float32.
+
+    x (M, D) holds 2n rows of every rank, its first views before its second views. y is x or a scaled and padded copy,
+    as `kernel` needs it: "lse_forward" or "grad_matmul" at `precision` "tf32" or "ieee".
+    """
+    m, width = x.shape
+    pitch = tile_of(kernel, x, precision).pitch(width)
+    copied = is_copied(x, pitch)
+    y = x.new_empty(m, pitch) if copied else x
+    g = x.new_empty(m, dtype=torch.float32)
+    positives = x.new_empty(m // 2, dtype=torch.float32)
+    padded, block_m = row_block(pitch)
+    scale_rows_kernel[triton.cdiv(n, block_m), m // (2 * n)](
+        *(x, temperature_argument(temperature), g, positives, y, n),
+        D=width,
+        PITCH=pitch,
+        D_PADDED=padded,
+        BLOCK_M=block_m,
+        TAU_IS_POINTER=not is_on_host(temperature),
+        COPIED=copied,
+        SCALED=x.dtype == torch.float16,
+    )
+    return y, g, positives
+
+
+def is_copied(x: Tensor, pitch: int) -> bool:
+    """Whether the kernels over tiles read a copy of the rows: scaled for float16, or padded with zeros to `pitch`."""
+    return x.dtype == torch.float16 or x.shape[1] != pitch
+
+
 @triton.jit
 def row_losses_kernel(
     partial_ptr,  # (slots, 2n)
@@ -70,38 +105,52 @@ def row_losses_kernel(
     slots,
     BLOCK_M: tl.constexpr,
 ):
-    # l_i = softplus(L_i - s_ip(i)),     lse_i = s_ip(i) + l_i,     q_i = sigmoid(L_i - s_ip(i)),     all in base 2
+    # l_i = softplus(L_i - s_ip(i)),     lse_i = s_ip(i) + l_i,     q_i = sigmoid(L_i - s_ip(i)),     computed in base 2
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = i < 2 * n
     high = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     for slot in range(slots):
         high = tl.maximum(high, tl.load(partial_ptr + slot * 2 * n + i, mask=inside, other=0.0))
-    high = tl.where(high == -float("inf"), 0.0, high)  # one sample alone has no negatives
+    high = tl.where(high == -float("inf"), 0.0, high)  # a single sample has no negatives
     total = tl.zeros((BLOCK_M,), tl.float32)
     for slot in range(slots):
         total += tl.exp2(tl.load(partial_ptr + slot * 2 * n + i, mask=inside, other=0.0) - high)
     positive = tl.load(positive_ptr + i % n, mask=inside, other=0.0)
     excess = high + tl.log2(total) - positive
 
-    # log2(1 + small) in full precision even where 1 + small rounds to 1: a trained model's losses are that small.
+    # log2(1 + small) in full precision even where 1 + small rounds to 1: the losses of a trained model are that small.
     small = tl.exp2(-tl.abs(excess))
     one_more = 1 + small
     log_one_more = tl.where(one_more == 1, small / LN_2, tl.log2(one_more) * (small / (one_more - 1)))
-    loss = tl.where(excess > 0, excess, 0.0) + log_one_more  # NaN stays NaN by way of `small`
+    loss = tl.where(excess > 0, excess, 0.0) + log_one_more  # `small` propagates NaN
     tl.store(loss_ptr + i, loss * LN_2, mask=inside)
     tl.store(lse_ptr + i, positive + loss, mask=inside)
     tl.store(q_ptr + i, 1 / (1 + tl.exp2(-excess)), mask=inside)
 
 
+def row_losses(partial: Tensor, positives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """l (2n,), lse (2n,) in base 2 and q (2n,) of this rank's rows, float32.
+
+    partial (slots, 2n) are all partial log-sums from `lse_forward`, positives (n,) are from `scale_rows`.
+    """
+    slots, rows = partial.shape
+    losses, lse, q = (partial.new_empty(rows) for _ in range(3))
+    row_losses_kernel[(triton.cdiv(rows, 128),)](
+        *(partial, positives, losses, lse, q, rows // 2, slots),
+        BLOCK_M=128,
+    )
+    return losses, lse, q
+
+
 @triton.jit
-def gradient_kernel(
+def gradient_rows_kernel(
     x_ptr,  # (2n, D)
     product_ptr,  # (splits, 2n, PITCH)
     q_ptr,  # (2n,)
     temperature,
     grad_loss_ptr,  # ()
     dx_ptr,  # (2n, D)
-    along_ptr,  # (2n,) fp32: <z_i, dL/dz_i>
+    along_ptr,  # (2n,) float32: <z_i, dL/dz_i>
     n,
     splits,
     headroom,
@@ -134,6 +183,29 @@ def gradient_kernel(
     product *= tl.sqrt_rn(tau / LOG2_E) / headroom
     dz = (product - q[:, None] * z_p) * (tl.load(grad_loss_ptr) / (2 * n * tau))
     along = tl.sum(z_i * dz, axis=1)
-    dx = (dz - along[:, None] * z_i) * r_i[:, None]  # the part along z_i cannot change its direction
+    dx = (dz - along[:, None] * z_i) * r_i[:, None]  # the component along z_i does not change its direction
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
     tl.store(along_ptr + i, along, mask=i < 2 * n)
+
+
+def gradient_rows(
+    grad_loss: Tensor, temperature: Tensor, x: Tensor, product: Tensor, q: Tensor, headroom: float
+) -> tuple[Tensor, Tensor]:
+    """W dL/dx_i (2n, D) in x's dtype and W <z_i, dL/dz_i> (2n,) float32 for this rank's rows, the first 2n of x (M, D).
+
+    product (splits, 2n, pitch) and headroom are from `grad_matmul`, q (2n,) is from `row_losses`.
+    """
+    splits, rows, pitch = product.shape
+    width = x.shape[1]
+    dx = x.new_empty(rows, width)
+    along = x.new_empty(rows, dtype=torch.float32)
+    padded, block_m = row_block(width)
+    gradient_rows_kernel[(triton.cdiv(rows, block_m),)](
+        *(x, product, q, temperature_argument(temperature), grad_loss, dx, along, rows // 2, splits, headroom),
+        D=width,
+        PITCH=pitch,
+        D_PADDED=padded,
+        BLOCK_M=block_m,
+        TAU_IS_POINTER=not is_on_host(temperature),
+    )
+    return dx, along

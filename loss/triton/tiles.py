@@ -1,8 +1,8 @@
-"""Which tile each kernel takes on which GPU, and how many programs share a row's columns.
+"""Tile sizes of the kernels per GPU, and the number of programs that share the columns of a row.
 
-Chosen by compiling every line of the table ahead of time, so that none spills registers, each fits the shared memory
-and, where registers allow, two programs fit a multiprocessor: one computes exponentials while the other multiplies.
-`python -m bench.static_report` prints what each compiles to.
+Every line of the table was chosen by compiling it ahead of time, so that none spills registers, each fits the shared
+memory and, where registers allow, two programs fit a multiprocessor: one computes exponentials while the other
+multiplies. `python bench/loss_kernel.py --static` prints what each line compiles to.
 """
 
 import math
@@ -11,14 +11,15 @@ from typing import NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 
 
 class Tile(NamedTuple):
     """Rows x columns of S that a program holds at a time.
 
-    `block_k` columns of x enter the similarities at a time and `block_d` the gradient's product: at D of at most
-    block_k, x is read once for both; above block_d, S is computed once more for every further block_d columns.
-    `programs` fit a multiprocessor at once.
+    The similarities read `block_k` columns of x at a time, the product of the gradient `block_d`. Up to D = block_k, x
+    is read once for both; above block_d, S is recomputed for every further block_d columns. `programs` is the number
+    that fit a multiprocessor at once.
     """
 
     block_m: int
@@ -30,126 +31,136 @@ class Tile(NamedTuple):
     programs: int
 
     def pitch(self, width: int) -> int:
-        """D = `width` in whole blocks of the similarities: a power of two, or above block_k a multiple of it."""
+        """D = `width` rounded up to whole blocks: a power of two, or above block_k a multiple of it."""
         return triton.cdiv(width, self.block_k) * self.block_k
+
+    def own_tiles(self, n: int) -> int:
+        """Number of column tiles of this rank's 2n rows; each view is tiled separately."""
+        return 2 * triton.cdiv(n, self.block_n)
+
+    def all_tiles(self, n: int, m: int) -> int:
+        """Number of column tiles of the m rows of all ranks."""
+        return self.own_tiles(n) + triton.cdiv(m - 2 * n, self.block_n)
+
+    def constants(self, n: int, width: int, precision: str) -> dict:
+        """Constants of a launch over tiles, for 2n rows of this rank with D = `width`."""
+        return {
+            "D": width,
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "EVEN": n % self.block_m == 0 and n % self.block_n == 0,
+            "PRECISION": precision,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
 
 
 class Chip(NamedTuple):
-    tiles: str
+    architecture: str  # of the lines in TILES
     multiprocessors: int
 
 
-# What a block may ask for: CUDA C++ programming guide, technical specifications per compute capability.
+# Maximum per block: CUDA C++ programming guide, technical specifications per compute capability.
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024}
 
-# The widest D and its tile, by architecture, kernel and arithmetic. bf16 and fp16 are "half". sm_86 stands for all
-# with 99 KB of shared memory: sm_86, sm_89 and sm_120.
+# Largest D and its tile, by architecture, kernel and arithmetic. "half" is bfloat16 and float16. sm_86 stands for all
+# architectures with 99 KB of shared memory: sm_86, sm_89 and sm_120.
 TILES: dict[tuple[str, str, str], dict[float, Tile]] = {
-    ("sm_80", "negatives", "half"): {
+    ("sm_80", "lse_forward", "half"): {
         64: Tile(128, 64, 64, 64, 8, 3, 2),
         128: Tile(128, 64, 128, 128, 4, 3, 2),
         256: Tile(128, 64, 256, 256, 8, 3, 1),
         math.inf: Tile(128, 64, 64, 64, 8, 3, 1),
     },
-    ("sm_80", "products", "half"): {
+    ("sm_80", "grad_matmul", "half"): {
         64: Tile(128, 64, 64, 64, 8, 3, 2),
         128: Tile(64, 64, 128, 128, 4, 3, 2),
         256: Tile(64, 32, 256, 256, 4, 3, 2),
         math.inf: Tile(32, 64, 64, 512, 8, 2, 1),
     },
-    ("sm_80", "negatives", "tf32"): {
+    ("sm_80", "lse_forward", "tf32"): {
         64: Tile(64, 64, 64, 64, 4, 3, 3),
         128: Tile(64, 64, 128, 128, 4, 2, 2),
         math.inf: Tile(128, 64, 32, 32, 8, 3, 1),
     },
-    ("sm_80", "products", "tf32"): {
+    ("sm_80", "grad_matmul", "tf32"): {
         64: Tile(64, 32, 64, 64, 4, 2, 2),
         128: Tile(64, 32, 128, 128, 4, 2, 2),
         math.inf: Tile(64, 32, 32, 256, 8, 2, 1),
     },
-    ("sm_86", "negatives", "half"): {
+    ("sm_86", "lse_forward", "half"): {
         64: Tile(128, 64, 64, 64, 8, 3, 2),
         128: Tile(64, 64, 128, 128, 4, 3, 2),
         256: Tile(64, 64, 256, 256, 4, 2, 1),
         math.inf: Tile(128, 64, 64, 64, 8, 3, 1),
     },
-    ("sm_86", "products", "half"): {
+    ("sm_86", "grad_matmul", "half"): {
         64: Tile(128, 64, 64, 64, 8, 3, 1),
         128: Tile(64, 64, 128, 128, 4, 3, 1),
         256: Tile(64, 32, 256, 256, 4, 3, 1),
         math.inf: Tile(32, 64, 64, 512, 8, 2, 1),
     },
-    ("sm_86", "negatives", "tf32"): {
+    ("sm_86", "lse_forward", "tf32"): {
         64: Tile(64, 64, 64, 64, 4, 3, 2),
         128: Tile(64, 64, 128, 128, 4, 2, 1),
         math.inf: Tile(128, 64, 32, 32, 8, 3, 1),
     },
-    ("sm_86", "products", "tf32"): {
+    ("sm_86", "grad_matmul", "tf32"): {
         64: Tile(64, 32, 64, 64, 4, 2, 3),
         128: Tile(64, 32, 128, 128, 4, 2, 1),
         math.inf: Tile(64, 32, 32, 256, 8, 2, 1),
     },
-    ("sm_90", "negatives", "half"): {
+    ("sm_90", "lse_forward", "half"): {
         64: Tile(128, 128, 64, 64, 8, 3, 2),
         128: Tile(128, 128, 128, 128, 8, 2, 2),
         256: Tile(128, 128, 256, 256, 8, 2, 1),
         math.inf: Tile(128, 128, 64, 64, 8, 3, 1),
     },
-    ("sm_90", "products", "half"): {
+    ("sm_90", "grad_matmul", "half"): {
         64: Tile(64, 64, 64, 64, 4, 3, 3),
         128: Tile(128, 64, 128, 128, 8, 3, 1),
         256: Tile(128, 32, 256, 256, 8, 2, 1),
         math.inf: Tile(32, 64, 64, 512, 8, 2, 1),
     },
-    ("sm_90", "negatives", "tf32"): {
+    ("sm_90", "lse_forward", "tf32"): {
         64: Tile(128, 64, 64, 64, 8, 3, 2),
         128: Tile(64, 64, 128, 128, 4, 2, 2),
         math.inf: Tile(128, 64, 32, 32, 8, 3, 1),
     },
-    ("sm_90", "products", "tf32"): {
+    ("sm_90", "grad_matmul", "tf32"): {
         64: Tile(64, 32, 64, 64, 4, 2, 4),
         128: Tile(64, 32, 128, 128, 4, 2, 2),
         math.inf: Tile(64, 32, 32, 256, 8, 2, 1),
     },
 }
-for _architecture in SHARED_BYTES:  # no tensor cores: what matters is that the operands stay in registers
-    TILES[_architecture, "negatives", "ieee"] = {
+for _architecture in SHARED_BYTES:  # no tensor cores: the operands should stay in registers
+    TILES[_architecture, "lse_forward", "ieee"] = {
         32: Tile(64, 32, 32, 32, 4, 1, 4),
         math.inf: Tile(64, 64, 32, 32, 4, 1, 4),
     }
-    TILES[_architecture, "products", "ieee"] = {math.inf: Tile(32, 32, 32, 128, 4, 1, 3)}
-TILES["sm_86", "negatives", "ieee"] = {
+    TILES[_architecture, "grad_matmul", "ieee"] = {math.inf: Tile(32, 32, 32, 128, 4, 1, 3)}
+TILES["sm_86", "lse_forward", "ieee"] = {
     32: Tile(64, 32, 32, 32, 4, 1, 4),
     64: Tile(64, 64, 32, 32, 8, 1, 2),
     math.inf: Tile(64, 64, 32, 32, 4, 1, 4),
 }
-TILES["sm_90", "products", "ieee"] = {
+TILES["sm_90", "grad_matmul", "ieee"] = {
     32: Tile(32, 16, 32, 32, 4, 1, 6),
     math.inf: Tile(32, 32, 32, 128, 4, 1, 3),
 }
 
-# The interpreter's programs run one after another in numpy: several small tiles reach every loop and every mask.
+# The interpreter runs programs one after another in NumPy: several small tiles reach every loop and every mask.
 INTERPRETER_TILE = Tile(32, 16, 64, 64, 1, 1, 16)
-
-
-@torch.compiler.assume_constant_result
-def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why impl="triton" cannot take such a z, in one sentence; None if it can."""
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"impl='triton' takes float32, bfloat16 or float16; z is {dtype}: choose impl='auto' or 'blockwise'"
-    if device.type == "cpu" and triton.knobs.runtime.interpret:
-        return None
-    if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 0):
-        return None
-    return (
-        f"impl='triton' is not available for z on {device}, but on NVIDIA GPUs of compute capability 8.0 or later and "
-        "on the CPU if TRITON_INTERPRET=1 was set before Python started: choose impl='auto' or 'blockwise'"
-    )
 
 
 @cache
 def chip(device: torch.device) -> Chip | None:
-    """The lines of the table whose shared memory the device has, and its multiprocessors; None: interpreted."""
+    """Architecture whose shared memory fits the device's, and its multiprocessors; None under the interpreter.
+
+    Raises:
+        ValueError: the device has less than 99 KB of shared memory per block.
+    """
     if device.type == "cpu":
         return None
     properties = torch.cuda.get_device_properties(device)
@@ -162,42 +173,42 @@ def chip(device: torch.device) -> Chip | None:
         architecture = "sm_86"
     else:
         raise ValueError(
-            f"impl='triton' needs 99 KB of shared memory per block; {properties.name} has {shared_bytes // 1024} KB: "
-            "choose impl='blockwise'"
+            f"impl='triton' needs 99 KB of shared memory per block, but {properties.name} has "
+            f"{shared_bytes // 1024} KB; use impl='blockwise'."
         )
     return Chip(architecture, properties.multi_processor_count)
 
 
 def tile_for(kernel: str, architecture: str, dtype: torch.dtype, precision: str, width: int) -> Tile:
-    """The table's tile for D = `width`, with block_k and block_d no wider than it takes."""
+    """Tile of the table for D = `width`, with block_k and block_d no larger than D needs."""
     arithmetic = precision if dtype == torch.float32 else "half"
     rows = TILES[architecture, kernel, arithmetic]
     return _narrowed(next(tile for widest, tile in rows.items() if width <= widest), width)
 
 
-def tile_on(kernel: str, device: torch.device, dtype: torch.dtype, precision: str, width: int) -> Tile:
-    """The tile for this device, the same for D = `width` and for D's pitch."""
-    here = chip(device)
-    return _narrowed(INTERPRETER_TILE, width) if here is None else tile_for(kernel, here.tiles, dtype, precision, width)
+def tile_of(kernel: str, x: Tensor, precision: str) -> Tile:
+    """Tile for rows x (M, D) on their device; the same for D and for its pitch."""
+    here, width = chip(x.device), x.shape[1]
+    if here is None:
+        return _narrowed(INTERPRETER_TILE, width)
+    return tile_for(kernel, here.architecture, x.dtype, precision, width)
 
 
-def choose(
-    kernel: str, device: torch.device, dtype: torch.dtype, precision: str, n: int, m: int, width: int
-) -> tuple[Tile, int]:
-    """The tile for this device and its splits: how many programs share the m columns of a block of the 2n rows.
+def choose_tile(kernel: str, x: Tensor, precision: str, n: int, columns: int) -> tuple[Tile, int]:
+    """Tile for rows x (M, D) on their device, and its splits.
 
-    The more, the better the last turn of programs fills the GPU; every split adds to its own slot of partial sums.
+    `splits` programs share the columns of a block of the 2n rows. More splits fill the last wave of programs on the GPU
+    better, but each adds partial sums in a slot of its own.
     """
-    here = chip(device)
-    tile = tile_on(kernel, device, dtype, precision, width)
+    here = chip(x.device)
+    tile = tile_of(kernel, x, precision)
     programs = tile.programs * (1 if here is None else here.multiprocessors)
     blocks = 2 * triton.cdiv(n, tile.block_m)
-    if kernel == "products":
-        blocks *= triton.cdiv(width, tile.block_d)
-    tiles = triton.cdiv(m, tile.block_n)
-    # A split costs a prologue and a pass over its partial sums, about a hundredth of a turn.
+    if kernel == "grad_matmul":
+        blocks *= triton.cdiv(x.shape[1], tile.block_d)
+    # A split costs a prologue and a pass over its partial sums, about a hundredth of a wave.
     splits = min(
-        range(1, min(16, tiles) + 1),
+        range(1, min(16, triton.cdiv(columns, tile.block_n)) + 1),
         key=lambda count: triton.cdiv(blocks * count, programs) / count * (1 + 0.01 * count),
     )
     return tile, splits
@@ -209,6 +220,6 @@ def _narrowed(tile: Tile, width: int) -> Tile:
 
 
 def row_block(width: int) -> tuple[int, int]:
-    """Padded D and rows of a program of the kernels that go over rows: 4096 numbers, held in registers."""
+    """Padded D and number of rows of a program of the kernels over rows: 4096 numbers, held in registers."""
     padded = triton.next_power_of_2(width)
     return padded, max(1, min(32, 4096 // padded))

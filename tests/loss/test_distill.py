@@ -1,4 +1,4 @@
-"""distillation and labeled_cross_entropy: equations 2 and 3 of SimCLR v2 (arXiv 2006.10029)."""
+"""Distillation losses compared with equations 2 and 3 of SimCLR v2 (arXiv 2006.10029)."""
 
 import math
 
@@ -17,13 +17,13 @@ def logits(*shape: int, seed: int = 0, spread: float = 3.0) -> Tensor:
 
 
 def probabilities(row: list[float], tau: float) -> list[float]:
-    """P_tau of one image, in Python numbers."""
+    """P_tau of one image, in plain Python."""
     exponentials = [math.exp(f / tau) for f in row]
     return [e / sum(exponentials) for e in exponentials]
 
 
 def distillation_in_loops(student: Tensor, teacher: Tensor, tau: float) -> float:
-    """Equation 2 as it is written, averaged over the images, in float64."""
+    """Equation 2 in plain Python, averaged over the images, in float64."""
     total = 0.0
     for f_student, f_teacher in zip(student.tolist(), teacher.tolist(), strict=True):
         p_student, p_teacher = probabilities(f_student, tau), probabilities(f_teacher, tau)
@@ -48,10 +48,10 @@ def loss_and_gradient(student: Tensor, teacher: Tensor, tau: float) -> tuple[Ten
 
 
 def rounding(*logits: Tensor, tau: float) -> float:
-    """By how much a log-probability in float32 may be off, or a probability relative to itself.
+    """Bound on the error of a log-probability in float32, and on the relative error of a probability.
 
-    f / tau by two half ulps of itself, one of them tau's; from that the row's maximum, off as much, is taken, with a
-    rounding of up to twice its size; the sum of C exponentials has a rounding for each, and its logarithm another.
+    f / tau has an error of two half ulps, one of them from tau. Subtracting the maximum of the row, which has the same
+    error, rounds a number of up to twice its size. The sum of C exponentials rounds C times, its logarithm once.
     """
     largest = max(f.abs().max().item() for f in logits) / tau
     c = logits[0].shape[1]
@@ -59,7 +59,7 @@ def rounding(*logits: Tensor, tau: float) -> float:
 
 
 def close_to(expected: float, *logits: Tensor, tau: float):
-    """The mean over images of sum_y p log q: p and log q are off by `rounding`, and every addition by half an ulp."""
+    """Tolerance of the mean of sum_y p log q: p and log q have errors of `rounding`, every addition half an ulp."""
     b, c = logits[0].shape
     return pytest.approx(expected, rel=0, abs=rounding(*logits, tau=tau) * (1 + expected) + EPS * (b + c) * expected)
 
@@ -96,15 +96,15 @@ def test_two_images_by_hand():
 
 
 @pytest.mark.parametrize("tau", [0.1, 1.0])
-def test_least_where_the_student_says_what_its_teacher_says(tau):
+def test_minimal_when_the_student_equals_the_teacher(tau):
     teacher = logits(6, 10)
     loss, gradient = loss_and_gradient(teacher, teacher, tau)
     entropies = [-sum(p * math.log(p) for p in probabilities(row, tau) if p) for row in teacher.tolist()]
     assert loss.item() == close_to(sum(entropies) / 6, teacher, tau=tau)
     torch.testing.assert_close(gradient, torch.zeros(6, 10), rtol=0, atol=2 * rounding(teacher, tau=tau) / (6 * tau))
     for seed in range(1, 6):
-        aside = distillation(teacher + tau * logits(6, 10, seed=seed, spread=0.3), teacher, tau)
-        assert aside > loss and aside.item() != close_to(loss.item(), teacher, tau=tau)
+        other = distillation(teacher + tau * logits(6, 10, seed=seed, spread=0.3), teacher, tau)
+        assert other > loss and other.item() != close_to(loss.item(), teacher, tau=tau)
 
 
 def test_no_gradient_reaches_the_teacher():
@@ -113,8 +113,8 @@ def test_no_gradient_reaches_the_teacher():
     assert student.grad.any() and teacher.grad is None
 
 
-def test_temperature_and_logits_count_by_their_quotient():
-    """So tau = 1/4 is logits times 4, exactly, as both are powers of two; and no factor tau^2 undoes it."""
+def test_only_the_ratio_of_logits_and_temperature_matters():
+    """tau = 1/4 equals logits times 4 exactly, because both are powers of two; there is no factor tau^2."""
     student, teacher = logits(6, 10, seed=1), logits(6, 10, seed=2)
     loss, gradient = loss_and_gradient(student, teacher, 0.25)
     scaled_loss, scaled_gradient = loss_and_gradient(4 * student, 4 * teacher, 1.0)
@@ -144,7 +144,7 @@ def test_a_constant_added_to_all_logits_of_an_image_changes_nothing():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_is_computed_in_fp32(dtype):
+def test_16_bit_logits_are_computed_in_float32(dtype):
     student, teacher = logits(6, 10, seed=1).to(dtype), logits(6, 10, seed=2).to(dtype)
     loss, gradient = loss_and_gradient(student, teacher, 0.1)
     expected, expected_gradient = loss_and_gradient(student.float(), teacher.float(), 0.1)
@@ -155,14 +155,14 @@ def test_low_precision_is_computed_in_fp32(dtype):
 
 
 def test_large_logits_neither_overflow_nor_vanish():
-    """exp(1e5) is far out of range. Sure of the wrong class by 1e4 at tau 0.1, the student loses 1e5, no less."""
+    """exp(1e5) is out of range, but a student that prefers the wrong class by 1e4 at tau 0.1 has a loss of 1e5."""
     teacher, student = torch.tensor([[1e4, 0.0, -1e30]]), torch.tensor([[0.0, 1e4, -1e30]])
     loss, gradient = loss_and_gradient(student, teacher, 0.1)
     assert loss.item() == pytest.approx(1e5, rel=4 * EPS)
     torch.testing.assert_close(gradient, torch.tensor([[-10.0, 10.0, 0.0]]), rtol=4 * EPS, atol=0)
 
 
-def test_a_class_that_the_teacher_rules_out_is_none():
+def test_a_class_with_teacher_probability_zero_contributes_nothing():
     student, teacher = logits(4, 5, seed=1), logits(4, 5, seed=2)
     without = teacher.index_fill(1, torch.tensor([3]), -math.inf)
     loss, gradient = loss_and_gradient(student, without, 1.0)
@@ -173,7 +173,7 @@ def test_a_class_that_the_teacher_rules_out_is_none():
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("whose", ["student", "teacher"])
 def test_nan_and_inf_make_the_loss_nan(bad, whose):
-    """So that the step is skipped instead of moving the weights by a wrong gradient."""
+    """The step is then skipped instead of applying a wrong gradient."""
     both = {"student": logits(4, 5, seed=1), "teacher": logits(4, 5, seed=2)}
     both[whose][2, 3] = bad
     loss, gradient = loss_and_gradient(**both, tau=1.0)
@@ -192,7 +192,7 @@ def labeled_in_loops(f: Tensor, label: list[int]) -> float:
 
 
 @pytest.mark.parametrize("label", [[3, 0, 6, 1], [-1, 2, -1, -1], [5, -1, 5, -1]])
-def test_labels_are_summed_over_those_that_are_and_divided_by_all(label):
+def test_labeled_images_are_summed_and_divided_by_all_images(label):
     f = logits(4, 7).requires_grad_()
     loss = labeled_cross_entropy(f, torch.tensor(label))
     loss.backward()
@@ -210,7 +210,7 @@ def test_three_images_by_hand():
     assert loss.item() == pytest.approx(math.log(40 / 3) / 3, rel=8 * EPS)
 
 
-def test_no_labels_cost_nothing():
+def test_a_batch_without_labels_has_zero_loss_and_gradient():
     f = logits(4, 7).requires_grad_()
     loss = labeled_cross_entropy(f, torch.full((4,), -1))
     loss.backward()
@@ -218,7 +218,7 @@ def test_no_labels_cost_nothing():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_labels_in_low_precision_are_computed_in_fp32(dtype):
+def test_labeled_16_bit_logits_are_computed_in_float32(dtype):
     f, label = logits(4, 7).to(dtype), torch.tensor([1, -1, 6, 0])
     expected = labeled_cross_entropy(f.float(), label)
     assert expected.dtype == torch.float32 and torch.equal(labeled_cross_entropy(f, label), expected)
@@ -226,7 +226,7 @@ def test_labels_in_low_precision_are_computed_in_fp32(dtype):
         assert torch.equal(labeled_cross_entropy(f, label), expected)
 
 
-def test_large_logits_with_labels():
+def test_large_labeled_logits_do_not_overflow():
     f = torch.tensor([[1e4, 0.0, -1e30], [0.0, 1e4, -1e30]], requires_grad=True)
     loss = labeled_cross_entropy(f, torch.tensor([1, 1]))
     loss.backward()
@@ -235,8 +235,8 @@ def test_large_logits_with_labels():
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_both_together_are_equation_3(share):
-    """Divided by the number of all images, both its sums: over the labeled ones, (1 - alpha), and over all, alpha."""
+def test_the_weighted_sum_is_equation_3(share):
+    """Both sums, over labeled images and over all images, are divided by the number of all images."""
     student, teacher, label, tau = logits(6, 5, seed=1), logits(6, 5, seed=2), [2, -1, -1, 4, -1, 0], 0.5
     labeled_sum = sum(-math.log(probabilities(student[i].tolist(), 1.0)[y]) for i, y in enumerate(label) if y >= 0)
     taught_sum = 6 * distillation_in_loops(student, teacher, tau)
@@ -246,14 +246,14 @@ def test_both_together_are_equation_3(share):
     assert total.item() == close_to(expected, student, teacher, tau=tau)
 
 
-# ---- refusals
+# ---- invalid arguments
 
 
 @pytest.mark.parametrize(
     ("student", "teacher"), [((6, 5), (6, 1)), ((6, 1), (6, 5)), ((6, 5), (1, 5)), ((5,), (5,)), ((0, 5), (0, 5))]
 )
-def test_logits_of_other_images_or_classes_are_refused(student, teacher):
-    """Broadcast over each other they would give a number."""
+def test_logits_of_different_shapes_are_refused(student, teacher):
+    """Broadcasting would return a number."""
     with pytest.raises(ValueError, match=r"of the same images and classes; got shapes"):
         distillation(torch.zeros(student), torch.zeros(teacher), 1.0)
 
@@ -265,6 +265,6 @@ def test_a_temperature_must_be_positive(tau):
 
 
 @pytest.mark.parametrize(("f", "label"), [((6, 5), (3,)), ((6, 5), (6, 5)), ((5,), ()), ((0, 5), (0,))])
-def test_labels_of_other_images_are_refused(f, label):
+def test_labels_of_a_different_shape_are_refused(f, label):
     with pytest.raises(ValueError, match=r"must be of the same images; got shapes"):
         labeled_cross_entropy(torch.zeros(f), torch.zeros(label, dtype=torch.int64))

@@ -1,4 +1,4 @@
-"""Several real gloo processes against one: loss, DDP-averaged gradients of a layer and of the temperature, refusals."""
+"""Several gloo processes compared with one: loss, gradients averaged by DDP, errors for differing calls."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ SAMPLES_PER_RANK, WIDTH, D = 5, 9, 7
 
 
 class Projector(torch.nn.Module):
-    """A layer and a temperature to learn: what DDP averages."""
+    """A linear layer and a learned temperature, whose gradients DDP averages."""
 
     def __init__(self):
         super().__init__()
@@ -47,15 +47,15 @@ def compare_with_one_process(rank, world_size):
         dist.all_reduce(loss)
         results[impl] = [loss / world_size, *gradients]
 
-    # A group of one inside the job is one process's loss.
+    # In a group of one, the loss is that of a single process.
     alone = [dist.new_group([r]) for r in range(world_size)][rank]
     results["alone"] = loss_and_gradients(Projector(), own, group=alone)
 
     outsiders = [r for r in range(world_size) if r != 0]
     not_mine = [dist.new_group(outsiders), dist.new_group([0])][rank != 0]
-    with pytest.raises(ValueError) as refusal:
+    with pytest.raises(ValueError) as error:
         nt_xent(torch.randn(4, D), 0.1, group=not_mine)
-    results["outsider"] = str(refusal.value)
+    results["outsider"] = str(error.value)
 
     results["different calls"] = []
     z = torch.randn(4, D)
@@ -65,22 +65,22 @@ def compare_with_one_process(rank, world_size):
         (z, {"temperature": 0.1 + rank}),
         (z, {"temperature": torch.tensor(0.1) if rank else 0.1}),
     ]:
-        with pytest.raises(ValueError) as refusal:
+        with pytest.raises(ValueError) as error:
             nt_xent(differing, **options)
-        results["different calls"].append(str(refusal.value))
+        results["different calls"].append(str(error.value))
 
     z = own.flatten(0, 1).requires_grad_()
     (gradient,) = torch.autograd.grad(nt_xent(z, 0.2, impl="reference"), z, create_graph=True)
     (results["second derivative"],) = torch.autograd.grad((gradient**3).sum(), z)
 
-    results["refusals"] = []
+    results["shape errors"] = []
     for shape in [(4 if rank else 6, D), (4, D + rank), (5 if rank else 4, D)]:
-        with pytest.raises(ValueError) as refusal:
+        with pytest.raises(ValueError) as error:
             nt_xent(torch.randn(shape), 0.1)
-        results["refusals"].append(str(refusal.value))
-    with pytest.raises(ValueError) as refusal:
+        results["shape errors"].append(str(error.value))
+    with pytest.raises(ValueError) as error:
         nt_xent(torch.randn(5, D), 0.1)
-    results["odd"] = str(refusal.value)
+    results["odd"] = str(error.value)
     return results
 
 
@@ -89,7 +89,7 @@ def test_ranks_equal_one_process(world_size, tmp_path):
     views = batch_views(world_size)
     expected = loss_and_gradients(Projector(), views, impl="reference")
     z = views.flatten(0, 1).requires_grad_()
-    # before the average over ranks, dL/dz of a rank is W times that of the mean over all rows
+    # before averaging over ranks, dL/dz of a rank is W times the gradient of the mean over all rows
     (gradient,) = torch.autograd.grad(world_size * nt_xent(z, 0.2, impl="reference"), z, create_graph=True)
     second_derivative = torch.autograd.grad((gradient**3).sum(), z)[0].unflatten(0, (2, -1))
     for rank, results in enumerate(run_ranks(world_size, tmp_path, compare_with_one_process)):
@@ -99,8 +99,8 @@ def test_ranks_equal_one_process(world_size, tmp_path):
         own = views[:, rank * SAMPLES_PER_RANK : (rank + 1) * SAMPLES_PER_RANK]
         for actual, true in zip(results["alone"], loss_and_gradients(Projector(), own), strict=True):
             torch.testing.assert_close(actual, true, rtol=1e-12, atol=1e-12)
-        assert all("z must have the same shape on every rank" in message for message in results["refusals"])
-        assert ("[[4, 7], " if rank else "[[6, 7], ") in results["refusals"][0]
+        assert all("z must have the same shape on every rank" in message for message in results["shape errors"])
+        assert ("[[4, 7], " if rank else "[[6, 7], ") in results["shape errors"][0]
         assert "z must hold two views" in results["odd"]
         assert "This process is not in the group" in results["outsider"]
         dtypes, impls, temperatures, kinds = results["different calls"]

@@ -1,7 +1,11 @@
-"""nt_xent as a user calls it: values, gradients, dtypes, refusals. One process."""
+"""nt_xent in one process: values, gradients, dtypes, derivatives, invalid arguments, imports."""
 
 import math
+import subprocess
+import sys
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,29 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
-from loss import nt_xent
+from common import UserError
+from loss import LossConfig, nt_xent
+from tests.loss.cases import loss_and_gradients, trained_like
 
+ROOT = Path(__file__).parents[2]
 IMPLS = ["blockwise", "reference"]
 
 
-def trained_like(n, d, seed=0):
-    """(2n, d) float64 with positive cosines above 0.9 and rows of unequal length."""
-    generator = torch.Generator().manual_seed(seed)
-    first = torch.randn(n, d, generator=generator, dtype=torch.float64)
-    views = torch.cat([first, first + 0.25 * torch.randn(n, d, generator=generator, dtype=torch.float64)])
-    return views * torch.empty(2 * n, 1, dtype=torch.float64).uniform_(0.3, 30, generator=generator)
-
-
-def loss_and_gradients(z, tau, impl, learn_temperature=True):
-    z = z.detach().clone().requires_grad_()
-    temperature = torch.tensor(tau, dtype=torch.promote_types(z.dtype, torch.float32), requires_grad=learn_temperature)
-    loss = nt_xent(z, temperature, impl=impl)
-    loss.backward()
-    return loss.detach(), z.grad, temperature.grad
-
-
 def algorithm_1_in_loops(z, tau):
-    """SimCLR, Algorithm 1, in Python numbers. There the views of sample k are rows 2k - 1 and 2k, here k and n + k."""
+    """SimCLR, Algorithm 1, in plain Python. Its views of sample k are rows 2k - 1 and 2k, here k and n + k."""
     z = z.tolist()
     n = len(z) // 2
     rows = [z[k + view * n] for k in range(n) for view in range(2)]
@@ -61,125 +52,19 @@ def test_gradient_equals_finite_differences(impl):
     assert torch.autograd.gradcheck(lambda *inputs: nt_xent(*inputs, impl=impl), (z, temperature))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_one_sample_has_no_negatives_and_loses_nothing(impl):
-    loss, grad, grad_temperature = loss_and_gradients(trained_like(1, 8), 0.1, impl)
-    assert loss == 0 and grad_temperature == 0 and not grad.any()
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("tau", [0.005, 0.1])
-def test_zero_rows_are_finite_and_get_no_gradient(impl, tau):
-    z = trained_like(6, 8)
-    z[[2, 7]] = 0
-    loss, grad, grad_temperature = loss_and_gradients(z, tau, impl)
-    assert loss.isfinite() and grad.isfinite().all() and grad_temperature.isfinite()
-    assert not grad[[2, 7]].any()
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("tau", [0.005, 0.1])
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("n", [1, 6])
-def test_nan_and_inf_make_the_loss_nan(impl, tau, bad, n):
-    z = trained_like(n, 8).float()
-    z[n, 3] = bad
-    assert nt_xent(z, tau, impl=impl).isnan()
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-def test_rows_too_long_to_square_make_the_loss_nan(impl):
-    assert nt_xent(torch.full((4, 8), 1e30), 0.1, impl=impl).isnan()
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("length", [1e-44, 1e-25, 1e-22, 1e-20, 1e-18])
-def test_rows_too_short_to_square_count_as_zero_rows(impl, length):
-    """Their rounded squares would give u another length than 1, and the loss a wrong or infinite value."""
-    z = trained_like(6, 8).float()
-    z[[2, 7]] *= length / 30
-    zeroed = z.index_fill(0, torch.tensor([2, 7]), 0)
-    for actual, expected in zip(loss_and_gradients(z, 0.1, impl), loss_and_gradients(zeroed, 0.1, impl), strict=True):
-        assert torch.equal(actual, expected)
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("length", [1e-16, 1e-10, 1e10, 1e17])
-def test_the_length_of_all_other_rows_does_not_matter(impl, length):
-    z = trained_like(6, 8).float()
-    z /= z.norm(dim=1, keepdim=True)
-    true_loss, true_grad, true_grad_temperature = loss_and_gradients((z * length).double(), 0.1, "reference")
-    loss, grad, grad_temperature = loss_and_gradients(z * length, 0.1, impl)
-    ulp = 2**-23 / 0.1  # of s
-    assert (loss - true_loss).abs() <= 2 * ulp and (grad - true_grad).norm() <= 8 * ulp * true_grad.norm()
-    assert (grad_temperature - true_grad_temperature).abs() <= 8 * ulp / 0.1
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_is_computed_in_fp32(dtype):
+def test_16_bit_inputs_are_computed_in_float32(dtype):
     z = trained_like(33, 48).to(dtype)
     loss, grad, grad_temperature = loss_and_gradients(z, 0.07, "blockwise")
     expected, expected_grad, expected_grad_temperature = loss_and_gradients(z.float(), 0.07, "blockwise")
     assert loss.dtype == torch.float32 and torch.equal(loss, expected)
-    assert grad.dtype == dtype and torch.equal(grad, expected_grad.to(dtype))
+    assert grad.dtype == dtype and torch.equal(grad, (expected_grad * 1024).to(dtype) / 1024)  # loss scaling
     assert torch.equal(grad_temperature, expected_grad_temperature)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_autocast_changes_nothing(impl):
-    z = trained_like(33, 48).float().requires_grad_()
-    expected, expected_grad, _ = loss_and_gradients(z, 0.07, impl)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = nt_xent(z, 0.07, impl=impl)
-    loss.backward()
-    assert torch.equal(loss, expected) and torch.equal(z.grad, expected_grad)
-
-
-def test_backward_inside_autocast_stays_fp32():
-    z = trained_like(33, 48).float()
-    expected = loss_and_gradients(z, 0.07, "blockwise")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual = loss_and_gradients(z, 0.07, "blockwise")
-    assert all(map(torch.equal, actual, expected))
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-def test_number_and_tensor_temperatures_agree(impl):
-    z = trained_like(4, 8)
-    assert torch.equal(nt_xent(z, 0.25, impl=impl), nt_xent(z, torch.tensor(0.25), impl=impl))
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-def test_the_default_device_does_not_matter(impl):
-    z = trained_like(4, 8)
-    expected = nt_xent(z, 0.25, impl=impl)
-    with torch.device("meta"):
-        assert torch.equal(nt_xent(z, 0.25, impl=impl), expected)
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize(
-    "layout",
-    [
-        lambda z: z.t().contiguous().t(),
-        lambda z: torch.stack([z, z], dim=2)[..., 0],
-        lambda z: z[:1].expand_as(z),
-        lambda z: z[:, :1].expand_as(z),
-    ],
-    ids=["transposed", "strided", "rows expanded", "columns expanded"],
-)
-def test_strides_do_not_matter(impl, layout):
-    z = layout(trained_like(6, 8))
-    assert not z.is_contiguous()
-    for actual, true in zip(
-        loss_and_gradients(z, 0.1, impl), loss_and_gradients(z.contiguous(), 0.1, impl), strict=True
-    ):
-        torch.testing.assert_close(actual, true, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-def test_batched_by_vmap(impl):
-    z = torch.stack([trained_like(4, 8, seed) for seed in range(3)]).requires_grad_()
+def test_vmap_computes_every_batch(impl):
+    z = torch.stack([trained_like(4, 8, seed=seed) for seed in range(3)]).requires_grad_()
     each = torch.stack([nt_xent(one, 0.2, impl="reference") for one in z])
     together = torch.vmap(lambda one: nt_xent(one, 0.2, impl=impl))(z)
     torch.testing.assert_close(together, each, rtol=1e-12, atol=1e-12)
@@ -207,7 +92,7 @@ def _dual(f, z, tangent):
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_derivatives_without_a_formula_are_refused_not_zero(name):
+def test_unsupported_derivatives_raise_instead_of_being_zero(name):
     z, tangent = trained_like(4, 8), trained_like(4, 8, seed=1)
     _, grad, _ = loss_and_gradients(z, 0.2, "reference")
     derivative = TRANSFORMS[name](lambda z: nt_xent(z, 0.2, impl="reference"), z, tangent)
@@ -219,8 +104,8 @@ def test_derivatives_without_a_formula_are_refused_not_zero(name):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_compiled_a_temperature_out_of_range_is_never_taken(impl):
-    """A compiled graph cannot look at a tensor: it makes the loss NaN."""
+def test_compiled_loss_is_nan_for_an_invalid_temperature_tensor(impl):
+    """A compiled graph cannot read a tensor on the host."""
     torch.compiler.reset()
     compiled = torch.compile(partial(nt_xent, impl=impl), backend="aot_eager")
     z = trained_like(4, 8)
@@ -240,7 +125,7 @@ def test_compiled_a_temperature_out_of_range_is_never_taken(impl):
     impl=st.sampled_from(IMPLS),
 )
 def test_order_of_samples_and_length_of_rows_do_not_matter(n, d, tau, seed, impl):
-    z = trained_like(n, d, seed)
+    z = trained_like(n, d, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(n, generator=generator)
     rows = torch.cat([order, order + n])
@@ -278,14 +163,48 @@ def test_order_of_samples_and_length_of_rows_do_not_matter(n, d, tau, seed, impl
         (torch.randn(4, 3), 0.1, "triton", r"impl='triton' is not available for z on cpu"),
     ],
 )
-def test_refuses(z, temperature, impl, message):
+def test_invalid_arguments_raise_value_error(z, temperature, impl, message):
     with pytest.raises(ValueError, match=message):
         nt_xent(z, temperature, impl=impl)
 
 
 @pytest.mark.parametrize("temperature", ["0.1", None, [0.1], 0.1j])
-def test_refuses_what_is_no_number(temperature):
+def test_invalid_types_raise_type_error(temperature):
     with pytest.raises(TypeError, match="temperature must be a number or a 0-dim tensor; got"):
         nt_xent(torch.randn(4, 3), temperature)
     with pytest.raises(TypeError, match="z must be a tensor; got list"):
         nt_xent([[1.0, 2.0], [3.0, 4.0]], 0.1)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
+def test_config_names_the_option_of_an_invalid_temperature(temperature):
+    with pytest.raises(UserError, match=r"^--loss\.temperature is .*; it must be at"):
+        LossConfig(temperature=temperature)
+
+
+# An installed package has the same folder under another name; both may be imported by one process.
+IMPORT_SCRIPT = """
+import sys, torch
+import loss, streamclr.loss
+assert not {"triton", "torch._dynamo"} & sys.modules.keys(), "imported before use"
+first, second = (package.nt_xent(torch.ones(4, 2), 0.1) for package in (loss, streamclr.loss))
+assert torch.equal(first, second)
+from loss.cpu import blockwise
+from streamclr.loss.cpu import blockwise as installed
+assert blockwise.loss_gradient._qualname == "loss::nt_xent_gradient"
+assert installed.loss_gradient._qualname == "streamclr::nt_xent_gradient"
+if "triton" in sys.argv:
+    import loss.triton.ops, streamclr.loss.triton.ops
+"""
+
+
+def test_import_is_light_and_registers_operators_once_per_package(tmp_path):
+    package = tmp_path / "streamclr"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "common.py").symlink_to(ROOT / "common.py")
+    (package / "loss").symlink_to(ROOT / "loss")
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{IMPORT_SCRIPT}"]
+    command += ["triton"] if find_spec("triton") else []
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

@@ -1,4 +1,4 @@
-"""The workers of the CPU path: every row once, any number gives the same loss, the caller's threads are untouched."""
+"""Workers of the CPU path: every row once, equal results for any number, the caller's threads unchanged."""
 
 import os
 import signal
@@ -22,9 +22,9 @@ def threads():
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 16, 40])
 @pytest.mark.parametrize("rows", [2, 63, 129, 1000, 4096])
-def test_every_row_goes_to_one_worker_in_equal_triangles(count, rows):
+def test_every_row_goes_to_one_worker_and_triangles_are_balanced(count, rows):
     workers = Workers(count)
-    shares = workers.share_out(lambda bands: torch.cat([torch.arange(rows)[band] for band in bands]), rows, 384)
+    shares = workers.map_bands(lambda bands: torch.cat([torch.arange(rows)[band] for band in bands]), rows, 384)
     assert torch.equal(torch.cat(shares).sort().values, torch.arange(rows))
     if rows == 4096 and workers.count <= 5:
         pairs = torch.stack([(rows - share).sum() for share in shares]).double()
@@ -32,7 +32,7 @@ def test_every_row_goes_to_one_worker_in_equal_triangles(count, rows):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_any_number_of_workers_gives_the_float64_truth(threads, count):
+def test_any_number_of_workers_matches_the_reference(threads, count):
     threads(count)
     z = torch.randn(1030, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     (truth,) = torch.autograd.grad(nt_xent(z, 0.1, impl="reference"), z)
@@ -41,7 +41,7 @@ def test_any_number_of_workers_gives_the_float64_truth(threads, count):
     assert torch.get_num_threads() == count
 
 
-def test_callers_at_the_same_time_do_not_disturb_each_other(threads):
+def test_concurrent_callers_do_not_interfere(threads):
     threads(2)
     batches = [torch.randn(600, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
     expected = [nt_xent(z, 0.1) for z in batches]
@@ -49,7 +49,7 @@ def test_callers_at_the_same_time_do_not_disturb_each_other(threads):
         assert all(map(torch.equal, callers.map(lambda z: nt_xent(z, 0.1), batches), expected))
 
 
-def test_threads_that_start_later_keep_the_callers_number(threads):
+def test_threads_started_later_inherit_the_callers_number(threads):
     threads(3)
     nt_xent(torch.randn(300, 8), 0.1)
     with ThreadPoolExecutor(1) as later:
@@ -65,7 +65,7 @@ def test_a_forked_process_has_its_own_workers(threads):
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
-        signal.alarm(60)  # a child that hangs fails the test
+        signal.alarm(60)  # ends a child that hangs, which fails the test
         os.write(write, struct.pack("d", nt_xent(z, 0.1).item()))
         os._exit(0)
     os.close(write)
@@ -73,17 +73,15 @@ def test_a_forked_process_has_its_own_workers(threads):
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_a_thread_that_outlives_the_main_thread_goes_on(threads, monkeypatch):
+def test_a_thread_that_outlives_the_main_thread_keeps_working(threads, monkeypatch):
     threads(3)
     z = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
     expected = nt_xent(z, 0.1)
-    monkeypatch.setattr(
-        "concurrent.futures.thread._shutdown", True
-    )  # as the interpreter does when the main thread ends
+    monkeypatch.setattr("concurrent.futures.thread._shutdown", True)  # set by Python when the main thread ends
     assert torch.equal(nt_xent(z, 0.1), expected)
 
 
-def test_where_no_thread_can_be_started_none_is_left_waiting(monkeypatch):
+def test_a_failed_thread_start_leaves_no_thread_waiting(monkeypatch):
     start, started = threading.Thread.start, []
 
     def start_two(thread):
@@ -105,4 +103,4 @@ def test_an_error_in_a_band_reaches_the_caller():
         raise RuntimeError("no such band")
 
     with pytest.raises(RuntimeError, match="no such band"):
-        Workers(2).run(lambda workers: workers.share_out(fail, 1000, 384))
+        Workers(2).run(lambda workers: workers.map_bands(fail, 1000, 384))

@@ -1,4 +1,4 @@
-"""Runs interpreted.py in a process of its own: Triton decides when it is imported whether it interprets."""
+"""Run the tests of the Triton kernels in a separate process: Triton reads TRITON_INTERPRET when it is imported."""
 
 import os
 import subprocess
@@ -10,12 +10,12 @@ import pytest
 pytest.importorskip("triton")
 
 
-def test_kernels_under_the_interpreter():
-    tests = Path(__file__).with_name("interpreted.py")
+def test_kernels_in_the_interpreter():
+    tests = [Path(__file__).with_name("interpreted.py"), Path(__file__).parents[1] / "test_every_impl.py"]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(tests)],
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *map(str, tests)],
         env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=tests.parents[3],
+        cwd=Path(__file__).parents[3],
         capture_output=True,
         text=True,
     )

@@ -1,0 +1,34 @@
+"""Temperature of the kernels: a number, or a tensor on the device that the host never reads.
+
+Kernels over tiles of pairs exist in two forms, chosen by MIN_TEMPERATURE: see ONLINE in the package docstring.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MIN_TEMPERATURE = tl.constexpr(1 / (88.72 - 14))  # log of the largest float32 minus log of a million terms
+
+
+@triton.jit
+def load_temperature(temperature, TAU_IS_POINTER: tl.constexpr):
+    return tl.load(temperature).to(tl.float32) if TAU_IS_POINTER else temperature
+
+
+def is_on_host(temperature: Tensor) -> bool:
+    return temperature.device.type == "cpu"
+
+
+def temperature_argument(temperature: Tensor) -> float | Tensor:
+    """The number of a tensor on the host; the tensor itself on a device, where reading it would synchronize."""
+    return temperature.item() if is_on_host(temperature) else temperature
+
+
+def launch_forms(temperature: Tensor) -> tuple[dict[str, bool], ...]:
+    """Constants of every launch of a kernel over tiles.
+
+    A temperature on the device launches both forms; the one that does not apply returns at once.
+    """
+    if is_on_host(temperature):
+        return ({"ONLINE": temperature.item() < MIN_TEMPERATURE.value, "TAU_IS_POINTER": False},)
+    return tuple({"ONLINE": online, "TAU_IS_POINTER": True} for online in (False, True))
