@@ -1,4 +1,4 @@
-"""The benches' own arithmetic, on shapes small enough for a test."""
+"""Arithmetic of the benchmarks on small shapes."""
 
 import csv
 
@@ -12,33 +12,33 @@ from loss import nt_xent
 CPU = torch.device("cpu")
 
 
-def test_everything_takes_its_turn():
+def test_functions_take_turns():
     turns = []
     functions = {name: lambda name=name: turns.append(name) for name in "ab"}
     times = harness.interleave(functions, seconds=0.0, device=CPU)
-    assert turns == ["a", "b"] * 4, "one round to warm up, three that count"
+    assert turns == ["a", "b"] * 4, "one warm-up round and three measured ones"
     assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
 
 
 def test_percentiles():
-    figures = harness.percentiles_ms([n / 1000 for n in range(1, 12)])
-    assert figures == {"p20_ms": 3.0, "median_ms": 6.0, "p80_ms": 9.0, "runs": 11}
+    columns = harness.percentiles_ms([n / 1000 for n in range(1, 12)])
+    assert columns == {"p20_ms": 3.0, "median_ms": 6.0, "p80_ms": 9.0, "runs": 11}
 
 
-def test_rows_come_back_from_the_csv(tmp_path, monkeypatch):
+def test_rows_are_read_back_from_the_csv(tmp_path, monkeypatch):
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    path = harness.write_rows("figures", [{"a": 1, "b": 2.5}, {"a": 3, "c": "x"}])
+    path = harness.write_rows("rows", [{"a": 1, "b": 2.5}, {"a": 3, "c": "x"}])
     assert list(csv.reader(path.open())) == [["a", "b", "c"], ["1", "2.5", ""], ["3", "", "x"]]
-    assert harness.read_rows("figures")[1] == {"a": "3", "b": "", "c": "x"}
+    assert harness.read_rows("rows")[1] == {"a": "3", "b": "", "c": "x"}
 
 
-def test_what_is_compared_computes_the_same():
+def test_compared_implementations_agree():
     z = loss_kernel.projections(34, 16, torch.float64, CPU)
     assert torch.nn.functional.cosine_similarity(*z.chunk(2)).mean() > 0.9
     torch.testing.assert_close(dense(z, 0.1), nt_xent(z, 0.1, impl="reference"))
 
 
-def test_a_row_says_what_was_measured(monkeypatch):
+def test_row_describes_the_measurement(monkeypatch):
     monkeypatch.setattr(loss_kernel, "implementations", lambda device: {"dense": dense})
     (row,) = loss_kernel.measure(64, 16, "float32", CPU, seconds=0.0, memory=False)
     assert row["implementation"] == "dense" and (row["M"], row["D"]) == (64, 16)
@@ -49,7 +49,7 @@ def test_a_row_says_what_was_measured(monkeypatch):
 
 
 def test_every_shape_is_compiled(monkeypatch):
-    """Not only the eight that torch compiles of one function before it falls back to running it as it is."""
+    """More than the eight shapes that torch compiles of one function before it falls back to eager mode."""
     compiled = []
 
     def backend(graph, inputs):
@@ -73,13 +73,13 @@ def test_every_shape_is_compiled(monkeypatch):
 
 
 @pytest.mark.parametrize("options", [["--rows", "777"], ["--quick", "--rows", "1024"]])
-def test_rows_that_are_not_measured_are_refused(monkeypatch, capsys, options):
+def test_unmeasured_rows_are_refused(monkeypatch, capsys, options):
     monkeypatch.setattr("sys.argv", ["loss_kernel.py", *options])
     with pytest.raises(SystemExit) as ended:
         loss_kernel.main()
     assert ended.value.code == 2 and "argument --rows" in capsys.readouterr().err
 
 
-def test_memory_is_measured_in_a_process_of_its_own():
+def test_memory_is_measured_in_a_new_process():
     extra = loss_kernel.peak_extra_mb("dense", 2048, 16, "float32", CPU)
-    assert extra > 2 * 2048 * 2048 * 4 / 1e6, "at least similarities and their gradient"
+    assert extra > 2 * 2048 * 2048 * 4 / 1e6, "at least the similarities and their gradient"
