@@ -72,8 +72,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 def save_tensors(tensors: "dict[str, Tensor]", path: Path, metadata: dict[str, str]) -> None:
     """Write a safetensors file that is readable as far as the umask allows, like any other new file.
 
-    safetensors itself creates files that only their owner can read, refuses tensors that share memory, and raises errors
-    that are not those of the operating system.
+    safetensors itself creates files that only their owner can read, refuses tensors that share memory, and raises
+    errors that are not those of the operating system.
 
     Raises:
         OSError: the file cannot be written.

@@ -24,7 +24,7 @@ class StageConfig(LoopConfig):
     preset: str = "textures"
     """Name of the preset; see --help of the script."""
     data: str = field(default="", metadata=MAY_CHANGE)
-    """Shards: a folder or URL with train/ (and test/ or val/), or one shard set. The textures preset renders its own."""
+    """Shards: a folder or URL with train/ (and test/ or val/), or one shard set. The textures preset renders shards."""
     loader: LoaderConfig = field(default_factory=LoaderConfig, metadata=MAY_CHANGE)
     views: AugmentConfig = field(default_factory=AugmentConfig)
 
@@ -52,7 +52,7 @@ class PretrainConfig(StageConfig):
     """Train a SimCLR encoder on shards. A preset sets every option; options on the command line override it."""
 
     micro_batch: int = 0
-    """Images that a process encodes at a time, for batches larger than memory; 0 for all. Doubles the forward passes."""
+    """Images that a process encodes at a time, for batches larger than memory; 0 for all. Doubles forward passes."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     loss: LossConfig = field(default_factory=LossConfig)

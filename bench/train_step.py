@@ -9,8 +9,9 @@ All trainers use the same encoder on the same images, and every run is a new pro
 preset unchanged (optimizer, probe, guard and metrics included), the peers run as in `bench/trainers.py`, with SGD.
 Trainers take turns, and a ratio is the median over the rounds, so that a slow moment of the machine affects both sides.
 The first round tries several numbers of DataLoader workers for the peers; later rounds keep the fastest. Measured steps
-start and end while batches are being prepared: no batch was prepared in advance whose cost is not measured. "same batch"
-is the step without data loading, on views in memory. `memory` is a batch of 4096 in slices: train.py --micro-batch.
+start and end while batches are being prepared: no batch was prepared in advance whose cost is not measured. "same
+batch" is the step without data loading, on views in memory. `memory` is a batch of 4096 in slices: train.py
+--micro-batch.
 """
 
 import argparse
@@ -92,7 +93,7 @@ SETTINGS = {
     "stl10": Setting(["--preset", "stl10"], 64, tile, warm=3, steps=8),
     "imagenet": Setting(["--preset", "imagenet"], 16, one_of_many_photographs, warm=2, steps=4),
 }
-"""The presets, with batches that take a CPU about a second or a few; they differ in the cost of data and of the step."""
+"""The presets, with batches that take a CPU a second or a few; they differ in the cost of data and of the step."""
 MEMORY = Setting(["--preset", "cifar10", "--loader.prefetch", "1"], 4096, texture, warm=1, steps=1)
 SLICES = ((4096, 64), (128, 0))
 """(batch size, --micro-batch)."""

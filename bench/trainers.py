@@ -119,7 +119,7 @@ class LoopMarks(Instruments):
 
 
 def train_peer(turn: Turn, config: PretrainConfig, marks: Marks, supply: Callable[[Iterable], Iterator]) -> float:
-    """Run the loop of lightly's examples or a plain one with torch's default number of threads; returns the last loss."""
+    """Run lightly's example loop or a plain one on torch's default number of threads; returns the last loss."""
     device, views = marks.device, config.views
     torch.manual_seed(config.seed)
     encoder = create_encoder(encoder_spec(config.encoder, views.size))
@@ -216,7 +216,7 @@ def take_turn(turn: Turn, out: Path) -> dict:
     marks = Marks(device)
     loss = (train_ours if turn.trainer == "ours" else train_peer)(turn, config, marks, supply)
     if not math.isfinite(loss):
-        raise RuntimeError(f"{turn.trainer} in {turn.precision} ended with a loss of {loss}, so its speed is not compared")
+        raise RuntimeError(f"{turn.trainer} in {turn.precision} ended with a loss of {loss}, so it is not compared")
     on_gpu = device.type == "cuda"
     peak_mb = torch.cuda.max_memory_allocated(device) / 1e6 if on_gpu else peak_resident_mb()
     return {"steps_ms": marks.steps_ms()[turn.warm :], "loss": loss, "peak_mb": peak_mb}

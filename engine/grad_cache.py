@@ -30,8 +30,8 @@ def cached_backward(
 ) -> tuple[Tensor, Tensor]:
     """Add the gradient of the contrastive loss and of an auxiliary loss to the parameters, slice by slice.
 
-    Batch norm takes its statistics from each slice (over all ranks where it is synchronized), in both passes alike. With
-    batch norm in training mode the gradient therefore differs from that of the whole batch; without it, it is the same.
+    Batch norm takes its statistics from each slice (over all ranks where it is synchronized) in both passes. With batch
+    norm in training mode the gradient therefore differs from that of the whole batch; without it, it is the same.
     Slices differ by at most one image, so that none has poorer statistics than the others. The running statistics see
     each slice once, and k slices move them as far as one batch does: each by 1 - (1 - momentum)^(1/k).
 

@@ -314,8 +314,8 @@ class TrainingLoop:
         images = len(self.loader) * config.batch_size + dropped
         resumed = f"; resumes from {session.resume_from}" if session.resume_from else ""
         session.print(
-            f"{images:,} images, batch {config.batch_size} ({dropped} left over each epoch), {self.total_steps:,} steps "
-            f"on {session.world_size} x {session.device.type} in {'bf16' if session.bf16 else 'fp32'}, "
+            f"{images:,} images, batch {config.batch_size} ({dropped} left over each epoch), {self.total_steps:,} "
+            f"steps on {session.world_size} x {session.device.type} in {'bf16' if session.bf16 else 'fp32'}, "
             f"views by {self.loader.backend_name}, encoder {self.about.get('timm_name')} "
             f"{self.about.get('timm_kwargs')}{resumed}"
         )

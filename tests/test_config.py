@@ -43,7 +43,7 @@ def run_folder(tmp_path):
         ("distill.py", "--teacher RUN --temperatur 1", "did you mean --temperature?); see distill.py --help."),
         ("train.py", "--zzz", "There is no option '--zzz'; see train.py --help."),
         ("train.py", "finetune", "There is no option 'finetune'"),
-        ("train.py", "--preset cifar", "There is no preset 'cifar' (did you mean cifar10?); use one of textures, cifar10,"),
+        ("train.py", "--preset cifar", "no preset 'cifar' (did you mean cifar10?); use one of textures, cifar10,"),
         ("train.py", "--preset", "There is no preset ''; use one of textures, cifar10, stl10, imagenet."),
         ("finetune.py", "--preset v2-2", "There is no preset 'v2-2' (did you mean v2-1?)"),
         ("train.py", "--epochs 1.5", "Error parsing --epochs: invalid literal for int()"),

@@ -231,12 +231,12 @@ def test_lars(decay):
 #     all steps       100 * 1281167 // 4096 + 1 = 31279     (4096 * 31278 = 128,114,688, rest 2,012)
 #
 # then 4.8 s / 3127 before step 3127, and from it 2.4 (1 + cos(180° (s - 3127) / 28152)). At a third, a half and two
-# thirds of these 28152 = 3 * 9384 steps the angle is 60°, 90°, 120°, the cosine 1/2, 0, -1/2. In the last step the angle
-# is 180° - 180°/28152, and 1 + cos = 2 sin^2(90°/28152). The first step has rate 0 in both implementations.
+# thirds of these 28152 = 3 * 9384 steps the angle is 60°, 90°, 120°, the cosine 1/2, 0, -1/2. In the last step it is
+# 180° - 180°/28152, and 1 + cos = 2 sin^2(90°/28152). The first step has rate 0 in both implementations.
 #
-# Ours differs only in the number of steps: every epoch drops the images that do not fill a batch (1281167 = 312 * 4096 +
-# 3215) and shuffles again, so there are 312 * 100 = 31200 steps, 312 * 10 = 3120 of them warm-up: 0.25 % fewer. Warm-up
-# takes at most a tenth of the run, which does not shorten it at 100 epochs.
+# Ours differs only in the number of steps: every epoch drops the images that do not fill a batch (1281167 =
+# 312 * 4096 + 3215) and shuffles again, so there are 312 * 100 = 31200 steps, 312 * 10 = 3120 of them warm-up: 0.25 %
+# fewer. Warm-up takes at most a tenth of the run, which does not shorten it at 100 epochs.
 OFFICIAL = {
     0: 0.0,
     1563: 2.399232491205628,  # half the warm-up: 4.8 * 1563 / 3127

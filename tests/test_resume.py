@@ -110,7 +110,8 @@ def test_stop_signal_saves_and_the_same_command_continues(pretrain, whole, data,
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 0
-    assert f"run the same command with --out {out} to continue" in " ".join(printed.split()) and not (out / "encoder.safetensors").exists()
+    assert f"run the same command with --out {out} to continue" in " ".join(printed.split())
+    assert not (out / "encoder.safetensors").exists()
     pretrain("--data", data, "--out", out, "--epochs", 2)
     assert_same(out, whole)
 

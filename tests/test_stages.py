@@ -77,7 +77,8 @@ def rows(out):
 
 def test_fine_tuning_starts_from_the_pretrained_weights(run, pretrained, data, tmp_path):
     """With a learning rate of 0 only running statistics change, and the new layer is still zero."""
-    frozen = ["--optim.lr", 0, "--epochs", 1, "--labels.fraction", 1, "--start.run", pretrained, "--start.from-layer", 2]
+    frozen = ["--optim.lr", 0, "--epochs", 1, "--labels.fraction", 1]
+    frozen += ["--start.run", pretrained, "--start.from-layer", 2]
     run("finetune", *frozen, "--out", tmp_path / "run")
     classifier, classes = load_classifier(tmp_path / "run" / "model.safetensors")
     assert classes == sorted(textures.CLASSES)

@@ -1,4 +1,4 @@
-"""The default tiles, compiled without a GPU: no spills, enough shared memory, tensor cores, no repeated work."""
+"""The shipped tiles, compiled without a GPU: no spills, enough shared memory, tensor cores, nothing computed twice."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ QUICK = [
     for architecture in triton_tiles.SHARED_BYTES
     for kernel in triton_static.KERNELS
 ]
-# fewer columns than a block of similarities, in full precision: the largest use of registers
+# fewer columns than a block of the similarities, in full precision: where registers are nearest to their limit
 NARROW = [
     Case(architecture, kernel, torch.float32, "ieee", width, form)
     for architecture in triton_tiles.SHARED_BYTES
@@ -72,8 +72,8 @@ def test_kernels_over_rows_do_not_spill(dtype, width, tau_is_pointer):
             assert stack_bytes == 0, name
 
 
-def test_arguments_equal_to_one_compile(monkeypatch):
-    # A launch turns integers that are 1, such as the sizes of a small batch, into constants.
+def test_arguments_of_one_compile(monkeypatch):
+    # A launch makes constants of integers that are 1, as the sizes of a small batch are.
     def source_of_ones(kernel, signature, constants, attributes):
         ones = {name: 1 for name, kind in signature.items() if kind == "i32" and name in ("n", "splits", "slots")}
         attributes = {at: value for at, value in attributes.items() if kernel.arg_names[at[0]] not in ones}
@@ -88,7 +88,7 @@ def test_arguments_equal_to_one_compile(monkeypatch):
 
 @pytest.mark.soak
 @pytest.mark.parametrize("case", list(triton_static.shipped((8, 24, 37, 96, 192, 200, 384, 768))), ids=str)
-def test_every_default_tile(case):
+def test_every_shipped_tile(case):
     check(case)
 
 

@@ -1,4 +1,4 @@
-"""Benchmark of the pipeline on a few images: what it renders and compares, and the arithmetic of its rows."""
+"""The bench of the pipeline: what it renders, what it compares, and the arithmetic of its rows, on a few images."""
 
 from importlib.util import find_spec
 
@@ -25,7 +25,7 @@ def test_rendered_photographs():
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> list[dict]:
-    """Rows of a benchmark on four small images, without worker processes of the peers."""
+    """A bench of four small images, without the processes of the peers' workers."""
     patch = pytest.MonkeyPatch()
     patch.setattr(bench, "BATCH", 4)
     patch.setattr(bench, "DataLoader", lambda dataset, batch, **_: torch.utils.data.DataLoader(dataset, batch))
@@ -37,7 +37,7 @@ def rows(tmp_path_factory) -> list[dict]:
 
 def test_rows(rows):
     named = {(row["implementation"], row["jitter"], row["stage"]): row for row in rows}
-    assert len(named) == len(rows)  # no duplicates
+    assert len(named) == len(rows)  # none twice
     for name in ("opencv", "kornia", "loader"):
         assert {(name, "exact", "all"), (name, "affine", "all")} <= set(named)
     backends = ["opencv", "kornia", *(["dali"] if find_spec("nvidia") and find_spec("nvidia.dali") else [])]
@@ -55,19 +55,19 @@ def test_rows(rows):
     assert max(peers, key=lambda row: row["images_per_s"])["ratio_to_best_peer"] == 1
 
 
-def test_ratio_is_the_median_over_the_rounds():
+def test_a_ratio_is_the_median_over_the_turns():
     assert bench._ratio([2.0, 40.0, 3.0], [1.0, 10.0, 6.0]) == 2.0
 
 
-def test_plot_is_drawn_from_the_rows(rows, tmp_path, monkeypatch):
+def test_the_plot_comes_from_the_rows(rows, tmp_path, monkeypatch):
     monkeypatch.setattr(plot, "RESULTS", tmp_path)
     monkeypatch.setattr(plot, "read_rows", lambda name: [{k: str(v) for k, v in row.items()} for row in rows])
     assert plot.plot_pipeline().stat().st_size > 10_000
 
 
-def test_stages_of_dali_start_from_the_output_of_the_stage_before(tmp_path):
-    """DALI's crops equal those of OpenCV, and the later stages start from them."""
-    pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is available on Linux only")
+def test_each_stage_of_dali_gets_what_the_one_before_it_makes(tmp_path):
+    """The crops of its geometry are those of the host's, and the other stages start from such."""
+    pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is there for Linux only")
     images = [bench.with_short_side(bench.photograph(number), 64) for number in range(4)]
     data = stages.Prepared(bench.make_shards(images, tmp_path), AugmentConfig(size=48), 2, 4)
     found = {(c.stage, c.jitter): c.call for c in stages.dali_stages(data, AugmentConfig(size=48), 4)}
