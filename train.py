@@ -119,7 +119,10 @@ def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> 
         for batch in loop:  # views (2B, 3, S, S), label (B,)
             probe = partial(probe_objective, label=batch.label)
             if 0 < config.micro_batch < len(batch.label):
-                loss, top1 = cached_backward(session, model, batch.views, config.micro_batch, contrast, probe)
+                mark = loop.instruments.mark
+                loss, top1 = cached_backward(
+                    session, model, batch.views, config.micro_batch, contrast, probe, mark=mark
+                )
             else:
                 with session.autocast():
                     z, logits = model(batch.views)  # (2B, out), (2B, classes)

@@ -1,6 +1,6 @@
-"""The demonstration as a benchmark: `accelerate launch train.py` on freshly rendered textures, its figures kept.
+"""Benchmark of the demonstration: `accelerate launch train.py` on newly rendered textures.
 
-python -m bench.demo          writes bench/results/demo.csv
+python -m bench.demo          write bench/results/demo.csv
 """
 
 import json
@@ -21,9 +21,9 @@ ROOT = Path(__file__).parents[1]
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "train.py"), "--out", "run"]
-        begun = time.perf_counter()
+        started = time.perf_counter()
         subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
-        wall_s = time.perf_counter() - begun
+        wall_s = time.perf_counter() - started
         metrics = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in metrics if "loss" in row]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -39,7 +39,7 @@ def main() -> None:
         if "features" in row
     ]
     path = write_rows("demo", rows)
-    print(f"{wall_s:.0f} s in all; {path}")
+    print(f"{wall_s:.0f} s in total; {path}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""SimCLR v2's three stages on the built-in textures, one command each, beside a classifier trained on the labels alone.
+"""SimCLR v2's three stages on the built-in textures, compared with a classifier trained only on the labels.
 
-python -m bench.demo_v2     pretrain, fine-tune on a tenth of the labels, distil; writes bench/results/demo_v2.csv
+python -m bench.demo_v2     pretrain, fine-tune on a tenth of the labels, distill; write bench/results/demo_v2.csv
 """
 
 import json
@@ -19,16 +19,16 @@ from bench.harness import environment, write_rows
 
 ROOT = Path(__file__).parents[1]
 STAGES = {
-    "pretrain": ["--head.version", "v2", "--eval.no-baselines"],
-    "supervised": ["finetune"],
-    "finetune": ["finetune", "--start.run", "pretrain", "--start.from-layer", "1"],
-    "distill": ["distill", "--teacher", "finetune"],
+    "pretrain": ["train.py", "--head.version", "v2", "--eval.no-baselines"],
+    "supervised": ["finetune.py"],
+    "finetune": ["finetune.py", "--start.run", "pretrain", "--start.from-layer", "1"],
+    "distill": ["distill.py", "--teacher", "finetune"],
 }
-"""Arguments of train.py; each stage's run folder has its name."""
+"""Stage -> script and arguments; the run folder has the name of the stage."""
 SHOWN = {
     "supervised": "from random weights on a tenth of the labels",
-    "finetune": "pretrained without labels, fine-tuned on the same",
-    "distill": "a student of that one, on all images",
+    "finetune": "pretrained without labels, fine-tuned on the same labels",
+    "distill": "student of the fine-tuned classifier, on all images",
 }
 SCORES = ("top1", "top5", "knn_top1", "linear_top1")
 console = Console()
@@ -37,13 +37,13 @@ console = Console()
 def main() -> None:
     scores, wall_s = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        for stage, arguments in STAGES.items():
-            command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "train.py"), *arguments]
-            console.print(f"accelerate launch train.py {' '.join(arguments)} --out {stage}", style="bold")
-            begun = time.perf_counter()
+        for stage, (script, *arguments) in STAGES.items():
+            command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / script), *arguments]
+            console.print(f"accelerate launch {' '.join([script, *arguments])} --out {stage}", style="bold")
+            started = time.perf_counter()
             environ = {**os.environ, "PYTHONPATH": str(ROOT)}
             subprocess.run([*command, "--out", stage], cwd=folder, env=environ, check=True)
-            wall_s[stage] = time.perf_counter() - begun
+            wall_s[stage] = time.perf_counter() - started
             rows = [json.loads(line) for line in (Path(folder) / stage / "metrics.jsonl").read_text().splitlines()]
             scores[stage] = {name: round(rows[-1][name], 4) for name in SCORES if name in rows[-1]}
     table = Table("classifier", "top-1", "top-5", "s")

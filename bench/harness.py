@@ -1,8 +1,7 @@
-"""What every bench shares: timing that survives a noisy machine, and typed rows in a committed CSV."""
+"""Helpers of all benchmarks: timing on a noisy machine, and rows of a committed CSV."""
 
 import csv
 import datetime
-import os
 import platform
 import resource
 import statistics
@@ -13,17 +12,19 @@ from pathlib import Path
 
 import torch
 
+from common import available_cores
+
 RESULTS = Path(__file__).parent / "results"
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
-    """Columns that say where a figure was measured."""
+    """Columns that describe where a row was measured."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     return {
         "date": datetime.date.today().isoformat(),
         "device": name,
         "threads": torch.get_num_threads(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": available_cores(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
@@ -41,11 +42,15 @@ def _cpu_name() -> str:
 
 
 def interleave(functions: dict[str, Callable[[], object]], seconds: float, device: torch.device) -> dict[str, list]:
-    """Seconds of every call, the functions taking turns, so that a slow moment of the machine hits all alike.
+    """Time functions in turns, so that a slow moment of the machine affects all of them.
 
     Args:
-        functions: name -> what to time; each is called once beforehand, uncounted.
-        seconds: about how long all of it may take; every function is timed at least three times.
+        functions: name -> function to time; each is called once before, as a warm-up.
+        seconds: approximate total time; every function is timed at least three times.
+        device: device that the functions use.
+
+    Returns:
+        Name -> seconds of every call.
     """
 
     def finish() -> None:
@@ -56,8 +61,8 @@ def interleave(functions: dict[str, Callable[[], object]], seconds: float, devic
         function()
     finish()
     times: dict[str, list[float]] = {name: [] for name in functions}
-    begun = time.perf_counter()
-    while time.perf_counter() - begun < seconds or len(next(iter(times.values()))) < 3:
+    started = time.perf_counter()
+    while time.perf_counter() - started < seconds or len(next(iter(times.values()))) < 3:
         for name, function in functions.items():
             start = time.perf_counter()
             function()
@@ -67,10 +72,9 @@ def interleave(functions: dict[str, Callable[[], object]], seconds: float, devic
 
 
 def peak_resident_mb() -> float:
-    """The most memory this process has held, in MB.
+    """Peak resident memory of this process in MB.
 
-    Not getrusage's ru_maxrss where that can be helped: on Linux it begins at the peak of the process that started this
-    one.
+    getrusage's ru_maxrss is only a fallback: on Linux it starts at the peak of the parent process.
     """
     try:
         status = Path("/proc/self/status").read_text()
@@ -93,7 +97,7 @@ def percentiles_ms(seconds: list[float]) -> dict[str, float]:
 
 
 def write_rows(name: str, rows: list[dict]) -> Path:
-    """Replace bench/results/NAME.csv by `rows`; a column that a row lacks stays empty."""
+    """Write `rows` to bench/results/NAME.csv; columns missing in a row are empty."""
     path = RESULTS / f"{name}.csv"
     RESULTS.mkdir(exist_ok=True)
     columns = list(dict.fromkeys(column for row in rows for column in row))
@@ -105,5 +109,6 @@ def write_rows(name: str, rows: list[dict]) -> Path:
 
 
 def read_rows(name: str) -> list[dict[str, str]]:
+    """Rows of bench/results/NAME.csv."""
     with (RESULTS / f"{name}.csv").open(newline="") as file:
         return list(csv.DictReader(file))

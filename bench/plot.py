@@ -1,4 +1,4 @@
-"""Plots from the committed CSVs alone: `python -m bench.plot` draws them anew."""
+"""Plots of the committed CSVs: `python -m bench.plot`."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def plot_loss_kernel() -> Path:
 
 
 def plot_pipeline() -> Path:
-    """bench/results/pipeline.png: images/s of everything that makes whole views, and of decoding, from pipeline.csv."""
+    """bench/results/pipeline.png: images/s of complete pipelines and of decoding, from pipeline.csv."""
     rows = [row for row in read_rows("pipeline") if row["stage"] in ("all", "decode")]
     kinds = list(dict.fromkeys(row["shards"] for row in rows))
     figure, panels = plt.subplots(1, len(kinds), figsize=(11, 4.2), layout="constrained", sharey=True, squeeze=False)
@@ -45,11 +45,11 @@ def plot_pipeline() -> Path:
         bars = axes.barh(names, [float(row["images_per_s"]) for row in mine], color=colors)
         axes.bar_label(bars, fmt="%.0f", padding=3, fontsize=8)
         (decode,) = (float(row["images_per_s"]) for row in rows if (row["shards"], row["stage"]) == (kind, "decode"))
-        axes.axvline(decode, color="k", linestyle=":", label=f"decoding alone: {decode:.0f}")
-        axes.set(title=f"{kind} ({mine[0]['mean_kb']} KB a file)", xlabel="images/s, two views each")
+        axes.axvline(decode, color="k", linestyle=":", label=f"decoding only: {decode:.0f}")
+        axes.set(title=f"{kind} ({mine[0]['mean_kb']} KB per file)", xlabel="images/s, two views per image")
         axes.grid(alpha=0.3, axis="x")
         axes.legend(fontsize=8, loc="lower right")
-    figure.suptitle(f"Full recipe, 224 px, {rows[0]['device']}, {rows[0]['workers']} threads", fontsize=10)
+    figure.suptitle(f"Full augmentation, 224 px, {rows[0]['device']}, {rows[0]['workers']} threads", fontsize=10)
     path = RESULTS / "pipeline.png"
     figure.savefig(path, dpi=110)
     plt.close(figure)

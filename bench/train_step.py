@@ -1,16 +1,17 @@
-"""A training step, part by part and beside lightly's and a plain PyTorch loop's: `python -m bench.train_step`.
+"""Time and memory of a training step, part by part, compared with lightly and a plain PyTorch loop.
 
-    python -m bench.train_step                    bench/results/train_step.csv
-    python -m bench.train_step stl10 memory       these settings alone, in place of their rows in the CSV
-    python -m bench.train_step --quick            one round of few steps, no file written
+    python -m bench.train_step                    write bench/results/train_step.csv
+    python -m bench.train_step stl10 memory       measure these settings only and replace their rows in the CSV
+    python -m bench.train_step --quick            one round of few steps; no file is written
     make bench                                    installs lightly first
 
-The same encoder on the same images, and every run in a fresh process with all cores to itself: ours by its preset as it
-is (optimizer, probe, guard and metrics included), the peers as `bench/trainers.py` has them, with SGD. They take turns;
-a ratio is the median over the rounds, so a slow moment of the machine hits both its sides. The peers' DataLoader is
-tried with several numbers of workers in the first round and keeps the fastest. The steps that count begin and end while
-batches are being made: none was made before that the others have to make in time. "same batch" is the step without its
-data, on views that are in memory. `memory` is batch 4096 in slices: train.py --micro-batch.
+All trainers use the same encoder on the same images, and every run is a new process that has all cores. Ours runs its
+preset unchanged (optimizer, probe, guard and metrics included), the peers run as in `bench/trainers.py`, with SGD.
+Trainers take turns, and a ratio is the median over the rounds, so that a slow moment of the machine affects both sides.
+The first round tries several numbers of DataLoader workers for the peers; later rounds keep the fastest. Measured steps
+start and end while batches are being prepared: no batch was prepared in advance whose cost is not measured. "same
+batch" is the step without data loading, on views in memory. `memory` is a batch of 4096 in slices: train.py
+--micro-batch.
 """
 
 import argparse
@@ -35,41 +36,42 @@ from rich.table import Table
 from bench.harness import RESULTS, environment, read_rows, write_rows
 from bench.pipeline import encode, photograph
 from bench.trainers import PARTS, Turn
+from common import available_cores
 from pipeline.convert import textures
 from pipeline.convert.sources import folder_source
 from pipeline.convert.writer import write_split
 from pipeline.images import decode
-from run import available_cores
 
 ROOT = Path(__file__).parents[1]
 AHEAD = 5
-"""Batches that a loader makes ahead, at most: so many more than are taken there have to be."""
+"""Largest number of batches that a loader prepares in advance; as many must follow the measured ones."""
 console = Console()
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained on what."""
+    """Training options and images of a measurement."""
 
     arguments: list[str]
-    """train.py's, but for --data."""
+    """Arguments of train.py, except --data."""
     batch: int
+    """Global batch size in images."""
     image: Callable[[int], bytes]
-    """number -> an encoded image."""
+    """Number of an image -> its encoded file."""
     warm: int
-    """Steps that are not counted."""
+    """Warm-up steps, which are not measured."""
     steps: int
-    """Steps that are."""
+    """Measured steps."""
 
 
 def texture(number: int) -> bytes:
-    """40 x 40."""
+    """A texture of 40 x 40 pixels."""
     return textures.render(0, "train", number)
 
 
 @cache
 def tiles(number: int) -> list[bytes]:
-    """A rendered photograph cut into 20 tiles of 96 x 96, the size of STL-10's images."""
+    """20 tiles of a rendered photograph, 96 x 96 as the images of STL-10."""
     pixels = decode(photograph(number))[..., ::-1]
     height, width = pixels.shape[:2]
     corners = [(y, x) for y in range(0, height - 95, 96) for x in range(0, width - 95, 96)]
@@ -91,14 +93,14 @@ SETTINGS = {
     "stl10": Setting(["--preset", "stl10"], 64, tile, warm=3, steps=8),
     "imagenet": Setting(["--preset", "imagenet"], 16, one_of_many_photographs, warm=2, steps=4),
 }
-"""The presets, in batches that a CPU takes a second or a few for. Each weighs data and step otherwise."""
+"""The presets, with batches that take a CPU a second or a few; they differ in the cost of data and of the step."""
 MEMORY = Setting(["--preset", "cifar10", "--loader.prefetch", "1"], 4096, texture, warm=1, steps=1)
 SLICES = ((4096, 64), (128, 0))
-"""(batch, images that are encoded at a time; 0 for all)."""
+"""(batch size, --micro-batch)."""
 
 
 def make_images(folder: Path, setting: Setting, count: int) -> None:
-    """`count` images in class folders (folder/images), and as shards (folder/train)."""
+    """Write `count` images into class folders (folder/images) and as shards (folder/train)."""
     for number in range(count):
         place = folder / "images" / textures.CLASSES[number % 10]
         place.mkdir(parents=True, exist_ok=True)
@@ -107,7 +109,7 @@ def make_images(folder: Path, setting: Setting, count: int) -> None:
 
 
 def contestants(setting: Setting, folder: Path) -> list[Turn]:
-    """Everyone in every precision, once with its data and once without; the peers with every number of workers."""
+    """Turns of all trainers in every precision, with and without data loading; peers with every number of workers."""
     arguments = [*setting.arguments, "--data", str(folder), "--batch-size", str(setting.batch)]
     cores = available_cores()
     peers = ["plain", *(["lightly"] if find_spec("lightly") else [])]
@@ -123,7 +125,7 @@ def contestants(setting: Setting, folder: Path) -> list[Turn]:
 
 
 def in_a_process(turn: Turn, folder: Path) -> dict:
-    """`bench.trainers.take_turn` in a process of its own, so that none inherits threads, memory or caches."""
+    """Run `bench.trainers.take_turn` in a new process, so that turns do not share threads, memory or caches."""
     with tempfile.TemporaryDirectory(dir=folder) as out:
         command = [sys.executable, "-m", "bench.trainers", json.dumps(asdict(turn)), f"{out}/run"]
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
@@ -131,8 +133,8 @@ def in_a_process(turn: Turn, folder: Path) -> dict:
 
 
 def in_turns(turns: list[Turn], take: Callable[[Turn], dict], seconds: float) -> list[tuple[Turn, list[dict]]]:
-    """Rounds of all, as many as `seconds` allow and at least one; from the second on, peers have their best workers."""
-    begun = time.perf_counter()
+    """Measure in rounds, as many as `seconds` allow and at least one; later rounds keep the peers' best workers."""
+    started_all = time.perf_counter()
     fastest: dict[tuple[str, ...], tuple[Turn, list[dict]]] = {}
     for turn in turns:
         who, result = (turn.trainer, turn.precision, turn.source), take(turn)
@@ -140,7 +142,7 @@ def in_turns(turns: list[Turn], take: Callable[[Turn], dict], seconds: float) ->
             fastest[who] = (turn, [result])
     kept = list(fastest.values())
     last_s = 0.0
-    while (started := time.perf_counter()) - begun + last_s < seconds:
+    while (started := time.perf_counter()) - started_all + last_s < seconds:
         for turn, results in kept:
             results.append(take(turn))
         last_s = time.perf_counter() - started
@@ -148,12 +150,12 @@ def in_turns(turns: list[Turn], take: Callable[[Turn], dict], seconds: float) ->
 
 
 def step_ms(result: dict) -> float:
-    """Milliseconds of a step, the mean: batches may come in bursts, and the whole time counts."""
+    """Mean milliseconds of a step; not the median, because batches may arrive in bursts."""
     return statistics.mean(sum(step.values()) for step in result["steps_ms"])
 
 
 def rows_of(name: str, setting: Setting, measured: list[tuple[Turn, list[dict]]], device: torch.device) -> list[dict]:
-    """A row for each: its round in the middle, whose parts add up to its step, and ratios over all the rounds."""
+    """One row per turn: parts of its median round, which add up to the step, and ratios over all rounds."""
     times = {(t.trainer, t.precision, t.source): [step_ms(result) for result in results] for t, results in measured}
     rows = []
     for turn, results in measured:
@@ -179,8 +181,7 @@ def rows_of(name: str, setting: Setting, measured: list[tuple[Turn, list[dict]]]
 
 
 def micro_batch(turn: Turn) -> int:
-    given = dict(pairwise(turn.arguments)).get("--micro-batch", "0")
-    return int(given)
+    return int(dict(pairwise(turn.arguments)).get("--micro-batch", "0"))
 
 
 def measure(name: str, setting: Setting, seconds: float, device: torch.device) -> list[dict]:
@@ -191,7 +192,7 @@ def measure(name: str, setting: Setting, seconds: float, device: torch.device) -
 
 
 def measure_memory(device: torch.device) -> list[dict]:
-    """Ours alone, for a few steps: an epoch is a step, so that a checkpoint is among what takes memory."""
+    """Peak memory of our trainer only; an epoch is one step, so that it includes writing a checkpoint."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         make_images(Path(folder), MEMORY, MEMORY.batch)
@@ -205,7 +206,7 @@ def measure_memory(device: torch.device) -> list[dict]:
 
 
 def show(rows: list[dict]) -> None:
-    """Two tables: how fast each is, and where the time goes."""
+    """Print two tables: the speed of every trainer, and the parts of its step."""
     who = {"setting": "setting", "source": "source", "trainer": "trainer", "precision": ""}
     ratios = {f"ratio_to_{name}": f"of {name}" for name in ("lightly_fp32", "lightly", "plain")}
     speed = who | {"micro_batch": "slices", "workers": "workers", "images_per_s": "images/s"} | ratios
@@ -221,13 +222,13 @@ def show(rows: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     everything = [*SETTINGS, "memory"]
-    parser.add_argument("settings", nargs="*", help=f"of {', '.join(map(repr, everything))} (default: all)")
-    parser.add_argument("--quick", action="store_true", help="one round of few steps, no file written")
-    parser.add_argument("--seconds", type=float, default=900, help="about how long for each setting (default: 900)")
+    parser.add_argument("settings", nargs="*", help=f"{', '.join(everything)} (default: all)")
+    parser.add_argument("--quick", action="store_true", help="one round of few steps; no file is written")
+    parser.add_argument("--seconds", type=float, default=900, help="approximate time for each setting (default: 900)")
     arguments = parser.parse_args()
     chosen = arguments.settings or everything
     if unknown := set(chosen) - set(everything):
-        sys.exit(f"There is no setting {min(unknown)!r}: choose among {', '.join(everything)}.")
+        sys.exit(f"There is no setting {min(unknown)!r}; use {', '.join(everything)}.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
     for name in chosen:
@@ -246,7 +247,7 @@ def main() -> None:
         rows.sort(key=lambda row: everything.index(row["setting"]))
         console.print(f"written: {write_rows('train_step', rows)}")
     if not find_spec("lightly"):
-        console.print("lightly is not installed, so it was left out: `make bench` installs it.")
+        console.print("lightly is not installed, so it was not measured; `make bench` installs it.")
 
 
 if __name__ == "__main__":

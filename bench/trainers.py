@@ -1,11 +1,11 @@
-"""What bench/train_step.py compares: `train.pretrain` itself, lightly as its examples use it, and a plain PyTorch loop.
+"""Trainers compared by bench/train_step.py: `train.pretrain`, lightly as in its examples, and a plain PyTorch loop.
 
-    python -m bench.trainers TURN OUT      one turn in a process of its own; TURN and what is printed are JSON
+    python -m bench.trainers TURN OUT      one turn in a separate process; TURN and the output are JSON
 
-All train the encoder, the head's widths, the recipe, the temperature and the batch that train.py's arguments name.
-Every part of every step is marked on the way, for ours without a line of train.py changed. A mark reads the host's
-clock on a CPU and records an event on a GPU, which is read when the run is over: nothing waits for the device, and the
-ten or so marks of a step are microseconds.
+All train the encoder, the widths of the head, the augmentation, the temperature and the batch size of train.py's
+arguments. Every part of every step is marked; train.py offers hooks for this (`engine.loop.Instruments`). A mark reads
+the host's clock on a CPU and records an event on a GPU, which is read after the run: nothing waits for the device, and
+the roughly ten marks of a step take microseconds.
 """
 
 import json
@@ -30,7 +30,7 @@ from bench.implementations import dense
 from config import PretrainConfig
 from engine.loop import Instruments
 from model import create_encoder, encoder_spec, feature_dim, projection_head
-from presets import parse
+from presets import PRETRAIN, parse
 
 PARTS = ("wait", "forward", "loss", "backward", "optimizer", "other")
 
@@ -44,64 +44,64 @@ class Turn:
     precision: str
     """fp32, or bf16 by autocast."""
     source: str
-    """images: from the files on. same batch: views that are in memory already, the same in every step."""
+    """images: including reading and augmenting. same batch: the same views in memory in every step."""
     arguments: list[str]
-    """train.py's command line, but for --precision and --out."""
+    """Command line of train.py, except --precision and --out."""
     images: str
-    """The images of --data as files, in a folder per class: for the peers."""
+    """Folder with the images of --data as files, one folder per class, for the peers."""
     workers: int
     """Processes of the peers' DataLoader; 0 loads in the training process."""
     warm: int
-    """Steps that are not counted."""
+    """Warm-up steps, which are not measured."""
     steps: int
-    """Steps that are."""
+    """Measured steps."""
 
 
 class Marks:
-    """What is being done from when on, over a whole run."""
+    """Starting times of the parts of all steps of a run."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self.taken: list[tuple[str, float | torch.cuda.Event]] = []
 
     def __call__(self, part: str) -> None:
-        """From here on it is `part`."""
+        """Note that `part` starts now."""
         now = torch.cuda.Event(enable_timing=True) if self.device.type == "cuda" else time.perf_counter()
         if self.device.type == "cuda":
             now.record()
         self.taken.append((part, now))
 
     def batches(self, batches: Iterable) -> Iterator:
-        """The same batches, the wait for each marked; each begins a step."""
+        """Yield the same batches and mark the wait for each, with which a step starts."""
         iterator = iter(batches)
         while True:
             self("wait")
             batch = next(iterator, None)
             if batch is None:
-                self.taken[-1] = ("end", self.taken[-1][1])  # of the last step; no other begins
+                self.taken[-1] = ("end", self.taken[-1][1])  # of the last step
                 return
             self("other")
             yield batch
 
     def steps_ms(self) -> list[dict[str, float]]:
-        """Milliseconds of each of `PARTS` in every step. They add up to the step: from one wait to the next."""
+        """Milliseconds of each of `PARTS` in every step; they add up to the step, from one wait to the next."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         steps = []
-        for (part, begun), (_, ended) in pairwise(self.taken):
+        for (part, start), (_, end) in pairwise(self.taken):
             if part == "wait":
                 steps.append(dict.fromkeys(PARTS, 0.0))
-            if part != "end":  # what follows it, a checkpoint say, is no step's
-                ms = begun.elapsed_time(ended) if self.device.type == "cuda" else 1000 * (ended - begun)
+            if part != "end":  # what follows, such as a checkpoint, is not part of a step
+                ms = start.elapsed_time(end) if self.device.type == "cuda" else 1000 * (end - start)
                 steps[-1][part] += ms
         return steps
 
 
 def train_ours(turn: Turn, config: PretrainConfig, marks: Marks, supply: Callable[[Iterable], Iterator]) -> float:
-    """`train.pretrain`, observed by its own hooks; returns the mean loss of the last metrics row.
+    """Run `train.pretrain` with its hooks; returns the mean loss of the last metrics row.
 
-    The loss is its forward pass, that of the probe included: its gradient is part of the backward pass. The other
-    parts are the seed, the guard, the means and the metrics rows.
+    "loss" is the forward pass of the loss, including the probe's; its gradient belongs to "backward". "other" is the
+    seed, the non-finite guard, the means and the metrics rows.
     """
     train.pretrain(config, LoopMarks(marks, supply))
     rows = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
@@ -109,7 +109,7 @@ def train_ours(turn: Turn, config: PretrainConfig, marks: Marks, supply: Callabl
 
 
 class LoopMarks(Instruments):
-    """Marks the parts of a step of the training loop, and chooses among the loader's batches."""
+    """Marks the parts of a step of the training loop, and replaces the loader's batches by those of `supply`."""
 
     def __init__(self, marks: Marks, supply: Callable[[Iterable], Iterator]):
         self.mark, self.supply = marks, supply
@@ -119,17 +119,15 @@ class LoopMarks(Instruments):
 
 
 def train_peer(turn: Turn, config: PretrainConfig, marks: Marks, supply: Callable[[Iterable], Iterator]) -> float:
-    """The loop of lightly's examples, or a plain one, in torch's own number of threads; returns the last loss."""
+    """Run lightly's example loop or a plain one on torch's default number of threads; returns the last loss."""
     device, views = marks.device, config.views
     torch.manual_seed(config.seed)
-    encoder = create_encoder(encoder_spec(config.encoder.name, views.size, config.encoder.stem, config.encoder.width))
-    width = feature_dim(encoder, views.size)
-    peer = lightly if turn.trainer == "lightly" else plain
-    transform, head, encode, contrast = peer(config, width)
-    model = nn.Sequential(encoder, head).to(device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.06)  # the examples'
+    encoder = create_encoder(encoder_spec(config.encoder, views.size))
+    peer = (lightly if turn.trainer == "lightly" else plain)(config, feature_dim(encoder, views.size))
+    model = nn.Sequential(encoder, peer.head).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.06)  # as in lightly's examples
     loader = DataLoader(
-        ImageFolder(turn.images, transform),
+        ImageFolder(turn.images, peer.transform),
         config.batch_size,
         shuffle=True,
         drop_last=True,
@@ -140,9 +138,9 @@ def train_peer(turn: Turn, config: PretrainConfig, marks: Marks, supply: Callabl
         first, second = first.to(device, non_blocking=True), second.to(device, non_blocking=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=turn.precision == "bf16"):
             marks("forward")
-            z = encode(model, first, second)
+            z = peer.encode(model, first, second)
             marks("loss")
-            loss = contrast(*z)
+            loss = peer.contrast(*z)
         marks("backward")
         loss.backward()
         marks("optimizer")
@@ -152,11 +150,22 @@ def train_peer(turn: Turn, config: PretrainConfig, marks: Marks, supply: Callabl
     return loss.item()
 
 
-Encode = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, ...]]
+@dataclass(frozen=True)
+class Peer:
+    """Parts of a peer's training step."""
+
+    transform: Callable[[Image], tuple[Tensor, Tensor]]
+    """image -> its two views."""
+    head: nn.Module
+    """Projection head."""
+    encode: Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, ...]]
+    """(model, first views, second views) -> arguments of `contrast`."""
+    contrast: Callable[..., Tensor]
+    """Projections -> loss ()."""
 
 
-def lightly(config: PretrainConfig, width: int) -> tuple[Callable, nn.Module, Encode, Callable[..., Tensor]]:
-    """Views, head and loss of lightly, and one pass for each view as in its examples."""
+def lightly(config: PretrainConfig, features: int) -> Peer:
+    """Views, head and loss of lightly, and one forward pass per view, as in its examples."""
     from lightly.loss import NTXentLoss
     from lightly.models.modules import SimCLRProjectionHead
     from lightly.transforms import SimCLRTransform
@@ -173,19 +182,17 @@ def lightly(config: PretrainConfig, width: int) -> tuple[Callable, nn.Module, En
         hf_prob=views.flip_p,
         normalize={"mean": views.mean, "std": views.std},
     )
-    head = SimCLRProjectionHead(width, config.head.hidden, config.head.out)
-    return transform, head, lambda model, *both: tuple(map(model, both)), NTXentLoss(config.loss.temperature)
+    head = SimCLRProjectionHead(features, config.head.hidden, config.head.out)
+    return Peer(transform, head, lambda model, *both: tuple(map(model, both)), NTXentLoss(config.loss.temperature))
 
 
-def plain(config: PretrainConfig, width: int) -> tuple[Callable, nn.Module, Encode, Callable[..., Tensor]]:
-    """torchvision's transforms, both views in one pass and the dense loss."""
-    from bench.pipeline import torchvision_views  # only here: it brings much with it, and memory is measured
+def plain(config: PretrainConfig, features: int) -> Peer:
+    """torchvision's transforms, both views in one forward pass, and the dense loss."""
+    from bench.pipeline import torchvision_views  # not at the top: it imports much, and memory is measured
 
-    view = torchvision_views(config.views)
-    head = projection_head(config.head.version, width, config.head.hidden, config.head.out)
-    return (
-        partial(both_views, view),
-        head,
+    return Peer(
+        partial(both_views, torchvision_views(config.views)),
+        projection_head(config.head, features),
         lambda model, *both: (model(torch.cat(both)),),
         lambda z: dense(z, config.loss.temperature),
     )
@@ -196,9 +203,10 @@ def both_views(view: Callable, image: Image) -> tuple[Tensor, Tensor]:
 
 
 def take_turn(turn: Turn, out: Path) -> dict:
-    """Train; JSON of `steps_ms`, `loss` and `peak_mb`, the most memory of this process (on a GPU, of the GPU)."""
-    log_every = ["--log-every", str(turn.warm + turn.steps)]  # a row makes the host wait for the device
-    config = parse([*turn.arguments, *log_every, "--precision", turn.precision, "--out", str(out)])
+    """Train; returns `steps_ms`, `loss` and `peak_mb`, the peak memory of this process (on a GPU, of the GPU)."""
+    log_every = ["--log-every", str(turn.warm + turn.steps)]  # the host waits for the device when a row is written
+    arguments = [*turn.arguments, *log_every, "--precision", turn.precision, "--out", str(out)]
+    config = parse(PRETRAIN, arguments, prog="train.py")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def supply(batches: Iterable) -> Iterator:
@@ -208,7 +216,7 @@ def take_turn(turn: Turn, out: Path) -> dict:
     marks = Marks(device)
     loss = (train_ours if turn.trainer == "ours" else train_peer)(turn, config, marks, supply)
     if not math.isfinite(loss):
-        raise RuntimeError(f"{turn.trainer} in {turn.precision} ended with a loss of {loss}: nothing to be compared")
+        raise RuntimeError(f"{turn.trainer} in {turn.precision} ended with a loss of {loss}, so it is not compared")
     on_gpu = device.type == "cuda"
     peak_mb = torch.cuda.max_memory_allocated(device) / 1e6 if on_gpu else peak_resident_mb()
     return {"steps_ms": marks.steps_ms()[turn.warm :], "loss": loss, "peak_mb": peak_mb}

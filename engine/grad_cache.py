@@ -25,6 +25,8 @@ def cached_backward(
     micro_batch: int,
     contrast: Callable[[Tensor], Tensor],
     auxiliary: Callable[[Tensor | None, slice], tuple[Tensor, ...]],
+    *,
+    mark: Callable[[str], None] = lambda part: None,
 ) -> tuple[Tensor, Tensor]:
     """Add the gradient of the contrastive loss and of an auxiliary loss to the parameters, slice by slice.
 
@@ -40,6 +42,7 @@ def cached_backward(
         micro_batch: largest number of images in a slice.
         contrast: z (2B, D) -> loss ().
         auxiliary: (second output of the model, the slice's images within the batch) -> (loss (), *metrics ()).
+        mark: called where a part of the step starts, see `engine.loop.Instruments.mark`.
 
     Returns:
         The contrastive loss, (), without a graph, and the metrics (m,), summed over the slices.
@@ -62,9 +65,12 @@ def cached_backward(
             firsts.append(first)
             seconds.append(second)
     z = torch.cat(firsts + seconds).requires_grad_()  # (2B, D)
+    mark("loss")
     with torch.enable_grad():
         loss = contrast(z)
+    mark("backward")
     loss.backward()
+    mark("other")
 
     metrics = []
     with _momentum_divided(network, len(slices)):
@@ -76,7 +82,9 @@ def cached_backward(
                 gradient = torch.cat([z.grad[part], z.grad[images + part.start : images + part.stop]])
                 extra, *part_metrics = auxiliary(output, part)
                 roots = [(part_z, gradient)] + ([(extra, None)] if extra.requires_grad else [])
+                mark("backward")
                 torch.autograd.backward(*zip(*roots, strict=True))
+                mark("other")
                 metrics.append(torch.stack(part_metrics))
     return loss.detach(), sum(metrics)
 

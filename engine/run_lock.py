@@ -75,7 +75,7 @@ def release_all() -> None:
 class _Lock:
     def __init__(self, folder: Path, created: list[Path]):
         self.path, self.created = folder / NAME, created
-        self.holder = {"opencv": socket.gethostname(), "process": os.getpid(), "started": time.time()}
+        self.holder = {"host": socket.gethostname(), "process": os.getpid(), "started": time.time()}
         self.holder |= {"machine": _machine(), "token": secrets.token_hex(8)}
         self.descriptor = self._lock()
         self.stopping = threading.Event()
@@ -169,7 +169,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     """The holder that a lock file names; None if it names none, as when its writer was killed."""
     try:
         holder = json.loads((_state(path) or (0, b""))[1])
-        known = {name: holder[name] for name in ("opencv", "process", "machine", "token")}
+        known = {name: holder[name] for name in ("host", "process", "machine", "token")}
         return {**known, "started": float(holder["started"])}
     except (ValueError, KeyError, TypeError):
         return None

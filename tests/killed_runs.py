@@ -1,8 +1,8 @@
-"""Runs of train.py that are killed at random moments and started again: `python tests/killed_runs.py KILLS OPTIONS...`.
+"""Kill train.py at random moments and resume it: `python tests/killed_runs.py KILLS FOLDER OPTIONS...`.
 
-train.py is imported once and every run is a fork, which spares the seconds of the import. Prints one JSON object: how
-many kills there were, how many of them while a checkpoint was being written, and whether the losses and the weights of
-the run that was killed are those of one that was left alone.
+train.py is imported once and every run is a fork, which saves the seconds of the import. Prints one JSON object: the
+number of kills, how many of them interrupted the writing of a checkpoint, and whether losses and weights of the killed
+runs equal those of an uninterrupted run.
 """
 
 import json
@@ -23,18 +23,18 @@ from engine import checkpoint
 
 
 def forked(arguments: list[str], kill_after_s: float | None = None, kill_in_save: bool = False) -> int:
-    """Exit status of train.py with these arguments; negative for the signal that ended it."""
+    """Run train.py in a fork; returns its exit status, or the negative number of the signal that ended it."""
     process = os.fork()
     if process == 0:
         if kill_in_save:
-            save_file = checkpoint.save_file
+            save_tensors = checkpoint.save_tensors
 
-            def half_save(tensors, path):
-                save_file(tensors, path)
+            def half_save(tensors, path, metadata):
+                save_tensors(tensors, path, metadata)
                 os.truncate(path, path.stat().st_size // 2)
                 os.kill(os.getpid(), signal.SIGKILL)
 
-            checkpoint.save_file = half_save
+            checkpoint.save_tensors = half_save
         log = os.open(os.environ["KILLED_RUNS_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.dup2(log, 1)
         os.dup2(log, 2)
@@ -62,24 +62,24 @@ def losses(out: Path) -> list[dict]:
 def main() -> None:
     kills, out, options = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     os.environ["KILLED_RUNS_LOG"] = str(out / "log.txt")
-    draw = random.Random(0)
-    begun = time.monotonic()
+    rng = random.Random(0)
+    started = time.monotonic()
     assert forked([*options, "--out", str(out / "whole")]) == 0
-    whole_s = time.monotonic() - begun
+    whole_s = time.monotonic() - started
     done, in_save, runs = 0, 0, []
     while done < kills:
         runs.append(out / f"killed-{len(runs)}")
         while True:
             remaining = done < kills
             during_save = remaining and done % 3 == 1
-            delay = draw.uniform(0, whole_s) if remaining and not during_save else None
+            delay = rng.uniform(0, whole_s) if remaining and not during_save else None
             status = forked([*options, "--out", str(runs[-1])], delay, during_save)
             if status == 0:
                 break
             assert status == -signal.SIGKILL, f"exit status {status}: see {out / 'log.txt'}"
             done += 1
             in_save += during_save
-    # only now, since tensors that are read here may start threads, which no fork survives
+    # read only now: loading tensors may start threads, which do not survive a fork
     expected, encoder = losses(out / "whole"), load_file(out / "whole" / "encoder.safetensors")
     same = True
     for run in runs:

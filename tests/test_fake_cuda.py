@@ -1,4 +1,4 @@
-"""Encoder, heads and loss on CUDA tensors that hold no numbers: a tensor left on the CPU fails, without a GPU."""
+"""Encoder, heads and loss on fake CUDA tensors, which need no GPU: a tensor left on the CPU raises."""
 
 import pytest
 import torch
@@ -7,13 +7,13 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from engine.metrics import RunningMeans
 from engine.nonfinite import NonFiniteGuard
-from engine.optim import create_optimizer, parameter_groups
+from engine.optim import OptimConfig, create_optimizer, parameter_groups
 from loss import nt_xent
-from model import SimCLR, create_encoder, encoder_spec, feature_dim, projection_head
+from model import EncoderConfig, HeadConfig, SimCLR, create_encoder, encoder_spec, feature_dim, projection_head
 
 
 def forward_on_cuda(module: nn.Module, views: tuple[int, ...]):
-    """What the module makes of views of that shape, to be called under a FakeTensorMode."""
+    """Output of the module for views of the given shape; call it under a FakeTensorMode."""
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     weights = {name: torch.empty(t.shape, dtype=t.dtype, device="cuda") for name, t in tensors.items()}
     x = torch.empty(views, device="cuda").to(memory_format=torch.channels_last)
@@ -24,14 +24,14 @@ def forward_on_cuda(module: nn.Module, views: tuple[int, ...]):
 @pytest.mark.parametrize(
     ("name", "size"), [("resnet18", 32), ("resnet50", 224), ("vit_tiny_patch16_224", 224), ("convnext_atto", 224)]
 )
-def test_everything_follows_the_views_device(name, size, head):
-    encoder = create_encoder(encoder_spec(name, size, "auto", 1.0))
-    width = feature_dim(encoder, size)
-    simclr = SimCLR(encoder, projection_head(head, width, 64, 16), width, classes=10)
+def test_outputs_are_on_the_device_of_the_views(name, size, head):
+    encoder = create_encoder(encoder_spec(EncoderConfig(name), size))
+    features = feature_dim(encoder, size)
+    simclr = SimCLR(encoder, projection_head(HeadConfig(head, 64, 16), features), features, classes=10)
     with FakeTensorMode(allow_non_fake_inputs=False):
-        z, scores = forward_on_cuda(simclr, (8, 3, size, size))
+        z, logits = forward_on_cuda(simclr, (8, 3, size, size))
         loss = nt_xent(z, 0.1, impl="reference")
-    assert z.shape == (8, 16) and scores.shape == (8, 10) and z.device == scores.device == torch.device("cuda:0")
+    assert z.shape == (8, 16) and logits.shape == (8, 10) and z.device == logits.device == torch.device("cuda:0")
     assert loss.shape == () and loss.device == z.device
 
 
@@ -44,7 +44,7 @@ class Stray(nn.Module):
         return self.linear(x[:, :, 0, 0]) + self.shift
 
 
-def test_a_tensor_left_on_the_cpu_fails():
+def test_tensor_left_on_the_cpu_raises():
     with (
         FakeTensorMode(allow_non_fake_inputs=False),
         pytest.raises((AssertionError, RuntimeError), match=r"device|convert all Tensors"),
@@ -53,10 +53,10 @@ def test_a_tensor_left_on_the_cpu_fails():
 
 
 @pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
-def test_a_step_asks_the_device_for_nothing(name, monkeypatch):
-    """NonFiniteGuard, means and optimizer: a fake tensor has no numbers, so reading one on the host would fail."""
+def test_step_does_not_wait_for_the_device(name, monkeypatch):
+    """Guard, means and optimizer: a fake tensor has no values, so reading one on the host would raise."""
 
-    def fused_sgd(weights, gradients, buffers, found_inf, **_):  # torch's own has no fake form
+    def fused_sgd(weights, gradients, buffers, found_inf, **_):  # torch's kernel has no fake implementation
         assert {tensor.device.type for tensor in [*weights, *gradients, *buffers, found_inf]} == {"cuda"}
 
     monkeypatch.setattr(torch, "_fused_sgd_", fused_sgd)
@@ -64,17 +64,17 @@ def test_a_step_asks_the_device_for_nothing(name, monkeypatch):
     with FakeTensorMode():
         with device:
             net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 2))
-        optimizer = create_optimizer(name, parameter_groups([net], 1e-4), 0.1, 0.9)
-        guard, means = NonFiniteGuard(net, [optimizer], device), RunningMeans(("loss", "gradient_norm"), device)
+        optimizer = create_optimizer(OptimConfig(name), parameter_groups([net], 1e-4), lr=0.1)
+        guard, means = NonFiniteGuard(net, [optimizer], device), RunningMeans()
         for step in (1, 2):
             guard.before_forward()
             loss = net(torch.empty(8, 3, 5, 5, device=device)).square().mean()
-            for w in net.parameters():  # for a backward pass autograd wants the device itself
+            for w in net.parameters():  # a backward pass would need the real device
                 w.grad = torch.empty_like(w)
             taken, norm = guard.after_backward(step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            means.add(taken, loss, norm)
+            means.add(taken, loss=loss, gradient_norm=norm)
         assert {w.device.type for w in net.parameters()} == {guard.counts.device.type} == {means.sums.device.type}
         assert guard.counts.device.type == "cuda"
         with pytest.raises(DataDependentOutputException):

@@ -1,4 +1,4 @@
-"""Several processes as `accelerate launch` starts them: four are one, and a failure of one ends all with its words."""
+"""Several processes started by `accelerate launch`: four equal one, and a failure of one ends all with its message."""
 
 import json
 import os
@@ -18,24 +18,14 @@ from tests.small_sets import texture_shards
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = ["--encoder.width", "0.125", "--encoder.stem", "small", "--head.hidden", "32", "--head.out", "16"]
-OPTIONS += [
-    "--batch-size",
-    "16",
-    "--epochs",
-    "1",
-    "--log-every",
-    "1",
-    "--precision",
-    "fp32",
-    "--loss.temperature",
-    "0.5",
-]
+OPTIONS += ["--batch-size", "16", "--epochs", "1", "--log-every", "1", "--precision", "fp32"]
+OPTIONS += ["--loss.temperature", "0.5"]
 OPTIONS += ["--optim.name", "sgd", "--optim.lr", "0.02", "--eval.no-baselines"]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """64 textures of ten classes, as shards of a train split alone."""
+    """64 textures of ten classes, as shards of a train split only."""
     return texture_shards(tmp_path_factory.mktemp("data"), train=64)
 
 
@@ -54,7 +44,7 @@ def losses(out):
 
 
 def test_four_processes_equal_one(data, tmp_path):
-    """Four steps with AdamW's sensitivity to rounding left out: see the test of two."""
+    """Four steps with SGD, which does not magnify rounding as AdamW does: see the test of two ranks."""
     alone = subprocess.run(
         list(map(str, [sys.executable, ROOT / "train.py", "--data", data, "--out", tmp_path / "one", *OPTIONS])),
         capture_output=True,
@@ -67,25 +57,25 @@ def test_four_processes_equal_one(data, tmp_path):
     assert "4 steps on 4 x cpu" in done.stdout and "-bound: " in done.stdout
     one, four = losses(tmp_path / "one"), losses(tmp_path / "four")
     assert len(one) == 4 and four == pytest.approx(one, abs=1e-5)
-    assert max(one) - min(one) > 0.01, "the weights moved"
+    assert max(one) - min(one) > 0.01, "the weights must have moved"
 
 
 @pytest.mark.parametrize(
-    ("failure", "said"),
+    ("failure", "message"),
     [
-        ("raise UserError('The third step of this process goes wrong: mend it.')", "error: The third step of this"),
-        ("raise IndexError('a fault of the program')", "IndexError: a fault of the program"),
-        ("os.kill(os.getpid(), 9)", "error: Another process ended without a word"),
+        ("raise UserError('The third step of this process fails; fix it.')", "error: The third step of this"),
+        ("raise IndexError('a bug in the program')", "IndexError: a bug in the program"),
+        ("os.kill(os.getpid(), 9)", "error: Another process ended"),
     ],
-    ids=["an error", "a fault", "a kill"],
+    ids=["user error", "bug", "kill"],
 )
-def test_a_failure_of_one_ends_all_with_its_words(data, tmp_path, failure, said):
+def test_failure_of_one_process_ends_all_with_its_message(data, tmp_path, failure, message):
     script = tmp_path / "fails.py"
     script.write_text(
         textwrap.dedent(f"""
         import os
         import train
-        from errors import UserError
+        from common import UserError
 
         nt_xent, steps = train.nt_xent, []
 
@@ -99,11 +89,11 @@ def test_a_failure_of_one_ends_all_with_its_words(data, tmp_path, failure, said)
         train.main()
         """)
     )
-    begun = time.monotonic()
+    started = time.monotonic()
     done = launch(2, script, "--data", data, "--out", tmp_path / "run", *OPTIONS)
-    assert done.returncode != 0 and time.monotonic() - begun < 120, "no process waits for one that is gone"
-    assert said in done.stderr
-    assert "gloo" not in done.stderr, "what it did to the others is not shown"
+    assert done.returncode != 0 and time.monotonic() - started < 120, "no process waits for one that has ended"
+    assert message in done.stderr
+    assert "gloo" not in done.stderr, "errors that follow in other processes are not shown"
     assert not (tmp_path / "run" / "encoder.safetensors").exists()
 
 
@@ -115,14 +105,14 @@ def test_a_failure_of_one_ends_all_with_its_words(data, tmp_path, failure, said)
         MemoryError(),
     ],
 )
-def test_lack_of_memory_is_said_in_one_sentence(error):
-    said = r"^error: Out of memory \(.*\); use a smaller batch or encoder.*\.$"
-    with pytest.raises(SystemExit, match=said), ending_together():
+def test_out_of_memory_ends_with_one_sentence(error):
+    message = r"^error: Out of memory \(.*\); use a smaller batch or encoder.*\.$"
+    with pytest.raises(SystemExit, match=message), ending_together():
         raise error
 
 
-def test_a_run_folder_is_unlocked_however_a_script_ends(tmp_path):
-    for error in (UserError("no"), KeyboardInterrupt()):
+def test_run_folder_is_unlocked_however_a_script_ends(tmp_path):
+    for error in (UserError("refused"), KeyboardInterrupt()):
         with pytest.raises(SystemExit), ending_together():
             run_lock.acquire(tmp_path / "run")
             raise error

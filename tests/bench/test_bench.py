@@ -82,4 +82,4 @@ def test_unknown_rows_are_refused(monkeypatch, capsys, options):
 
 def test_memory_is_measured_in_a_separate_process():
     extra = loss_kernel.peak_extra_mb("dense", 2048, 16, "float32", CPU)
-    assert extra > 2 * 2048 * 2048 * 4 / 1e6, "at least similarities and their gradient"
+    assert extra > 2 * 2048 * 2048 * 4 / 1e6, "at least the similarities and their gradient"

@@ -1,4 +1,4 @@
-"""What the README says of the demonstration, with the very command. Minutes long: `make soak`."""
+"""The demonstration with the command of the README. Takes minutes: `make soak`."""
 
 import json
 import os
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_demonstration_shows_learning(tmp_path, seed):
+def test_demonstration_learns(tmp_path, seed):
     command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "train.py"), "--out", "run"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([*command, "--seed", str(seed)], cwd=tmp_path, env=environment, check=True)

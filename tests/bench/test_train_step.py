@@ -1,30 +1,30 @@
-"""The bench of the training step: its marks, its trainers on a few textures, and the arithmetic of its rows."""
+"""Benchmark of the training step: marks, trainers on a few textures, and the arithmetic of the rows."""
 
 import json
 import math
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
-from torch.optim import optimizer
 
-import run
 import train
 from bench import train_step as bench
 from bench import trainers
-from bench.trainers import PARTS, Marks, marked_training, take_turn
+from bench.trainers import PARTS, LoopMarks, Marks, take_turn
+from engine import session
 from loss import nt_xent
-from model import SimCLR
-from pipeline.loader.loader import ViewLoader
-from presets import parse
+from presets import PRETRAIN, parse
 
 CPU = torch.device("cpu")
 SMALL = ["--preset", "textures", "--encoder.width", "0.125", "--head.hidden", "32", "--head.out", "16"]
 SETTING = bench.Setting(SMALL, batch=8, image=bench.texture, warm=1, steps=2)
+
+
+def config_of(arguments: list[str]):
+    return parse(PRETRAIN, arguments, prog="train.py")
 
 
 @pytest.fixture(scope="module")
@@ -37,79 +37,59 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def turns(folder, monkeypatch):
-    """Name -> turn, all in this process and on one thread: on tensors this small more only wait for each other."""
+    """(trainer, precision, source) -> turn in this process, on one thread because the tensors are small."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setattr(run, "available_cores", lambda: 1)
+    monkeypatch.setattr(session, "available_cores", lambda: 1)
     found = bench.contestants(SETTING, folder)
     yield {(t.trainer, t.precision, t.source): replace(t, workers=0) for t in found}
     AcceleratorState._reset_state(reset_partial_state=True)
     torch.set_num_threads(threads)
 
 
-def patched() -> list:
-    """What a marked run puts something else in the place of."""
-    hooks = (optimizer._global_optimizer_pre_hooks, optimizer._global_optimizer_post_hooks)
-    members = (ViewLoader.__iter__, SimCLR.__dict__.get("__call__"), train.nt_xent, torch.autograd.backward)
-    return [*members, train.console.quiet, *map(len, hooks)]
-
-
-def test_a_step_lasts_from_one_wait_to_the_next(monkeypatch):
+def test_step_lasts_from_one_wait_to_the_next(monkeypatch):
     readings = iter([0, 3, 4, 9, 11, 11.5, 20, 50, 51, 53])
     monkeypatch.setattr(trainers.time, "perf_counter", lambda: next(readings))
     marks = Marks(CPU)
-    for _ in marks.batches("a"):  # wait 0 to 3
-        marks.around("forward", lambda: None)()  # 4 to 9
-        marks.around("backward", lambda: None)()  # 11 to 11.5
-    for _ in marks.batches("b"):  # until 20 the first epoch's; then 30 that are no step's; wait 50 to 51
+    for _ in marks.batches("a"):  # wait from 0 to 3
+        for part in ("forward", "other", "backward", "other"):  # 4 to 9, 11 to 11.5
+            marks(part)
+    for _ in marks.batches("b"):  # the first epoch ends at 20; 30 s that belong to no step; wait from 50 to 51
         pass
     first, second = marks.steps_ms()
-    nothing = dict.fromkeys(PARTS, 0.0)
-    assert first == nothing | {"wait": 3000, "forward": 5000, "backward": 500, "other": 11500}
-    assert second == nothing | {"wait": 1000, "other": 2000}
+    zeros = dict.fromkeys(PARTS, 0.0)
+    assert first == zeros | {"wait": 3000, "forward": 5000, "backward": 500, "other": 11500}
+    assert second == zeros | {"wait": 1000, "other": 2000}
 
 
-def test_a_part_ends_where_it_fails():
-    marks = Marks(CPU)
-    with pytest.raises(ZeroDivisionError):
-        marks.around("loss", lambda: 1 / 0)()
-    assert [part for part, _ in marks.taken] == ["loss", "other"]
-
-
-def test_ours_is_pretrain_with_its_parts_marked(turns, tmp_path):
-    turn, before = replace(turns["ours", "fp32", "images"], warm=0, steps=3), patched()
+def test_pretrain_with_its_parts_marked(turns, tmp_path):
+    turn = replace(turns["ours", "fp32", "images"], warm=0, steps=3)
     steps = take_turn(turn, tmp_path / "run")["steps_ms"]
     assert len(steps) == 3
     assert all(set(step) == set(PARTS) and min(step.values()) > 0 for step in steps)
     (row,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert row["step"] == 3  # and the run's own clock: it began before the first step, and ended within the last
+    assert row["step"] == 3  # the timer of the run starts before the first step and ends within the last one
     assert sum(step["wait"] for step in steps) <= 3 * row["data_wait_ms"]
     assert sum(sum(step.values()) for step in steps[:2]) <= 3 * row["step_ms"]
-    assert patched() == before
 
 
-def test_slices_are_marked_too(turns, tmp_path):
+def test_slices_are_marked(turns, tmp_path):
     marks, arguments = Marks(CPU), turns["ours", "fp32", "images"].arguments
-    with marked_training(marks, lambda batches: islice(batches, 2)):
-        train.pretrain(parse([*arguments, "--micro-batch", "2", "--out", str(tmp_path / "run")]))
+    config = config_of([*arguments, "--micro-batch", "2", "--out", str(tmp_path / "run")])
+    train.pretrain(config, LoopMarks(marks, lambda batches: islice(batches, 2)))
     parts = [part for part, _ in marks.taken]
     assert parts.count("forward") == 2 * (4 + 4), "four slices, encoded without a graph and with one"
-    assert parts.count("loss") == 2 and parts.count("backward") == 2 * (1 + 4)
-    assert len(marks.steps_ms()) == 2
+    assert parts.count("backward") == 2 * (1 + 4), "the loss and every slice"
+    assert len(marks.steps_ms()) == 2 and all(min(step.values()) > 0 for step in marks.steps_ms())
 
 
-def test_marks_change_nothing(turns, tmp_path):
+def test_marks_do_not_change_the_losses(turns, tmp_path):
     losses = []
-    for name in ("marked", "as it is"):
+    for name, instruments in (("marked", LoopMarks(Marks(CPU), iter)), ("plain", None)):
         AcceleratorState._reset_state(reset_partial_state=True)
         out = tmp_path / name
-        arguments = ["--epochs", "1", "--log-every", "1", "--precision", "fp32", "--out", str(out)]
-        training = partial(train.pretrain, parse([*turns["ours", "fp32", "images"].arguments, *arguments]))
-        if name == "marked":
-            with marked_training(Marks(CPU), iter):
-                training()
-        else:
-            training()
+        options = ["--epochs", "1", "--log-every", "1", "--precision", "fp32", "--out", str(out)]
+        train.pretrain(config_of([*turns["ours", "fp32", "images"].arguments, *options]), instruments)
         losses.append([json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()])
     assert losses[0] == losses[1] and len(losses[0]) == 8
 
@@ -117,7 +97,7 @@ def test_marks_change_nothing(turns, tmp_path):
 @pytest.fixture(params=["plain", "lightly"])
 def peer(request) -> str:
     if request.param == "lightly":
-        pytest.importorskip("lightly", reason="a peer, which `make bench` installs")
+        pytest.importorskip("lightly", reason="`make bench` installs lightly")
     return request.param
 
 
@@ -129,31 +109,31 @@ def test_peers_train(turns, tmp_path, peer, precision, source):
 
 
 def test_peers_have_the_same_objective(folder, peer):
-    config = parse([*SMALL, "--data", str(folder)])
-    transform, head, encode, contrast = getattr(trainers, peer)(config, 24)
-    views = transform(Image.open(next((folder / "images").rglob("*.jpg"))))
+    config = config_of([*SMALL, "--data", str(folder)])
+    peer = getattr(trainers, peer)(config, 24)
+    views = peer.transform(Image.open(next((folder / "images").rglob("*.jpg"))))
     assert [view.shape for view in views] == [(3, 32, 32)] * 2 and not views[0].equal(views[1])
     first, second = torch.randn(2, 6, 24, generator=torch.Generator().manual_seed(0)).double().unbind()
     z = torch.cat([first, second])
-    passed = encode(lambda x: x, first, second)
-    torch.testing.assert_close(torch.cat(passed), z)
-    torch.testing.assert_close(contrast(*passed), nt_xent(z, config.loss.temperature, impl="reference"))
-    assert head(z.float()).shape == (12, config.head.out)
+    encoded = peer.encode(lambda x: x, first, second)
+    torch.testing.assert_close(torch.cat(encoded), z)
+    torch.testing.assert_close(peer.contrast(*encoded), nt_xent(z, config.loss.temperature, impl="reference"))
+    assert peer.head(z.float()).shape == (12, config.head.out)
 
 
-def test_a_trainer_that_diverges_is_not_compared(turns, tmp_path, monkeypatch):
+def test_diverging_trainer_is_not_compared(turns, tmp_path, monkeypatch):
     monkeypatch.setattr(trainers, "dense", lambda z, temperature: (z * math.nan).sum())
     with pytest.raises(RuntimeError, match="plain in fp32 ended with a loss of nan"):
         take_turn(turns["plain", "fp32", "same batch"], tmp_path)
 
 
-def test_a_turn_has_a_process_of_its_own(turns, folder):
+def test_turn_runs_in_a_new_process(turns, folder):
     result = bench.in_a_process(turns["ours", "bf16", "same batch"], folder)
     assert len(result["steps_ms"]) == 2 and result["peak_mb"] > 100
     assert sorted(path.name for path in folder.iterdir()) == ["images", "train"]
 
 
-def test_contestants(folder, monkeypatch):
+def test_every_trainer_takes_its_turns(folder, monkeypatch):
     monkeypatch.setattr(bench, "available_cores", lambda: 8)
     monkeypatch.setattr(bench, "find_spec", lambda name: None)
     turns = [(t.trainer, t.precision, t.source, t.workers) for t in bench.contestants(SETTING, folder)]
@@ -169,7 +149,7 @@ def test_contestants(folder, monkeypatch):
 
 
 def test_rows(monkeypatch):
-    """Two steps of every part equally long; the peers slower by known factors, and slowest with one worker."""
+    """Two steps whose parts take equally long; peers are slower by known factors, and slowest with one worker."""
     clock = iter([0, *(3 * n for n in range(1, 99))])
     monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
     calls = []
@@ -204,8 +184,8 @@ def test_rows(monkeypatch):
     bench.show([ours, alone])
 
 
-def test_settings_are_what_train_py_takes(tmp_path):
+def test_settings_are_valid_options_of_train_py(tmp_path):
     for name, setting in [*bench.SETTINGS.items(), ("memory", bench.MEMORY)]:
-        config = parse([*setting.arguments, "--data", str(tmp_path), "--batch-size", str(setting.batch)])
+        config = config_of([*setting.arguments, "--data", str(tmp_path), "--batch-size", str(setting.batch)])
         assert config.preset == (name if name in bench.SETTINGS else "cifar10") and config.batch_size == setting.batch
     assert bench.tile(3) != bench.tile(4)

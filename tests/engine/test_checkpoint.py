@@ -1,4 +1,4 @@
-"""Checkpoints: only whole ones are seen, nothing is unpickled, and what is put back is what was taken."""
+"""Checkpoints: only complete ones are found, nothing is unpickled, and training resumes bit for bit."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from torch import nn
 from common import UserError
 from engine import checkpoint
 from engine.checkpoint import Checkpoints, StopSignal
-from engine.optim import create_optimizer, parameter_groups
+from engine.optim import OptimConfig, create_optimizer, parameter_groups
 
 TENSORS = {"x": torch.arange(3.0)}
 
@@ -23,7 +23,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_the_last_ones_are_kept(tmp_path):
+def test_most_recent_checkpoints_are_kept(tmp_path):
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
     assert checkpoints.latest() is None
     for step in (1, 2, 10, 9_999_999):
@@ -35,7 +35,7 @@ def test_the_last_ones_are_kept(tmp_path):
     assert checkpoints.save(10, {}, {}) and checkpoint.load(checkpoints.folder / "step-00000010")[0]
 
 
-def test_steps_are_compared_as_numbers_and_copies_of_a_user_do_not_count(tmp_path):
+def test_steps_are_compared_as_numbers_and_other_folders_are_ignored(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     (tmp_path / "step-99999999 copy").mkdir()
     for step in (99_999_998, 99_999_999, 100_000_000):
@@ -43,7 +43,7 @@ def test_steps_are_compared_as_numbers_and_copies_of_a_user_do_not_count(tmp_pat
     assert names(tmp_path) == ["step-100000000", "step-99999999", "step-99999999 copy"]
 
 
-def test_later_checkpoints_are_discarded_when_an_earlier_one_is_continued(tmp_path):
+def test_later_checkpoints_are_discarded_when_an_earlier_one_is_resumed(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=9)
     for step in (1, 2, 3):
         checkpoints.save(step, TENSORS, {})
@@ -51,8 +51,8 @@ def test_later_checkpoints_are_discarded_when_an_earlier_one_is_continued(tmp_pa
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
 
 
-@pytest.mark.parametrize("fails", ["save_file", "_to_disk", "_digest"])
-def test_a_full_disk_leaves_the_last_good_one(tmp_path, monkeypatch, fails):
+@pytest.mark.parametrize("fails", ["save_tensors", "_to_disk", "file_sha256"])
+def test_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, fails):
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(1, TENSORS, {})
 
@@ -61,14 +61,14 @@ def test_a_full_disk_leaves_the_last_good_one(tmp_path, monkeypatch, fails):
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, fails, full)
-        with pytest.raises(UserError, match=r"step 2 can't be written .*No space left.* from step-00000001"):
+        with pytest.raises(UserError, match=r"step 2 can't be written .*No space left.*step-00000001"):
             checkpoints.save(2, TENSORS, {})
     assert names(tmp_path) == ["step-00000001"] and checkpoint.load(checkpoints.latest())
     checkpoints.save(2, TENSORS, {})
     assert names(tmp_path) == ["step-00000002"]
 
 
-def test_what_a_kill_left_behind_is_not_seen(tmp_path):
+def test_leftovers_of_a_kill_are_ignored(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=3)
     checkpoints.save(1, TENSORS, {})
     (tmp_path / ".step-00000002.partial").mkdir()
@@ -85,13 +85,13 @@ class Bomb:
 
 @pytest.mark.parametrize("content", [b"", b"half", pickle.dumps(Bomb())])
 @pytest.mark.parametrize("forged", [False, True])
-def test_another_file_is_refused_and_never_unpickled(tmp_path, monkeypatch, content, forged):
+def test_foreign_file_is_refused_and_never_unpickled(tmp_path, monkeypatch, content, forged):
     monkeypatch.chdir(tmp_path)
     path = Checkpoints(tmp_path, keep=1).save(7, TENSORS, {})
     (path / "state.safetensors").write_bytes(content)
-    if forged:  # with a checksum that belongs to it
+    if forged:  # with a matching checksum
         record = json.loads((path / "record.json").read_text())
-        record["sha256"] = checkpoint._digest(path / "state.safetensors")
+        record["sha256"] = checkpoint.file_sha256(path / "state.safetensors")
         del record["checksum"]
         (path / "record.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match=r"can't be read|is not as it was written"):
@@ -100,7 +100,7 @@ def test_another_file_is_refused_and_never_unpickled(tmp_path, monkeypatch, cont
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"format": "other"}'])
-def test_a_foreign_record_is_refused(tmp_path, content):
+def test_foreign_record_is_refused(tmp_path, content):
     path = Checkpoints(tmp_path, keep=1).save(7, TENSORS, {})
     (path / "record.json").write_text(content)
     with pytest.raises(UserError, match=r"record\.json is damaged|not of format"):
@@ -109,10 +109,9 @@ def test_a_foreign_record_is_refused(tmp_path, content):
         checkpoint.find(tmp_path / "elsewhere")
 
 
-def test_every_flipped_byte_of_a_record_is_noticed(tmp_path):
-    path = (
-        Checkpoints(tmp_path, keep=1).save(7, TENSORS, {"loader": {"epoch": 2}, "lr": 0.1, 1: (2, 3)}) / "record.json"
-    )
+def test_every_flipped_byte_of_a_record_is_detected(tmp_path):
+    record = {"loader": {"epoch": 2}, "lr": 0.1, 1: (2, 3)}
+    path = Checkpoints(tmp_path, keep=1).save(7, TENSORS, record) / "record.json"
     whole = path.read_bytes()
     assert checkpoint.load(path.parent)[1]["1"] == [2, 3]
     before = json.loads(whole)
@@ -129,7 +128,7 @@ def test_every_flipped_byte_of_a_record_is_noticed(tmp_path):
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
-def test_files_have_the_mode_that_the_umask_asks_for(tmp_path, umask):
+def test_files_follow_the_umask(tmp_path, umask):
     before = os.umask(umask)
     try:
         path = Checkpoints(tmp_path, keep=1).save(1, TENSORS, {})
@@ -156,18 +155,18 @@ def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> Non
 
 
 @pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
-def test_training_goes_on_bit_for_bit(tmp_path, name):
-    def made():
+def test_training_resumes_bit_for_bit(tmp_path, name):
+    def start():
         net = network()
-        return net, create_optimizer(name, parameter_groups([net], 1e-2), 0.1, 0.9)
+        return net, create_optimizer(OptimConfig(name), parameter_groups([net], 1e-2), lr=0.1)
 
-    whole, optimizer = made()
+    whole, optimizer = start()
     train(whole, optimizer, range(6))
-    first, optimizer = made()
+    first, optimizer = start()
     train(first, optimizer, range(3))
-    path = Checkpoints(tmp_path, keep=1).save(3, checkpoint.pack(first, [optimizer]), {})
-    second, optimizer = made()
-    checkpoint.unpack(checkpoint.load(path)[0], second, [optimizer])
+    path = Checkpoints(tmp_path, keep=1).save(3, checkpoint.state_tensors(first, [optimizer]), {})
+    second, optimizer = start()
+    checkpoint.load_state_tensors(checkpoint.load(path)[0], second, [optimizer])
     for parameter, state in optimizer.state.items():
         assert all(v.stride() == parameter.stride() for v in state.values() if v.shape == parameter.shape)
     train(second, optimizer, range(3, 6))
@@ -175,41 +174,41 @@ def test_training_goes_on_bit_for_bit(tmp_path, name):
         assert torch.equal(expected, actual)
 
 
-def test_another_model_is_refused():
+def test_other_model_is_refused():
     with pytest.raises(UserError, match=r"holds another model: .*weight"):
-        checkpoint.unpack(checkpoint.pack(nn.Linear(2, 2), []), nn.Linear(2, 3), [])
+        checkpoint.load_state_tensors(checkpoint.state_tensors(nn.Linear(2, 2), []), nn.Linear(2, 3), [])
 
 
-@pytest.mark.parametrize("made", [lambda: nn.Linear(3, 2), lambda: nn.Linear(2, 2, bias=False)])
-def test_optimizer_states_of_other_parameters_are_refused(made):
+@pytest.mark.parametrize("create", [lambda: nn.Linear(3, 2), lambda: nn.Linear(2, 2, bias=False)])
+def test_optimizer_states_of_other_parameters_are_refused(create):
     def optimizer_of(net):
-        optimizer = create_optimizer("lars", [{"params": list(net.parameters())}], 0.1, 0.9)
+        optimizer = create_optimizer(OptimConfig("lars"), [{"params": list(net.parameters())}], lr=0.1)
         for w in net.parameters():
             w.grad = torch.ones_like(w)
         optimizer.step()
         return optimizer
 
-    tensors = checkpoint.pack(nn.Module(), [optimizer_of(nn.Linear(2, 2))])
+    tensors = checkpoint.state_tensors(nn.Module(), [optimizer_of(nn.Linear(2, 2))])
     with pytest.raises(UserError, match="optimizer states of other parameters"):
-        checkpoint.unpack(tensors, nn.Module(), [optimizer_of(made())])
+        checkpoint.load_state_tensors(tensors, nn.Module(), [optimizer_of(create())])
 
 
-def test_a_checkpoint_without_its_record_is_named(tmp_path):
+def test_checkpoint_without_its_record_is_named(tmp_path):
     path = Checkpoints(tmp_path, keep=1).save(7, TENSORS, {})
     (path / "record.json").unlink()
-    with pytest.raises(UserError, match=r"step-00000007 is not a whole checkpoint, .*delete this checkpoint"):
+    with pytest.raises(UserError, match=r"step-00000007 is not a .*delete this checkpoint"):
         checkpoint.load(path)
 
 
 @pytest.fixture
 def ctrl_c():
-    """Python's own handling of Ctrl-C: a shell's background jobs ignore it."""
+    """Python's default handling of Ctrl-C, which background jobs of a shell ignore."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-def test_a_signal_is_noted_once_and_then_as_before(ctrl_c):
+def test_first_signal_is_recorded_and_the_second_one_interrupts(ctrl_c):
     with StopSignal() as stop:
         assert not stop.received
         signal.raise_signal(signal.SIGINT)

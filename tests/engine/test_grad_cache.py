@@ -1,5 +1,8 @@
+"""Gradient caching: the gradient of the whole batch, computed in slices."""
+
 import copy
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,14 +11,15 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from engine.grad_cache import cached_backward, equal_slices
+from common import UserError
+from engine.grad_cache import cached_backward, check_micro_batch, equal_slices
 from loss import nt_xent
 from model import synchronize_batchnorm
 from tests.ranks import run_ranks
 
 
 class Net(nn.Module):
-    """Encoder, projection and probe scores in the small; float64, so that what differs is not rounding."""
+    """Small encoder, projection head and probe; float64, so that differences are not rounding."""
 
     def __init__(self, norm=nn.Identity, dropout=0.0):
         super().__init__()
@@ -28,22 +32,40 @@ class Net(nn.Module):
         return self.head(h), self.probe(h.detach())
 
 
+class FakeSession:
+    """The two contexts of a session that gradient caching needs."""
+
+    def autocast(self):
+        return nullcontext()
+
+    def no_sync(self, model):
+        return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
 def contrast(z):
     return nt_xent(z, 0.2, impl="reference")
 
 
 def whole(net, views, label):
-    z, scores = net(views)
+    z, logits = net(views)
     loss = contrast(z)
-    (loss + cross_entropy(scores, label.repeat(2))).backward()
+    (loss + cross_entropy(logits, label.repeat(2))).backward()
     return loss.detach()
 
 
-def sliced(net, views, label, micro_batch):
-    def beside(scores, part):
-        return cross_entropy(scores, label[part].repeat(2), reduction="sum") / (2 * len(label))
+def probe_of(label):
+    """Auxiliary loss and metrics of `cached_backward` for a probe on `label`."""
 
-    return cached_backward(net, net, views, micro_batch, contrast, beside)
+    def probe(logits, part):
+        part_label = label[part].repeat(2)
+        loss = cross_entropy(logits, part_label, reduction="sum") / (2 * len(label))
+        return loss, (logits.argmax(1) == part_label).double().sum() / (2 * len(label)), loss.detach()
+
+    return probe
+
+
+def sliced(net, views, label, micro_batch):
+    return cached_backward(FakeSession(), net, views, micro_batch, contrast, probe_of(label))[0]
 
 
 def make(norm=nn.Identity, dropout=0.0, seed=0):
@@ -52,8 +74,8 @@ def make(norm=nn.Identity, dropout=0.0, seed=0):
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 4, 10, 11])
-@pytest.mark.parametrize("norm", [nn.Identity, nn.BatchNorm2d], ids=["norm-free", "frozen statistics"])
-def test_the_gradient_is_that_of_the_whole_batch(norm, micro_batch):
+@pytest.mark.parametrize("norm", [nn.Identity, nn.BatchNorm2d], ids=["no norm", "frozen statistics"])
+def test_gradient_equals_that_of_the_whole_batch(norm, micro_batch):
     net, views, label = make(norm)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -65,8 +87,18 @@ def test_the_gradient_is_that_of_the_whole_batch(norm, micro_batch):
         torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-10, atol=1e-13)
 
 
-def test_plain_accumulation_is_something_else():
-    """The check can fail: with each slice contrasted with itself alone, the gradient differs widely."""
+def test_metrics_are_summed_over_the_slices():
+    net, views, label = make()
+    with torch.no_grad():
+        logits = net(views)[1]
+    loss, metrics = cached_backward(FakeSession(), net, views, 4, contrast, probe_of(label))
+    assert not loss.requires_grad and metrics.shape == (2,)
+    accuracy = (logits.argmax(1) == label.repeat(2)).double().mean()
+    torch.testing.assert_close(metrics, torch.stack([accuracy, cross_entropy(logits, label.repeat(2))]))
+
+
+def test_plain_accumulation_gives_another_gradient():
+    """The comparison can fail: with each slice contrasted only with itself, the gradient differs widely."""
     net, views, label = make()
     other = copy.deepcopy(net)
     whole(net, views, label)
@@ -78,7 +110,7 @@ def test_plain_accumulation_is_something_else():
     assert (gradients[0] - gradients[1]).norm() > 0.1 * gradients[0].norm()
 
 
-def test_batch_norm_sees_slices_and_moves_as_far_as_for_one_batch():
+def test_batch_norm_statistics_move_as_far_as_for_one_batch():
     net, views, label = make(nn.BatchNorm2d)
     norm, before = net.encoder[1], net.encoder[1].running_mean.clone()
     with torch.no_grad():
@@ -97,8 +129,8 @@ def test_batch_norm_sees_slices_and_moves_as_far_as_for_one_batch():
     assert norm.momentum == 0.1 and norm.track_running_stats
 
 
-def test_other_running_statistics_move_as_far_as_for_one_batch():
-    """EvoNorm has a running variance and is not one of torch's batch norms."""
+def test_evonorm_statistics_move_as_far_as_for_one_batch():
+    """EvoNorm has a running variance but is not a batch norm of torch."""
     net, views, label = make(EvoNorm2dB0)
     with torch.no_grad():
         variances = [
@@ -115,7 +147,7 @@ def test_other_running_statistics_move_as_far_as_for_one_batch():
 
 
 @pytest.mark.parametrize(("images", "micro_batch"), [(11, 4), (16, 5), (16, 16), (16, 17), (7, 1), (1, 1), (4097, 64)])
-def test_slices_cover_the_batch_and_are_of_equal_size(images, micro_batch):
+def test_slices_cover_the_batch_and_have_equal_sizes(images, micro_batch):
     slices = equal_slices(images, micro_batch)
     sizes = [len(range(images)[part]) for part in slices]
     assert [image for part in slices for image in range(images)[part]] == list(range(images))
@@ -124,7 +156,7 @@ def test_slices_cover_the_batch_and_are_of_equal_size(images, micro_batch):
 
 
 def test_both_passes_draw_the_same_dropout():
-    """Else dL/dz would belong to other projections: here the encoder's gradient would miss the differences' by far."""
+    """Otherwise dL/dz belongs to other projections, and gradients are far from finite differences."""
     net, views, label = make(dropout=0.5)
     torch.manual_seed(7)
     sliced(net, views, label, 4)
@@ -140,11 +172,11 @@ def test_both_passes_draw_the_same_dropout():
     assert (weight.grad * direction).sum().item() == pytest.approx(slope, rel=1e-6)
 
 
-def test_statistics_are_as_before_after_an_error():
+def test_statistics_are_restored_after_an_error():
     net, views, label = make(nn.BatchNorm2d)
     before = net.encoder[1].running_var.clone()
     with pytest.raises(ZeroDivisionError):
-        cached_backward(net, net, views, 4, lambda z: 1 / 0, lambda scores, part: torch.zeros(()))
+        cached_backward(FakeSession(), net, views, 4, lambda z: 1 / 0, probe_of(label))
     assert torch.equal(net.encoder[1].running_var, before) and net.encoder[1].num_batches_tracked == 0
     assert net.encoder[1].track_running_stats and net.encoder[1].momentum == 0.1
     assert math.isfinite(sliced(net, views, label, 4).item())
@@ -162,14 +194,8 @@ def _sliced_on_a_rank(rank, world_size, norm):
     model, synchronized = DistributedDataParallel(net, broadcast_buffers=False), []
     model.register_comm_hook(None, lambda _, bucket: synchronized.append(1) or _mean(bucket, world_size))
 
-    def beside(scores, part):
-        own = label[list(images)]
-        return cross_entropy(scores, own[part].repeat(2), reduction="sum") / (2 * len(own))
-
-    def encode(these):
-        return (model if torch.is_grad_enabled() else net)(these)
-
-    cached_backward(encode, net, views[rows], 2, lambda z: nt_xent(z, 0.2), beside, no_sync=model.no_sync)
+    probe = probe_of(label[list(images)])
+    cached_backward(FakeSession(), model, views[rows], 2, lambda z: nt_xent(z, 0.2), probe)
     return [w.grad for w in net.parameters()], dict(net.named_buffers()), len(synchronized)
 
 
@@ -178,8 +204,8 @@ def _mean(bucket, world_size):
     return work.get_future().then(lambda done: done.value()[0])
 
 
-def test_two_ranks_in_slices_are_one_process_without(tmp_path):
-    """With batch norm they are one process in slices, each of which is the slices of all ranks taken together."""
+def test_slices_on_two_ranks_equal_one_process(tmp_path):
+    """With batch norm they equal one process with slices, each of which joins the slices of all ranks."""
     norms = nn.Identity, nn.BatchNorm2d
     ranks = run_ranks(2, tmp_path, sliced_on_a_rank, norms)
     for number, norm in enumerate(norms):
@@ -187,8 +213,20 @@ def test_two_ranks_in_slices_are_one_process_without(tmp_path):
         sliced(net, torch.cat([views[:8], views[11:19]]), label[:8], 8 if norm is nn.Identity else 4)
         for rank in ranks:
             gradients, buffers, synchronized = rank[number]
-            assert synchronized == 1, "gradients cross the network once per step, not once per slice"
+            assert synchronized == 1, "gradients are averaged once per step, not once per slice"
             for expected, actual in zip(net.parameters(), gradients, strict=True):
                 torch.testing.assert_close(actual, expected.grad, rtol=1e-10, atol=1e-13)
             for name, expected in net.named_buffers():
                 torch.testing.assert_close(buffers[name], expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize(("micro_batch", "world_size"), [(0, 1), (16, 1), (2, 1), (1, 2)])
+def test_valid_micro_batches(micro_batch, world_size):
+    check_micro_batch(micro_batch, 16, world_size)
+
+
+@pytest.mark.parametrize(("micro_batch", "batch_size", "use"), [(1, 16, 3), (2, 3, 3), (1, 2, 2)])
+def test_slices_of_one_image_are_refused(micro_batch, batch_size, use):
+    with pytest.raises(UserError, match=rf"--micro-batch {micro_batch} .* use --micro-batch {use} or more"):
+        check_micro_batch(micro_batch, batch_size, world_size=1)
+    check_micro_batch(use, batch_size, world_size=1)

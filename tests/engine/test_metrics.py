@@ -1,3 +1,5 @@
+"""Metrics: means on the device, step times and metrics.jsonl."""
+
 import json
 import math
 import re
@@ -6,11 +8,11 @@ import time
 import pytest
 import torch
 
-from engine.metrics import MetricsFile, RunningMeans, StepTimer, verdict
+from engine.metrics import MetricsFile, RunningMeans, StepTimer, divide_pairs, verdict
 
 
-def test_the_clock_tells_waiting_from_working():
-    clock = StepTimer()
+def test_timer_separates_waiting_from_working():
+    timer = StepTimer()
     waited = worked = 0.0
 
     def slow():
@@ -21,52 +23,70 @@ def test_the_clock_tells_waiting_from_working():
             waited += time.perf_counter() - start
             yield batch
 
-    begun = time.perf_counter()
+    started = time.perf_counter()
     seen = []
-    for batch in clock.watch(slow()):
+    for batch in timer.watch(slow()):
         start = time.perf_counter()
         time.sleep(0.01)
         worked += time.perf_counter() - start
         seen.append(batch)
-    row = clock.window(batch_size=8)
-    elapsed = time.perf_counter() - begun
+    row = timer.window(batch_size=8)
+    elapsed = time.perf_counter() - started
     assert seen == [0, 1, 2]
     assert waited / 3 <= row["data_wait_ms"] / 1000 <= (elapsed - worked) / 3
     assert (waited + worked) / 3 <= row["step_ms"] / 1000 <= elapsed / 3
-    images_per_s, share = clock.summary(batch_size=8)
+    images_per_s, share = timer.summary(batch_size=8)
     assert images_per_s == row["images_per_s"]
     assert share == pytest.approx(row["data_wait_ms"] / row["step_ms"])
 
 
-def test_a_pause_does_not_count():
-    clock = StepTimer()
+def test_paused_time_does_not_count():
+    timer = StepTimer()
     time.sleep(0.05)
-    clock.pause()
-    for _ in clock.watch([0]):
+    timer.pause()
+    for _ in timer.watch([0]):
         pass
-    assert clock.window(1)["step_ms"] < 50
+    assert timer.window(1)["step_ms"] < 50
 
 
-def test_running_means_start_anew_after_each_take():
-    means, taken = RunningMeans(("loss", "top1"), torch.device("cpu")), torch.tensor(True)
+def test_means_restart_after_each_reset():
+    means, taken = RunningMeans(), torch.tensor(True)
     for value in (1.0, 2.0, 6.0):
-        means.add(taken, torch.tensor(value), torch.tensor(-value, dtype=torch.bfloat16))
-    assert means.take().tolist() == [3.0, -3.0]
-    means.add(taken, torch.tensor(5.0), torch.tensor(0.0))
-    assert means.take(7).tolist() == [5.0, 0.0, 7.0]
+        means.add(taken, loss=torch.tensor(value), top1=torch.tensor(-value, dtype=torch.bfloat16))
+    assert means.compute_and_reset() == {"loss": 3.0, "top1": -3.0}
+    means.add(taken, loss=torch.tensor(5.0), top1=torch.tensor(0.0))
+    assert means.compute_and_reset() == {"loss": 5.0, "top1": 0.0}
 
 
 def test_skipped_steps_do_not_count_in_the_means():
-    means = RunningMeans(("loss",), torch.device("cpu"))
+    means = RunningMeans()
     for value, taken in ((1.0, True), (math.nan, False), (3.0, True)):
-        means.add(torch.tensor(taken), torch.tensor(value))
-    assert means.take().tolist() == [2.0]
-    means.add(torch.tensor(False), torch.tensor(math.inf))
-    assert math.isnan(means.take().item())
+        means.add(torch.tensor(taken), loss=torch.tensor(value))
+    assert means.compute_and_reset() == {"loss": 2.0}
+    means.add(torch.tensor(False), loss=torch.tensor(math.inf))
+    assert math.isnan(means.compute_and_reset()["loss"])
+
+
+def test_pairs_are_summed_before_they_are_divided():
+    """2 of 4 and 1 of 1 labeled images are right: 3 of 5, not the mean of the two shares."""
+    means, taken = RunningMeans(), torch.tensor(True)
+    for correct, labeled in ((2.0, 4.0), (1.0, 1.0)):
+        means.add(taken, loss=torch.tensor(1.0), top1=(torch.tensor(correct), torch.tensor(labeled)))
+    row = {name: value.item() for name, value in means.compute_and_reset().items()}
+    assert divide_pairs(row) == {"loss": 1.0, "top1": pytest.approx(0.6)}
+    assert math.isnan(divide_pairs({"top1": 0.0, "top1/weight": 0.0})["top1"]), "no labeled image: no accuracy"
+
+
+def test_means_continue_with_the_sums_of_a_checkpoint():
+    taken, means, resumed = torch.tensor(True), RunningMeans(), RunningMeans()
+    means.add(taken, loss=torch.tensor(1.0))
+    resumed.load(means.names, means.sums)
+    resumed.add(taken, loss=torch.tensor(4.0))
+    assert resumed.compute_and_reset() == {"loss": 2.5}
 
 
 @pytest.mark.parametrize(
-    ("waiting", "communicating", "said"),
+    ("waiting", "communicating", "message"),
     [
         (0.30, 0.20, "Data-bound: 30.0% of the time .*--loader.workers"),
         (0.20, 0.30, "Communication-bound: 30.0% of the time .*larger --batch-size"),
@@ -74,25 +94,25 @@ def test_skipped_steps_do_not_count_in_the_means():
         (0.049, 0.099, "Compute-bound: 85.2%"),
     ],
 )
-def test_the_verdict_names_share_and_cure(waiting, communicating, said):
-    assert re.fullmatch(said + ".*", verdict(waiting, communicating, "--compile"))
+def test_verdict_names_share_and_remedy(waiting, communicating, message):
+    assert re.fullmatch(message + ".*", verdict(waiting, communicating, "--compile"))
 
 
-def test_a_mean_that_is_not_a_number_is_null(tmp_path):
+def test_nan_is_written_as_null(tmp_path):
     metrics = MetricsFile(tmp_path / "metrics.jsonl")
     metrics.write(step=1, loss=math.nan)
     metrics.close()
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null}\n'
 
 
-def test_rows_are_on_disk_at_once(tmp_path):
+def test_rows_are_written_immediately(tmp_path):
     metrics = MetricsFile(tmp_path / "metrics.jsonl")
     metrics.write(step=1, loss=0.5)
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 0.5}
     metrics.close()
 
 
-def test_a_damaged_row_stops_no_resume(tmp_path):
+def test_damaged_row_does_not_prevent_resuming(tmp_path):
     path = tmp_path / "metrics.jsonl"
     good = b'{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.4}\n{"step": 3, "loss": 0.3}\n'
     for place in range(len(good)):

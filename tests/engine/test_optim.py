@@ -1,13 +1,15 @@
+"""Optimizers: LARS in its official form, parameter groups, and resuming."""
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from engine.optim import LARS, create_optimizer, parameter_groups
+from engine.optim import LARS, OptimConfig, create_optimizer, parameter_groups
 
 
 def lars_in_loops(w, gradients, rates, *, momentum, decay, trust, adapt):
-    """The official form with Python numbers: decay, then the trust ratio, the rate inside the momentum buffer."""
+    """The official form in NumPy: decay, then the trust ratio, the rate inside the momentum buffer."""
     m = np.zeros_like(w)
     for g, lr in zip(gradients, rates, strict=True):
         g = g + decay * w
@@ -22,10 +24,10 @@ def lars_in_loops(w, gradients, rates, *, momentum, decay, trust, adapt):
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("decay", [0.0, 1e-2])
 @pytest.mark.parametrize("adapt", [True, False])
-def test_lars_is_the_official_form(decay, adapt, momentum):
+def test_lars_has_the_official_form(decay, adapt, momentum):
     random = np.random.default_rng(0)
     w, gradients = random.normal(size=(5, 4)), random.normal(size=(6, 5, 4))
-    rates = [0.0, 0.5, 1.0, 4.8, 2.0, 0.1]  # it changes, so that the place of the rate in the momentum matters
+    rates = [0.0, 0.5, 1.0, 4.8, 2.0, 0.1]  # different rates, so that their place in the momentum matters
     parameter = nn.Parameter(torch.tensor(w))
     optimizer = LARS([{"params": [parameter], "adapt": adapt}], lr=0.0, momentum=momentum, weight_decay=decay)
     for gradient, lr in zip(gradients, rates, strict=True):
@@ -37,7 +39,7 @@ def test_lars_is_the_official_form(decay, adapt, momentum):
 
 
 def test_lars_adapts_without_decay():
-    """Scaling a gradient by a thousand changes nothing: the trap is to skip the ratio when the decay is 0."""
+    """Scaling a gradient by a thousand changes nothing; skipping the ratio when the decay is 0 is a common mistake."""
     ends = []
     for scale in (1.0, 1000.0):
         parameter = nn.Parameter(torch.arange(1.0, 5.0, dtype=torch.float64).view(2, 2))
@@ -47,16 +49,16 @@ def test_lars_adapts_without_decay():
     torch.testing.assert_close(*ends)
 
 
-def test_zero_norms_give_the_ratio_one():
-    zero, still = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.ones(2, 2))
-    zero.grad, still.grad = torch.ones(2, 2), torch.zeros(2, 2)
-    LARS([zero, still], lr=0.1).step()
-    torch.testing.assert_close(zero.detach(), torch.full((2, 2), -0.1))
-    torch.testing.assert_close(still.detach(), torch.ones(2, 2))
+def test_zero_norms_have_a_ratio_of_one():
+    zero_weight, zero_gradient = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.ones(2, 2))
+    zero_weight.grad, zero_gradient.grad = torch.ones(2, 2), torch.zeros(2, 2)
+    LARS([zero_weight, zero_gradient], lr=0.1).step()
+    torch.testing.assert_close(zero_weight.detach(), torch.full((2, 2), -0.1))
+    torch.testing.assert_close(zero_gradient.detach(), torch.ones(2, 2))
 
 
 @pytest.mark.parametrize("shape", [(4, 3, 2, 2), (3, 5)])
-def test_lars_pairs_gradients_and_weights_that_are_laid_out_differently(shape):
+def test_lars_pairs_gradients_and_weights_of_different_strides(shape):
     start, gradient = torch.randn(2, *shape, dtype=torch.float64).unbind()
     weight = nn.Parameter(start.clone().transpose(0, 1).contiguous().transpose(0, 1))
     weight.grad = gradient.clone()
@@ -76,11 +78,11 @@ def test_norms_and_biases_neither_decay_nor_adapt():
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
-def test_every_optimizer_goes_downhill_and_resumes(name, momentum):
+def test_every_optimizer_reduces_the_loss_and_resumes(name, momentum):
     def run(steps, state=None):
         torch.manual_seed(0)
         net = nn.Linear(6, 3)
-        optimizer = create_optimizer(name, parameter_groups([net], 1e-4), lr=0.05, momentum=momentum)
+        optimizer = create_optimizer(OptimConfig(name, momentum=momentum), parameter_groups([net], 1e-4), lr=0.05)
         if state:
             net.load_state_dict(state[0])
             optimizer.load_state_dict(state[1])
@@ -103,6 +105,6 @@ def test_every_optimizer_goes_downhill_and_resumes(name, momentum):
 @pytest.mark.parametrize(
     "values", [{"lr": -0.1}, {"lr": np.nan}, {"momentum": 1.0}, {"momentum": -0.1}, {"weight_decay": -1}]
 )
-def test_lars_refuses_what_torchs_optimizers_refuse(values):
+def test_lars_refuses_the_values_that_torch_refuses(values):
     with pytest.raises(ValueError, match="out of range"):
         LARS([nn.Parameter(torch.ones(2, 2))], **{"lr": 0.1, **values})

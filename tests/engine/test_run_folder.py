@@ -1,4 +1,4 @@
-"""Which folder a run uses, where it continues, and what is refused; a refusal changes nothing."""
+"""Choice of the run folder and of the checkpoint to resume from; refusing a folder changes nothing in it."""
 
 import json
 from pathlib import Path
@@ -27,12 +27,12 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-def test_a_new_folder_has_no_checkpoint(tmp_path):
+def test_new_folder_has_no_checkpoint(tmp_path):
     assert run_folder(str(tmp_path / "a"), "auto", "b") == (tmp_path / "a", None)
     assert run_folder("", "none", str(tmp_path / "b")) == (tmp_path / "b", None)
 
 
-def test_the_newest_checkpoint_or_the_one_that_is_named(tmp_path):
+def test_newest_or_named_checkpoint_is_resumed(tmp_path):
     first, last = saved(tmp_path / "run", 3, 12)
     assert run_folder(str(tmp_path / "run"), "auto", "") == (tmp_path / "run", last)
     assert run_folder("", str(tmp_path / "run"), "") == (tmp_path / "run", last)
@@ -50,7 +50,7 @@ def test_the_newest_checkpoint_or_the_one_that_is_named(tmp_path):
         ["config.json", "checkpoints/.step-00000001.partial/state.safetensors"],
     ],
 )
-def test_a_run_that_ended_before_its_first_checkpoint_starts_again(tmp_path, left):
+def test_run_that_ended_before_its_first_checkpoint_starts_again(tmp_path, left):
     for name in left:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("half")
@@ -60,7 +60,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_starts_again(tmp_path, lef
 
 
 @pytest.mark.parametrize("left", [["notes.txt"], ["metrics.jsonl"], ["config.json", "model.py"]])
-def test_a_folder_of_other_files_is_refused_and_left_alone(tmp_path, left):
+def test_folder_of_other_files_is_refused_and_unchanged(tmp_path, left):
     for name in left:
         (tmp_path / name).write_text("mine")
     (step,) = saved(tmp_path / "other", 1)
@@ -71,7 +71,7 @@ def test_a_folder_of_other_files_is_refused_and_left_alone(tmp_path, left):
     assert files(tmp_path) == before
 
 
-def test_what_cannot_be_a_run_folder_is_refused(tmp_path):
+def test_invalid_run_folders_are_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file; choose another --out"):
         run_folder(str(tmp_path / "file"), "auto", "")
@@ -84,7 +84,7 @@ def test_what_cannot_be_a_run_folder_is_refused(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_continuing_an_earlier_checkpoint_drops_what_came_after_it(tmp_path):
+def test_resuming_an_earlier_checkpoint_drops_later_rows_and_checkpoints(tmp_path):
     first, *_ = saved(tmp_path, 3, 5, 8)
     (tmp_path / "metrics.jsonl").write_text('{"step": 2}\n{"step": 4}\n')
     run_folder("", str(first), "")
@@ -93,7 +93,7 @@ def test_continuing_an_earlier_checkpoint_drops_what_came_after_it(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 2}\n'
 
 
-def test_a_full_disk_spares_the_configuration_of_an_earlier_part(tmp_path, monkeypatch):
+def test_full_disk_keeps_the_earlier_configuration(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("before")
 
     def full(path, text):

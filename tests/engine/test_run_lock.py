@@ -1,4 +1,4 @@
-"""Two jobs never write into the same run folder, and one that crashed keeps nobody out."""
+"""Two jobs never write into the same run folder, and a crashed job does not block the next one."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def holder(tmp_path):
 
 @pytest.fixture
 def unenforced(monkeypatch):
-    """A file system on which every flock is granted, and short waits."""
+    """A file system that grants every flock, and short waits."""
     monkeypatch.setattr(run_lock, "_flock", lambda descriptor: True)
     monkeypatch.setattr(run_lock, "HEARTBEAT_S", 0.05)
     monkeypatch.setattr(run_lock, "SILENCE_S", 1.0)
@@ -61,25 +61,25 @@ def kill(process):
     process.wait()
 
 
-def test_a_second_job_is_refused_with_host_process_and_age(holder, tmp_path):
+def test_second_job_is_refused_with_host_process_and_age(holder, tmp_path):
     first = holder()
     with pytest.raises(UserError) as refused:
         run_folder(str(tmp_path / "run"), "auto", "")
     pattern = rf"{tmp_path}/run is in use by process {first.pid} on {os.uname().nodename}, started \d s ago; .* --out\."
     assert re.fullmatch(pattern, str(refused.value))
-    assert json.loads((tmp_path / "run" / ".lock").read_text())["process"] == first.pid, "the refused one wrote nothing"
+    assert json.loads((tmp_path / "run" / ".lock").read_text())["process"] == first.pid, "the refused job wrote nothing"
 
 
-def test_a_crash_leaves_nothing_to_clean_up(holder, tmp_path):
+def test_crash_leaves_nothing_to_clean_up(holder, tmp_path):
     kill(holder())
     assert (tmp_path / "run" / ".lock").exists()
-    begun = time.monotonic()
+    started = time.monotonic()
     assert run_folder(str(tmp_path / "run"), "auto", "") == (tmp_path / "run", None)
-    assert time.monotonic() - begun < 1, "an flock that is free proves it on the same machine"
+    assert time.monotonic() - started < 1, "on the same machine a free flock proves that the holder has ended"
 
 
 @pytest.mark.parametrize("granted", [True, None], ids=["between machines", "without flock"])
-def test_where_flock_proves_nothing_the_heartbeat_does(holder, tmp_path, unenforced, monkeypatch, granted):
+def test_heartbeat_decides_where_flock_is_not_enforced(holder, tmp_path, unenforced, monkeypatch, granted):
     monkeypatch.setattr(run_lock, "_flock", lambda descriptor: granted)
     first = holder(OTHER_MACHINE if granted else NO_FLOCK)
     with pytest.raises(UserError, match=f"is in use by process {first.pid} on"):
@@ -90,7 +90,7 @@ def test_where_flock_proves_nothing_the_heartbeat_does(holder, tmp_path, unenfor
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"token": 1}', b"\xff", b"[]"])
-def test_a_lock_file_that_is_damaged_keeps_nobody_out(tmp_path, unenforced, monkeypatch, content):
+def test_damaged_lock_file_does_not_block(tmp_path, unenforced, monkeypatch, content):
     monkeypatch.setattr(run_lock, "SILENCE_S", 0.1)
     (tmp_path / ".lock").write_bytes(content)
     run_lock.acquire(tmp_path)
@@ -99,7 +99,7 @@ def test_a_lock_file_that_is_damaged_keeps_nobody_out(tmp_path, unenforced, monk
     assert not (tmp_path / ".lock").exists()
 
 
-def test_a_job_that_was_suspended_learns_that_it_lost_the_folder(holder, tmp_path, unenforced):
+def test_suspended_job_detects_that_it_lost_the_folder(holder, tmp_path, unenforced):
     first = holder(OTHER_MACHINE)
     first.send_signal(signal.SIGSTOP)
     run_lock.acquire(tmp_path / "run")
@@ -109,10 +109,10 @@ def test_a_job_that_was_suspended_learns_that_it_lost_the_folder(holder, tmp_pat
     with pytest.raises(UserError, match="is in use by process 7 on"):
         run_lock.check(tmp_path / "run")
     run_lock.release(tmp_path / "run")
-    assert (tmp_path / "run" / ".lock").exists(), "the lock of another process stays"
+    assert (tmp_path / "run" / ".lock").exists(), "the lock of another process remains"
 
 
-def test_of_two_that_take_over_one_wins(holder, tmp_path, unenforced, monkeypatch):
+def test_one_of_two_jobs_that_take_over_wins(holder, tmp_path, unenforced, monkeypatch):
     kill(holder(OTHER_MACHINE))
     sleep, lock = time.sleep, tmp_path / "run" / ".lock"
 
@@ -126,7 +126,7 @@ def test_of_two_that_take_over_one_wins(holder, tmp_path, unenforced, monkeypatc
         run_lock.acquire(tmp_path / "run")
 
 
-def test_a_folder_in_which_nothing_was_left_is_removed(tmp_path):
+def test_empty_folder_is_removed(tmp_path):
     run_lock.acquire(tmp_path / "a" / "b" / "run")
     run_lock.acquire(tmp_path / "a" / "b" / "run")  # by the same process again
     run_lock.release_all()
@@ -138,13 +138,13 @@ def test_a_folder_in_which_nothing_was_left_is_removed(tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+def test_unwritable_folder_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"The run folder .*file/run cannot be written .*choose another --out"):
         run_lock.acquire(tmp_path / "file" / "run")
 
 
-def test_a_full_disk_leaves_no_lock(tmp_path, monkeypatch):
+def test_full_disk_leaves_no_lock(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 

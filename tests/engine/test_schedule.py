@@ -1,3 +1,5 @@
+"""Learning rate scaling and the warm-up cosine schedule."""
+
 import math
 
 import pytest
@@ -5,14 +7,14 @@ import pytest
 from engine.schedule import peak_learning_rate, warmup_cosine
 
 
-def test_scaling_rules_give_the_papers_numbers():
+def test_scaling_rules_match_the_papers():
     assert peak_learning_rate(0.3, 4096, "linear") == pytest.approx(4.8)
     assert peak_learning_rate(0.075, 4096, "sqrt") == pytest.approx(4.8)
     assert peak_learning_rate(0.075, 256, "sqrt") == pytest.approx(1.2)
     assert peak_learning_rate(2e-3, 256, "none") == 2e-3
 
 
-def test_warmup_then_cosine():
+def test_linear_warmup_then_cosine():
     rates = [warmup_cosine(step, warmup_steps=10, total_steps=110, peak=4.8) for step in range(111)]
     assert rates[0] == 0
     assert rates[5] == pytest.approx(2.4)
@@ -22,6 +24,6 @@ def test_warmup_then_cosine():
     assert rates[110] == pytest.approx(0, abs=1e-12)
 
 
-def test_durations_at_the_edge():
+def test_no_warmup_and_runs_shorter_than_warmup():
     assert warmup_cosine(0, 0, 5, 1.0) == 1.0
     assert warmup_cosine(3, 10, 5, 1.0) == pytest.approx(0.3)  # a run shorter than its warm-up

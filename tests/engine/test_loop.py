@@ -1,0 +1,192 @@
+"""The training loop around a linear model: steps, rows, validations, hooks, stopping and resuming."""
+
+import json
+import math
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import nn
+
+from common import UserError
+from engine import run_lock
+from engine.checkpoint import CheckpointConfig
+from engine.loop import Instruments, LoopConfig, TrainingLoop
+from engine.session import Session
+
+STEPS_PER_EPOCH = 4
+
+
+class Loader:
+    """Batches (4, 3) that depend on epoch and position alone, with the interface of a view loader."""
+
+    backend_name = "none"
+
+    def __init__(self, bad_step: int | None = None):
+        self.epoch = self.position = 0
+        self.bad_step, self.closed = bad_step, False
+        self.bad_samples = SimpleNamespace(replaced=0, check=lambda replaced, epoch: None)
+        self.sampler = SimpleNamespace(dropped=0)
+        self.shards = type("Shards", (), {"checksum": "abc", "root": "data", "__len__": lambda self: 16})()
+
+    def __len__(self):
+        return STEPS_PER_EPOCH
+
+    def __iter__(self):
+        while self.position < STEPS_PER_EPOCH:
+            step = STEPS_PER_EPOCH * self.epoch + self.position
+            self.position += 1
+            batch = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+            yield batch * math.nan if step + 1 == self.bad_step else batch
+        self.epoch, self.position = self.epoch + 1, 0
+
+    def state_dict(self):
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state):
+        self.epoch, self.position = state["epoch"] + state["position"] // len(self), state["position"] % len(self)
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture
+def create(tmp_path):
+    """create(**options) of a loop in tmp_path/run; returns (loop, model, loader)."""
+    threads = torch.get_num_threads()
+
+    def run(resume="auto", bad_step=None, instruments=None, validate_every=0, **options):
+        run_lock.release_all()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        session = Session("fp32")
+        session.open_run(str(tmp_path / "run"), resume, name="test")
+        config = LoopConfig(**{"epochs": 3, "batch_size": 4, "log_every": 2} | options)
+        model, loader = nn.Linear(3, 1), Loader(bad_step)
+        optimizer = torch.optim.SGD(model.parameters(), 1.0, fused=True)
+        loop = TrainingLoop(
+            session,
+            config,
+            model,
+            loader,
+            [optimizer],
+            lambda step: 0.1 / (step + 1),
+            validate_every=validate_every,
+            instruments=instruments,
+        )
+        return loop, model, loader
+
+    yield run
+    run_lock.release_all()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.set_num_threads(threads)
+
+
+def train(loop, model, after_step=lambda loop: None):
+    """Run the loop to its end; returns the loss of every step."""
+    losses = []
+    with loop:
+        for x in loop:
+            loss = (model(x) - 1).square().mean()
+            loop.backward(loss)
+            loop.step(loss=loss, output=model.bias.detach()[0])
+            losses.append(loss.item())
+            after_step(loop)
+    return losses
+
+
+def rows(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_loop_runs_every_epoch_and_writes_rows(create, tmp_path):
+    loop, model, loader = create()
+    losses = train(loop, model)
+    assert loop.global_step == len(losses) == 12 and loader.closed and not loop.stopped
+    written = rows(tmp_path)
+    assert [row["step"] for row in written] == [2, 4, 6, 8, 10, 12] and [row["epoch"] for row in written][-1] == 3
+    for row in written:
+        assert row["loss"] == pytest.approx(sum(losses[row["step"] - 2 : row["step"]]) / 2), "mean since the last row"
+        assert row["lr"] == pytest.approx(0.1 / row["step"])
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["epochs"] == 3
+
+
+def test_validation_is_due_at_the_end_of_epochs_except_the_last(create, tmp_path):
+    due = []
+    loop, model, _ = create(validate_every=1, log_every=100)
+
+    def validate(loop):
+        if loop.validation_due:
+            due.append(loop.global_step)
+            loop.log(top1=0.5)
+
+    train(loop, model, validate)
+    assert due == [4, 8]
+    assert [(row["step"], row.get("top1")) for row in rows(tmp_path)] == [
+        (4, None),
+        (4, 0.5),
+        (8, None),
+        (8, 0.5),
+        (12, None),
+    ]
+
+
+def test_resumed_loop_continues_bit_for_bit(create, tmp_path):
+    torch.manual_seed(0)
+    loop, model, _ = create(checkpoint=CheckpointConfig(every_steps=1, keep=20))
+    losses, whole = train(loop, model), rows(tmp_path)
+    expected = model.state_dict()
+    for step in (3, 4):  # in the middle of an epoch and of a row; at the end of an epoch
+        loop, model, _ = create(
+            resume=str(tmp_path / "run" / "checkpoints" / f"step-{step:08d}"), checkpoint=CheckpointConfig(1, keep=20)
+        )
+        assert train(loop, model) == losses[step:]
+        assert all(torch.equal(model.state_dict()[name], expected[name]) for name in expected)
+        assert [row["loss"] for row in rows(tmp_path)] == [row["loss"] for row in whole]
+
+
+def test_stop_signal_ends_the_loop_after_the_step(create, tmp_path, capsys):
+    loop, model, _ = create(log_every=100)
+    losses = train(loop, model, lambda loop: loop.global_step == 5 and signal.raise_signal(signal.SIGTERM))
+    assert loop.stopped and len(losses) == 6, "a signal after step 5 is seen in step 6"
+    assert "Stopped after step 6 of 12" in " ".join(capsys.readouterr().out.split())
+    loop, model, _ = create(log_every=100)
+    assert loop.global_step == 6 and len(train(loop, model)) == 6
+
+
+def test_step_with_a_non_finite_gradient_is_skipped(create, tmp_path):
+    loop, model, _ = create(bad_step=2, log_every=1)
+    losses = train(loop, model)
+    assert math.isnan(losses[1]) and all(map(math.isfinite, losses[2:]))
+    assert [row["skipped_steps"] for row in rows(tmp_path)] == [0] + 11 * [1]
+    assert rows(tmp_path)[1]["loss"] is None
+
+
+class Recorder(Instruments):
+    def __init__(self):
+        self.parts = []
+
+    def mark(self, part):
+        self.parts.append(part)
+
+    def batches(self, loader):
+        return list(loader)[:2]
+
+
+def test_instruments_see_the_parts_of_every_step(create):
+    recorder = Recorder()
+    loop, model, _ = create(instruments=recorder)
+    assert len(train(loop, model)) == 2, "the instruments choose the batches"
+    assert recorder.parts == 2 * ["forward", "loss", "backward", "other", "optimizer", "other"]
+    assert not model._forward_hooks and not model._forward_pre_hooks, "removed with the end of the loop"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"seed": 1}, r"--seed 0 \(now 1\)"), ({"batch_size": 8}, r"--batch-size 4 \(now 8\)")]
+)
+def test_other_options_cannot_resume(create, options, message):
+    loop, model, _ = create(epochs=1)
+    train(loop, model)
+    with pytest.raises(UserError, match=message):
+        create(epochs=1, **options)
