@@ -15,7 +15,8 @@ from config import DistillConfig, FinetuneConfig, PretrainConfig, StageConfig
 from engine.checkpoint import check_same_run
 from engine.processes import ending_together
 from engine.schedule import create_schedule
-from presets import DISTILL, FINETUNE, PRETRAIN, images_of, option_names, parse
+from options import option_names
+from presets import DISTILL, FINETUNE, PRETRAIN, images_of, parse
 
 STAGES = {"train.py": PRETRAIN, "finetune.py": FINETUNE, "distill.py": DISTILL}
 
