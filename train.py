@@ -119,9 +119,8 @@ def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> 
         for batch in loop:  # views (2B, 3, S, S), label (B,)
             probe = partial(probe_objective, label=batch.label)
             if 0 < config.micro_batch < len(batch.label):
-                mark = loop.instruments.mark
                 loss, top1 = cached_backward(
-                    session, model, batch.views, config.micro_batch, contrast, probe, mark=mark
+                    session, model, batch.views, config.micro_batch, contrast, probe, mark=loop.mark
                 )
             else:
                 with session.autocast():

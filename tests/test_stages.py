@@ -189,7 +189,7 @@ def test_fine_tuning_resumes_bit_for_bit(run, pretrained, tmp_path):
         (finetune, "--start.run nowhere", "nowhere is not the folder of a run"),
         (finetune, "--data DATA --labels.fraction 0", "--labels.fraction is 0.0; use a fraction above 0"),
         (finetune, "--data DATA --start.from-layer 1", "random weights have no projection head"),
-        (finetune, "--start.run RUN --start.from-layer 4 --labels.fraction 1", "use --start.from-layer 0 to 3"),
+        (finetune, "--start.run RUN --start.from-layer 4 --labels.fraction 1", "--start.from-layer must be 0 to 3"),
         (finetune, "--start.run RUN --labels.fraction 0.125", "--batch-size"),
         (finetune, "--start.run RUN --labels.keys nowhere.txt", "nowhere.txt"),
         (finetune, "--data DATA --optim.name nesterov --optim.momentum 0", "--optim.momentum is 0.0"),
