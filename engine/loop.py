@@ -205,7 +205,7 @@ class TrainingLoop:
         self.mark("other")
 
     def step(self, **metrics: Tensor | tuple[Tensor, Tensor]) -> None:
-        """Take the optimizer step, unless the gradient is not finite, and write a metrics row if one is due.
+        """Take the optimizer step, unless the gradient is not finite, and write a metrics row every `log_every` steps.
 
         Args:
             metrics: scalars () on the device, `loss` among them, or pairs of scalars to be divided, see `RunningMeans`;
