@@ -33,8 +33,10 @@ def check_range(option: str, value: float, smallest: float, largest: float) -> N
 
 
 def available_cores() -> int:
-    """Number of cores this process may use; not every system supports CPU affinity."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Number of cores for this process: its share if the launcher started several processes on this machine."""
+    affinity = hasattr(os, "sched_getaffinity")  # not every system has it
+    cores = len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def file_sha256(path: str | os.PathLike) -> str:

@@ -43,7 +43,7 @@ class Session:
             )
         self.device = self.accelerator.device
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.cores = max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        self.cores = available_cores()
         self.compile, self.console = compile, Console()
         if self.device.type == "cpu":
             torch.set_num_threads(self.cores)  # the launcher restricts each process to one thread

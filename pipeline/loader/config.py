@@ -1,6 +1,5 @@
 """Loader options."""
 
-import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,7 +34,7 @@ class LoaderConfig:
     @property
     def threads(self) -> int:
         """Number of threads of this process: `workers`, or the cores divided by the local number of processes."""
-        return self.workers or max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        return self.workers or available_cores()
 
     def cache(self) -> ShardCache:
         """Create the cache for shards of remote sets."""
