@@ -27,9 +27,9 @@ import pipeline
 from common import UserError, check_range, file_sha256
 from engine.processes import ending_together
 from engine.session import Session
-from evaluation.accuracy import over_seeds
+from evaluation.accuracy import over_seeds, scores
 from evaluation.cache import code_checksum, feature_folder
-from evaluation.knn import check_k, knn_protocol
+from evaluation.knn import knn_correct
 from evaluation.linear import fast_protocol
 from evaluation.report import scores_table
 from evaluation.results import prepare_out, write_features, write_results
@@ -151,8 +151,8 @@ def evaluate(options: Knn | Linear | Embed) -> None:
     train, test = open_data(target.data, options.loader)
     splits = eval_splits(train, test, labeled=not isinstance(options, Embed))
     classes, k = len(train.classes), getattr(options, "k", ()) or (target.k,)
-    if isinstance(options, Knn):
-        check_k(k, len(splits[0].samples))
+    if isinstance(options, Knn) and max(k) > (bank := len(splits[0].samples)):
+        raise UserError(f"--k {max(k)} exceeds the {bank} labeled training images; use a smaller --k.")
     out = Path(options.out) if options.out else target.folder / "evaluation" / f"{name}.json"
     prepare_out(out)
     reading = {"device": session.device, "bad_samples_file": out.with_suffix(".bad_samples.jsonl")}
@@ -224,7 +224,9 @@ def evaluate(options: Knn | Linear | Embed) -> None:
             labeled = [features.labeled for features in found.values()]
             sizes = {"classes": classes, "device": session.device}
             if isinstance(options, Knn):
-                results = knn_protocol(*labeled, k=k, temperature=options.temperature, **sizes)
+                (bank, query) = labeled
+                correct = knn_correct(*bank, *query, k=k, temperature=options.temperature, **sizes)
+                results = [{"k": n, "temperature": t, **scores(c, len(query[1]))} for (n, t), c in correct.items()]
             elif options.protocol == "fast":
                 solver = {"seeds": options.seeds, "held_out": options.held_out}
                 results = fast_protocol(*labeled, max_iterations=options.max_iterations, **solver, **sizes)
