@@ -58,12 +58,7 @@ class SplitFeatures:
     index: Tensor
     """(n,) int64, positions in the shard set."""
     about: dict[str, Any]
-    """What the record of the evaluation says of them: source, checksum, number of images and speed."""
-
-    @property
-    def labeled(self) -> tuple[Tensor, Tensor]:
-        """(features, label)."""
-        return self.features, self.label
+    """Source, checksum, number of images and speed, for the record of the evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +69,7 @@ class FeatureStore:
     """
 
     session: Any
-    """Has `rank`, `world_size`, `device`, `gather` and `sum`."""
+    """Has `rank`, `world_size`, `device`, `gather`, `sum` and `print`."""
     forward_features: Callable[[Tensor], Tensor]
     """(B, 3, S, S) -> h (B, D), by the frozen encoder."""
     batches: Callable[..., Iterable]
@@ -95,7 +90,7 @@ class FeatureStore:
         Raises:
             UserError: too many images are unreadable, a feature is not finite, or the disk is full.
         """
-        session, is_main = self.session, self.session.rank == 0
+        session, is_main, total = self.session, self.session.rank == 0, len(split.samples)
         made_from = self.made_from | {"shards": split.shards.checksum}
         made_from["samples"] = sha256(split.samples.astype("<i8").tobytes()).hexdigest()
         path = self.folder / feature_name(made_from)
@@ -103,9 +98,9 @@ class FeatureStore:
         if found and self._readable_again(split, found[1]):
             found = None
         # rank 0 decides: others may have another disk, or look at it later
-        stored = session.sum(torch.tensor(float(found is not None), device=session.device)).item() > 0
-        start_s = time.monotonic()
-        if not stored:
+        from_cache = session.sum(torch.tensor(float(found is not None), device=session.device)).item() > 0
+        source, speed, start_s = f"from the cache in {self.folder}", {}, time.monotonic()
+        if not from_cache:
             parts = self._embed(split)
             if is_main:
                 save_features(path, parts, made_from)
@@ -113,35 +108,26 @@ class FeatureStore:
             else:
                 for _ in parts:
                     pass
+            embedding_s = round(time.monotonic() - start_s, 3)
+            speed = {"embedding_s": embedding_s, "images_per_s": round(total / embedding_s, 1)}
+            source = f"in {self.made_from['precision']} at {speed['images_per_s']:,.0f} images/s"
         if not is_main:
             return None
         features, index = found
-        unreadable = len(split.samples) - len(index)
+        unreadable = total - len(index)
         self._check_unreadable(split, unreadable)
-        about = {"root": split.shards.root, "sha256": made_from["shards"], "images": len(index), "from_cache": stored}
-        about["left_out"] = unreadable
-        if not stored:
-            about["embedding_s"] = round(time.monotonic() - start_s, 3)
-            about["images_per_s"] = round(len(split.samples) / about["embedding_s"], 1)
-        label = torch.from_numpy(split.shards.index["label"][index.numpy()])
-        return SplitFeatures(features, label, index, about)
-
-    def describe(self, split: EvalSplit, found: SplitFeatures) -> str:
-        """One sentence on the features of a split: how many, where they come from, what was left out."""
-        about, source = found.about, f"from the cache in {self.folder}"
-        if not about["from_cache"]:
-            source = f"in {self.made_from['precision']} at {about['images_per_s']:,.0f} images/s"
-        text = f"{split.name}: {len(found.index):,} features of width {found.features.shape[1]} {source}"
-        if about["left_out"]:
-            text += f"; {about['left_out']} unreadable images left out, see {self.bad_samples_file}"
-        return text
+        left_out = f"; {unreadable} unreadable images left out, see {self.bad_samples_file}" if unreadable else ""
+        session.print(f"{split.name}: {len(index):,} features of width {features.shape[1]} {source}{left_out}")
+        about = {"root": split.shards.root, "sha256": split.shards.checksum, "images": len(index)}
+        about |= {"from_cache": from_cache, "left_out": unreadable, **speed}
+        return SplitFeatures(features, torch.from_numpy(split.shards.index["label"][index.numpy()]), index, about)
 
     def _embed(self, split: EvalSplit) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Batches of `embed`, with a progress bar; all ranks stop at too many unreadable images."""
         session, total = self.session, len(split.samples)
         encoded = readable = 0
-        batches = partial(self.batches, split.shards)
         with progress_bar(total, f"embedding {split.name}", shown=session.rank == 0) as update:
+            batches = partial(self.batches, split.shards)
             for batch in embed(self.forward_features, batches, split.samples, session):
                 encoded = min(encoded + self.batch_size * session.world_size, total)
                 readable += len(batch[0])
@@ -150,12 +136,12 @@ class FeatureStore:
                 update(completed=encoded)
 
     def _check_unreadable(self, split: EvalSplit, unreadable: int) -> None:
-        total = len(split.samples)
+        total, root = len(split.samples), split.shards.root
         if unreadable > self.max_bad * total:
             raise UserError(
-                f"{unreadable} of {total} images of {split.shards.root} can't be read (see {self.bad_samples_file}), "
-                f"more than --loader.max-bad {self.max_bad:g} allows; check the shards with `python -m pipeline.shards "
-                f"verify {split.shards.root}` or raise --loader.max-bad."
+                f"{unreadable} of {total} images of {root} can't be read (see {self.bad_samples_file}), more than "
+                f"--loader.max-bad {self.max_bad:g} allows; check the shards with `python -m pipeline.shards verify "
+                f"{root}` or raise --loader.max-bad."
             )
 
     def _readable_again(self, split: EvalSplit, index: Tensor) -> bool:
