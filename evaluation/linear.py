@@ -25,18 +25,12 @@ BLOCK_ROWS = 16_384
 class Split:
     """Rows of stored features, standardized block by block so that they need not fit on the device."""
 
-    features: Tensor
-    """(N, D) float, on any device or mapped into memory."""
-    label: Tensor
-    """(N,) int64."""
-    mean: Tensor
-    """(D,) float64, subtracted from the features."""
-    scale: Tensor
-    """(D,) float64, multiplies the centered features."""
-    device: torch.device
-    """Device of the computation."""
-    rows: Tensor | None = None
-    """(n,) int64, ascending, on the device of the features: the rows in use; None for all."""
+    features: Tensor  # (N, D) float, on any device or mapped into memory
+    label: Tensor  # (N,) int64
+    mean: Tensor  # (D,) float64, subtracted from the features
+    scale: Tensor  # (D,) float64, multiplies the centered features
+    device: torch.device  # device of the computation
+    rows: Tensor | None = None  # (n,) int64, ascending, on the device of the features; None for all
 
     def __len__(self) -> int:
         return len(self.features if self.rows is None else self.rows)
@@ -53,14 +47,10 @@ class Split:
 class Fit:
     """A linear classifier and how accurately it was solved."""
 
-    theta: Tensor
-    """(C, D + 1) float64: weights, and the bias in the last column."""
-    gradient: float
-    """Largest absolute component of the objective's gradient."""
-    iterations: int
-    """Iterations of L-BFGS."""
-    converged: bool
-    """Whether `gradient` is within the tolerance."""
+    theta: Tensor  # (C, D + 1) float64: weights, and the bias in the last column
+    gradient: float  # largest absolute component of the objective's gradient
+    iterations: int  # of L-BFGS
+    converged: bool  # whether `gradient` is within the tolerance
 
 
 def standardization(features: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

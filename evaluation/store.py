@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,8 @@ class EvalSplit:
     """Images of one split that an evaluation uses."""
 
     name: str
-    shards: Any
-    """Shard set, with `root`, `checksum`, `classes` and `index`."""
-    samples: np.ndarray
-    """(n,) int64, ascending positions in the shard set."""
+    shards: Any  # shard set, with `root`, `checksum`, `classes` and `index`
+    samples: np.ndarray  # (n,) int64, ascending positions in the shard set
 
 
 def eval_splits(train: Any, test: Any | None, labeled: bool) -> list[EvalSplit]:
@@ -51,14 +50,10 @@ def eval_splits(train: Any, test: Any | None, labeled: bool) -> list[EvalSplit]:
 class SplitFeatures:
     """Features of one split, on the host of rank 0."""
 
-    features: Tensor
-    """(n, D) float32, mapped into memory."""
-    label: Tensor
-    """(n,) int64, -1 for none."""
-    index: Tensor
-    """(n,) int64, positions in the shard set."""
-    about: dict[str, Any]
-    """Source, checksum, number of images and speed, for the record of the evaluation."""
+    features: Tensor  # (n, D) float32, mapped into memory
+    label: Tensor  # (n,) int64, -1 for none
+    index: Tensor  # (n,) int64, positions in the shard set
+    about: dict[str, Any]  # source, checksum, number of images and speed, for the record of the evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,21 +63,14 @@ class FeatureStore:
     The limit on unreadable images is checked here, over all ranks; `batches` must replace any number of them.
     """
 
-    session: Any
-    """Has `rank`, `world_size`, `device`, `gather`, `sum` and `print`."""
-    forward_features: Callable[[Tensor], Tensor]
-    """(B, 3, S, S) -> h (B, D), by the frozen encoder."""
-    batches: Callable[..., Iterable]
-    """Called with (shard set, samples=...); yields batches of their center crops."""
-    batch_size: int
-    """Images per batch of `batches`."""
-    made_from: dict[str, Any]
-    """Everything besides the images that determines the features."""
+    session: Any  # has `rank`, `world_size`, `device`, `gather`, `sum` and `print`
+    forward_features: Callable[[Tensor], Tensor]  # (B, 3, S, S) -> h (B, D), by the frozen encoder
+    batches: Callable[..., Iterable]  # called with (shard set, samples=...); yields batches of their center crops
+    batch_size: int  # images per batch of `batches`
+    made_from: dict[str, Any]  # everything besides the images that determines the features
     folder: Path
-    max_bad: float
-    """Share of the images of a split that may be unreadable."""
-    bad_samples_file: Path
-    """Where the loader lists unreadable images."""
+    max_bad: float  # share of the images of a split that may be unreadable
+    bad_samples_file: Path  # where the loader lists unreadable images
 
     def load_or_embed(self, split: EvalSplit) -> SplitFeatures | None:
         """Features of a split, on rank 0; None on other ranks. Called by all ranks.
@@ -155,12 +143,8 @@ class FeatureStore:
             return False
         # together with at least as many readable ones, from which the loader draws replacements
         tried = np.union1d(missing, index[: max(len(missing), self.batch_size)].numpy())
-        batches = self.batches(split.shards, samples=tried)
-        first = 0
-        with suppress(UserError), closing(batches):  # the shards may be unavailable while their features are stored
-            for batch in batches:
-                expected = tried[first : first + len(batch.index)]
-                first += len(expected)
-                if np.isin(expected[batch.index.numpy() == expected], missing).any():
-                    return True
+        alone = SimpleNamespace(rank=0, world_size=1, gather=lambda x: x)
+        parts = embed(lambda views: views[:, 0, 0], partial(self.batches, split.shards), tried, alone)
+        with suppress(UserError), closing(parts):  # the shards may be unavailable while their features are stored
+            return any(np.isin(readable.numpy(force=True), missing).any() for _, _, readable in parts)
         return False
