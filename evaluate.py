@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 import timm
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 
 import model
 import pipeline
@@ -141,7 +141,10 @@ def evaluate(options: Knn | Linear | Embed) -> None:
     # Encoder: views (B, 3, S, S) -> h (B, D), frozen.
     target = find_target(options.run, options.data, size=options.size, mean=options.mean, std=options.std)
     encoder, views = model.load_encoder(target.encoder), AugmentConfig(**target.views)
-    width = feature_dim(encoder, views.size)
+    try:
+        width = model.feature_dim(encoder, views.size)
+    except UserError as error:  # which names the option of train.py
+        raise UserError(f"The encoder can't take views of {views.size} px; use another --size.") from error
     encoder = session.to_device(encoder.eval())
 
     def forward_features(images: Tensor) -> Tensor:
@@ -235,14 +238,6 @@ def evaluate(options: Knn | Linear | Embed) -> None:
         if name != "embed":
             session.print(scores_table(record))
         session.print(f"written: {out}")
-
-
-def feature_dim(encoder: nn.Module, size: int) -> int:
-    """Width of h for views of `size` pixels; the error names this script's option."""
-    try:
-        return model.feature_dim(encoder, size)
-    except UserError as error:
-        raise UserError(f"The encoder can't take views of {size} px; use another --size.") from error
 
 
 def versions(backend: str) -> dict[str, str]:

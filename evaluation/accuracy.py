@@ -50,11 +50,8 @@ def scores(correct: Sequence[int], total: int) -> dict[str, Any]:
 
 def over_seeds(results: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
     """Mean of `top1` and `top5` over seeds, and half the width of its 95 % confidence interval."""
-    summary = {}
-    for name in ("top1", "top5"):
-        average, half_width = mean_and_half_width([result[name] for result in results])
-        summary[name] = {"mean": average, "half_width_95": half_width}
-    return summary
+    summary = {name: mean_and_half_width([result[name] for result in results]) for name in ("top1", "top5")}
+    return {name: {"mean": average, "half_width_95": half} for name, (average, half) in summary.items()}
 
 
 def mean_and_half_width(values: Sequence[float], level: float = 0.95) -> tuple[float, float | None]:
