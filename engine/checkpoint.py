@@ -173,8 +173,8 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return load_file(file), record
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(
-            f"{file} is damaged, or not in a folder that every node sees ({error}); delete this checkpoint to continue "
-            "from the one before, or start again with another --out."
+            f"{file} can't be loaded ({error}); use a run folder that every node sees, delete this checkpoint to "
+            "continue from the one before, or start again with another --out."
         ) from error
 
 

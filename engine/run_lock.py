@@ -1,8 +1,8 @@
 """A lock on a run folder, so that two jobs never write into the same one.
 
 The lock file names its holder, who keeps an flock on it and touches it every few seconds. The flock ends with its
-process, so a crash on this machine leaves nothing to clean up. A network file system may not enforce it between
-machines: a lock left by another machine is therefore watched, and taken over if nobody touches it.
+process. A network file system may not enforce it between machines: a lock left by another machine is therefore watched,
+and taken over if nobody touches it.
 """
 
 import json
@@ -11,7 +11,7 @@ import secrets
 import socket
 import threading
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,14 +85,11 @@ class _Lock:
                 descriptor, is_new = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
             except FileExistsError:
                 descriptor, is_new = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), False
-            locked = False
-            try:
-                locked = self._take(descriptor, is_new)
-            finally:
-                if not locked:
-                    os.close(descriptor)
-            if locked:
-                return descriptor
+            with ExitStack() as opened:
+                opened.callback(os.close, descriptor)
+                if self._take(descriptor, is_new):
+                    opened.pop_all()
+                    return descriptor
 
     def _take(self, descriptor: int, is_new: bool) -> bool:
         """Lock the file and write its holder; False if the file was released after it was opened."""
