@@ -74,11 +74,12 @@ def _differences(option: str, before: Any, after: Any) -> Iterator[str]:
         yield f"--{option[1:].replace('_', '-')} {before} (now {after})"
 
 
+@dataclass(frozen=True)
 class Checkpoints:
     """Checkpoints of one run; only the `keep` most recent ones are kept."""
 
-    def __init__(self, folder: Path, keep: int):
-        self.folder, self.keep = folder, keep
+    folder: Path
+    keep: int
 
     def latest(self) -> Path | None:
         """Most recent checkpoint, or None."""
