@@ -90,11 +90,8 @@ def nearest(bank: Tensor, query: Tensor, k: int, device: torch.device) -> Iterat
 
 
 def _unit(features: Tensor) -> Tensor:
-    """Normalize rows (n, D) to unit length; rows of zeros stay zero.
-
-    Each row is first scaled by a power of two, which is exact, because the squares of very large or very small features
-    would leave the range of float32.
-    """
+    """Normalize rows (n, D) to unit length; rows of zeros stay zero."""
+    # Scaling by a power of two is exact; squares of very large or very small features would leave the range of float32.
     exponent = features.abs().amax(1, keepdim=True).frexp().exponent
     return normalize(features.ldexp(-exponent), dim=1)
 
@@ -111,13 +108,14 @@ def _largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def class_votes(cosine: Tensor, label: Tensor, classes: int, temperature: float) -> Tensor:
-    """Sum of the votes for each class, (m, classes), relative to the vote of the nearest neighbor.
+    """Sum of the votes exp(cosine / temperature) for each class, relative to the vote of the nearest neighbor.
 
     Args:
         cosine: (m, k) float32, descending.
         label: (m, k) int64, classes of the neighbors.
-        classes: number of classes.
-        temperature: a vote weighs exp(cosine / temperature).
+
+    Returns:
+        (m, classes) float32.
     """
     weight = ((cosine - cosine[:, :1]) / temperature).exp()  # relative, because small temperatures would overflow
     votes = cosine.new_zeros(len(cosine), classes)

@@ -33,11 +33,7 @@ def base_learning_rate(batch_size: int) -> float:
 
 
 def global_batch_size(limit: int, images: int, world_size: int) -> int:
-    """Largest global batch size within `limit` and the number of images that divides by the ranks.
-
-    Raises:
-        UserError: there are fewer images than ranks.
-    """
+    """Largest multiple of `world_size` within `limit` and the number of images; a UserError if there is none."""
     batch_size = min(limit, images) // world_size * world_size
     if not batch_size:
         raise UserError(
