@@ -164,10 +164,13 @@ def evaluate(options: Knn | Linear | Embed) -> None:
     unlimited = replace(options.loader, max_bad=1.0)
     batches = partial(center_crop_batches, augment=views, config=unlimited, batch_size=BATCH_SIZE, **reading)
 
-    # Record: what is evaluated and how.
+    # Record: what is evaluated and how; `made_from` is everything besides the images that determines the features.
     made_from = {"encoder_sha256": file_sha256(target.encoder), "precision": "bf16" if session.bf16 else "fp32"}
     made_from |= {"size": views.size, "mean": views.mean, "std": views.std, "device": session.device.type}
-    made_from |= versions(choose_backend(options.loader.backend, session.device))
+    backend = choose_backend(options.loader.backend, session.device)
+    decoder = import_module({"opencv": "cv2", "dali": "nvidia.dali", "kornia": "kornia"}[backend])
+    made_from |= {"backend": backend, decoder.__name__: decoder.__version__, "torch": torch.__version__}
+    made_from |= {"timm": timm.__version__, "code_sha256": code_checksum(pipeline, model)}
     record = {"what": name, "arguments": sys.argv[1:], "options": asdict(options), **made_from}
     record |= {"encoder": str(target.encoder), "processes": session.world_size, "data": {}}
 
@@ -238,18 +241,6 @@ def evaluate(options: Knn | Linear | Embed) -> None:
         if name != "embed":
             session.print(scores_table(record))
         session.print(f"written: {out}")
-
-
-def versions(backend: str) -> dict[str, str]:
-    """Code and library versions that determine the features: how images are decoded, augmented and encoded."""
-    decoder = import_module({"opencv": "cv2", "dali": "nvidia.dali", "kornia": "kornia"}[backend])
-    return {
-        "backend": backend,
-        "code_sha256": code_checksum(pipeline, model),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        decoder.__name__: decoder.__version__,
-    }
 
 
 def parse(arguments: list[str]) -> Knn | Linear | Embed:
