@@ -99,9 +99,11 @@ def _unit(features: Tensor) -> Tensor:
 def _largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest values of each row (all if there are fewer) and their columns, sorted; the first of equal ones."""
     k = min(k, x.shape[1])
-    column = x.topk(k, dim=1).indices
-    tied = (x >= x.gather(1, column[:, -1:])).sum(1) > k  # topk may have chosen any of several equal values
-    column[tied] = x[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
+    value, column = x.topk(k, dim=1)
+    tied = (x >= value[:, -1:]).sum(1) > k  # topk may have chosen any of the values that equal the last
+    rows, last = x[tied], value[tied, -1:]
+    place = torch.where(rows == last, torch.arange(x.shape[1], device=x.device), x.shape[1])
+    column[tied] = place.masked_fill(rows > last, -1).topk(k, dim=1, largest=False).indices
     column = column.sort(dim=1).values
     value, order = x.gather(1, column).sort(dim=1, descending=True, stable=True)
     return value, column.gather(1, order)
