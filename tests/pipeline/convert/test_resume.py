@@ -478,6 +478,12 @@ def test_ctrl_c_prints_no_traceback(images, tmp_path):
     assert not list((tmp_path / "out" / ".train.partial" / "work").glob("*.tar"))
 
 
+UNWRITABLE = (
+    "free some space or use a folder with write permission, and run the same command again, which keeps the finished "
+    "shards."
+)
+
+
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_full_disk(images, undisturbed, tmp_path, workers):
     """The size of files is limited, as by a quota or a full disk."""
@@ -490,8 +496,7 @@ def test_a_full_disk(images, undisturbed, tmp_path, workers):
         [*command, "--workers", workers], cwd=ROOT, preexec_fn=limit, capture_output=True, text=True, timeout=60
     )
     assert full.returncode == 1 and full.stdout == ""
-    remedy = "free some space and run the same command again, which keeps the finished shards."
-    assert full.stderr == f"{tmp_path} can't be written (File too large); {remedy}\n"
+    assert full.stderr == f"{tmp_path} can't be written (File too large); {UNWRITABLE}\n"
     partial = tmp_path / ".train.partial"
     assert not (tmp_path / "train").exists() and not list(partial.rglob("*.tar"))
     write_split(folder_source(images), tmp_path, "train", samples_per_shard=3)
@@ -507,7 +512,7 @@ def test_a_full_file_system(images, undisturbed, tmp_path):
         pytest.skip("mounting a file system is not allowed here")
     try:
         source = folder_source(images)
-        with pytest.raises(UserError, match=r"No space left on device.*free some space and run the same command"):
+        with pytest.raises(UserError, match=rf"No space left on device\); {UNWRITABLE}"):
             write_split(source, disk / "out", "train", samples_per_shard=3)
         partial = disk / "out" / ".train.partial"
         assert not list((partial / "work").glob("*.tar")), "the unfinished shard takes no space"
@@ -519,7 +524,7 @@ def test_a_full_file_system(images, undisturbed, tmp_path):
         again = times(disk / "out" / "train")
         assert {name: again[name] for name in whole} == whole
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-        with pytest.raises(UserError, match=r"Read-only file system.*use a folder with write permission"):
+        with pytest.raises(UserError, match=rf"Read-only file system\); {UNWRITABLE}"):
             write_split(source, disk / "other", "train")
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -534,9 +539,7 @@ def test_a_read_only_folder(images, tmp_path, monkeypatch, capsys, code):
     monkeypatch.setattr(sys, "argv", ["convert", "folder", str(images), str(tmp_path / "out")])
     with pytest.raises(SystemExit) as ended:
         convert.main()
-    assert ended.value.code == (
-        f"{tmp_path / 'out'} can't be written ({os.strerror(code)}); use a folder with write permission."
-    )
+    assert ended.value.code == f"{tmp_path / 'out'} can't be written ({os.strerror(code)}); {UNWRITABLE}"
 
 
 def test_a_file_in_place_of_the_folder(images, tmp_path):
