@@ -16,8 +16,7 @@ import numpy as np
 from ..common import UserError
 from ..shards.archives import NOT_PLAIN, CheckedMember, image_members, members, open_tar, refuse_url, unpacked
 from .base import Item, Source, modified_ns, read_range
-from .folder import folder_source
-from .naming import named
+from .folder import folder_source, named
 
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 META = "meta.mat"

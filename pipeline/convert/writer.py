@@ -219,21 +219,23 @@ def read_plan(unfinished: Path) -> dict[str, Any] | None:
     return plan if valid else None
 
 
+DIFFERENCES = {
+    "command": "it was not written by this converter",
+    "classes": "it has other classes",
+    "source_sha256": "its source lists other images",
+    "modified_sha256": "the files of its source have other modification times",
+}
+
+
 def _difference(plan: dict[str, Any], found: dict[str, Any]) -> str:
     """Describe the first difference between two plans, or a plan and a manifest; empty if there is none."""
     here, there = ({**head.get("made_by", {}), **head} for head in (plan, found))
-    if here["command"] != there.get("command"):
-        return "it was not written by this converter"
-    for name in dict.fromkeys(["name", *plan["made_by"], *found["made_by"]]):
-        if here.get(name) != there.get(name):
-            return f"its {name.replace('_', ' ')} is {there.get(name)} instead of {here.get(name)}"
-    differences = {
-        "classes": "it has other classes",
-        "source_sha256": "its source lists other images",
-        "modified_sha256": "the files of its source have other modification times",
-    }
-    # a manifest has no modification times: its bytes depend on the content of the source only
-    return next((text for name, text in differences.items() if there.get(name, here[name]) != here[name]), "")
+    for name in dict.fromkeys(["command", "name", *plan["made_by"], *found.get("made_by", {}), *DIFFERENCES]):
+        # a manifest has no modification times: its bytes depend on the content of the source only
+        if here.get(name) != there.get(name) and (name in there or name != "modified_sha256"):
+            values = f"its {name.replace('_', ' ')} is {there.get(name)} instead of {here.get(name)}"
+            return DIFFERENCES.get(name, values)
+    return ""
 
 
 def _finish(

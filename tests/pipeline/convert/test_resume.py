@@ -20,9 +20,9 @@ from common import UserError
 from pipeline.convert import __main__ as convert
 from pipeline.convert import writer
 from pipeline.convert.base import Source
-from pipeline.convert.cifar import cifar_sources
 from pipeline.convert.folder import folder_source
 from pipeline.convert.imagenet import imagenet_sources
+from pipeline.convert.pixels import cifar_sources
 from pipeline.convert.webdataset import webdataset_source
 from pipeline.convert.writer import shards_written, write_split
 from pipeline.shards.dataset import open_shards, open_splits
