@@ -42,21 +42,19 @@ def imagenet_sources(path: Path, labels: Path | None = None, split: str | None =
         return {"val": _validation_source(path, labels)}
     if not path.is_dir():
         return {"train": _train_source(path)}
-    splits = {split: _class_folders(path / split) for split in ("train", "val") if (path / split).is_dir()}
-    if not splits:
+    wanted = ("train",) if split == "train" else ("train", "val")
+    sources = {name: _class_folders(path / name) for name in wanted if (path / name).is_dir()}
+    if not sources:
         raise UserError(f"{path} holds neither train/ nor val/; use `convert folder` for other class folders.")
-    if split == "train":
-        splits.pop("val", None)
-    found = {name: {label for label, _, _ in source.items} for name, source in splits.items()}
-    classes, val = found.get("train", found.get("val")), found.get("val", set())
-    if not val <= classes or ("train" not in found and len(val) == 1):
-        folders = ", ".join(sorted(val - found.get("train", set()))[:3])
+    classes = {name: {label for label, _, _ in source.items} for name, source in sources.items()}
+    train, val = (classes.get(name, set()) for name in ("train", "val"))
+    if (foreign := sorted(val - train)) and ("train" in sources or len(val) == 1):
         raise UserError(
-            f"{path}/val has folders that are not classes ({folders}); use `convert imagenet {path}/val OUT --labels "
-            "FILE` for it and --split train for the rest."
+            f"{path}/val has folders that are not classes ({', '.join(foreign[:3])}); use `convert imagenet {path}/val "
+            "OUT --labels FILE` for it and --split train for the rest."
         )
     # both splits get the same label numbers, even if val lacks a class
-    return {name: replace(source, classes=sorted(classes)) for name, source in splits.items()}
+    return {name: replace(source, classes=sorted(train | val)) for name, source in sources.items()}
 
 
 def _train_source(path: Path) -> Source:

@@ -252,14 +252,12 @@ def _finish(
         raise UserError(f"No image of {source.name} could be read ({name}: {reason}); use another source.")
     folder = unfinished / "shards"
     counts = np.zeros(len(plan["classes"]), np.int64)
-    for shard in (entry["shard"] for entry in entries):
-        index = folder / index_name(shard["file"])
-        if shard["samples"]:
-            labels = np.load(index)["label"]
-            counts += np.bincount(labels[labels >= 0], minlength=len(counts))
-        else:  # many readers fail on an empty tar
-            for file in folder / shard["file"], index:
-                file.unlink(missing_ok=True)
+    for tar in (entry["shard"]["file"] for entry in entries):
+        labels = np.load(folder / index_name(tar))["label"]
+        counts += np.bincount(labels[labels >= 0], minlength=len(counts))
+        if not len(labels):  # many readers fail on an empty tar
+            (folder / tar).unlink()
+            (folder / index_name(tar)).unlink()
     with open(folder / "rejected.csv", "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         csv.writer(file, lineterminator="\n").writerows([("name", "reason"), *rejected])
     manifest = {name: value for name, value in plan.items() if name != "modified_sha256"} | {
