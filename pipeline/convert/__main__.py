@@ -28,39 +28,30 @@ from ..common import UserError, available_cores, check_range
 from ..images import QUALITY
 from ..shards.archives import add_image_extension, one_line
 from ..shards.dataset import ShardSet
-from . import textures
+from . import sources, textures
 from .folder import CLASS_LEVELS
-from .sources import (
-    Source,
-    cifar_sources,
-    folder_source,
-    imagenet_sources,
-    stl10_sources,
-    textures_source,
-    webdataset_source,
-)
 from .writer import SAMPLES_PER_SHARD, shards_written, write_split
 
 SHOWN = 10
 """Number of rejected images that are printed."""
-COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], dict[str, Source]]]] = {
+COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], dict[str, sources.Source]]]] = {
     "textures": (
         "built-in data set",
-        lambda options: {split: textures_source(split, options.seed) for split in textures.SPLITS},
+        lambda options: {split: sources.textures_source(split, options.seed) for split in textures.SPLITS},
     ),
     "folder": (
         "class folders, or a tar of class folders",
-        lambda options: {options.split: folder_source(options.path, options.class_level)},
+        lambda options: {options.split: sources.folder_source(options.path, options.class_level)},
     ),
     "imagenet": (
         "ImageNet tars as distributed, or folders unpacked from them",
-        lambda options: imagenet_sources(options.path, options.labels, options.split),
+        lambda options: sources.imagenet_sources(options.path, options.labels, options.split),
     ),
-    "cifar": ("CIFAR-10 or CIFAR-100, Python version", lambda options: cifar_sources(options.path)),
-    "stl10": ("STL-10, binary version", lambda options: stl10_sources(options.path)),
+    "cifar": ("CIFAR-10 or CIFAR-100, Python version", lambda options: sources.cifar_sources(options.path)),
+    "stl10": ("STL-10, binary version", lambda options: sources.stl10_sources(options.path)),
     "webdataset": (
         "WebDataset tars written by other tools",
-        lambda options: {options.split: webdataset_source(options.path, options.image_extension)},
+        lambda options: {options.split: sources.webdataset_source(options.path, options.image_extension)},
     ),
 }
 """Subcommand -> description, and function that returns the source of each split."""
@@ -164,14 +155,14 @@ def _part(text: str) -> tuple[int, int]:
     return int(number), int(count)
 
 
-def _sources(options: argparse.Namespace) -> dict[str, Source]:
+def _sources(options: argparse.Namespace) -> dict[str, sources.Source]:
     """Map the requested splits to their sources."""
-    sources = COMMANDS[options.source][1](options)
+    found = COMMANDS[options.source][1](options)
     if options.split is None:
-        return sources
-    if options.split not in sources:
-        raise UserError(f"There is no split {options.split} in the source; use --split {' or '.join(sources)}.")
-    return {options.split: sources[options.split]}
+        return found
+    if options.split not in found:
+        raise UserError(f"There is no split {options.split} in the source; use --split {' or '.join(found)}.")
+    return {options.split: found[options.split]}
 
 
 def _report(shards: ShardSet | None, out: Path, split: str, count: int) -> None:

@@ -88,11 +88,11 @@ class Slow:
 
 if __name__ == "__main__":  # main(), but slow at image AT, or hanging at the last rename
     at, seconds = sys.argv.pop(1), float(sys.argv.pop(1))
-    folder_source, rename = convert.folder_source, os.replace
+    folder_source, rename = convert.sources.folder_source, os.replace
     def slow_source(*arguments):
         source = folder_source(*arguments)
         return replace(source, read=Slow(source.read, at, seconds))
-    convert.folder_source = slow_source
+    convert.sources.folder_source = slow_source
     if at == "rename":
         os.replace = lambda a, b: hang() if str(a).endswith("/shards") else rename(a, b)
     convert.main()
