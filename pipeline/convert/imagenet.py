@@ -139,15 +139,13 @@ def validation_classes(labels: Path, names: list[str]) -> list[str]:
         raise UserError(
             f"{labels} is neither a development kit nor a text file of synsets; download it again."
         ) from error
-    if numeric := next((row[-1] for row in rows if row[-1].isdigit()), ""):
+    if wrong := next((row for row in rows if len(row) != min(len(rows[0]), 2) or row[-1].isdigit()), None):
         raise UserError(
-            f"{labels} holds class numbers such as {numeric}, not WordNet ids; use the development kit, which defines "
-            "the numbers."
+            f"{labels} must hold one `<file name> <wnid>` or one `<wnid>` per line, not `{' '.join(wrong)[:80]}`; "
+            "correct it, or use the development kit, which defines the class numbers."
         )
-    if all(len(row) == 1 for row in rows):
+    if not rows or len(rows[0]) == 1:
         return _numbered(labels, [wnid for (wnid,) in rows], names)
-    if any(len(row) != 2 for row in rows):
-        raise UserError(f"{labels} must hold one `<file name> <wnid>` or one `<wnid>` per line; correct it.")
     by_name: dict[str, str] = {}
     for name, wnid in rows:
         if by_name.setdefault(posixpath.splitext(posixpath.basename(name))[0], wnid) != wnid:
