@@ -45,7 +45,8 @@ def imagenet_sources(path: Path, labels: Path | None = None, split: str | None =
     wanted = ("train",) if split == "train" else ("train", "val")
     sources = {name: _class_folders(path / name) for name in wanted if (path / name).is_dir()}
     if not sources:
-        raise UserError(f"{path} holds neither train/ nor val/; use `convert folder` for other class folders.")
+        missing = "no train/" if split == "train" else "neither train/ nor val/"
+        raise UserError(f"{path} holds {missing}; use `convert folder` for other class folders.")
     classes = {name: {label for label, _, _ in source.items} for name, source in sources.items()}
     train, val = (classes.get(name, set()) for name in ("train", "val"))
     if (foreign := sorted(val - train)) and ("train" in sources or len(val) == 1):

@@ -170,6 +170,8 @@ def test_tiny_imagenet(tmp_path):
     shutil.rmtree(path / "train")
     with pytest.raises(UserError, match=r"val has folders that are not classes \(images\)"):
         imagenet_sources(path)
+    with pytest.raises(UserError, match=r"holds no train/; use `convert folder` for other class folders"):
+        imagenet_sources(path, split="train")
 
 
 def test_folders_inside_class_tars_are_not_classes(tmp_path):
