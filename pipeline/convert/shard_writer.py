@@ -149,7 +149,7 @@ def write_shards(
                 done, waiting = wait(waiting, REFRESH_S, FIRST_EXCEPTION)
                 for future in done:
                     future.result()
-                seconds, (count, size, _) = time.monotonic() - started, shared
+                seconds, (count, size, _) = max(time.monotonic() - started, 1e-3), shared
                 update(completed=count, rate=f"{count / seconds:,.0f} images/s {size / seconds / 1e6:,.0f} MB/s")
         except BaseException as error:
             shared[2] = 1
