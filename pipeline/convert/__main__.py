@@ -22,11 +22,10 @@ import argparse
 import csv
 import math
 import sys
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
-from ..common import UserError, available_cores
+from ..common import UserError, available_cores, check_range
 from ..images import QUALITY
 from ..shards.archives import add_image_extension, one_line
 from ..shards.dataset import ShardSet
@@ -45,11 +44,25 @@ from .writer import SAMPLES_PER_SHARD, shards_written, write_split
 
 SHOWN = 10
 """Number of rejected images that are printed."""
+COMMANDS = {
+    "textures": "built-in data set",
+    "folder": "class folders, or a tar of class folders",
+    "imagenet": "ImageNet tars as distributed, or folders unpacked from them",
+    "cifar": "CIFAR-10 or CIFAR-100, Python version",
+    "stl10": "STL-10, binary version",
+    "webdataset": "WebDataset tars written by other tools",
+}
 
 
 def main() -> None:
     arguments = _parser().parse_args()
     try:
+        check_range("--seed", arguments.seed, 0, 2**64 - 1)
+        check_range("--shard-size", arguments.shard_size, 1, math.inf)
+        check_range("--quality", arguments.quality, 1, 100)
+        check_range("--workers", arguments.workers, 1, math.inf)
+        if arguments.short_side is not None:
+            check_range("--short-side", arguments.short_side, 1, math.inf)
         for split, source in _sources(arguments).items():
             shards = write_split(
                 source,
@@ -75,75 +88,54 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    about = {
-        "textures": "built-in data set",
-        "folder": "class folders, or a tar of class folders",
-        "imagenet": "ImageNet tars as distributed, or folders unpacked from them",
-        "cifar": "CIFAR-10 or CIFAR-100, Python version",
-        "stl10": "STL-10, binary version",
-        "webdataset": "WebDataset tars written by other tools",
-    }
-    commands = parser.add_subparsers(dest="source", required=True, metavar="|".join(about))
-    for name, what in about.items():
+    commands = parser.add_subparsers(dest="source", required=True, metavar="|".join(COMMANDS))
+    for name, what in COMMANDS.items():
         command = commands.add_parser(name, help=what, description=what)
-        if name != "textures":
-            pipes = "; also a brace pattern or pipe:COMMAND" if name == "webdataset" else ""
-            command.add_argument(
-                "path", type=str if pipes else Path, metavar="source", help=f"folder or file to convert{pipes}"
-            )
-        command.add_argument("out", type=Path, help="folder that will hold <split>/")
-        if name in ("folder", "webdataset"):
-            command.add_argument("--split", default="train", help="name of the split (default: train)")
-        else:
-            command.add_argument("--split", help="convert only this split (default: all splits)")
-        if name == "folder":
-            command.add_argument(
-                "--class-level",
-                choices=CLASS_LEVELS,
-                help="nested folder that names the class: the first, the last (which holds the image), or none for no "
-                "classes (default: the first, unless that is ambiguous)",
-            )
+        add = command.add_argument
         if name == "webdataset":
+            add("path", metavar="source", help="folder or file to convert; also a brace pattern or pipe:COMMAND")
+        elif name != "textures":
+            add("path", type=Path, metavar="source", help="folder or file to convert")
+        add("out", type=Path, help="folder that will hold <split>/")
+        if name in ("folder", "webdataset"):
+            add("--split", default="train", help="name of the split (default: train)")
+        else:
+            add("--split", help="convert only this split (default: all splits)")
+        if name == "folder":
+            meaning = "the first, the last (which holds the image), or none for no classes"
+            default = "the first, unless that is ambiguous"
+            text = f"nested folder that names the class: {meaning} (default: {default})"
+            add("--class-level", choices=CLASS_LEVELS, help=text)
+        elif name == "webdataset":
             add_image_extension(command)
-        if name == "imagenet":
-            command.add_argument(
-                "--labels", type=Path, help="labels of flat validation images: development kit or text file of synsets"
-            )
+        elif name == "imagenet":
+            text = "labels of flat validation images: development kit or text file of synsets"
+            add("--labels", type=Path, help=text)
         _add_options(command)
     return parser
 
 
 def _add_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--seed", type=_seed, default=0, help="seed of the sample order (default: 0)")
-    command.add_argument(
-        "--shard-size", type=_positive, default=SAMPLES_PER_SHARD, help="samples per shard (default: %(default)s)"
-    )
-    command.add_argument(
+    add = command.add_argument
+    add("--seed", type=int, default=0, help="seed of the sample order (default: 0)")
+    add("--shard-size", type=int, default=SAMPLES_PER_SHARD, help="samples per shard (default: %(default)s)")
+    add(
         "--short-side",
-        type=_positive,
+        type=int,
         metavar="PIXELS",
         help="shrink images with a longer short side to this size, as JPEG; others keep their bytes",
     )
-    command.add_argument(
-        "--quality",
-        type=_quality,
-        default=QUALITY,
-        help="JPEG quality of shrunk images, 1 to 100 (default: %(default)s)",
-    )
-    command.add_argument(
+    add("--quality", type=int, default=QUALITY, help="JPEG quality of shrunk images, 1 to 100 (default: %(default)s)")
+    add(
         "--verify",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="decode every image completely (JPEGs in gray) and leave out those that fail; --no-verify reads only "
         "headers, so that a truncated image is not noticed before training",
     )
-    command.add_argument(
-        "--workers",
-        type=_positive,
-        default=available_cores(),
-        help="number of processes (default: one per core, %(default)s here)",
-    )
-    command.add_argument(
+    cores = available_cores()
+    add("--workers", type=int, default=cores, help=f"number of processes (default: one per core, {cores} here)")
+    add(
         "--part",
         type=_part,
         default=(1, 1),
@@ -151,22 +143,6 @@ def _add_options(command: argparse.ArgumentParser) -> None:
         help="write share I of N of the shards (I from 1 to N), for job arrays; the job that finds all shards written "
         "completes the split",
     )
-
-
-def _whole_number(smallest: int, largest: float, bounds: str) -> Callable[[str], int]:
-    """Option type of whole numbers; `bounds` describes the range in the error."""
-
-    def parse(text: str) -> int:
-        if not (text.isdecimal() and smallest <= int(text) <= largest):
-            raise argparse.ArgumentTypeError(f"{text} is not a whole number {bounds}")
-        return int(text)
-
-    return parse
-
-
-_seed = _whole_number(0, 2**64 - 1, "from 0 to 2**64 - 1")
-_positive = _whole_number(1, math.inf, "above 0")
-_quality = _whole_number(1, 100, "from 1 to 100")
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -178,23 +154,25 @@ def _part(text: str) -> tuple[int, int]:
 
 def _sources(arguments: argparse.Namespace) -> dict[str, Source]:
     """Map the requested splits to their sources."""
-    if arguments.source == "folder":
-        return {arguments.split: folder_source(arguments.path, arguments.class_level)}
-    if arguments.source == "webdataset":
-        return {arguments.split: webdataset_source(arguments.path, arguments.image_extension)}
-    if arguments.source == "textures":
-        sources = {split: textures_source(split, arguments.seed) for split in textures.SPLITS}
-    elif arguments.source == "imagenet":
-        sources = imagenet_sources(arguments.path, arguments.labels, arguments.split)
-    elif arguments.source == "cifar":
-        sources = cifar_sources(arguments.path)
-    else:
-        sources = stl10_sources(arguments.path)
-    if arguments.split is None:
+    path, split = getattr(arguments, "path", None), arguments.split
+    match arguments.source:
+        case "folder":
+            sources = {split: folder_source(path, arguments.class_level)}
+        case "webdataset":
+            sources = {split: webdataset_source(path, arguments.image_extension)}
+        case "textures":
+            sources = {name: textures_source(name, arguments.seed) for name in textures.SPLITS}
+        case "imagenet":
+            sources = imagenet_sources(path, arguments.labels, split)
+        case "cifar":
+            sources = cifar_sources(path)
+        case "stl10":
+            sources = stl10_sources(path)
+    if split is None:
         return sources
-    if arguments.split not in sources:
-        raise UserError(f"There is no split {arguments.split} in the source; use --split {' or '.join(sources)}.")
-    return {arguments.split: sources[arguments.split]}
+    if split not in sources:
+        raise UserError(f"There is no split {split} in the source; use --split {' or '.join(sources)}.")
+    return {split: sources[split]}
 
 
 def _report(shards: ShardSet | None, out: Path, split: str, count: int) -> None:

@@ -3,38 +3,38 @@
 import io
 import pickle
 import tempfile
-from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from ..common import UserError
 from ..shards.archives import unpacked
-from .base import Source
-from .pixels import PixelArchive, PixelReader, modified_times
+from .base import Source, modified_ns
+from .pixels import numbered_items, read_pixels
 
 SIDE_PX = 32
 
 
-@dataclass(frozen=True)
-class _Version:
-    """Names of files and of the keys in their dictionaries."""
-
-    batches: dict[str, list[str]]
+class _Version(NamedTuple):
+    name: str
     meta: str
+    batches: dict[str, list[str]]
     names_key: bytes
     labels_key: bytes
 
+    def files(self) -> list[str]:
+        return [self.meta, *chain(*self.batches.values())]
 
-VERSIONS = {
-    "cifar10": _Version(
-        {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]},
-        "batches.meta",
-        b"label_names",
-        b"labels",
-    ),
-    "cifar100": _Version({"train": ["train"], "test": ["test"]}, "meta", b"fine_label_names", b"fine_labels"),
-}
+
+CIFAR10_BATCHES = {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]}
+CIFAR100_BATCHES = {"train": ["train"], "test": ["test"]}
+VERSIONS = (
+    _Version("cifar10", "batches.meta", CIFAR10_BATCHES, b"label_names", b"labels"),
+    _Version("cifar100", "meta", CIFAR100_BATCHES, b"fine_label_names", b"fine_labels"),
+)
 
 
 def cifar_sources(path: Path) -> dict[str, Source]:
@@ -50,23 +50,19 @@ def cifar_sources(path: Path) -> dict[str, Source]:
         UserError: `path` does not hold CIFAR or is damaged, or a batch contains anything but arrays and lists.
     """
     scratch = tempfile.TemporaryDirectory(prefix="cifar-")
-    every_name = [
-        name for version in VERSIONS.values() for names in (*version.batches.values(), [version.meta]) for name in names
-    ]
-    files = unpacked(path, every_name, Path(scratch.name))
-    present = [name for name, version in VERSIONS.items() if version.meta in files]
+    files = unpacked(path, chain(*(version.files() for version in VERSIONS)), Path(scratch.name))
+    present = [version for version in VERSIONS if version.meta in files]
     if len(present) != 1:
         raise UserError(f"{path} is not the python version of CIFAR-10 or CIFAR-100; use cifar-10-python.tar.gz.")
-    version = VERSIONS[present[0]]
-    for name in (name for names in version.batches.values() for name in names):
-        if name not in files:
-            raise UserError(f"{path} lacks {name}; download it again.")
+    version = present[0]
+    if lacking := [name for name in version.files() if name not in files]:
+        raise UserError(f"{path} lacks {lacking[0]}; download it again.")
+    modified = modified_ns([path] if path.is_file() else sorted(files.values()))
+    sources = {}
     try:
         classes = [name.decode() for name in _load_pickle(files[version.meta])[version.names_key]]
         if len(set(classes)) < len(classes):
             raise ValueError("two classes of the same name")
-        archive = PixelArchive(present[0], classes, scratch, modified_times(path, files))
-        sources = {}
         for split, batches in version.batches.items():
             raw, labels = Path(scratch.name, f"{split}.bin"), []
             with open(raw, "wb") as file:
@@ -79,7 +75,10 @@ def cifar_sources(path: Path) -> dict[str, Source]:
                     labels += batch[version.labels_key]
             if not set(labels) <= set(range(len(classes))):
                 raise ValueError(f"a label of {split} has no class")
-            sources[split] = archive.source(split, labels, PixelReader(raw, SIDE_PX))
+            items, read = numbered_items(split, labels, classes), partial(read_pixels, raw, SIDE_PX, False)
+            sources[split] = Source(
+                version.name, items, read, classes, encodes=True, scratch=scratch, modified=modified
+            )
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"The batches in {path} are damaged ({error!r}); download it again.") from error
     return sources
@@ -88,14 +87,10 @@ def cifar_sources(path: Path) -> dict[str, Source]:
 def _load_pickle(path: Path) -> dict:
     try:
         return _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
-    except _Forbidden:
+    except UserError:
         raise
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise ValueError(f"{path.name}: {error}") from error
-
-
-class _Forbidden(UserError):
-    pass
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -112,14 +107,14 @@ class _ArrayUnpickler(pickle.Unpickler):
             ("numpy", "dtype"): _Dtype,
         }
         if (module, name) not in allowed:
-            raise _Forbidden(
+            raise UserError(
                 f"A CIFAR batch asks for {module}.{name}, which would run code, so it is not the published file; "
                 "download it again."
             )
         return allowed[module, name]
 
     def persistent_load(self, identifier: object) -> object:
-        raise _Forbidden("A CIFAR batch refers to data outside of itself; download it again.")
+        raise UserError("A CIFAR batch refers to data outside of itself; download it again.")
 
 
 class _Dtype:

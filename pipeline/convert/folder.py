@@ -4,12 +4,12 @@ import errno
 import os
 from array import array
 from collections.abc import Iterator, MutableSequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ..common import UserError
 from ..shards.archives import TOO_LONG, image_members, is_image, is_long, open_tar, refuse_url
-from .base import Source, TarReader, modified_ns, raise_if_gone
+from .base import Source, modified_ns, raise_if_gone, read_range
 from .naming import named
 
 
@@ -32,39 +32,30 @@ def folder_source(path: Path, class_level: str | None = None) -> Source:
     left_out: list[tuple[str, str]] = []
     if path.is_dir():
         modified = array("q")
-        items = named(files_below(path, left_out, modified), class_level)
-        return Source(path.resolve().name, items, FolderReader(path), left_out=left_out, modified=modified)
+        items = named(_files_below(path, left_out, modified), class_level)
+        return Source(path.resolve().name, items, partial(read_file, path), left_out=left_out, modified=modified)
     with open_tar(path) as tar:
         files = ((member.name, (member.offset_data, member.size)) for member in image_members(tar, path, left_out))
         items = named(files, class_level)
-    return Source(path.stem, items, TarReader(path), left_out=left_out, modified=modified_ns([path]))
+    return Source(path.stem, items, partial(read_range, path), left_out=left_out, modified=modified_ns([path]))
 
 
-@dataclass(frozen=True)
-class FolderReader:
-    """Read files by their path relative to `root`."""
-
-    root: Path
-
-    def __call__(self, name: str, size: int) -> bytes:
-        try:
-            return (self.root / name).read_bytes()
-        except OSError as error:
-            raise_if_gone(self.root, error)
-            raise
+def read_file(root: Path, name: str, size: int) -> bytes:
+    """Read the file `name` below `root`, whatever its size; errors as in `read_range`."""
+    try:
+        return (root / name).read_bytes()
+    except OSError as error:
+        raise_if_gone(root, error)
+        raise
 
 
-def files_below(
+def _files_below(
     folder: Path, left_out: list[tuple[str, str]], modified: MutableSequence[int]
 ) -> Iterator[tuple[str, tuple[str, int]]]:
     """Yield (relative path, (relative path, size in bytes)) of the images below a folder, in sorted order.
 
-    Links are followed unless they lead back to a folder above them.
-
-    Args:
-        folder: where to search.
-        left_out: receives (name, reason) of images that cannot be used.
-        modified: receives the modification time (ns) of each image.
+    Links are followed unless they lead back to a folder above them. `left_out` receives (name, reason) of images that
+    cannot be used, `modified` the modification time (ns) of each image.
     """
 
     def walk(at: str | Path, prefix: str, above: frozenset) -> Iterator[tuple[str, tuple[str, int]]]:

@@ -1,6 +1,7 @@
 """Keys and classes of images, derived from their paths."""
 
 import posixpath
+import sys
 from collections.abc import Iterable
 from itertools import pairwise
 
@@ -63,5 +64,4 @@ def _classes_of_folders(folders: list[str], level: str | None) -> dict[str, str]
             "first, last or none."
         )
     classes = last if level == "last" else first
-    names = {name: name for name in classes.values()}  # one string per class saves memory
-    return {folder: names[name] for folder, name in classes.items()}
+    return {folder: sys.intern(name) for folder, name in classes.items()}  # one string per class saves memory

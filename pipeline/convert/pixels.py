@@ -1,55 +1,38 @@
 """Data sets distributed as raw pixels, which are stored as PNG without loss."""
 
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ..common import UserError
 from ..images import png
-from .base import Source, modified_ns, read_range
+from .base import Item, read_range
 
 
-@dataclass(frozen=True)
-class PixelReader:
-    """Read an image by number from a file of consecutive (3, side, side) uint8 planes, and encode it as PNG."""
-
-    path: Path
-    side: int
-    columns_first: bool = False
-    """Whether each plane is stored column by column."""
-
-    def __call__(self, number: int) -> bytes:
-        size = 3 * self.side**2
-        raw = read_range(self.path, number * size, size)
-        if len(raw) < size:
-            raise UserError(f"{self.path} has become shorter; download it again.")
-        planes = np.frombuffer(raw, np.uint8).reshape(3, self.side, self.side)
-        return png(np.ascontiguousarray(planes.transpose((2, 1, 0) if self.columns_first else (1, 2, 0))))
+def numbered_items(split: str, labels: Sequence[int | None], classes: list[str]) -> list[Item]:
+    """Items of images in their published order; a key consists of the split and the position."""
+    return [
+        (None if label is None else classes[label], f"{split}-{number:06d}", (number,))
+        for number, label in enumerate(labels)
+    ]
 
 
-@dataclass(frozen=True)
-class PixelArchive:
-    """What the splits of one downloaded archive have in common."""
+def read_pixels(raw: Path, side_px: int, columns_first: bool, number: int) -> bytes:
+    """Read image `number` from a file of consecutive (3, side_px, side_px) uint8 planes, and encode it as PNG.
 
-    name: str
-    classes: list[str]
-    scratch: tempfile.TemporaryDirectory
-    modified: list[int]
+    Args:
+        raw: file of planes.
+        side_px: height and width of an image in pixels.
+        columns_first: whether each plane is stored column by column.
+        number: position of the image.
 
-    def source(self, split: str, labels: Sequence[int | None], reader: PixelReader) -> Source:
-        """Source of one split; a key consists of the split and the position in the published order."""
-        items = [
-            (None if label is None else self.classes[label], f"{split}-{number:06d}", (number,))
-            for number, label in enumerate(labels)
-        ]
-        return Source(
-            self.name, items, reader, self.classes, encodes=True, scratch=self.scratch, modified=self.modified
-        )
-
-
-def modified_times(path: Path, files: dict[str, Path]) -> list[int]:
-    """Modification time (ns) of the archive `path`, or of the files found if `path` is a folder."""
-    return modified_ns([path] if path.is_file() else sorted(files.values()))
+    Raises:
+        UserError: the file has become shorter or disappeared.
+    """
+    size = 3 * side_px**2
+    content = read_range(raw, number * size, size)
+    if len(content) < size:
+        raise UserError(f"{raw} has become shorter; download it again.")
+    planes = np.frombuffer(content, np.uint8).reshape(3, side_px, side_px)
+    return png(np.ascontiguousarray(planes.transpose((2, 1, 0) if columns_first else (1, 2, 0))))

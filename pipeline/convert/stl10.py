@@ -1,16 +1,17 @@
 """STL-10, binary version."""
 
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from ..common import UserError
 from ..shards.archives import unpacked
-from .base import Source
-from .pixels import PixelArchive, PixelReader, modified_times
+from .base import Source, modified_ns
+from .pixels import numbered_items, read_pixels
 
 SIDE_PX = 96
-SPLITS = {"train": True, "test": True, "unlabeled": False}
-"""Split -> whether it has labels."""
+SPLITS = {"train": "train_y.bin", "test": "test_y.bin", "unlabeled": None}
+"""Split -> file of its labels."""
 
 
 def stl10_sources(path: Path) -> dict[str, Source]:
@@ -26,25 +27,25 @@ def stl10_sources(path: Path) -> dict[str, Source]:
     """
     scratch = tempfile.TemporaryDirectory(prefix="stl10-")
     pixels = {split: f"{split}_X.bin" for split in SPLITS}
-    labels = {split: f"{split}_y.bin" for split, labeled in SPLITS.items() if labeled}
-    files = unpacked(path, [*pixels.values(), *labels.values(), "class_names.txt"], Path(scratch.name))
+    files = unpacked(path, ["class_names.txt", *pixels.values(), *filter(None, SPLITS.values())], Path(scratch.name))
     if "class_names.txt" not in files or not files.keys() & set(pixels.values()):
         raise UserError(f"{path} is not the binary version of STL-10; use stl10_binary.tar.gz.")
-    try:
-        classes = files["class_names.txt"].read_text(encoding="utf-8").split()
-    except UnicodeDecodeError as error:
-        raise UserError(f"The class_names.txt in {path} is damaged; download it again.") from error
-    if len(set(classes)) < len(classes):
-        raise UserError(f"The class_names.txt in {path} names a class twice; download it again.")
-    archive = PixelArchive("stl10", classes, scratch, modified_times(path, files))
+    classes = files["class_names.txt"].read_text(encoding="utf-8", errors="replace").split()
+    if len(set(classes)) < len(classes) or "\ufffd" in "".join(classes):  # the replacement of invalid bytes
+        raise UserError(f"The class_names.txt in {path} is damaged or names a class twice; download it again.")
+    modified = modified_ns([path] if path.is_file() else sorted(files.values()))
     sources = {}
-    for split in (split for split, name in pixels.items() if name in files):
-        count, rest = divmod(files[pixels[split]].stat().st_size, 3 * SIDE_PX**2)
-        numbers: list[int | None] = [None] * count
-        if split in labels:
-            content = files[labels[split]].read_bytes() if labels[split] in files else b""
-            numbers = [label - 1 for label in content]  # published labels start at 1
-        if rest or len(numbers) != count or not set(numbers) <= {None, *range(len(classes))}:
+    for split, labels_file in SPLITS.items():
+        if pixels[split] not in files:
+            continue
+        raw = files[pixels[split]]
+        count, rest = divmod(raw.stat().st_size, 3 * SIDE_PX**2)
+        labels: list[int | None] = [None] * count
+        if labels_file:
+            content = files[labels_file].read_bytes() if labels_file in files else b""
+            labels = [label - 1 for label in content]  # published labels start at 1
+        if rest or len(labels) != count or not set(labels) <= {None, *range(len(classes))}:
             raise UserError(f"The {split} images and labels in {path} do not match; download it again.")
-        sources[split] = archive.source(split, numbers, PixelReader(files[pixels[split]], SIDE_PX, columns_first=True))
+        items, read = numbered_items(split, labels, classes), partial(read_pixels, raw, SIDE_PX, True)
+        sources[split] = Source("stl10", items, read, classes, encodes=True, scratch=scratch, modified=modified)
     return sources
