@@ -15,7 +15,6 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from fsspec.spec import AbstractFileSystem
 
-BLOCK_BYTES = 1 << 20
 FORMAT = "streamclr-shards-1"
 READ_WHOLE = 16
 """Maximum number of shards without a common index; their own indexes are read in parallel and joined."""
@@ -140,25 +139,12 @@ def _write_index(fs: AbstractFileSystem, path: str, shards: list[dict[str, Any]]
 
 
 class HashedFile:
-    """Sequentially read or written file that tracks the SHA-256 and the number of its bytes."""
+    """Sequentially written file that tracks the SHA-256 and the number of its bytes."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.digest, self.size = file, hashlib.sha256(), 0
 
-    def read(self, count: int) -> bytes:
-        block = self.file.read(count)
-        self._update(block)
-        return block
-
     def write(self, block: bytes) -> None:
         self.file.write(block)
-        self._update(block)
-
-    def _update(self, block: bytes) -> None:
         self.digest.update(block)
         self.size += len(block)
-
-    def drain(self) -> None:
-        """Read the rest of the file."""
-        while self.read(BLOCK_BYTES):
-            pass
