@@ -109,8 +109,7 @@ class ShardCache:
         """Return the local copy of a remote file, fetching it if needed; None if live leases hold all the room.
 
         Args:
-            fs, path: the remote file.
-            size, sha256: its expected size in bytes and checksum.
+            size, sha256: expected size in bytes and checksum.
             retry_policy: replaces that of the cache.
 
         Raises:

@@ -98,11 +98,7 @@ def open_shards(root: str, cache: ShardCache | None = None) -> ShardSet:
 
 
 def _find_manifest(root: str, cache: ShardCache) -> tuple[AbstractFileSystem, str, str, bytes]:
-    """Find `dataset.json` next to the tars or in the cache.
-
-    Returns:
-        The file system and folder of the indexes, the same folder as a root, and the content of `dataset.json`.
-    """
+    """File system and folder of the indexes, the folder as a root, and the content of its `dataset.json`."""
     fs, path = filesystem(root, cache.retry_policy)
     try:
         return fs, path, root, read_file(fs, f"{path}/dataset.json", cache.retry_policy)
@@ -124,11 +120,7 @@ def _find_manifest(root: str, cache: ShardCache) -> tuple[AbstractFileSystem, st
 
 
 def _parsed(content: bytes) -> dict[str, Any]:
-    """Parse `dataset.json` and check every field that is used later.
-
-    Raises:
-        ValueError: names the first missing or malformed field.
-    """
+    """Parse `dataset.json`; a ValueError names the first malformed field among all that are used later."""
     manifest = json.loads(content)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"it is not in format {FORMAT}")

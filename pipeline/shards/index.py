@@ -36,7 +36,7 @@ KEPT = {"name": "", "split": "", "classes": [], "shards": [], "made_by": {}}
 
 
 def index_shards(root: str, cache: ShardCache | None = None, image_extension: str | None = None) -> ShardSet:
-    """Index the WebDataset tars of a folder or URL prefix; each is read once, sequentially.
+    """Index the WebDataset tars of a folder or URL prefix; a remote one is downloaded once.
 
     Every image is decoded once; unreadable ones are left out and listed in the manifest. If the location is read-only,
     the index is kept in the cache. An existing index is replaced only after all tars have been read; its name, split
@@ -53,15 +53,12 @@ def index_shards(root: str, cache: ShardCache | None = None, image_extension: st
     """
     cache = cache or ShardCache()
     root, tars = _find_tars(root, cache.retry_policy)
-    fs, path = filesystem(root, cache.retry_policy)
-    index_fs, folder = fs, path
+    fs, path = index_fs, folder = filesystem(root, cache.retry_policy)
     previous = _previous_manifest(fs, path, cache.retry_policy)
     if not _writable(fs, path):
         if previous is not None:  # it would take precedence over an index in the cache
-            raise UserError(
-                f"{root}/dataset.json exists and can't be replaced; make the folder writable, or copy the tars to one "
-                "that is."
-            )
+            remedy = "make the folder writable, or copy the tars to one that is"
+            raise UserError(f"{root}/dataset.json exists and can't be replaced; {remedy}.")
         index_fs, folder = LocalFileSystem(), str(cache.index_folder(root))
         previous = _previous_manifest(index_fs, folder, cache.retry_policy)
     previous = previous or KEPT
@@ -80,9 +77,7 @@ def index_shards(root: str, cache: ShardCache | None = None, image_extension: st
                 left_out.append({"name": name, "reason": reason})
         samples = sum(shard["samples"] for shard in shards)
         if not samples:
-            raise UserError(
-                f"No image could be read from the tars in {root}; they must hold <key>.jpg (and <key>.cls)."
-            )
+            raise UserError(f"No image could be read from the tars in {root}; they must hold <key>.jpg and <key>.cls.")
         known, count = previous["classes"], 1 + max(shard["top_label"] for shard in shards)
         manifest = {
             "name": previous["name"] or posixpath.basename(path),
@@ -93,9 +88,8 @@ def index_shards(root: str, cache: ShardCache | None = None, image_extension: st
             "left_out": left_out,
             "made_by": previous["made_by"] or {"command": "pipeline.shards index"},
         }
-        for shard in shards:
-            index = f"{folder}/{index_name(shard['file'])}"
-            index_fs.mv(f"{index}.partial", index)
+        for name in tars:
+            index_fs.mv(f"{folder}/{index_name(name)}.partial", f"{folder}/{index_name(name)}")
         write_manifest(index_fs, folder, manifest)
     except BaseException:
         for name in tars:
@@ -108,11 +102,7 @@ def index_shards(root: str, cache: ShardCache | None = None, image_extension: st
 
 
 def _find_tars(root: str, retry_policy: RetryPolicy) -> tuple[str, list[str]]:
-    """Resolve the argument of `index_shards` to a folder or URL prefix and the names of the tars in it.
-
-    Raises:
-        UserError: there are no tars, they are compressed, or a brace pattern names several folders.
-    """
+    """Resolve the argument of `index_shards` to a folder or URL prefix and the names of the tars in it."""
     names: list[str] = []
     if "{" in root:
         from webdataset.shardlists import expand_urls
@@ -150,10 +140,7 @@ def _writable(fs: AbstractFileSystem, path: str) -> bool:
 
 
 def _previous_manifest(fs: AbstractFileSystem, path: str, retry_policy: RetryPolicy) -> dict[str, Any] | None:
-    """Fields of a folder's manifest that are kept when it is indexed again, empty where missing or malformed.
-
-    None if there is no manifest.
-    """
+    """The fields `KEPT` of a folder's manifest, empty where missing or malformed; None if there is no manifest."""
     try:
         found = json.loads(read_file(fs, f"{path}/dataset.json", retry_policy))
     except (FileNotFoundError, PermissionError):

@@ -134,8 +134,7 @@ class Reader:
             if path is None:
                 by_range += places
                 continue
-            found = self._read_file(path, shard, rows[places])
-            for place, data in zip(places, found, strict=True):
+            for place, data in zip(places, self._read_file(path, shard, rows[places]), strict=True):
                 encoded[place] = data
             if not self.local and (bad := [place for place in places if isinstance(encoded[place], ReadFailure)]):
                 self._drop(shard)
@@ -246,12 +245,7 @@ class Reader:
 
 
 def _read_tar(path: str | Path, rows: np.ndarray) -> list[bytes]:
-    """Read the samples of these index rows, with retries for transient errors of network file systems.
-
-    Raises:
-        OSError: the tar can't be read.
-        UserError: this process or the machine has too many open files.
-    """
+    """Read the samples of these index rows, with retries for transient errors of network file systems."""
     for wait_s in (*RETRY_WAITS_S, None):
         try:
             with open(path, "rb", buffering=0) as tar:  # unbuffered: a buffer would read past every sample
@@ -263,8 +257,9 @@ def _read_tar(path: str | Path, rows: np.ndarray) -> list[bytes]:
         except PERMANENT_ERRORS:
             raise
         except OSError as error:
-            if wait_s is None and error.errno in (errno.EMFILE, errno.ENFILE):  # not the shard's fault
+            if wait_s is not None:
+                time.sleep(wait_s)
+            elif error.errno in (errno.EMFILE, errno.ENFILE):  # not the shard's fault
                 raise UserError(f"{path} can't be opened: too many open files; raise `ulimit -n`.") from error
-            if wait_s is None:
+            else:
                 raise
-        time.sleep(wait_s)

@@ -1,9 +1,7 @@
 """Read-only HTTP(S) file system on the standard library.
 
-fsspec's HTTPFileSystem was tried as a drop-in replacement and failed 32 tests of this package: it accepts a response
-with another byte range or the whole file where a range was requested, loses a partly received block when the connection
-breaks, reports 403 and 416 as errors of its own that are retried, requests files more than once, and changes the names
-in URLs.
+fsspec's HTTPFileSystem failed 32 tests of this package: it accepts responses with another byte range than requested,
+loses a partly received block when the connection breaks, retries 403 and 416, and changes the names in URLs.
 """
 
 import gzip
@@ -156,8 +154,7 @@ def check_web_url(url: str) -> None:
 
 
 def _extent(response: HTTPResponse, requested: int) -> tuple[int, int | None]:
-    """Offset in the file of the first byte of a response to a request for the bytes from `requested` on, and the size
-    of the whole file in bytes if the server states it."""
+    """Offset of the response's first byte in the file, and the size of the whole file if the server states it."""
     if response.status != 206:
         first, size = "0", response.headers.get("Content-Length", "")
     else:
