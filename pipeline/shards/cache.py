@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from fsspec.spec import AbstractFileSystem
 
 from ..common import UserError, file_sha256
-from .remote import PERMANENT_ERRORS, RetryPolicy, SizeMismatch, disk_errors, download, is_local
+from .remote import PERMANENT_ERRORS, RetryPolicy, UnavailableFile, disk_errors, download, is_local
 
 DEFAULT_LIMIT_BYTES = 50 * 10**9
 FETCH_ATTEMPTS = 3  # of a file that arrives damaged
@@ -34,10 +34,6 @@ CACHED_NAME = re.compile(rf"({SHA256.pattern})(?:\.(\d+)\.partial)?")  # names i
 LEASE_NAME = re.compile(r"[0-9a-f]{32}\.held")
 ALWAYS_HASHED_BYTES = 64 << 20
 """Up to this size a file is hashed on every use, in less than 0.1 s; an index of billions of samples takes minutes."""
-
-
-class UnavailableFile(UserError):
-    """The store lacks a file or holds other content under its name; this says nothing about its other files."""
 
 
 class ShardCache:
@@ -131,7 +127,10 @@ class ShardCache:
                     if not self._make_room(partial, size):
                         return None
                     with open(partial, "ab", buffering=0) as out:
-                        self._download(fs, path, out, size, retry_policy)
+                        try:
+                            download(fs, path, out, size, retry_policy, self.folder)
+                        except PERMANENT_ERRORS as error:
+                            raise UnavailableFile(f"{path} can't be read ({error}); copy it there again.") from error
                         os.fsync(out.fileno())  # its final name must vouch for the content even after a crash
                     intact = file_sha256(partial) == sha256
                     with self._locked("lock"):  # no other process may be summing up the file sizes
@@ -142,16 +141,6 @@ class ShardCache:
             f"{path} does not match its checksum in dataset.json after {FETCH_ATTEMPTS} downloads; copy it there again "
             "or run `python -m pipeline.shards index`."
         )
-
-    def _download(self, fs: AbstractFileSystem, path: str, out: BinaryIO, size: int, retry_policy: RetryPolicy) -> None:
-        try:
-            download(fs, path, out, size, retry_policy, self.folder)
-        except PERMANENT_ERRORS as error:
-            raise UnavailableFile(f"{path} can't be read ({error}); copy it there again.") from error
-        except UserError as error:
-            if isinstance(error.__cause__, SizeMismatch):
-                raise UnavailableFile(str(error)) from error
-            raise
 
     @contextmanager
     def whole_file(self, fs: AbstractFileSystem, path: str) -> Iterator[BinaryIO]:

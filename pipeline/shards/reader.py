@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ..common import UserError
-from .cache import Lease, ShardCache, UnavailableFile
+from .cache import Lease, ShardCache
 from .dataset import ShardSet, lies_inside
-from .remote import PERMANENT_ERRORS, RetryPolicy, filesystem, is_local, with_retries
+from .remote import PERMANENT_ERRORS, RetryPolicy, UnavailableFile, filesystem, is_local, with_retries
 from .threads import DaemonThreads, wait_for
 from .web import RangesUnsupported
 

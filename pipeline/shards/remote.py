@@ -39,6 +39,10 @@ class RetryPolicy:
     """Set by another thread to give up at once."""
 
 
+class UnavailableFile(UserError):
+    """The store lacks a file or holds other content under its name; this says nothing about its other files."""
+
+
 class SizeMismatch(OSError):
     """The store holds a file of another size, or so far only part of the file."""
 
@@ -84,6 +88,7 @@ def with_retries(
 
     Raises:
         FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, RangesUnsupported: without a retry.
+        UnavailableFile: the store holds a file of another size, also at the last attempt.
         UserError: the last attempt failed, or `retry_policy.stop` was set.
     """
     attempt, before = 0, progress()
@@ -102,7 +107,8 @@ def with_retries(
             wait_s = min(retry_policy.first_wait_s * 2 ** (attempt - 1), retry_policy.longest_wait_s)
             # separate generator: drawing from the global one would change the run's random numbers
             if attempt >= attempts or retry_policy.stop.wait(wait_s * random.Random().uniform(0.5, 1.5)):
-                raise UserError(
+                kind = UnavailableFile if isinstance(error, SizeMismatch) else UserError
+                raise kind(
                     f"{what} can't be read after {attempt} attempts ({cause}); check the connection and run again."
                 ) from error
 
@@ -123,8 +129,7 @@ def download(
         folder: where `out` is, for errors.
 
     Raises:
-        FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError: from the store, without a retry.
-        UserError: the last attempt failed, or `out` can't be written.
+        UserError: `out` can't be written; and as `with_retries`.
     """
 
     def append() -> None:
