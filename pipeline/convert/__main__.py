@@ -9,19 +9,18 @@
     python -m pipeline.convert stl10      stl10_binary.tar.gz OUT       train, test and unlabeled
     python -m pipeline.convert webdataset SOURCE OUT [--split train]    WebDataset tars, shuffled and sharded again
 
-Each split becomes the shard set OUT/<split>. Samples are written in a seeded random order, so that every shard holds a
-mix of classes and reading shards in sequence is close to a random order. The same source and options produce the same
-bytes, regardless of the number of workers and parts. Use --class-level to select the class among nested folders, and
---image-extension to select the image of WebDataset samples with several images. The source of `webdataset` is a folder
-of tars, a tar, a brace pattern such as "data/{000..146}.tar", or "pipe:COMMAND" for a shell command that writes a tar;
-tars may be compressed. Run the same command again to resume an interrupted conversion. Images that can't be decoded are
-left out and listed in OUT/<split>/rejected.csv.
+Each split becomes the shard set OUT/<split>, in a seeded random order. The same source and options produce the same
+bytes, regardless of the number of workers and parts. The source of `webdataset` is a folder of tars, a tar, a brace
+pattern such as "data/{000..146}.tar", or "pipe:COMMAND" for a shell command that writes a tar; tars may be compressed.
+Run the same command again to resume an interrupted conversion. Images that can't be decoded are left out and listed in
+OUT/<split>/rejected.csv.
 """
 
 import argparse
 import csv
 import math
 import sys
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -30,29 +29,33 @@ from ..images import QUALITY
 from ..shards.archives import one_line
 from ..shards.dataset import ShardSet
 from ..shards.samples import add_image_extension
-from . import textures
-from .naming import CLASS_LEVELS
-from .sources import (
-    Source,
-    cifar_sources,
-    folder_source,
-    imagenet_sources,
-    stl10_sources,
-    textures_source,
-    webdataset_source,
-)
+from . import sources, textures
+from .folder import CLASS_LEVELS
 from .writer import SAMPLES_PER_SHARD, shards_written, write_split
 
 SHOWN = 10
 """Number of rejected images that are printed."""
-COMMANDS = {
-    "textures": "built-in data set",
-    "folder": "class folders, or a tar of class folders",
-    "imagenet": "ImageNet tars as distributed, or folders unpacked from them",
-    "cifar": "CIFAR-10 or CIFAR-100, Python version",
-    "stl10": "STL-10, binary version",
-    "webdataset": "WebDataset tars written by other tools",
+COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], dict[str, sources.Source]]]] = {
+    "textures": (
+        "built-in data set",
+        lambda options: {split: sources.textures_source(split, options.seed) for split in textures.SPLITS},
+    ),
+    "folder": (
+        "class folders, or a tar of class folders",
+        lambda options: {options.split: sources.folder_source(options.path, options.class_level)},
+    ),
+    "imagenet": (
+        "ImageNet tars as distributed, or folders unpacked from them",
+        lambda options: sources.imagenet_sources(options.path, options.labels, options.split),
+    ),
+    "cifar": ("CIFAR-10 or CIFAR-100, Python version", lambda options: sources.cifar_sources(options.path)),
+    "stl10": ("STL-10, binary version", lambda options: sources.stl10_sources(options.path)),
+    "webdataset": (
+        "WebDataset tars written by other tools",
+        lambda options: {options.split: sources.webdataset_source(options.path, options.image_extension)},
+    ),
 }
+"""Subcommand -> description, and function that returns the source of each split."""
 
 
 def main() -> None:
@@ -90,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m pipeline.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="source", required=True, metavar="|".join(COMMANDS))
-    for name, what in COMMANDS.items():
+    for name, (what, _) in COMMANDS.items():
         command = commands.add_parser(name, help=what, description=what)
         add = command.add_argument
         if name == "webdataset":
@@ -153,27 +156,14 @@ def _part(text: str) -> tuple[int, int]:
     return int(number), int(count)
 
 
-def _sources(arguments: argparse.Namespace) -> dict[str, Source]:
+def _sources(options: argparse.Namespace) -> dict[str, sources.Source]:
     """Map the requested splits to their sources."""
-    path, split = getattr(arguments, "path", None), arguments.split
-    match arguments.source:
-        case "folder":
-            sources = {split: folder_source(path, arguments.class_level)}
-        case "webdataset":
-            sources = {split: webdataset_source(path, arguments.image_extension)}
-        case "textures":
-            sources = {name: textures_source(name, arguments.seed) for name in textures.SPLITS}
-        case "imagenet":
-            sources = imagenet_sources(path, arguments.labels, split)
-        case "cifar":
-            sources = cifar_sources(path)
-        case "stl10":
-            sources = stl10_sources(path)
-    if split is None:
-        return sources
-    if split not in sources:
-        raise UserError(f"There is no split {split} in the source; use --split {' or '.join(sources)}.")
-    return {split: sources[split]}
+    found = COMMANDS[options.source][1](options)
+    if options.split is None:
+        return found
+    if options.split not in found:
+        raise UserError(f"There is no split {options.split} in the source; use --split {' or '.join(found)}.")
+    return {options.split: found[options.split]}
 
 
 def _report(shards: ShardSet | None, out: Path, split: str, count: int) -> None:

@@ -16,8 +16,7 @@ import numpy as np
 from ..common import UserError
 from ..shards.archives import NOT_PLAIN, CheckedMember, image_members, members, open_tar, refuse_url, unpacked
 from .base import Item, Source, modified_ns, read_range
-from .folder import folder_source
-from .naming import named
+from .folder import folder_source, named
 
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 META = "meta.mat"
@@ -43,21 +42,19 @@ def imagenet_sources(path: Path, labels: Path | None = None, split: str | None =
         return {"val": _validation_source(path, labels)}
     if not path.is_dir():
         return {"train": _train_source(path)}
-    splits = {split: _class_folders(path / split) for split in ("train", "val") if (path / split).is_dir()}
-    if not splits:
+    wanted = ("train",) if split == "train" else ("train", "val")
+    sources = {name: _class_folders(path / name) for name in wanted if (path / name).is_dir()}
+    if not sources:
         raise UserError(f"{path} holds neither train/ nor val/; use `convert folder` for other class folders.")
-    if split == "train":
-        splits.pop("val", None)
-    found = {name: {label for label, _, _ in source.items} for name, source in splits.items()}
-    classes, val = found.get("train", found.get("val")), found.get("val", set())
-    if not val <= classes or ("train" not in found and len(val) == 1):
-        folders = ", ".join(sorted(val - found.get("train", set()))[:3])
+    classes = {name: {label for label, _, _ in source.items} for name, source in sources.items()}
+    train, val = (classes.get(name, set()) for name in ("train", "val"))
+    if (foreign := sorted(val - train)) and ("train" in sources or len(val) == 1):
         raise UserError(
-            f"{path}/val has folders that are not classes ({folders}); use `convert imagenet {path}/val OUT --labels "
-            "FILE` for it and --split train for the rest."
+            f"{path}/val has folders that are not classes ({', '.join(foreign[:3])}); use `convert imagenet {path}/val "
+            "OUT --labels FILE` for it and --split train for the rest."
         )
     # both splits get the same label numbers, even if val lacks a class
-    return {name: replace(source, classes=sorted(classes)) for name, source in splits.items()}
+    return {name: replace(source, classes=sorted(train | val)) for name, source in sources.items()}
 
 
 def _train_source(path: Path) -> Source:
@@ -142,15 +139,13 @@ def validation_classes(labels: Path, names: list[str]) -> list[str]:
         raise UserError(
             f"{labels} is neither a development kit nor a text file of synsets; download it again."
         ) from error
-    if numeric := next((row[-1] for row in rows if row[-1].isdigit()), ""):
+    if wrong := next((row for row in rows if len(row) != min(len(rows[0]), 2) or row[-1].isdigit()), None):
         raise UserError(
-            f"{labels} holds class numbers such as {numeric}, not WordNet ids; use the development kit, which defines "
-            "the numbers."
+            f"{labels} must hold one `<file name> <wnid>` or one `<wnid>` per line, not `{' '.join(wrong)[:80]}`; "
+            "correct it, or use the development kit, which defines the class numbers."
         )
-    if all(len(row) == 1 for row in rows):
+    if not rows or len(rows[0]) == 1:
         return _numbered(labels, [wnid for (wnid,) in rows], names)
-    if any(len(row) != 2 for row in rows):
-        raise UserError(f"{labels} must hold one `<file name> <wnid>` or one `<wnid>` per line; correct it.")
     by_name: dict[str, str] = {}
     for name, wnid in rows:
         if by_name.setdefault(posixpath.splitext(posixpath.basename(name))[0], wnid) != wnid:

@@ -174,7 +174,7 @@ def _interrupts_blocked() -> Iterator[None]:
 
 
 class _Stopped(Exception):
-    """The main process has asked the workers to stop."""
+    """The main process or another worker has asked the workers to stop."""
 
 
 _worker = threading.local()
@@ -206,4 +206,12 @@ def _write(number: int, items: list[Item], wait: bool) -> None:
             if _worker.shared[2]:
                 raise _Stopped
 
-    _worker.writer.write(number, items, tally, wait)
+    if _worker.shared[2]:
+        return
+    try:
+        _worker.writer.write(number, items, tally, wait)
+    except _Stopped:
+        pass  # the main process raises the error that stopped the workers
+    except BaseException:
+        _worker.shared[2] = 1
+        raise

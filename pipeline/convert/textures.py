@@ -26,26 +26,6 @@ SPLITS = {"train": 4000, "test": 1000}
 """Split -> number of images."""
 
 
-def _stripes(x, y, u):
-    return np.sin(x)
-
-
-def _checkerboard(x, y, u):
-    return 4 * np.sin(0.65 * x) * np.sin(0.65 * y)
-
-
-def _dots(x, y, u):
-    return 3 * (np.cos(x) + np.cos(y)) - 2.5
-
-
-def _grid(x, y, u):
-    return 8 * np.maximum(np.cos(0.7 * x), np.cos(0.7 * y)) - 7
-
-
-def _zigzag(x, y, u):
-    return np.sin(x + 2.5 * np.abs((y / np.pi) % 2 - 1))
-
-
 def _bricks(x, y, u):
     row = np.floor(y / 4)
     column = (x / 10 + 0.5 * (row % 2)) % 1
@@ -86,8 +66,20 @@ def _grain(x, y, u):
     return 6 * ((np.sin(column * 12.9898 + row * 78.233 + 100 * u[0]) * 43758.5453) % 1) - 3
 
 
-PATTERNS = (_bricks, _cells, _checkerboard, _clouds, _dots, _grain, _grid, _scales, _stripes, _zigzag)
-CLASSES = [pattern.__name__.removeprefix("_") for pattern in PATTERNS]
+PATTERNS = {
+    "bricks": _bricks,
+    "cells": _cells,
+    "checkerboard": lambda x, y, u: 4 * np.sin(0.65 * x) * np.sin(0.65 * y),
+    "clouds": _clouds,
+    "dots": lambda x, y, u: 3 * (np.cos(x) + np.cos(y)) - 2.5,
+    "grain": _grain,
+    "grid": lambda x, y, u: 8 * np.maximum(np.cos(0.7 * x), np.cos(0.7 * y)) - 7,
+    "scales": _scales,
+    "stripes": lambda x, y, u: np.sin(x),
+    "zigzag": lambda x, y, u: np.sin(x + 2.5 * np.abs((y / np.pi) % 2 - 1)),
+}
+"""Class -> height of its pattern at the points x, y (radians), with uniform random numbers u."""
+CLASSES = list(PATTERNS)
 
 
 def render(seed: int, split: str, number: int) -> bytes:
@@ -98,7 +90,7 @@ def render(seed: int, split: str, number: int) -> bytes:
     x, y = grid[0][None, :], grid[1][:, None]
     angle = np.pi / 3 * (u[3] - 0.5)
     x, y = x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)
-    height = PATTERNS[number % len(PATTERNS)](x, y, u[20:])
+    height = PATTERNS[CLASSES[number % len(CLASSES)]](x, y, u[20:])
     mix = 1 / (1 + np.exp(-(1.5 + 3 * u[4]) * height))  # soft to hard edges
     dark, light = _two_colors(u[6:12])
     image = dark + (light - dark) * mix[..., None]  # (SIDE, SIDE, 3)

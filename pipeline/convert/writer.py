@@ -219,21 +219,23 @@ def read_plan(unfinished: Path) -> dict[str, Any] | None:
     return plan if valid else None
 
 
+DIFFERENCES = {
+    "command": "it was not written by this converter",
+    "classes": "it has other classes",
+    "source_sha256": "its source lists other images",
+    "modified_sha256": "the files of its source have other modification times",
+}
+
+
 def _difference(plan: dict[str, Any], found: dict[str, Any]) -> str:
     """Describe the first difference between two plans, or a plan and a manifest; empty if there is none."""
     here, there = ({**head.get("made_by", {}), **head} for head in (plan, found))
-    if here["command"] != there.get("command"):
-        return "it was not written by this converter"
-    for name in dict.fromkeys(["name", *plan["made_by"], *found["made_by"]]):
-        if here.get(name) != there.get(name):
-            return f"its {name.replace('_', ' ')} is {there.get(name)} instead of {here.get(name)}"
-    differences = {
-        "classes": "it has other classes",
-        "source_sha256": "its source lists other images",
-        "modified_sha256": "the files of its source have other modification times",
-    }
-    # a manifest has no modification times: its bytes depend on the content of the source only
-    return next((text for name, text in differences.items() if there.get(name, here[name]) != here[name]), "")
+    for name in dict.fromkeys(["command", "name", *plan["made_by"], *found.get("made_by", {}), *DIFFERENCES]):
+        # a manifest has no modification times: its bytes depend on the content of the source only
+        if here.get(name) != there.get(name) and (name in there or name != "modified_sha256"):
+            values = f"its {name.replace('_', ' ')} is {there.get(name)} instead of {here.get(name)}"
+            return DIFFERENCES.get(name, values)
+    return ""
 
 
 def _finish(
@@ -250,14 +252,12 @@ def _finish(
         raise UserError(f"No image of {source.name} could be read ({name}: {reason}); use another source.")
     folder = unfinished / "shards"
     counts = np.zeros(len(plan["classes"]), np.int64)
-    for shard in (entry["shard"] for entry in entries):
-        index = folder / index_name(shard["file"])
-        if shard["samples"]:
-            labels = np.load(index)["label"]
-            counts += np.bincount(labels[labels >= 0], minlength=len(counts))
-        else:  # many readers fail on an empty tar
-            for file in folder / shard["file"], index:
-                file.unlink(missing_ok=True)
+    for tar in (entry["shard"]["file"] for entry in entries):
+        labels = np.load(folder / index_name(tar))["label"]
+        counts += np.bincount(labels[labels >= 0], minlength=len(counts))
+        if not len(labels):  # many readers fail on an empty tar
+            (folder / tar).unlink()
+            (folder / index_name(tar)).unlink()
     with open(folder / "rejected.csv", "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         csv.writer(file, lineterminator="\n").writerows([("name", "reason"), *rejected])
     manifest = {name: value for name, value in plan.items() if name != "modified_sha256"} | {

@@ -20,9 +20,9 @@ from common import UserError
 from pipeline.convert import __main__ as convert
 from pipeline.convert import writer
 from pipeline.convert.base import Source
-from pipeline.convert.cifar import cifar_sources
 from pipeline.convert.folder import folder_source
 from pipeline.convert.imagenet import imagenet_sources
+from pipeline.convert.pixels import cifar_sources
 from pipeline.convert.webdataset import webdataset_source
 from pipeline.convert.writer import shards_written, write_split
 from pipeline.shards.dataset import open_shards, open_splits
@@ -88,11 +88,11 @@ class Slow:
 
 if __name__ == "__main__":  # main(), but slow at image AT, or hanging at the last rename
     at, seconds = sys.argv.pop(1), float(sys.argv.pop(1))
-    folder_source, rename = convert.folder_source, os.replace
+    folder_source, rename = convert.sources.folder_source, os.replace
     def slow_source(*arguments):
         source = folder_source(*arguments)
         return replace(source, read=Slow(source.read, at, seconds))
-    convert.folder_source = slow_source
+    convert.sources.folder_source = slow_source
     if at == "rename":
         os.replace = lambda a, b: hang() if str(a).endswith("/shards") else rename(a, b)
     convert.main()

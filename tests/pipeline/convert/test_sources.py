@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 
 from common import UserError
-from pipeline.convert.cifar import cifar_sources
 from pipeline.convert.folder import folder_source, read_file
 from pipeline.convert.imagenet import imagenet_sources
-from pipeline.convert.stl10 import stl10_sources
+from pipeline.convert.pixels import cifar_sources, stl10_sources
 from pipeline.convert.webdataset import webdataset_source
 from pipeline.convert.writer import write_split
 from pipeline.images import DecodeError, decode, inspect
