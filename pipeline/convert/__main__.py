@@ -26,8 +26,9 @@ from pathlib import Path
 
 from ..common import UserError, available_cores, check_range
 from ..images import QUALITY
-from ..shards.archives import add_image_extension, one_line
+from ..shards.archives import one_line
 from ..shards.dataset import ShardSet
+from ..shards.samples import add_image_extension
 from . import sources, textures
 from .folder import CLASS_LEVELS
 from .writer import SAMPLES_PER_SHARD, shards_written, write_split

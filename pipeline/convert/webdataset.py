@@ -6,7 +6,6 @@ import io
 import lzma
 import os
 import shutil
-import tarfile
 import tempfile
 import zlib
 from collections import Counter
@@ -17,8 +16,9 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from ..common import UserError
-from ..shards.archives import NO_CLASS, class_number, clean_key, image_samples, members, open_tar, refuse_url
+from ..shards.archives import clean_key, members, open_tar, refuse_url
 from ..shards.dataset import open_shards
+from ..shards.samples import NO_CLASS, class_number, paired, read_parts
 from .base import Source, modified_ns, read_range
 
 PIPE = "pipe:"
@@ -44,7 +44,7 @@ def webdataset_source(path: str | Path, image_extension: str | None = None) -> S
         path: a tar; a folder of tars; a brace pattern such as "data/{000..146}.tar"; or "pipe:COMMAND" (braces are
             expanded), which runs a shell command that writes a tar. Commands come from this argument only: files
             found in a folder are always read as files, whatever their names are.
-        image_extension: see `image_samples`.
+        image_extension: see `paired`.
 
     Raises:
         UserError: there are no tars, a tar is damaged or holds links or paths that lead out of it, a command fails,
@@ -170,20 +170,14 @@ def _samples(
 ) -> list[tuple[str, str, int, int, str | None]]:
     """List (tar, key, offset, size, class) of the samples in one tar that have an image."""
     refused: list[tuple[str, str]] = []
-    classes: dict[int, tuple[str, str]] = {}
-
-    def place(member: tarfile.TarInfo) -> tuple[int, int]:
-        return member.offset_data, member.size
-
     with open_tar(tar_path) as tar:
-
-        def content(member: tarfile.TarInfo) -> bytes:
-            return tar.extractfile(member).read()
-
-        found = list(image_samples(members(tar, shown), shown, place, content, extension, refused, classes))
+        parts = list(read_parts(tar, members(tar, shown), extension, refused))
+    pairs = paired(parts, shown, extension, refused)
     left_out += [(f"{name}:{member}", reason) for member, reason in refused]
-    labels = {number: text for number, (_, text) in classes.items() if text not in NO_CLASS}
-    return [(name, key, *address, labels.get(number)) for number, (key, _, address) in enumerate(found)]
+    return [
+        (name, image.key, image.offset, image.size, label.text if label and label.text not in NO_CLASS else None)
+        for image, label in pairs
+    ]
 
 
 def _class_names(folder: Path, tars: set[str] | None, count: int) -> list[str]:
