@@ -132,15 +132,12 @@ def _refuse_unsafe(member: tarfile.TarInfo, path: Path | str) -> None:
         )
 
 
-def image_members(
-    tar: tarfile.TarFile, path: Path | str, left_out: list[tuple[str, str]], others: list[str] | None = None
-) -> Iterator[tarfile.TarInfo]:
+def image_members(tar: tarfile.TarFile, path: Path | str, left_out: list[tuple[str, str]]) -> Iterator[tarfile.TarInfo]:
     """Yield the images in a tar that are plain files.
 
     Args:
         path: name of the tar in errors.
         left_out: receives (name, reason) of images that are not plain files or have too long a name.
-        others: receives the names of members that are not images.
 
     Raises:
         UserError: as `members`.
@@ -151,8 +148,6 @@ def image_members(
                 left_out.append(fault)
             else:
                 yield member
-        elif others is not None:
-            others.append(member.name)
 
 
 def member_fault(member: tarfile.TarInfo) -> tuple[str, str] | None:
