@@ -1,12 +1,15 @@
 """Tests of DALI's graph for the GPU, built and inspected without one; for its views see test_backends.py."""
 
 import importlib
+import logging
 import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is available for Linux only")
 
@@ -14,7 +17,10 @@ from nvidia.dali import backend as dali
 
 from common import UserError
 from pipeline.augment.config import AugmentConfig
-from pipeline.augment.dali import view_graph
+from pipeline.augment.dali import DaliBackend, view_graph
+from pipeline.augment.gpu import warn_once
+from pipeline.images import DecodeError
+from tests.pipeline.augment import reference_views as reference
 
 
 @pytest.mark.parametrize("jitter", ["exact", "affine"])
@@ -70,3 +76,66 @@ def test_missing_dali_is_reported_with_the_remedy(monkeypatch):
     monkeypatch.delitem(sys.modules, "pipeline.augment.dali")
     with pytest.raises(UserError, match="pip install nvidia-dali-cuda120"):
         importlib.import_module("pipeline.augment.dali")
+
+
+DECODER = "Critical error in pipeline:\nError in MIXED operator `nvidia.dali.fn.decoders.image`,\nencountered:\n\n"
+JPEG = reference.encode(reference.smooth_field(9, 0, 90, 120), "JPEG")
+CONFIG = AugmentConfig(size=32)
+
+
+@pytest.fixture(autouse=True)
+def nothing_logged_yet():
+    warn_once.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def backend():
+    backend = DaliBackend(CONFIG, torch.device("cpu"), 2, 2, 1)
+    yield backend
+    backend.close()
+
+
+def test_batches_decoded_on_the_host_are_logged_once(backend, caplog):
+    unusual = JPEG[:20] + b"\x01\x02\x03" + JPEG[20:]  # DALI refuses bytes between segments
+    params = reference.random_params([JPEG, JPEG], CONFIG, seed=1)
+    expected = backend([JPEG, JPEG], params)
+    assert not caplog.records
+    for _ in range(2):
+        assert (backend([JPEG, unusual], params) - expected).abs().max() < 1e-5
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and "decoded on the host" in record.message
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "CUDA runtime API error cudaErrorMemoryAllocation (2):\nout of memory",
+        "Can't allocate 1073741824 bytes on device 0",
+        "nvImageCodec failure: '#5'",  # allocator
+        "nvImageCodec failure: '#15'",  # allocator of the codec
+        "nvImageCodec failure: '#20'",  # execution failed
+        "CUDA runtime API error cudaErrorIllegalAddress (700)",
+    ],
+)
+def test_errors_of_the_gpu_in_the_decoder_are_raised(backend, monkeypatch, reason):
+    calls = []
+
+    def run(encoded, params):
+        calls.append(encoded)
+        raise RuntimeError(DECODER + reason)
+
+    monkeypatch.setattr(backend, "_run", run)
+    with pytest.raises(RuntimeError, match=re.escape(reason)):
+        backend([JPEG], reference.random_params([JPEG], CONFIG, seed=1))
+    assert len(calls) == 1
+
+
+def test_truncated_jpegs_are_refused_before_a_decoder_that_accepts_them(backend, monkeypatch):
+    """nvJPEG may decode a truncated file without an error."""
+    monkeypatch.setattr(backend, "_run", lambda encoded, _: [torch.zeros(len(encoded), 3, 32, 32)] * 2)
+    params = reference.random_params([JPEG, JPEG], CONFIG, seed=1)
+    assert backend([JPEG, JPEG], params).shape == (4, 3, 32, 32)
+    for length in np.linspace(4, len(JPEG) - 1, 30).astype(int):
+        with pytest.raises(DecodeError) as error:
+            backend([JPEG, JPEG[:length]], params)
+        assert error.value.args[1] == 1
