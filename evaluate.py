@@ -155,7 +155,11 @@ def evaluate(options: Knn | Linear | Embed) -> None:
         check_k(k, len(splits[0].samples))
     out = Path(options.out) if options.out else target.folder / "evaluation" / f"{name}.json"
     prepare_out(out)
-    reading = {"device": session.device, "bad_samples_file": out.with_suffix(".bad_samples.jsonl")}
+    reading = {
+        "device": session.device,
+        "dtype": session.dtype,
+        "bad_samples_file": out.with_suffix(".bad_samples.jsonl"),
+    }
     batches = partial(
         center_crop_batches,
         augment=views,
@@ -167,7 +171,9 @@ def evaluate(options: Knn | Linear | Embed) -> None:
     # Record: what is evaluated and how.
     made_from = {"encoder_sha256": file_sha256(target.encoder), "precision": "bf16" if session.bf16 else "fp32"}
     made_from |= {"size": views.size, "mean": views.mean, "std": views.std, "device": session.device.type}
-    made_from |= versions(choose_backend(options.loader.backend, session.device))
+    made_from |= versions(
+        choose_backend(options.loader.backend, session.device, views.size, options.loader.threads).name
+    )
     record = {"what": name, "arguments": sys.argv[1:], "options": asdict(options), **made_from}
     record |= {"encoder": str(target.encoder), "processes": session.world_size, "data": {}}
 
