@@ -6,6 +6,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is available for Linux on
 from nvidia.dali import backend as dali
 
 from common import UserError
+from pipeline.augment import dali as dali_backend
 from pipeline.augment.config import AugmentConfig
 from pipeline.augment.dali import DaliBackend, view_graph
 from pipeline.augment.gpu import warn_once
@@ -40,6 +42,15 @@ def test_the_gpu_graph_keeps_the_pixels_on_the_gpu(jitter):
         "_ArithmeticGenericOp",  # conditions
         "_conditional__Split",  # arguments of operators
     }
+
+
+def test_buffers_do_not_grow_with_the_batch(monkeypatch):
+    """The batch size of the graph bounds every intermediate result."""
+    sizes = []
+    monkeypatch.setattr(dali_backend, "view_graph", lambda *_, batch_size, **__: sizes.append(batch_size) or Mock())
+    for batch_size in 2, 256, 4096:
+        DaliBackend(CONFIG, torch.device("cpu"), batch_size, 2, 1)
+    assert sizes == [2, 256, 256]
 
 
 def _operators(pipeline: bytes) -> Iterator[tuple[str, str]]:
