@@ -15,7 +15,7 @@ from torch import Tensor
 from ..common import UserError
 from ..images import DecodeError, contains, decode, decodes_alike, ppm
 from .config import AugmentConfig
-from .gpu import CHUNK, augment_in_chunks, warn_once
+from .gpu import CHUNK, augment_in_chunks, refusal, warn_once
 from .params import BRIGHTNESS, CONTRAST, HUE, LUMA, SATURATION, AugmentParams
 
 try:
@@ -30,7 +30,7 @@ REFUSALS = re.compile(
     r"nvImageCodec failure: '#(2|3|4|9|10|12|13|14|18|19)'"  # of nvimgcodecStatus_t: damaged, unsupported or no codec
     r"|Failed to decode sample|Slice can't be placed out of bounds"  # slice: a crop outside the image
 )
-"""Errors of DALI that are due to an image. Others, such as out of memory, would hit the training step next."""
+"""Errors of DALI that are due to an image."""
 
 
 class DaliBackend:
@@ -70,14 +70,13 @@ class DaliBackend:
         try:
             return self._run(self._readable(encoded), params)
         except RuntimeError as error:
-            if not (refusal := REFUSALS.search(str(error))):
-                raise
+            reason = refusal(error, REFUSALS)
             # DALI does not report which image failed, and fails on damaged ones that the other backends decode
             images = list(self._threads.map(decode, encoded))
             for i, image in enumerate(images):
                 if image is None or not contains(*image.shape[:2], params.crop[:, i]):
                     raise DecodeError("DALI can't decode an image of this batch", i) from error
-            warn_once(f"DALI can't decode some images ({refusal[0]}); batches with them are decoded on the host.")
+            warn_once(f"DALI can't decode some images ({reason}); batches with them are decoded on the host.")
             return self._run([ppm(image) for image in images], params)
 
     def _run(self, encoded: list[bytes], params: AugmentParams) -> list[Tensor]:

@@ -1,6 +1,7 @@
-"""What the backends that compute on a GPU share: batches in chunks, copies through pinned memory, one-time warnings."""
+"""What the backends that compute on a GPU share: batches in chunks, copies through pinned memory, and their errors."""
 
 import logging
+import re
 from collections.abc import Callable, Iterable
 from functools import cache
 
@@ -14,6 +15,12 @@ from .params import AugmentParams
 
 CHUNK = 256
 """Largest number of images that are augmented at a time."""
+
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|CUDA allocation failed|Can't allocate \d+ bytes"
+    r"|Failed to [a-z ]+: 5\b|nvImageCodec failure: '#(5|15)'"  # allocators of nvjpegStatus_t and nvimgcodecStatus_t
+)
+"""How torchvision and DALI report that memory is exhausted, each by a RuntimeError."""
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +69,20 @@ def pinned(array: np.ndarray, device: torch.device) -> Tensor:
 def copy_to(device: torch.device, array: np.ndarray) -> Tensor:
     """Copy an array to a device, on the current stream, without waiting for it."""
     return pinned(array, device).to(device, non_blocking=True)
+
+
+def refusal(error: RuntimeError, refusals: re.Pattern) -> str:
+    """Return the part of an error's message that means that a file can't be decoded; raise every other error.
+
+    Raises:
+        OutOfMemoryError: the message means that memory is exhausted.
+        RuntimeError: `error`, if it means anything else.
+    """
+    if found := refusals.search(str(error)):
+        return found[0]
+    if OUT_OF_MEMORY.search(str(error)) and not isinstance(error, torch.OutOfMemoryError):
+        raise torch.OutOfMemoryError(str(error)) from error
+    raise error
 
 
 @cache

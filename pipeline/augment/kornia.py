@@ -25,15 +25,14 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from ..images import DecodeError, contains, decode, nvjpeg_decodes_alike
 from .config import AugmentConfig
-from .gpu import augment_in_chunks, copy_to, pinned, warn_once
+from .gpu import augment_in_chunks, copy_to, pinned, refusal, warn_once
 from .params import BRIGHTNESS, CONTRAST, HUE, LUMA, SATURATION, AugmentParams, affine_jitter
 
 NVJPEG_REFUSALS = re.compile(
     r"Failed to [a-z ]+: (3|4|9|10)\b"  # of nvjpegStatus_t: bad, unsupported, not implemented, incomplete
     r"|Unknown chroma subsampling|not compiled with nvJPEG|Couldn't load the image extension"
 )
-"""Errors of torchvision that mean that nvJPEG is missing or cannot decode a file. Others, such as 5 (out of memory) and
-6 (a failed kernel), would hit the host's decoder or the training step next."""
+"""Errors of torchvision that mean that nvJPEG is missing or cannot decode a file."""
 
 
 class KorniaBackend:
@@ -105,9 +104,8 @@ def decode_on_gpu(files: list[bytes], device: torch.device) -> list[Tensor | Non
             [torch.frombuffer(bytearray(f), dtype=torch.uint8) for f in files], ImageReadMode.RGB, device
         )
     except RuntimeError as error:
-        if not (refusal := NVJPEG_REFUSALS.search(str(error))):
-            raise
-        warn_once(f"nvJPEG can't decode some JPEGs ({refusal[0]}); they are decoded on the host.")
+        reason = refusal(error, NVJPEG_REFUSALS)
+        warn_once(f"nvJPEG can't decode some JPEGs ({reason}); batches with them are decoded on the host.")
         return [None] * len(files)
 
 

@@ -118,17 +118,18 @@ def test_batches_decoded_on_the_host_are_logged_once(backend, caplog):
 
 
 @pytest.mark.parametrize(
-    "reason",
+    ("reason", "kind"),
     [
-        "CUDA runtime API error cudaErrorMemoryAllocation (2):\nout of memory",
-        "Can't allocate 1073741824 bytes on device 0",
-        "nvImageCodec failure: '#5'",  # allocator
-        "nvImageCodec failure: '#15'",  # allocator of the codec
-        "nvImageCodec failure: '#20'",  # execution failed
-        "CUDA runtime API error cudaErrorIllegalAddress (700)",
+        ("CUDA runtime API error cudaErrorMemoryAllocation (2):\nout of memory", torch.OutOfMemoryError),
+        ("CUDA allocation failed", torch.OutOfMemoryError),
+        ("Can't allocate 1073741824 bytes on device 0.", torch.OutOfMemoryError),
+        ("nvImageCodec failure: '#5'", torch.OutOfMemoryError),  # allocator
+        ("nvImageCodec failure: '#15'", torch.OutOfMemoryError),  # allocator of a codec
+        ("nvImageCodec failure: '#20'", RuntimeError),  # execution failed
+        ("CUDA runtime API error cudaErrorIllegalAddress (700)", RuntimeError),
     ],
 )
-def test_errors_of_the_gpu_in_the_decoder_are_raised(backend, monkeypatch, reason):
+def test_errors_of_the_gpu_in_the_decoder_are_raised(backend, monkeypatch, reason, kind):
     calls = []
 
     def run(encoded, params):
@@ -136,9 +137,9 @@ def test_errors_of_the_gpu_in_the_decoder_are_raised(backend, monkeypatch, reaso
         raise RuntimeError(DECODER + reason)
 
     monkeypatch.setattr(backend, "_run", run)
-    with pytest.raises(RuntimeError, match=re.escape(reason)):
+    with pytest.raises(RuntimeError, match=re.escape(reason)) as raised:
         backend([JPEG], reference.random_params([JPEG], CONFIG, seed=1))
-    assert len(calls) == 1
+    assert raised.type is kind and len(calls) == 1
 
 
 def test_truncated_jpegs_are_refused_before_a_decoder_that_accepts_them(backend, monkeypatch):
