@@ -78,10 +78,12 @@ def refusal(error: RuntimeError, refusals: re.Pattern) -> str:
         OutOfMemoryError: the message means that memory is exhausted.
         RuntimeError: `error`, if it means anything else.
     """
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
+    if OUT_OF_MEMORY.search(str(error)):
+        raise torch.OutOfMemoryError(str(error)) from error
     if found := refusals.search(str(error)):
         return found[0]
-    if OUT_OF_MEMORY.search(str(error)) and not isinstance(error, torch.OutOfMemoryError):
-        raise torch.OutOfMemoryError(str(error)) from error
     raise error
 
 

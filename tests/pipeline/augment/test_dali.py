@@ -121,7 +121,7 @@ def test_batches_decoded_on_the_host_are_logged_once(backend, caplog):
     ("reason", "kind"),
     [
         ("CUDA runtime API error cudaErrorMemoryAllocation (2):\nout of memory", torch.OutOfMemoryError),
-        ("CUDA allocation failed", torch.OutOfMemoryError),
+        ("Failed to decode sample #0 : CUDA allocation failed", torch.OutOfMemoryError),
         ("Can't allocate 1073741824 bytes on device 0.", torch.OutOfMemoryError),
         ("nvImageCodec failure: '#5'", torch.OutOfMemoryError),  # allocator
         ("nvImageCodec failure: '#15'", torch.OutOfMemoryError),  # allocator of a codec
