@@ -12,9 +12,9 @@ from .params import AugmentParams
 
 BACKENDS = ("auto", "dali", "kornia", "opencv")
 SMALL_VIEW = 64
-"""Views up to this size in pixels take OpenCV's backend less time than the Python code between its calls."""
+"""Largest view in pixels for which the OpenCV backend is expected to be limited by the Python code around its calls."""
 ENOUGH_THREADS = 8
-"""Number of host threads from which OpenCV's backend is expected to be faster than the training step of a GPU."""
+"""Number of host threads from which the OpenCV backend is expected to be faster than the training step of a GPU."""
 
 
 class Backend(Protocol):
@@ -75,14 +75,16 @@ def choose_backend(name: str, device: torch.device, size: int, threads: int) -> 
     if device.type == "cpu":
         return BackendChoice("opencv", "the fastest on a CPU")
     dali = device.type == "cuda" and _dali_loads()
-    small, few = size <= SMALL_VIEW, threads < ENOUGH_THREADS
-    limit = f"views of {size} px" if small else f"{threads} host threads for views of {size} px"
-    if dali and (small or few):
-        return BackendChoice("dali", f"expected to be the fastest with {limit}, not measured")
-    if few and not small:
-        return BackendChoice("kornia", f"expected to be faster than OpenCV with {limit}, not measured; no DALI")
-    without = "; no DALI" if small else ""
-    return BackendChoice("opencv", f"expected to be fast enough with {limit}, not measured{without}")
+    if size <= SMALL_VIEW:
+        small = f"views of {size} px"
+        if dali:
+            return BackendChoice("dali", f"expected to be the fastest for {small}, not measured")
+        return BackendChoice("opencv", f"expected to be the fastest for {small} without DALI, not measured")
+    if threads >= ENOUGH_THREADS:
+        return BackendChoice("opencv", f"expected to be fast enough with {threads} host threads, not measured")
+    if dali:
+        return BackendChoice("dali", f"expected to be the fastest with {threads} host threads, not measured")
+    return BackendChoice("kornia", f"expected to be the fastest with {threads} host threads without DALI, not measured")
 
 
 def _dali_loads() -> bool:
