@@ -11,6 +11,7 @@ import torch
 
 from model import EncoderConfig, create_encoder, encoder_spec
 from pipeline.augment.config import AugmentConfig
+from pipeline.loader import prefetch
 from pipeline.shards.dataset import open_shards
 from tests.pipeline.loaders import center_crops, view_loader
 
@@ -50,20 +51,20 @@ class LiveBatches:
         return augment
 
 
-@pytest.mark.parametrize("prefetch", [0, 1, 2, 4])
-def test_batches_in_memory(shards, prefetch):
-    """While a step runs, `prefetch` batches beside its own are prepared; one more exists when it takes the next."""
-    whole, live = loader(shards, prefetch=prefetch), LiveBatches()
+@pytest.mark.parametrize("ahead", [0, 1, 2, 4])
+def test_batches_in_memory(shards, ahead):
+    """While a step runs, `ahead` batches beside its own are prepared; one more exists when it takes the next."""
+    whole, live = loader(shards, prefetch=ahead), LiveBatches()
     whole.prefetcher.backend = live.counting(whole.prefetcher.backend)
     steps = (batch for _ in range(3) for batch in whole)
     for batch in islice(steps, 12):
         assert len(batch.index) == 2
         deadline = time.monotonic() + 5
-        while live.now < prefetch + 1 and time.monotonic() < deadline:
+        while live.now < ahead + 1 and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(0.005)  # time for a batch too many
-        assert live.now == prefetch + 1
-    assert live.most <= prefetch + 2
+        assert live.now == ahead + 1
+    assert live.most <= ahead + 2
     del batch
     steps.close()
     whole.close()
@@ -85,6 +86,16 @@ def test_bfloat16_batches(shards, backend):
         assert torch.equal(half.views, full.views.to(torch.bfloat16))
         assert half.views.nbytes * 2 == full.views.nbytes
         assert torch.equal(half.label, full.label) and torch.equal(half.index, full.index)
+
+
+def test_labels_reach_the_device_through_pinned_memory(shards, monkeypatch):
+    """For `copy_to` on a CUDA device see tests/pipeline/augment/test_kornia.py."""
+    copied = []
+    monkeypatch.setattr(prefetch, "copy_to", lambda device, array: copied.append(array) or torch.from_numpy(array))
+    whole = loader(shards, prefetch=0)
+    label = next(iter(whole)).label
+    whole.close()
+    assert len(copied) == 1 and np.array_equal(label, copied[0])
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "convnext_atto"])
