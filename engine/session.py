@@ -28,6 +28,7 @@ class Session:
         rank, world_size: number of this process and of all processes.
         cores: CPU cores of this process.
         bf16: whether `autocast` computes in bfloat16.
+        dtype: bfloat16 or float32: what `autocast` computes in.
         out, resume_from: run folder and checkpoint, once `open_run` was called.
     """
 
@@ -51,6 +52,7 @@ class Session:
                 raise UserError("--compile needs a C++ compiler on a CPU; install g++ or omit the option.")
         torch.backends.cudnn.benchmark = True  # all steps have the same shapes
         self.bf16 = precision == "bf16" or (precision == "auto" and computes_in_bf16(self.device))
+        self.dtype = torch.bfloat16 if self.bf16 else torch.float32
         set_seed(seed)
 
     def open_run(self, out: str, resume: str, name: str) -> None:
