@@ -1,9 +1,9 @@
-"""A CUDA device without a GPU: the host can launch work on it, but every wait for it raises `HostWait`.
+"""A CUDA device without a GPU: the host can launch work on it, but every wait for a result raises `HostWait`.
 
-torch's fake tensors have a shape, a dtype and a device, but no memory, so a value that the host reads does not exist.
-Tensors on the CPU stay real, and whole scripts run: seeds, configuration, shards and file headers work as usual.
-
-Bodies of custom operators are not executed, only their registered fake implementations.
+torch's fake tensors have a shape, a dtype and a device, but no memory, so there is no value for the host to read. CPU
+tensors stay real, and whole scripts run: configuration, seeds, shards and file headers work as usual. Not executed are
+the bodies of custom operators, of which only the registered fake implementation runs, and what hooks into torch's
+autograd engine, such as DDP.
 """
 
 from collections import Counter, defaultdict
@@ -29,9 +29,7 @@ from torch.utils._pytree import tree_leaves
 from loss.triton import ops, tiles
 
 aten = torch.ops.aten
-H100 = SimpleNamespace(
-    name="fake", major=9, minor=0, shared_memory_per_block_optin=232_448, multi_processor_count=132
-)
+H100 = SimpleNamespace(name="fake", major=9, shared_memory_per_block_optin=232_448, multi_processor_count=132)
 
 
 class HostWait(AssertionError):
@@ -39,68 +37,70 @@ class HostWait(AssertionError):
 
 
 class HostWaits(TorchDispatchMode):
-    """Executes CPU operations for real and CUDA operations on fake tensors; enter it inside a `FakeTensorMode`.
+    """Runs CPU operations for real and CUDA operations on fake tensors; to be entered inside a `FakeTensorMode`.
 
-    While `watching`, an operation raises `HostWait` if it needs a value of the device: to return a number or a tensor on
-    the CPU, or to know the shape of its result. A copy to the device raises unless it is asynchronous and its source
+    While `watching`, an operation raises `HostWait` if the host needs a value of the device to return a number or a CPU
+    tensor, or to know the shape of the result. A copy to the device raises unless it is asynchronous and its source
     pinned, because torch waits for all others.
 
     Attributes:
-        allowed: how often the host waited in each of the places named by `allow`.
+        waited: in how many calls the host waited, by the place named in `allow`.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.watching, self.allowed, self.pinned = False, Counter(), set()
+        self.watching, self.waited = False, Counter()
         self._place: str | None = None
+        self._pinned: set[int] = set()  # addresses
 
     @contextmanager
     def allow(self, place: str) -> Iterator[None]:
-        """Let the host wait; numbers that it reads are 0."""
-        self._place, waits = place, self.allowed[place]
-        yield
-        self._place = None
-        self.allowed[place] = min(self.allowed[place], waits + 1)
+        """Let the host wait; every number that it reads is 0."""
+        self._place, waited = place, self.waited[place]
+        try:
+            yield
+        finally:
+            self._place = None
+            self.waited[place] = min(self.waited[place], waited + 1)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         inputs = tree_leaves((args, kwargs))
-        on_device = any(isinstance(x, FakeTensor) or (isinstance(x, torch.device) and x.type == "cuda") for x in inputs)
         if func in KERNELS:
             return KERNELS[func](*args, **kwargs)
         if func is aten._pin_memory.default:
-            self.pinned.add(args[0].data_ptr())
+            self._pinned.add(args[0].data_ptr())
             return args[0]
-        if not on_device:
+        if not any(isinstance(x, FakeTensor) or (isinstance(x, torch.device) and x.type == "cuda") for x in inputs):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         if self.watching and self._waits(func, args, kwargs):
             if self._place is None:
-                raise HostWait(f"{func} on {[x.device for x in inputs if isinstance(x, Tensor)]}")
-            self.allowed[self._place] += 1
+                raise HostWait(f"{func} reads a CUDA tensor, or copies to one from memory that is not pinned")
+            self.waited[self._place] += 1
         if func is aten._local_scalar_dense.default:
             return 0
         try:
             return func(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise HostWait(f"{func} depends on values") from error
+            raise HostWait(f"the result of {func} depends on values") from error
 
     def _waits(self, func: Callable, args: tuple, kwargs: dict) -> bool:
         if func is aten._local_scalar_dense.default:
             return True
-        if func is aten.copy_.default:
-            target, source, non_blocking = args[0].device, args[1], (*args[2:], kwargs.get("non_blocking"), False)[0]
-        elif func is aten._to_copy.default:
-            target, source, non_blocking = kwargs.get("device"), args[0], kwargs.get("non_blocking")
+        if func is aten._to_copy.default:
+            source, target = args[0], kwargs.get("device") or args[0].device
+        elif func is aten.copy_.default:
+            source, target = args[1], args[0].device
         else:
             return False
-        if target is None or torch.device(target).type == source.device.type:
-            return False
-        return source.is_cuda or not (non_blocking and source.data_ptr() in self.pinned)
+        non_blocking = kwargs.get("non_blocking") or args[2:] == (True,)
+        same_device = torch.device(target).type == source.device.type
+        return not same_device and (source.is_cuda or not (non_blocking and source.data_ptr() in self._pinned))
 
 
-def _like_channels(x: Tensor, count: int) -> list[Tensor]:
-    return [x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(count)]
+def _per_channel(x: Tensor, count: int) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(count))
 
 
 def _fused_sgd(*inputs: Any, **options: Any) -> None:
@@ -109,81 +109,82 @@ def _fused_sgd(*inputs: Any, **options: Any) -> None:
 
 KERNELS = {
     aten._fused_sgd_.default: _fused_sgd,
-    aten.batch_norm_stats.default: lambda x, eps: _like_channels(x, 2),
-    aten.batch_norm_gather_stats_with_counts.default: lambda x, *_: _like_channels(x, 2),
+    aten.batch_norm_stats.default: lambda x, eps: _per_channel(x, 2),
+    aten.batch_norm_gather_stats_with_counts.default: lambda x, *_: _per_channel(x, 2),
     aten.batch_norm_elemt.default: lambda x, *_: torch.empty_like(x),
-    aten.batch_norm_backward_reduce.default: lambda grad, x, *_: _like_channels(x, 4),
+    aten.batch_norm_backward_reduce.default: lambda grad, x, *_: _per_channel(x, 4),
     aten.batch_norm_backward_elemt.default: lambda grad, x, *_: torch.empty_like(x),
 }
-"""CUDA kernels for which torch has no fake implementation."""
+"""CUDA kernels that have no fake implementation in torch."""
 
 
 def backward(tensors, grad_tensors=None, *_, **__) -> None:
-    """`torch.autograd.backward` in Python: the C++ engine asks the CUDA driver for a context, even for fake tensors.
+    """`torch.autograd.backward` in Python, because torch's engine asks the CUDA driver even about fake tensors.
 
-    The nodes are those that autograd recorded; only the order in which they are called is decided here.
+    It calls the nodes of the graph that autograd recorded, but no hooks.
     """
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     gradients = grad_tensors if isinstance(grad_tensors, (list, tuple)) else [grad_tensors] * len(tensors)
-    received = defaultdict(dict)  # node -> number of its output in the forward pass -> gradient
-    missing = {}  # node -> number of nodes that have yet to send it their gradients
+    received = defaultdict(dict)  # node -> index of its output in the forward pass -> gradient
+    missing = {}  # node -> number of edges over which it has yet to receive a gradient
 
-    def send(node, number, gradient):
-        expected = node._input_metadata[number]
+    def edges(node):
+        return [(index, *edge) for index, edge in enumerate(node.next_functions) if edge[0] is not None]
+
+    def send(node, index, gradient):
+        expected = node._input_metadata[index]
         if (gradient.shape, gradient.dtype) != (expected.shape, expected.dtype):
             gradient = gradient.sum_to_size(expected.shape).to(expected.dtype)
-        before = received[node].get(number)
-        received[node][number] = gradient if before is None else before + gradient
+        received[node][index] = received[node][index] + gradient if index in received[node] else gradient
 
     def call(node):
-        inputs = received.pop(node, None)
-        if not inputs:
-            return [None] * len(node.next_functions)
+        """Gradients of the node's inputs, by index; none if no gradient reached it."""
+        got = received.pop(node, None)
+        if got is None:
+            return {}
         function = node.apply if isinstance(node, BackwardCFunction) else node
-        outputs = function(*(inputs.get(number) for number in range(len(node._input_metadata))))
-        return outputs if isinstance(outputs, tuple) else [outputs]
+        results = function(*(got.get(index) for index in range(len(node._input_metadata))))
+        return dict(enumerate(results if isinstance(results, tuple) else (results,)))
 
     found = [x.grad_fn for x in tensors]
     while found:
         node = found.pop()
         if node not in missing:
             missing[node] = 0
-            found += [after for after, _ in node.next_functions if after is not None]
-    for node in missing:
-        for after, _ in node.next_functions:
-            if after is not None:
-                missing[after] += 1
+            found += [after for _, after, _ in edges(node)]
+    for node in list(missing):
+        for _, after, _ in edges(node):
+            missing[after] += 1
     with torch.no_grad():
         for x, gradient in zip(tensors, gradients, strict=True):
             send(x.grad_fn, x.output_nr, torch.ones_like(x) if gradient is None else gradient)
-        ready = [node for node, count in missing.items() if not count]
+        ready = [node for node, count in missing.items() if count == 0]
         while ready:
             node = ready.pop()
-            for gradient, (after, number) in zip(call(node), node.next_functions, strict=False):
-                if after is not None:
-                    if gradient is not None:
-                        send(after, number, gradient)
-                    missing[after] -= 1
-                    if not missing[after]:
-                        ready.append(after)
+            results = call(node)
+            for index, after, number in edges(node):
+                if results.get(index) is not None:
+                    send(after, number, results[index])
+                missing[after] -= 1
+                if missing[after] == 0:
+                    ready.append(after)
 
 
 @contextmanager
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[HostWaits]:
-    """Context in which tensors on "cuda" are fake, with everything that torch asks the driver about answered."""
+    """Context in which tensors on "cuda" are fake and questions to the driver are answered as by an H100."""
 
     def synchronize(*_: object) -> None:
         raise HostWait("torch.cuda.synchronize")
 
     stream = SimpleNamespace(wait_stream=lambda other: None)
-    monkeypatch.setattr(torch.autograd, "backward", backward)
-    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-    for name, value in {"is_bf16_supported": True, "get_device_capability": (9, 0), "get_device_properties": H100}.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    for name in ("Stream", "current_stream"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_: stream)
+    answers = {"is_bf16_supported": True, "get_device_capability": (9, 0), "get_device_properties": H100}
+    for name, answer in (answers | {"Stream": stream, "current_stream": stream}).items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.autograd, "backward", backward)
     monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: None)
     waits = HostWaits()
     try:
