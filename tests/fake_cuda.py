@@ -92,6 +92,8 @@ class HostWaits(TorchDispatchMode):
             source, target = args[0], kwargs.get("device") or args[0].device
         elif func is aten.copy_.default:
             source, target = args[1], args[0].device
+        elif func is aten._foreach_copy_.default:
+            return len({x.device.type for x in tree_leaves(args) if isinstance(x, Tensor)}) > 1
         else:
             return False
         non_blocking = kwargs.get("non_blocking") or args[2:] == (True,)

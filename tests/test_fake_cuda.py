@@ -65,6 +65,7 @@ WAITS = {
     "cuda": lambda x: torch.ones(4).cuda(),
     "asynchronous cuda, not pinned": lambda x: torch.ones(4).to("cuda", non_blocking=True),
     "copy to cuda": lambda x: x.copy_(torch.ones(4)),
+    "copies to cuda": lambda x: torch._foreach_copy_([x], [torch.ones(4)]),
     "synchronize": lambda x: torch.cuda.synchronize(),
 }
 
