@@ -2,8 +2,7 @@
 
 torch's fake tensors have a shape, a dtype and a device, but no memory, so there is no value for the host to read. CPU
 tensors stay real, and whole scripts run: configuration, seeds, shards and file headers work as usual. Not executed are
-the bodies of custom operators, of which only the registered fake implementation runs, and what hooks into torch's
-autograd engine, such as DDP.
+the kernels themselves, and what hooks into torch's autograd engine, such as DDP.
 """
 
 from collections import Counter, defaultdict
@@ -14,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -68,6 +69,9 @@ class HostWaits(TorchDispatchMode):
         inputs = tree_leaves((args, kwargs))
         if func in KERNELS:
             return KERNELS[func](*args, **kwargs)
+        if func in TRITON_OPERATORS:
+            with self:
+                return TRITON_OPERATORS[func](*args, **kwargs)
         if func is aten._pin_memory.default:
             self._pinned.add(args[0].data_ptr())
             return args[0]
@@ -118,6 +122,9 @@ KERNELS = {
     aten.batch_norm_backward_elemt.default: lambda grad, x, *_: torch.empty_like(x),
 }
 """CUDA kernels that have no fake implementation in torch."""
+
+TRITON_OPERATORS = {op._opoverload: op._init_fn for op in vars(ops).values() if isinstance(op, CustomOpDef)}
+"""Custom operators of the loss and their bodies, which launch kernels."""
 
 
 def backward(tensors, grad_tensors=None, *_, **__) -> None:
@@ -183,7 +190,9 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[HostWaits]:
     answers = {"is_bf16_supported": True, "get_device_capability": (9, 0), "get_device_properties": H100}
     for name, answer in (answers | {"Stream": stream, "current_stream": stream}).items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
-    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    for name in ("stream", "device_of"):
+        monkeypatch.setattr(torch.cuda, name, nullcontext)
+    monkeypatch.setattr(triton.JITFunction, "run", lambda *_, **__: None)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.autograd, "backward", backward)
