@@ -207,6 +207,8 @@ class TrainingLoop:
     def step(self, **metrics: Tensor | tuple[Tensor, Tensor]) -> None:
         """Take the optimizer step, unless the gradient is not finite, and write a metrics row every `log_every` steps.
 
+        Between rows the host does not wait for the device, neither here nor in `backward`.
+
         Args:
             metrics: scalars () on the device, `loss` among them, or pairs of scalars to be divided, see `RunningMeans`;
                 a row holds their means over its steps.

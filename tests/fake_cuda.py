@@ -45,24 +45,24 @@ class HostWaits(TorchDispatchMode):
     pinned, because torch waits for all others.
 
     Attributes:
-        waited: in how many calls the host waited, by the place named in `allow`.
+        waited: number of waits by the place that `allow` names; reading twice without work in between is one.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.watching, self.waited = False, Counter()
         self._place: str | None = None
+        self._idle = False  # after a wait, until the next operation on the device
         self._pinned: set[int] = set()  # addresses
 
     @contextmanager
     def allow(self, place: str) -> Iterator[None]:
         """Let the host wait; every number that it reads is 0."""
-        self._place, waited = place, self.waited[place]
+        self._place = place
         try:
             yield
         finally:
             self._place = None
-            self.waited[place] = min(self.waited[place], waited + 1)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -78,10 +78,12 @@ class HostWaits(TorchDispatchMode):
         if not any(isinstance(x, FakeTensor) or (isinstance(x, torch.device) and x.type == "cuda") for x in inputs):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
-        if self.watching and self._waits(func, args, kwargs):
+        waits = self._waits(func, args, kwargs)
+        if waits and self.watching:
             if self._place is None:
                 raise HostWait(f"{func} reads a CUDA tensor, or copies to one from memory that is not pinned")
-            self.waited[self._place] += 1
+            self.waited[self._place] += not self._idle
+        self._idle = waits or (self._idle and func.namespace == "prim")  # prim: a device or dtype is asked for
         if func is aten._local_scalar_dense.default:
             return 0
         try:
