@@ -81,7 +81,7 @@ class Instruments(Protocol):
         """Note that a part of the step starts: "forward", "loss", "backward", "optimizer" or "other"."""
 
     def batches(self, loader: Iterable) -> Iterable:
-        """Return the batches of one epoch, all of the loader's or others."""
+        """Return the batches of one epoch: all of the loader's, or others such as one batch repeated."""
 
 
 class TrainingLoop:
