@@ -123,9 +123,11 @@ class Session:
 
     def mean_of(self, values: dict[str, Tensor | float]) -> dict[str, float]:
         """Mean over ranks of every value, () each, on the host: one collective and one wait for the device."""
-        numbers = [float(value) for value in values.values() if not isinstance(value, Tensor)]
-        numbers = iter(torch.tensor(numbers, device=self.device).unbind())
-        scalars = [value if isinstance(value, Tensor) else next(numbers) for value in values.values()]
+        # numbers are written by the device, because the host would wait for a copy of them
+        scalars = [
+            value if isinstance(value, Tensor) else torch.full((), float(value), device=self.device)
+            for value in values.values()
+        ]
         return dict(zip(values, self.mean(torch.stack(scalars)).tolist(), strict=True))
 
     def sum(self, x: Tensor) -> Tensor:
