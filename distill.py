@@ -23,7 +23,7 @@ from engine.processes import ending_together
 from engine.schedule import create_schedule
 from engine.session import Session
 from evaluation.classify import evaluate_classifier, labeled_test_samples
-from evaluation.report import report_table
+from evaluation.tables import report_table
 from loss import distillation, labeled_cross_entropy
 from model import (
     feature_dim,

@@ -31,7 +31,7 @@ from evaluation.accuracy import over_seeds
 from evaluation.cache import code_checksum, feature_folder
 from evaluation.knn import check_k, knn_protocol
 from evaluation.linear import fast_protocol
-from evaluation.report import scores_table
+from evaluation.tables import scores_table
 from evaluation.results import prepare_out, write_features, write_results
 from evaluation.sgd_probe import base_learning_rate, global_batch_size, simclr_protocol
 from evaluation.store import FeatureStore, SplitFeatures, eval_splits

@@ -22,7 +22,7 @@ from engine.processes import ending_together
 from engine.schedule import create_schedule
 from engine.session import Session
 from evaluation.classify import evaluate_classifier, labeled_test_samples
-from evaluation.report import report_table
+from evaluation.tables import report_table
 from model import save_classifier, save_encoder, start_classifier, synchronize_batchnorm
 from pipeline.data import open_data
 from pipeline.loader import ViewLoader, center_crop_batches

@@ -25,7 +25,7 @@ from engine.schedule import create_schedule
 from engine.session import Session
 from evaluation.evaluator import Evaluator
 from evaluation.features import raw_pixels
-from evaluation.report import report_table
+from evaluation.tables import report_table
 from loss import nt_xent
 from model import (
     SimCLR,
