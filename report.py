@@ -1,6 +1,6 @@
 """report.html of finished runs: what they wrote, and what their encoders show on images.
 
-`write_report` is called at the end of every stage and by `python evaluate.py report RUN [RUN ...]`.
+`report_run` is the last call of every stage; `python evaluate.py report RUN [RUN ...]` calls `write_report`.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from common import UserError
+from engine.session import Session
 from evaluation.features import embed
 from evaluation.knn import nearest
 from evaluation.report.page import Neighbor, RunPictures, write_page
@@ -57,6 +58,16 @@ def write_report(folders: Sequence[Path], out: Path, device: torch.device) -> No
     check_comparable(runs)
     pictures = [draw(run, folder, len(runs), device) for run, folder in zip(runs, folders, strict=True)]
     write_page(runs, pictures, out)
+
+
+def report_run(session: Session) -> None:
+    """Write report.html into the folder of the run that just ended; a report that fails does not fail the run."""
+    out = session.out / "report.html"
+    try:
+        write_report([session.out], out, session.device)
+        session.print(f"report: {out}")
+    except UserError as error:
+        session.print(f"There is no report: {error}")
 
 
 def check_comparable(runs: Sequence[RunRecord]) -> None:

@@ -40,6 +40,7 @@ from model import (
 from pipeline.data import open_data
 from pipeline.loader import ViewLoader, center_crop_batches
 from presets import PRETRAIN, parse
+from report import report_run
 
 
 def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> None:
@@ -140,6 +141,8 @@ def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> 
     if evaluate:
         loop.add_result("trained", **evaluate(forward_features))
     loop.finish(report_table(loop.results) if loop.results else None)
+    if config.report and session.is_main:
+        report_run(session)
 
 
 def probe_objective(

@@ -158,9 +158,7 @@ def linear_top1(
     return (predicted == test_label).float().mean().item()
 
 
-def linear_predictions(
-    train: Tensor, train_label: Tensor, test: Tensor, *, epochs: int = 90, seed: int = 0
-) -> Tensor:
+def linear_predictions(train: Tensor, train_label: Tensor, test: Tensor, *, epochs: int = 90, seed: int = 0) -> Tensor:
     """Classes of `test` (M,) int64 by a linear classifier trained on `train`, after its last epoch.
 
     The optimization is that of the paper, in batches of 256. Features of center crops, standardized per dimension,
