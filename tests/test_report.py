@@ -5,15 +5,20 @@ import dataclasses
 import json
 import re
 import shutil
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 import presets
+import train
 from common import UserError
+from engine import run_lock
 from model import EncoderConfig, create_encoder, encoder_spec, save_encoder
+from presets import PRETRAIN, parse
 from report import count_pairs, write_report
 from tests.small_sets import remove_labels, texture_shards
 
@@ -26,6 +31,8 @@ ROWS = [
 ]  # fmt: skip
 RESULTS = [{"features": name, "step": step, "knn_top1": 0.5, "linear_top1": 0.6}
            for name, step in (("untrained", 0), ("trained", 10))]  # fmt: skip
+SHORT = ["--epochs", "1", "--batch-size", "16", "--encoder.width", "0.125", "--head.hidden", "32", "--head.out", "16"]
+SHORT += ["--eval.no-baselines"]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
@@ -144,6 +151,40 @@ def test_data_without_a_test_split_shows_no_image_as_its_own_neighbor(data, tmp_
     for line in drawn:
         query, *found = re.findall(r'src="([^"]+)"', line)
         assert len(found) == 8 and query not in found
+
+
+@pytest.fixture
+def pretrain():
+    """pretrain(*options) in this process."""
+    threads = torch.get_num_threads()
+
+    def run(*options):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        try:
+            train.pretrain(parse(PRETRAIN, [*map(str, options), *SHORT], prog="train.py"))
+        finally:
+            run_lock.release_all()
+
+    yield run
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.set_num_threads(threads)
+
+
+def test_a_run_ends_by_naming_its_report(pretrain, data, tmp_path, capsys):
+    pretrain("--data", data, "--out", tmp_path / "run")
+    printed = "".join(capsys.readouterr().out.split())
+    assert printed.endswith(f"report:{tmp_path}/run/report.html")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["images_per_s"] > 0 and summary["hardware"]["processes"] == 1
+    text = " ".join(References(tmp_path / "run" / "report.html").texts)
+    assert summary["sentences"][-1] in text and f"torch {summary['versions']['torch']}" in text
+
+
+def test_a_report_that_fails_does_not_fail_the_run(pretrain, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bokeh.embed", None)  # as if Bokeh were not installed
+    pretrain("--data", data, "--out", tmp_path / "run")
+    assert "There is no report: The report needs bokeh" in " ".join(capsys.readouterr().out.split())
+    assert (tmp_path / "run" / "encoder.safetensors").exists() and not (tmp_path / "run" / "report.html").exists()
 
 
 def damage(run, name, content):
