@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-v2 test soak bench lint clean
+.PHONY: demo demo-v2 test browser soak bench lint clean
 
 # the launcher's defaults, spelled out: without them it prints a warning
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
@@ -15,8 +15,14 @@ demo: .venv/installed
 demo-v2: .venv/installed
 	$(BIN)/python -m bench.demo_v2
 
-test: .venv/installed
+test: .venv/installed browser
 	$(BIN)/pytest
+
+# for the tests of report.html; elsewhere than on Debian they are skipped without Chromium
+browser:
+	@command -v chromium >/dev/null || ! command -v apt-get >/dev/null || test "$$(id -u)" != 0 || \
+	(apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium \
+	fonts-dejavu-core >/dev/null) || echo "Chromium could not be installed; tests that need it are skipped."
 
 soak: .venv/installed
 	$(BIN)/pytest -m soak

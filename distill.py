@@ -23,7 +23,7 @@ from engine.processes import ending_together
 from engine.schedule import create_schedule
 from engine.session import Session
 from evaluation.classify import evaluate_classifier, labeled_test_samples
-from evaluation.report import report_table
+from evaluation.tables import report_table
 from loss import distillation, labeled_cross_entropy
 from model import (
     feature_dim,
@@ -37,6 +37,7 @@ from pipeline.data import open_data
 from pipeline.loader import ViewLoader, center_crop_batches
 from pipeline.loader.subsets import labeled_subset
 from presets import DISTILL, images_of, parse
+from report import report_run
 
 
 def distill(config: DistillConfig, instruments: Instruments | None = None) -> None:
@@ -127,6 +128,8 @@ def distill(config: DistillConfig, instruments: Instruments | None = None) -> No
     if len(tested):
         loop.add_result("distill", **evaluate_classifier(student, batches, tested, session))
     loop.finish(report_table(loop.results) if loop.results else None)
+    if config.report and session.is_main:
+        report_run(session)
 
 
 def visible_labels(label: torch.Tensor, uses_label: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@
     python evaluate.py linear RUN --seeds 3                         logistic regression on stored features
     accelerate launch evaluate.py linear RUN --protocol simclr      SGD on cropped and flipped views, as in the paper
     python evaluate.py embed RUN --data SHARDS --out FILE           features of all splits
+    python evaluate.py report RUN RUN                               report.html of one run, or of several side by side
     python evaluate.py COMMAND --help                               every option of a command
 
 RUN is the folder of a finished run, or an encoder.safetensors.
@@ -32,10 +33,10 @@ from evaluation.accuracy import over_seeds, scores
 from evaluation.cache import code_checksum, feature_folder
 from evaluation.knn import knn_correct
 from evaluation.linear import fast_protocol
-from evaluation.report import scores_table
 from evaluation.results import prepare_out
 from evaluation.sgd_probe import base_learning_rate, global_batch_size, simclr_protocol
 from evaluation.store import FeatureStore, eval_splits
+from evaluation.tables import scores_table
 from evaluation.target import find_target
 from options import nearest, parse_options
 from pipeline.augment import AugmentConfig
@@ -43,6 +44,7 @@ from pipeline.augment.backend import choose_backend
 from pipeline.data import open_data
 from pipeline.loader import LoaderConfig, ViewLoader, center_crop_batches
 from pipeline.shards.cache import ShardCache
+from report import write_report
 
 BATCH_SIZE = 256
 """Images per process that are embedded at a time."""
@@ -129,7 +131,17 @@ class Embed(EvalOptions):
     """Write the features of all splits to one safetensors file: <split>.features, .label (-1 for none) and .index."""
 
 
-COMMANDS = {"knn": Knn, "linear": Linear, "embed": Embed}
+@dataclass(frozen=True)
+class Report:
+    """Write one page with the curves, scores, views, neighbors and maps of one run, or of several that are compared."""
+
+    run: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")] = ()
+    """Folders of finished runs of one stage on the same data."""
+    out: str = ""
+    """File to write. Default: report.html in the run folder, or in the current folder for several runs."""
+
+
+COMMANDS = {"knn": Knn, "linear": Linear, "embed": Embed, "report": Report}
 
 
 def evaluate(options: Knn | Linear | Embed) -> None:
@@ -244,7 +256,7 @@ def evaluate(options: Knn | Linear | Embed) -> None:
         session.print(f"written: {out}")
 
 
-def parse(arguments: list[str]) -> Knn | Linear | Embed:
+def parse(arguments: list[str]) -> Knn | Linear | Embed | Report:
     """Read a command line: the command first, then RUN and the options.
 
     Raises:
@@ -260,15 +272,25 @@ def parse(arguments: list[str]) -> Knn | Linear | Embed:
         )
     options = parse_options(COMMANDS[command](), arguments[1:], prog=f"evaluate.py {command}")
     if not options.run:
-        raise UserError(f"There is no encoder; use evaluate.py {command} RUN, where RUN is a run folder.")
+        raise UserError(f"There is no run to evaluate; use evaluate.py {command} RUN, where RUN is a run folder.")
     if command == "embed" and not options.out:
         raise UserError("embed has no file to write; use --out with the name of a safetensors file.")
     return options
 
 
+def report(options: Report) -> None:
+    """Write the page and name it."""
+    session = Session()
+    out = Path(options.out or (Path(options.run[0]) if len(options.run) == 1 else Path()) / "report.html")
+    if session.is_main:
+        write_report([Path(run) for run in options.run], out, session.device)
+        session.print(f"written: {out}")
+
+
 def main() -> None:
     with ending_together():
-        evaluate(parse(sys.argv[1:]))
+        options = parse(sys.argv[1:])
+        (report if isinstance(options, Report) else evaluate)(options)
 
 
 if __name__ == "__main__":

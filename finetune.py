@@ -22,12 +22,13 @@ from engine.processes import ending_together
 from engine.schedule import create_schedule
 from engine.session import Session
 from evaluation.classify import evaluate_classifier, labeled_test_samples
-from evaluation.report import report_table
+from evaluation.tables import report_table
 from model import save_classifier, save_encoder, start_classifier, synchronize_batchnorm
 from pipeline.data import open_data
 from pipeline.loader import ViewLoader, center_crop_batches
 from pipeline.loader.subsets import labeled_subset
 from presets import FINETUNE, parse
+from report import report_run
 
 
 def finetune(config: FinetuneConfig, instruments: Instruments | None = None) -> None:
@@ -102,6 +103,8 @@ def finetune(config: FinetuneConfig, instruments: Instruments | None = None) -> 
     if len(tested):
         loop.add_result("finetune", **evaluate_classifier(classifier, batches, tested, session))
     loop.finish(report_table(loop.results) if loop.results else None)
+    if config.report and session.is_main:
+        report_run(session)
 
 
 def main() -> None:

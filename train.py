@@ -25,7 +25,7 @@ from engine.schedule import create_schedule
 from engine.session import Session
 from evaluation.evaluator import Evaluator
 from evaluation.features import raw_pixels
-from evaluation.report import report_table
+from evaluation.tables import report_table
 from loss import nt_xent
 from model import (
     SimCLR,
@@ -40,6 +40,7 @@ from model import (
 from pipeline.data import open_data
 from pipeline.loader import ViewLoader, center_crop_batches
 from presets import PRETRAIN, parse
+from report import report_run
 
 
 def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> None:
@@ -140,6 +141,8 @@ def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> 
     if evaluate:
         loop.add_result("trained", **evaluate(forward_features))
     loop.finish(report_table(loop.results) if loop.results else None)
+    if config.report and session.is_main:
+        report_run(session)
 
 
 def probe_objective(

@@ -13,32 +13,21 @@ from pathlib import Path
 import torch
 
 from common import available_cores
+from engine.environment import device_name
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
     """Columns that describe where a row was measured."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     return {
         "date": datetime.date.today().isoformat(),
-        "device": name,
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "cores": available_cores(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    stripped = {key.strip(): value.strip() for key, value in fields.items()}
-    kind = f"family {stripped.get('cpu family', '?')} model {stripped.get('model', '?')}"
-    return f"{stripped.get('model name', platform.machine())} {kind}"
 
 
 def interleave(functions: dict[str, Callable[[], object]], seconds: float, device: torch.device) -> dict[str, list]:

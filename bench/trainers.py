@@ -205,7 +205,7 @@ def both_views(view: Callable, image: Image) -> tuple[Tensor, Tensor]:
 def take_turn(turn: Turn, out: Path) -> dict:
     """Train; returns `steps_ms`, `loss` and `peak_mb`, the peak memory of this process (on a GPU, of the GPU)."""
     log_every = ["--log-every", str(turn.warm + turn.steps)]  # the host waits for the device when a row is written
-    arguments = [*turn.arguments, *log_every, "--precision", turn.precision, "--out", str(out)]
+    arguments = [*turn.arguments, *log_every, "--no-report", "--precision", turn.precision, "--out", str(out)]
     config = parse(PRETRAIN, arguments, prog="train.py")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -27,7 +27,8 @@ from torch.optim import Optimizer
 
 from . import checkpoint, run_lock
 from .checkpoint import MAY_CHANGE, CheckpointConfig, Checkpoints, StopSignal
-from .common import UserError, check_range, progress_bar
+from .common import UserError, check_range, progress_bar, replacing
+from .environment import environment
 from .metrics import RunningMeans, StepTimer, communication_s, divide_pairs, verdict
 from .nonfinite import CollapseWatch, NonFiniteGuard
 from .optim import OptimConfig
@@ -61,6 +62,8 @@ class LoopConfig:
     """Consecutive steps that may be skipped because of a non-finite gradient before the run stops."""
     log_every: int = field(default=10, metadata=MAY_CHANGE)
     """Steps between rows of metrics.jsonl."""
+    report: bool = field(default=True, metadata=MAY_CHANGE)
+    """Write report.html into the run folder at the end."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=MAY_CHANGE)
 
@@ -282,7 +285,10 @@ class TrainingLoop:
         self.metrics.close()
         if table is not None:
             self.session.print(table)
-        for sentence in self._summary():
+        summary = self._summary()
+        with replacing(self.session.out / "summary.json") as path:
+            path.write_text(json.dumps(summary | environment(self.session.device, self.session.world_size), indent=2))
+        for sentence in summary["sentences"]:
             self.session.print(sentence)
         self.session.print(f"run folder: {self.session.out}")
         run_lock.release(self.session.out)
@@ -291,13 +297,13 @@ class TrainingLoop:
         """Add a row to the final table, with the step at which it was measured."""
         self.results[name] = {"step": self.global_step, **scores}
 
-    def _summary(self) -> list[str]:
-        """Sentences on unreadable images, speed, and what limited it."""
+    def _summary(self) -> dict[str, Any]:
+        """Speed of this part of the run, and sentences on unreadable images, speed and what limited it."""
         config, session, timer = self.config, self.session, self.timer
-        sentences = []
+        summary = {"replaced_images": self.replaced_images, "sentences": []}
         if self.replaced_images:
             listing = session.out / "bad_samples.jsonl"
-            sentences.append(f"{self.replaced_images} unreadable images were replaced; see {listing}")
+            summary["sentences"].append(f"{self.replaced_images} unreadable images were replaced; see {listing}")
         if timer.total_steps:
             images_per_s, waiting = timer.summary(config.batch_size)
             communicating = communication_s(self.model) * timer.total_steps / timer.total_s
@@ -305,9 +311,10 @@ class TrainingLoop:
             if session.device.type == "cuda" and not config.compile:
                 faster = "--compile"  # on CPUs it was slower in bf16 in every measurement
             decimals = 0 if images_per_s >= 10 else 1  # a large network on a CPU encodes a few images per second
-            sentences.append(f"{images_per_s:,.{decimals}f} images/s, {waiting:.1%} of the time waiting for data")
-            sentences.append(verdict(waiting, communicating, faster))
-        return sentences
+            speed = f"{images_per_s:,.{decimals}f} images/s, {waiting:.1%} of the time waiting for data"
+            summary["sentences"] += [speed, verdict(waiting, communicating, faster)]
+            summary |= {"images_per_s": images_per_s, "data_wait_share": waiting, "train_s": timer.total_s}
+        return summary
 
     def _announce(self) -> None:
         """Print what the run is about to do."""

@@ -143,14 +143,20 @@ def probe_correct(probe: nn.Linear, features: Tensor, label: Tensor, device: tor
 def linear_top1(
     train: Tensor, train_label: Tensor, test: Tensor, test_label: Tensor, *, epochs: int = 90, seed: int = 0
 ) -> float:
-    """Top-1 accuracy on `test` of a linear classifier trained on `train`, after its last epoch.
+    """Top-1 accuracy on `test` of `linear_predictions`; test_label is (M,) int64."""
+    predicted = linear_predictions(train, train_label, test, epochs=epochs, seed=seed)
+    return (predicted == test_label).float().mean().item()
+
+
+def linear_predictions(train: Tensor, train_label: Tensor, test: Tensor, *, epochs: int = 90, seed: int = 0) -> Tensor:
+    """Classes of `test`, (M,) int64, by a linear classifier trained on `train`, after its last epoch.
 
     The optimization is that of the paper, in batches of 256. Features of center crops, standardized per dimension,
     stand in for random views.
 
     Args:
         train: (N, D) float, with train_label (N,) int64.
-        test: (M, D) float, with test_label (M,) int64.
+        test: (M, D) float.
         seed: seed of the order of the samples.
     """
     mean = train.float().mean(0)
@@ -172,4 +178,4 @@ def linear_top1(
     for _ in sgd_steps(probe, batches(), batch_size, epochs * steps_per_epoch, mean=lambda gradient: gradient):
         pass
     with torch.no_grad():
-        return (probe(test).argmax(1) == test_label).float().mean().item()
+        return probe(test).argmax(1)

@@ -17,10 +17,20 @@ from engine.processes import ending_together
 from tests.small_sets import texture_shards
 
 ROOT = Path(__file__).parents[1]
-OPTIONS = ["--encoder.width", "0.125", "--encoder.stem", "small", "--head.hidden", "32", "--head.out", "16"]
+OPTIONS = [
+    "--no-report",
+    "--encoder.width",
+    "0.125",
+    "--encoder.stem",
+    "small",
+    "--head.hidden",
+    "32",
+    "--head.out",
+    "16",
+]
 OPTIONS += ["--batch-size", "16", "--epochs", "1", "--log-every", "1", "--precision", "fp32"]
 OPTIONS += ["--loss.temperature", "0.5"]
-OPTIONS += ["--optim.name", "sgd", "--optim.lr", "0.02", "--eval.no-baselines"]
+OPTIONS += ["--optim.name", "sgd", "--optim.lr", "0.02", "--eval.no-baselines", "--no-report"]
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from presets import PRETRAIN, parse
 from tests.small_sets import texture_shards
 
 ROOT = Path(__file__).parents[1]
-OPTIONS = ["--encoder.width", "0.125", "--head.hidden", "32", "--head.out", "16", "--batch-size", "16"]
+OPTIONS = ["--no-report", "--encoder.width", "0.125", "--head.hidden", "32", "--head.out", "16", "--batch-size", "16"]
 OPTIONS += ["--eval.no-baselines", "--eval.knn-every", "1", "--log-every", "2", "--precision", "fp32"]
 
 

@@ -22,7 +22,7 @@ from pipeline.convert.writer import write_split
 from presets import DISTILL, FINETUNE, PRETRAIN, parse
 from tests.small_sets import texture_shards
 
-SMALL = ["--batch-size", "16", "--log-every", "1", "--precision", "fp32"]
+SMALL = ["--no-report", "--batch-size", "16", "--log-every", "1", "--precision", "fp32"]
 
 
 @pytest.fixture(scope="module")

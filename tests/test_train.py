@@ -33,7 +33,7 @@ from pipeline.convert.writer import write_split
 from tests.small_sets import remove_labels, texture_shards
 
 ROOT = Path(__file__).parents[1]
-SHORT = ["--head.hidden", "32", "--head.out", "16", "--batch-size", "16", "--log-every", "1"]
+SHORT = ["--no-report", "--head.hidden", "32", "--head.out", "16", "--batch-size", "16", "--log-every", "1"]
 SMALL = ["--encoder.width", "0.125", *SHORT]
 ROW = {"step", "epoch", "loss", "lr", "probe_top1", "gradient_norm", "images_per_s", "data_wait_ms", "step_ms"}
 ROW |= {"replaced_images", "skipped_steps"}

@@ -5,7 +5,7 @@ import torch
 
 from evaluation import EvalConfig, Evaluator, embed, evaluate_classifier, knn_top1, labeled_test_samples, raw_pixels
 from evaluation.accuracy import over_seeds, scores
-from evaluation.report import report_table, scores_table
+from evaluation.tables import report_table, scores_table
 from tests.evaluation.clusters import clusters
 from tests.evaluation.sessions import FakeSession, on_ranks
 
