@@ -38,9 +38,8 @@ class DryRun:
         for name, child in self.module.named_children():
             if count := sum(parameter.numel() for parameter in child.parameters()):
                 table.add_row(f"parameters of {name}", f"{count:,}")
-        table.add_row(
-            f"peak memory ({'GPU' if self.device.type == 'cuda' else 'process'})", f"{self.peak_mb():,.0f} MB"
-        )
+        memory = "GPU" if self.device.type == "cuda" else "process"
+        table.add_row(f"peak memory of the {memory}", f"{self.peak_mb():,.0f} MB")
         table.add_row("steps per epoch", f"{self.steps_per_epoch:,}")
         if len(self.times_s) > 1:
             step_s = (self.times_s[-1] - self.times_s[0]) / (len(self.times_s) - 1)

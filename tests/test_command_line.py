@@ -65,7 +65,7 @@ def test_a_dry_run_prints_configuration_and_cost_and_writes_nothing(script, run,
     start = printed.index("{\n")
     record, _ = json.JSONDecoder().raw_decode(printed[start:])
     assert record["epochs"] == 30 and record["encoder"]["width"] == 0.125 and record["data"] == str(data)
-    shown = dict(re.findall(r"[│|] ([\w ]+?) +[│|] (.+?) +[│|]", printed[start:]))
+    shown = dict(re.findall(r"│ ([\w ]+?) +│ (.+?) +│", printed[start:]))
     assert shown["steps per epoch"] == "10" and "images/s" in shown["time per step"]
     assert {
         "parameters of encoder",

@@ -103,7 +103,7 @@ def test_help_lists_presets_with_cost_and_results(capsys, monkeypatch):
     ("script", "options"),
     [
         ("train.py", ["--preset", "stl10", "--data", "x", "--views.crop-area", "0.3", "0.9", "--no-eval.baselines"]),
-        ("finetune.py", ["--preset", "v2-10", "--data", "x", "--optim.lr", "1e-7", "--compile"]),
+        ("finetune.py", ["--preset", "v1-10", "--data", "x", "--optim.lr", "1e-7", "--compile"]),
     ],
 )
 @pytest.mark.parametrize("name", ["", "config.json"])
