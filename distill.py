@@ -43,7 +43,7 @@ from report import report_run
 def distill(config: DistillConfig, instruments: Instruments | None = None) -> None:
     """Train a student; write model.safetensors and encoder.safetensors into the run folder."""
     session = Session(config.precision, config.seed, config.compile)
-    session.open_run(config.out, config.resume, name=f"distill-{config.preset}")
+    session.open_run(config.out, config.resume, name=f"distill-{config.preset}", dry_run=config.dry_run)
     config = config.for_ranks(session.world_size)
 
     # Teacher: frozen and in evaluation mode, on the images it was trained on.
@@ -104,7 +104,7 @@ def distill(config: DistillConfig, instruments: Instruments | None = None) -> No
     ) as loop:
         if not len(tested):
             session.print("There is no labeled test split of the same classes next to the train split: no test scores.")
-        elif not loop.results:
+        elif not loop.results and not config.dry_run:
             loop.add_result("teacher", **evaluate_classifier(teacher, batches, tested, session))
         for batch in loop:  # views (B, 3, S, S), label (B,), index (B,)
             with session.autocast():

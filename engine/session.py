@@ -4,6 +4,8 @@ import os
 import shutil
 import time
 from contextlib import AbstractContextManager
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -55,18 +57,22 @@ class Session:
         self.dtype = torch.bfloat16 if self.bf16 else torch.float32
         set_seed(seed)
 
-    def open_run(self, out: str, resume: str, name: str) -> None:
+    def open_run(self, out: str, resume: str, name: str, dry_run: bool = False) -> None:
         """Choose the run folder (`out`) and the checkpoint to resume from (`resume_from`), None for a new run.
 
         Args:
             out: --out; "" for runs/<name>-<time>, or for the folder of the run that `resume` names.
             resume: --resume.
             name: of the default folder.
+            dry_run: use a temporary folder instead, which is deleted at the end of the process.
 
         Raises:
             UserError: the folder is in use, cannot be written or holds something other than a run that can be resumed.
         """
         chosen: list = [None]
+        if self.is_main and dry_run:
+            self.temporary = TemporaryDirectory(prefix="streamclr-dry-run-")
+            out, resume = self.temporary.name, "none"
         if self.is_main:  # for all ranks: clocks and views of a network folder differ
             default = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
             named = bool(out) or resume not in ("auto", "none")
@@ -90,6 +96,16 @@ class Session:
         """Print on rank 0."""
         if self.is_main:
             self.console.print(*content)
+
+    def log(self, text: str) -> None:
+        """Print a line with the time of day on rank 0; the terminal wraps it, so that commands in it can be copied."""
+        if self.is_main:
+            self.console.print(f"{time.strftime('%H:%M:%S')} {text}", soft_wrap=True, markup=False)
+
+    def print_json(self, record: dict[str, Any]) -> None:
+        """Print a record as JSON on rank 0."""
+        if self.is_main:
+            self.console.print_json(data=record)
 
     def autocast(self) -> torch.autocast:
         """Context in which forward passes run in the precision of the session."""
