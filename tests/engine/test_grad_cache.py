@@ -188,7 +188,7 @@ def sliced_on_a_rank(rank, world_size, norms):
 
 def _sliced_on_a_rank(rank, world_size, norm):
     net, views, label = make(norm)
-    net = synchronize_batchnorm(net, torch.device("cpu"))
+    net = synchronize_batchnorm(net)
     images = range(rank, 8, world_size)
     rows = torch.tensor([*images, *(11 + image for image in images)])
     model, synchronized = DistributedDataParallel(net, broadcast_buffers=False), []
