@@ -1,6 +1,7 @@
 """The run folder that the main process chooses for all ranks."""
 
 import os
+import runpy
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,3 +50,9 @@ def test_unwritable_place_fails_under_every_name(open_run):
     Path("runs").touch()
     with pytest.raises(UserError, match="cannot be written"):
         open_run()
+
+
+def test_tests_run_on_the_cpu(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # a machine with a GPU
+    runpy.run_path(str(Path(__file__).parents[1] / "conftest.py"))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
