@@ -150,15 +150,29 @@ def test_host_does_not_wait_for_a_gpu(fake_ranks, monkeypatch, dtype):
     fused_batchnorm.substitute(monkeypatch)
     monkeypatch.delattr(batchnorm, "normalize_in_tensor_operations")  # for other devices
     with FakeTensorMode(), torch.device("cuda"):
-        norm = synchronize_batchnorm(nn.Sequential(nn.BatchNorm2d(6)))
-        x = torch.empty(8, 6, 5, 5, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
-        out = norm(x)
-        assert out.dtype == dtype and out.device == x.device and out.stride() == x.stride()
+        out, x = normalized(dtype)
         # autograd of a torch without a GPU has no streams, so the backward pass is called directly
-        ctx = out.grad_fn
-        grad_x, grad_weight, grad_bias, *_ = FusedNormalize.backward(ctx, torch.empty_like(out))
+        grad_x, grad_weight, grad_bias, *_ = FusedNormalize.backward(out.grad_fn, torch.empty_like(out))
         assert grad_x.dtype == dtype and grad_x.stride() == x.stride()
         assert grad_weight.shape == grad_bias.shape == (6,) and grad_weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_host_does_not_wait_for_a_gpu_when_compiled(fake_ranks, monkeypatch, dtype):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.delattr(batchnorm, "FusedNormalize")  # has no graph
+    with FakeTensorMode(), torch.device("cuda"):
+        normalized(dtype)
+
+
+def normalized(dtype):
+    """Output and input of a layer on fake CUDA tensors."""
+    norm = synchronize_batchnorm(nn.Sequential(nn.BatchNorm2d(6)))
+    x = torch.empty(8, 6, 5, 5, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
+    out = norm(x)
+    assert out.dtype == dtype and out.device == x.device == norm[0].running_var.device
+    assert out.stride() == x.stride()
+    return out, x
 
 
 def test_torch_waits_for_a_gpu(fake_ranks, monkeypatch):
