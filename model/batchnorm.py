@@ -118,7 +118,7 @@ class FusedNormalize(torch.autograd.Function):
         channels = x.shape[1]
         mean, invstd = torch.batch_norm_stats(x, eps)  # (C,) each, of this rank
         count = mean.new_full((1,), x.numel() // channels)
-        ranks = gather_ranks(torch.cat([mean, invstd, count]))  # (W, 2C + 1)
+        ranks = gather(torch.cat([mean, invstd, count]))  # (W, 2C + 1)
         means, invstds, counts = ranks.split([channels, channels, 1], dim=1)
         mean, invstd = torch.batch_norm_gather_stats_with_counts(
             x, means, invstds, running_mean, running_var, momentum, eps, counts.flatten()
@@ -160,7 +160,7 @@ def normalize_in_tensor_operations(
     mean = x.mean(axes)
     variance = (x - mean.view(shape)).square().mean(axes)
     count = mean.new_full((1,), x.numel() // channels)
-    ranks = gather_ranks(torch.cat([mean, variance, count]))  # (W, 2C + 1)
+    ranks = gather_op(torch.cat([mean, variance, count]))  # (W, 2C + 1)
     means, variances, counts = ranks.split([channels, channels, 1], dim=1)
     n = counts.sum()
     mean = (counts / n * means).sum(0)
@@ -176,36 +176,23 @@ def normalize_in_tensor_operations(
     return normalized.to(input.dtype)
 
 
-# Operators instead of an autograd.Function, which some versions of torch refuse to compile inside DDP.
-@torch.library.custom_op(f"{OPERATOR_NAMESPACE}::gather_ranks", mutates_args=())
-def gather_ranks(x: Tensor) -> Tensor:
-    """(k,) of this rank -> (world_size, k), the same on every rank; differentiable."""
+def gather(x: Tensor) -> Tensor:
+    """(k,) of this rank -> (world_size, k), the same on every rank."""
     ranks = x.new_empty(dist.get_world_size() * len(x))  # gloo takes flat tensors only
     all_gather(ranks, x)
     return ranks.view(-1, len(x))
 
 
-@gather_ranks.register_fake
-def _(x):
-    return x.new_empty(dist.get_world_size(), len(x))
-
-
-def _gather_ranks_backward(ctx, grad):
-    """Every rank's loss depends on this rank's row."""
-    return sum_ranks(grad)[dist.get_rank()]
-
-
-gather_ranks.register_autograd(_gather_ranks_backward)
-
-
-@torch.library.custom_op(f"{OPERATOR_NAMESPACE}::sum_ranks", mutates_args=())
-def sum_ranks(x: Tensor) -> Tensor:
-    """Sum over ranks, of the same shape."""
+def sum_over_ranks(x: Tensor) -> Tensor:
     total = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total)
     return total
 
 
-@sum_ranks.register_fake
-def _(x):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+# Operators, because some versions of torch refuse to compile an autograd.Function inside DDP. Every rank's loss depends
+# on this rank's row, so the gradient is summed over ranks.
+gather_op = torch.library.custom_op(f"{OPERATOR_NAMESPACE}::gather_ranks", gather, mutates_args=())
+gather_op.register_fake(lambda x: x.new_empty(dist.get_world_size(), len(x)))
+gather_op.register_autograd(lambda ctx, grad: sum_op(grad)[dist.get_rank()])
+sum_op = torch.library.custom_op(f"{OPERATOR_NAMESPACE}::sum_ranks", sum_over_ranks, mutates_args=())
+sum_op.register_fake(lambda x: torch.empty_like(x, memory_format=torch.contiguous_format))
