@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import FrozenBatchNorm2d
 
-from .common import OPERATOR_NAMESPACE, UserError
+from .common import UserError
 
 FROZEN = (FrozenBatchNormAct2d, FrozenBatchNorm2d)
 all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
@@ -160,7 +160,7 @@ def normalize_in_tensor_operations(
     mean = x.mean(axes)
     variance = (x - mean.view(shape)).square().mean(axes)
     count = mean.new_full((1,), x.numel() // channels)
-    ranks = gather_op(torch.cat([mean, variance, count]))  # (W, 2C + 1)
+    ranks = Gather.apply(torch.cat([mean, variance, count]))  # (W, 2C + 1)
     means, variances, counts = ranks.split([channels, channels, 1], dim=1)
     n = counts.sum()
     mean = (counts / n * means).sum(0)
@@ -183,16 +183,15 @@ def gather(x: Tensor) -> Tensor:
     return ranks.view(-1, len(x))
 
 
-def sum_over_ranks(x: Tensor) -> Tensor:
-    total = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total)
-    return total
+class Gather(torch.autograd.Function):
+    """Differentiable `gather`. Every rank's loss depends on this rank's row, so the gradient is summed over ranks."""
 
+    @staticmethod
+    def forward(ctx, x):
+        return gather(x)
 
-# Operators, because some versions of torch refuse to compile an autograd.Function inside DDP. Every rank's loss depends
-# on this rank's row, so the gradient is summed over ranks.
-gather_op = torch.library.custom_op(f"{OPERATOR_NAMESPACE}::gather_ranks", gather, mutates_args=())
-gather_op.register_fake(lambda x: x.new_empty(dist.get_world_size(), len(x)))
-gather_op.register_autograd(lambda ctx, grad: sum_op(grad)[dist.get_rank()])
-sum_op = torch.library.custom_op(f"{OPERATOR_NAMESPACE}::sum_ranks", sum_over_ranks, mutates_args=())
-sum_op.register_fake(lambda x: torch.empty_like(x, memory_format=torch.contiguous_format))
+    @staticmethod
+    def backward(ctx, grad):
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total[dist.get_rank()]
