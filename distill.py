@@ -54,7 +54,7 @@ def distill(config: DistillConfig, instruments: Instruments | None = None) -> No
 
     # Data: all images -> one augmented view each, and which of their labels may be used.
     train, test = open_data(config.data, config.loader)
-    reading = {"device": session.device, "bad_samples_file": session.out / "bad_samples.jsonl"}
+    reading = {"device": session.device, "dtype": session.dtype, "bad_samples_file": session.out / "bad_samples.jsonl"}
     loader = ViewLoader(
         train,
         config.views,

@@ -42,7 +42,7 @@ def finetune(config: FinetuneConfig, instruments: Instruments | None = None) -> 
     if len(classes) < 2:
         raise UserError(f"Fine-tuning needs at least two classes, {train.root} has {len(classes)}; use another --data.")
     samples = labeled_subset(train, config.labels, config.seed)
-    reading = {"device": session.device, "bad_samples_file": session.out / "bad_samples.jsonl"}
+    reading = {"device": session.device, "dtype": session.dtype, "bad_samples_file": session.out / "bad_samples.jsonl"}
     loader = ViewLoader(
         train,
         config.views,

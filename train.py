@@ -56,7 +56,7 @@ def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> 
 
     # Data: shards -> two augmented views of every image, on the device.
     train, test = open_data(config.data, config.loader)
-    reading = {"device": session.device, "bad_samples_file": session.out / "bad_samples.jsonl"}
+    reading = {"device": session.device, "dtype": session.dtype, "bad_samples_file": session.out / "bad_samples.jsonl"}
     loader = ViewLoader(
         train,
         config.views,

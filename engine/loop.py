@@ -81,7 +81,7 @@ class Instruments(Protocol):
         """Note that a part of the step starts: "forward", "loss", "backward", "optimizer" or "other"."""
 
     def batches(self, loader: Iterable) -> Iterable:
-        """Return the batches of one epoch, all of the loader's or others."""
+        """Return the batches of one epoch: all of the loader's, or others such as one batch repeated."""
 
 
 class TrainingLoop:
@@ -206,6 +206,8 @@ class TrainingLoop:
 
     def step(self, **metrics: Tensor | tuple[Tensor, Tensor]) -> None:
         """Take the optimizer step, unless the gradient is not finite, and write a metrics row every `log_every` steps.
+
+        Between rows the host does not wait for the device, neither here nor in `backward`.
 
         Args:
             metrics: scalars () on the device, `loss` among them, or pairs of scalars to be divided, see `RunningMeans`;

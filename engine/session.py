@@ -34,6 +34,7 @@ class Session:
         rank, world_size: number of this process and of all processes.
         cores: CPU cores of this process.
         bf16: whether `autocast` computes in bfloat16.
+        dtype: bfloat16 or float32: what `autocast` computes in.
         out, resume_from: run folder and checkpoint, once `open_run` was called.
     """
 
@@ -62,6 +63,7 @@ class Session:
         if precision == "fp32":  # cuDNN's default is TF32; the loss follows the setting of matmul
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         self.bf16 = precision == "bf16" or (precision == "auto" and computes_in_bf16(self.device))
+        self.dtype = torch.bfloat16 if self.bf16 else torch.float32
         set_seed(seed)
 
     def open_run(self, out: str, resume: str, name: str) -> None:
@@ -132,9 +134,11 @@ class Session:
 
     def mean_of(self, values: dict[str, Tensor | float]) -> dict[str, float]:
         """Mean over ranks of every value, () each, on the host: one collective and one wait for the device."""
-        numbers = [float(value) for value in values.values() if not isinstance(value, Tensor)]
-        numbers = iter(torch.tensor(numbers, device=self.device).unbind())
-        scalars = [value if isinstance(value, Tensor) else next(numbers) for value in values.values()]
+        # numbers are written by the device, because the host would wait for a copy of them
+        scalars = [
+            value if isinstance(value, Tensor) else torch.full((), float(value), device=self.device)
+            for value in values.values()
+        ]
         return dict(zip(values, self.mean(torch.stack(scalars)).tolist(), strict=True))
 
     def sum(self, x: Tensor) -> Tensor:
