@@ -59,7 +59,7 @@ class LoopConfig:
     seed: int = 0
     """Seed of initial weights, sample order and views."""
     precision: Literal["auto", "bf16", "fp32"] = field(default="auto", metadata=MAY_CHANGE)
-    """Precision of the networks. auto: bf16 where the hardware multiplies in it."""
+    """Precision of the networks. auto: bf16 where the hardware multiplies in it. fp32 excludes TF32."""
     compile: bool = False
     """Compile the networks with torch.compile; the first steps then take minutes."""
     max_skipped: int = field(default=5, metadata=MAY_CHANGE)

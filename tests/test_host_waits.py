@@ -131,7 +131,6 @@ def run(data, tmp_path, monkeypatch):
 
 
 ROWS = Counter(mean_of=STEPS // LOG_EVERY)
-two_ranks = pytest.mark.xfail(raises=HostWait, strict=True, reason="torch.nn.SyncBatchNorm filters by a mask")
 
 
 @pytest.mark.parametrize(
@@ -139,8 +138,8 @@ two_ranks = pytest.mark.xfail(raises=HostWait, strict=True, reason="torch.nn.Syn
     [
         (1, "--loss.impl triton --optim.name adamw"),
         (1, "--loss.impl reference --optim.name lars --micro-batch 8"),
-        pytest.param(2, "--loss.impl reference --optim.name sgd", marks=two_ranks),
-        pytest.param(2, "--loss.impl triton --optim.name lars --micro-batch 4", marks=two_ranks),
+        (2, "--loss.impl reference --optim.name sgd"),
+        (2, "--loss.impl triton --optim.name lars --micro-batch 4"),
     ],
 )
 def test_pretraining_waits_once_per_row(run, ranks, options):
@@ -148,12 +147,12 @@ def test_pretraining_waits_once_per_row(run, ranks, options):
     assert run("train", *options.split(), ranks=ranks) == ROWS + first_call
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=two_ranks)])
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_fine_tuning_waits_once_per_row(run, ranks):
     assert run("finetune", "--labels.fraction", 1, ranks=ranks) == ROWS
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=two_ranks)])
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_distillation_waits_once_per_row(run, teacher, ranks):
     options = ["--teacher", teacher, "--labeled-share", 0.5, "--labels.fraction", 0.5]
     assert run("distill", *options, ranks=ranks) == ROWS
