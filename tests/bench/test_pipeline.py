@@ -12,6 +12,8 @@ from pipeline.augment.config import AugmentConfig
 from pipeline.augment.opencv import resized_crop
 from pipeline.images import decode
 
+CPU = torch.device("cpu")
+
 
 def test_rendered_photographs():
     images = [decode(bench.photograph(number)) for number in range(4)]
@@ -31,7 +33,7 @@ def rows(tmp_path_factory) -> list[dict]:
     patch.setattr(bench, "DataLoader", lambda dataset, batch, **_: torch.utils.data.DataLoader(dataset, batch))
     images = [bench.with_short_side(bench.photograph(number), 64) for number in range(5)]
     shards = bench.make_shards(images, tmp_path_factory.mktemp("bench"))
-    yield bench.measure(shards, "small", AugmentConfig(size=48), threads=2, seconds=0)
+    yield bench.measure(shards, "small", AugmentConfig(size=48), threads=2, seconds=0, device=CPU)
     patch.undo()
 
 
@@ -70,7 +72,7 @@ def test_each_stage_of_dali_receives_the_output_of_the_previous_one(tmp_path):
     pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is available for Linux only")
     images = [bench.with_short_side(bench.photograph(number), 64) for number in range(4)]
     data = stages.Prepared(bench.make_shards(images, tmp_path), AugmentConfig(size=48), 2, 4)
-    found = {(c.stage, c.jitter): c.call for c in stages.dali_stages(data, AugmentConfig(size=48), 4)}
+    found = {(c.stage, c.jitter): c.call for c in stages.dali_stages(data, AugmentConfig(size=48), 4, CPU)}
     sizes = [file.shape for file in map(decode, data.encoded)]
     assert [tuple(size) for size in found["decode by DALI", ""]()[0].shape()] == sizes
     crops = np.array([crop for view in found["geometry", ""]() for crop in view.as_array()])
@@ -84,3 +86,11 @@ def test_each_stage_of_dali_receives_the_output_of_the_previous_one(tmp_path):
         outputs = found[stage]()
         assert len(outputs) == 2 and all(output.as_array().shape == (4, 48, 48, 3) for output in outputs)
     assert np.abs(found["normalize", ""]()[0].as_array()).max() < 3 < np.abs(found["blur", ""]()[0].as_array()).max()
+
+
+def test_graphs_of_dali_stages_on_a_gpu_are_valid():
+    """Without a GPU they can be constructed and serialized, which checks every operator, type and device."""
+    pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is available for Linux only")
+    options = {"batch_size": 4, "num_threads": 1, "device_id": None}
+    graphs = stages.dali_graphs(AugmentConfig(size=48), True, options)
+    assert len(graphs) == 6 and all(len(graph.serialize()) > 100 for graph in graphs.values())
