@@ -82,12 +82,16 @@ def compare_with_float64(setup: Setup, m: int, d: int, tau: float, name: str) ->
     ours = loss_and_gradients(partial(nt_xent, impl="triton", precision=precision), z, tau)
     with matmul_precision(precision):
         usual = loss_and_gradients(dense_as_in_autocast, z, tau)
-    # The error of a scalar may be zero by chance, hence slack in ulps of 1 / tau. A 16-bit gradient is rounded.
+    # The error of a scalar may be zero by chance, hence slack in ulps of 1 / tau. In 16 bits the gradient is rounded,
+    # and so are the weights of its product, whose rounding averages out over the rows.
     eps = 2.0**-10 if precision == "tf32" else torch.finfo(torch.float32).eps
-    norm = truth["dL/dz"].norm().item()
-    rounding = torch.finfo(dtype).eps / 2 if dtype.itemsize == 2 else eps / tau if precision == "tf32" else 0
-    tiny = 8 * torch.finfo(torch.float32).tiny
-    slack = {"loss": eps / tau, "dL/dz": rounding * norm + tiny, "dL/dtau": eps / tau**2}
+    half_ulp = torch.finfo(dtype).eps / 2 if dtype.itemsize == 2 else 0
+    norm, tiny = truth["dL/dz"].norm().item(), 8 * torch.finfo(torch.float32).tiny
+    slack = {
+        "loss": eps / tau,
+        "dL/dz": (eps / tau if precision == "tf32" else half_ulp) * norm + tiny,
+        "dL/dtau": (eps + half_ulp / math.sqrt(m)) / tau**2,
+    }
     for what, true in truth.items():
         error, theirs = ((found[what].double() - true).norm().item() for found in (ours, usual))
         yield Outcome(what, error / (2 * theirs + 2 * slack[what]), 1, f"error {error:.2e}, dense form {theirs:.2e}")
@@ -263,7 +267,7 @@ CHECKS = [
     Check(training.host_waits, 120, training.SHARDS),
     Check(training.kill_and_resume, 90, training.SHARDS),
     Check(ranks.two_ranks, 60),
-    Check(files.image_files, 60, ("cv2", "PIL", "torchvision")),
+    Check(files.image_files, 60, ("cv2",)),
     Check(loss_opcheck, 60, ("triton",)),
     Check(loss_compiled, 60, ("triton",)),
     Check(loss_accuracy, 200, ("triton",)),
