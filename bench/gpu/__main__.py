@@ -28,11 +28,11 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=[*PARTS, "all"])
+    parser.add_argument("parts", nargs="+", choices=[*PARTS, "all"], metavar="PART", help=f"{', '.join(PARTS)} or all")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: dry run (default: cuda)")
     parser.add_argument("--small", action="store_true", help="small sizes")
     parser.add_argument("--seconds", type=float, default=540, help="time of each part (default: 540)")
-    parser.add_argument("--only", nargs="+", default=[], metavar="CHECK", help="these checks of the part only")
+    parser.add_argument("--only", nargs="+", default=[], metavar="CHECK", help="only these checks of the parts")
     parser.add_argument("--out", type=Path, help="folder of results (default: bench/results; runs/dry-run on a CPU)")
     options = parser.parse_args(arguments)
     if options.device == "cpu":  # read when torch, Triton and Accelerate are imported
@@ -51,12 +51,17 @@ def run(options: argparse.Namespace) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("torch finds no NVIDIA GPU; use --device cpu --small for a dry run.")
     out = options.out or (RESULTS if options.device == "cuda" else Path("runs/dry-run"))
+    parts = {
+        part: importlib.import_module(f"bench.gpu.{MODULES[part]}").CHECKS
+        for part in PARTS
+        if part in options.parts or "all" in options.parts
+    }
+    known = [check.name for checks in parts.values() for check in checks]
+    if unknown := set(options.only) - set(known):
+        sys.exit(f"There is no check {min(unknown)!r} in these parts; use {', '.join(known)}.")
     failed = []
-    for part in PARTS if options.part == "all" else [options.part]:
-        module = importlib.import_module(f"bench.gpu.{MODULES[part]}")
-        checks = [check for check in module.CHECKS if not options.only or check.name in options.only]
-        if not checks:
-            sys.exit(f"{part} has no such check; use {', '.join(check.name for check in module.CHECKS)}.")
+    for part, checks in parts.items():
+        checks = [check for check in checks if not options.only or check.name in options.only]
         print(f"{part}, at most {options.seconds:.0f} s:", flush=True)
         faulthandler.dump_traceback_later(options.seconds + 120, exit=True)  # a deadlock must not take the machine
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
