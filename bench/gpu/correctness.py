@@ -82,9 +82,9 @@ def compare_with_float64(setup: Setup, m: int, d: int, tau: float, name: str) ->
     ours = loss_and_gradients(partial(nt_xent, impl="triton", precision=precision), z, tau)
     with matmul_precision(precision):
         usual = loss_and_gradients(dense_as_in_autocast, z, tau)
-    # The dense form's error may be small by chance, hence slack: a similarity is rounded by an ulp of 1 / tau, differently
-    # in both passes. In 16 bits the gradient is rounded too, and so are the weights of its product, whose rounding
-    # averages out over the rows.
+    # The dense form's error may be small by chance, hence slack: similarities are rounded by an ulp of 1 / tau,
+    # differently in both passes. In 16 bits the gradient is rounded too, and so are the weights of its product, whose
+    # rounding averages out over the rows.
     eps = 2.0**-10 if precision == "tf32" else torch.finfo(torch.float32).eps
     half_ulp = torch.finfo(dtype).eps / 2 if dtype.itemsize == 2 else 0
     norms = {what: true.norm().item() for what, true in truth.items()}

@@ -58,7 +58,7 @@ def passes(z: Tensor, loss: Callable[[Tensor], Tensor]) -> dict[str, Callable[[]
 
 
 def loss_speed(setup: Setup) -> Iterator[Case]:
-    for m, d, name in [(64, 32, "ieee")] if setup.small else SHAPES:
+    for m, d, name in [(32, 32, "ieee")] if setup.small else SHAPES:
         yield Case(f"M {m}, D {d}, {name}", partial(time_passes, setup, m, d, name))
 
 
@@ -126,7 +126,7 @@ def tile_sweep(setup: Setup) -> Iterator[Case]:
     """
     from loss.triton.tiles import tile_of
 
-    m, d, name = (64, 32, "fp16") if setup.small else (8192, 128, "bf16")
+    m, d, name = (32, 32, "fp16") if setup.small else (8192, 128, "bf16")
     z = projections(m, d, DTYPES[name], setup.device)
     for stages, programs in ((2, 2),) if setup.small else product((2, 3), (2, 1, 3)):
         for block_m, block_n, warps in ((16, 16, 1),) if setup.small else BLOCKS:
