@@ -3,7 +3,8 @@
 Each work is large enough that its launch does not count, and is timed in turn with what it is compared to.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,17 @@ class Work(NamedTuple):
 
     call: Callable[[], object]
     amount: float
+
+
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """Context in which torch multiplies float32 matrices on a GPU in "tf32" or "ieee"."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = precision
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def matrix_product(dtype: torch.dtype, device: torch.device) -> Work:

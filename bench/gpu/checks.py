@@ -93,7 +93,8 @@ class Report:
         self.rows.setdefault(table, []).append({"part": self.part, **row, **gpu_environment(self.device)})
 
     def status(self, check: str, case: str, status: str, note: str = "", **values: float | str) -> None:
-        self.add("checks", {"check": check, "case": case, **values, "status": status, "note": note})
+        values = dict.fromkeys(("what", "value", "limit", "seconds"), "") | values
+        self.add("checks", {"check": check, "case": case, "status": status, **values, "note": note})
 
     def write(self) -> None:
         for table, rows in self.rows.items():
@@ -182,7 +183,7 @@ def _print_check(name: str, rows: list[dict], seconds: float) -> None:
     print(f"{verdict:>11}  {name}: {counted or 'measured'} ({seconds:.0f} s)", flush=True)
     for row in rows:
         if row["status"] != "passed" or (row["note"] and row["limit"] == "inf"):
-            value = f"{row['what']} {row['value']}, limit {row['limit']}" if row.get("what") else ""
+            value = row["what"] and f"{row['what']} {row['value']}, limit {row['limit']}"
             print(f"{'':13}{row['status']}: {', '.join(filter(None, (row['case'], value, row['note'])))}", flush=True)
 
 

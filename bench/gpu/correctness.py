@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.gpu import files, ranks, training
 from bench.gpu.checks import Case, Check, Outcome, Setup
 from bench.implementations import dense, projections
+from bench.rates import matmul_precision
 from engine.nonfinite import NonFiniteGuard
 from engine.optim import OptimConfig, create_optimizer, parameter_groups
 from loss import nt_xent
@@ -58,10 +59,12 @@ def z_of(m: int, d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def loss_and_gradients(loss: Callable[[Tensor, Tensor], Tensor], z: Tensor, tau: float) -> dict[str, Tensor]:
-    """Loss, dL/dz and dL/dtau; the loss is scaled like in mixed precision, or float16 gradients would vanish."""
+    """Loss, dL/dz and dL/dtau; the loss is scaled like in mixed precision, or float16 gradients would vanish.
+
+    The temperature stays on the host: a tensor on the device would compile every kernel in two forms.
+    """
     z = z.detach().clone().requires_grad_()
-    dtype = torch.promote_types(z.dtype, torch.float32)
-    temperature = torch.tensor(tau, dtype=dtype, device=z.device, requires_grad=True)
+    temperature = torch.tensor(tau, dtype=torch.promote_types(z.dtype, torch.float32), requires_grad=True)
     value = loss(z, temperature)
     (value * 1024).backward()
     return {"loss": value.detach(), "dL/dz": z.grad / 1024, "dL/dtau": temperature.grad / 1024}
@@ -101,16 +104,6 @@ def compare_with_float64(setup: Setup, m: int, d: int, tau: float, name: str) ->
 def dense_as_in_autocast(z: Tensor, temperature: Tensor) -> Tensor:
     """Dense form on unit rows rounded to z's dtype, with the rest in float32."""
     return dense(normalize(z, dim=1).float(), temperature)
-
-
-@contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = precision
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
 
 
 @contextmanager
@@ -234,7 +227,8 @@ def optimizers(setup: Setup) -> Iterator[Case]:
 
 def compare_with_cpu(setup: Setup, name: str, momentum: float) -> Iterator[Outcome]:
     torch.manual_seed(0)
-    here = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 36, 5))
+    # batch norm comes first, because convolutions on a GPU may round to TF32
+    here = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 5))
     there = deepcopy(here).to(setup.device, memory_format=torch.channels_last)
     found = []
     for module, device in ((here, torch.device("cpu")), (there, setup.device)):
@@ -251,7 +245,7 @@ def compare_with_cpu(setup: Setup, name: str, momentum: float) -> Iterator[Outco
             for w in module.parameters():
                 w.grad = torch.randn(w.shape, generator=random).to(device)
             if step == INFINITE_STEP:
-                next(module.parameters()).grad[0, 0, 0, 0] = math.inf
+                module[1].weight.grad[0, 0, 0, 0] = math.inf
             guard.after_backward(step)
             optimizer.step()
         found.append(([*module.parameters(), *guard.buffers], guard.counts_by_name()["skipped"].item()))

@@ -18,7 +18,7 @@ from torch import Tensor
 from bench.gpu.checks import Case, Check, Measurement, Outcome, Setup
 from bench.harness import interleave, percentiles_ms
 from bench.implementations import dense, projections
-from bench.rates import copy, exponentials, matrix_product
+from bench.rates import copy, exponentials, matmul_precision, matrix_product
 from loss import nt_xent
 
 TEMPERATURE = 0.1
@@ -68,13 +68,13 @@ def time_passes(setup: Setup, m: int, d: int, name: str) -> Iterator[Measurement
     precision = "tf32" if name == "tf32" else "ieee"
     fused = fused_loss(precision)
     functions = {("triton", which): function for which, function in passes(z, fused).items()}
-    torch.backends.cuda.matmul.fp32_precision = precision  # of the product that bounds the loss, and of the dense form
     if m <= LARGEST_DENSE:
         functions |= {("dense", which): f for which, f in passes(z, lambda z: dense(z, TEMPERATURE)).items()}
     works = {"product": matrix_product(dtype, device), "exps": exponentials(device), "bytes": copy(device)}
-    times = interleave(functions | {what: work.call for what, work in works.items()}, 0 if setup.small else 1, device)
+    with matmul_precision(precision):  # of the product that bounds the loss, and of the dense form
+        every = functions | {what: work.call for what, work in works.items()}
+        times = interleave(every, 0 if setup.small else 1, device)
     rates = {what: work.amount / statistics.median(times[what]) for what, work in works.items()}
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
     peaks = {"triton": peak_mb(z, fused, device)}
     for (implementation, which), _ in functions.items():
         timing = percentiles_ms(times[implementation, which])

@@ -70,15 +70,14 @@ def loss_of_ranks(rank: int, device: torch.device, small: bool) -> dict[str, tup
     d = 32
     views = projections(44 if small else 2048, d, torch.float32, device).unflatten(0, (2, -1))  # (2, N, D)
     own = views.chunk(RANKS, dim=1)[rank].flatten(0, 1)
-    group = dist.new_group([rank]) if rank == 0 else dist.new_group([0])
-    alone = dist.new_group([1])
+    alone = [dist.new_group([number]) for number in range(RANKS)][rank]
     module = DistributedDataParallel(Projector(d).to(device))
     loss = nt_xent(*module(own))
     loss.backward()
     mean = loss.detach().clone()
     dist.all_reduce(mean)
     whole = Projector(d).to(device).double()
-    truth = nt_xent(*whole(views.flatten(0, 1).double()), group=alone if rank else group, impl="reference")
+    truth = nt_xent(*whole(views.flatten(0, 1).double()), group=alone, impl="reference")
     truth.backward()
     errors = {"loss": ((mean / RANKS - truth).abs().item(), 1e-5)}
     for (name, own_w), true_w in zip(module.module.named_parameters(), whole.parameters(), strict=True):

@@ -56,7 +56,7 @@ def loss_table(rows: Rows) -> str:
 
 def tiles_table(rows: Rows) -> str:
     """The five fastest tiles of each kernel."""
-    timed = sorted((row for row in rows if row["ratio_to_table"]), key=lambda row: float(row["ratio_to_table"]))
+    timed = sorted((row for row in rows if row.get("ratio_to_table")), key=lambda row: float(row["ratio_to_table"]))
     lines = []
     for kernel in dict.fromkeys(row["kernel"] for row in rows):
         best = [row for row in timed if row["kernel"] == kernel][:5]

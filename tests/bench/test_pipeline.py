@@ -1,6 +1,7 @@
 """Tests of the pipeline benchmark: rendered images, candidates, and the arithmetic of its rows, on a few images."""
 
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -55,6 +56,13 @@ def test_rows(rows):
     assert named["opencv", "", "decode"]["ratio_to_decode"] == 1
     peers = [row for row in rows if row["implementation"] in ("torchvision", "lightly")]
     assert max(peers, key=lambda row: row["images_per_s"])["ratio_to_best_peer"] == 1
+
+
+def test_kornia_and_dali_take_large_batches_on_a_gpu():
+    data = SimpleNamespace(samples=np.arange(1000))
+    for device, limits in ((CPU, {"kornia": 16, "dali": 64}), (torch.device("cuda"), {"kornia": 256, "dali": 256})):
+        found = bench.counts(data, device)
+        assert found.pop("opencv") == 1000 and found == {name: limits[name] for name in found}
 
 
 def test_a_ratio_is_the_median_over_the_rounds():
