@@ -7,7 +7,7 @@ measurements, which are rows of a table. What a check or the part has no time fo
 import importlib
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,6 +29,11 @@ class Outcome(NamedTuple):
     @property
     def passed(self) -> bool:
         return self.value <= self.limit
+
+
+def largest(values: Iterable[float]) -> float:
+    """Largest value; nan if there is one, which `max` may lose."""
+    return torch.tensor(list(values), dtype=torch.float64).max().item()
 
 
 class Measurement(NamedTuple):
@@ -67,7 +72,6 @@ class Check(NamedTuple):
     cases: Callable[[Setup], Iterable[Case]]
     seconds: float
     needs: tuple[str, ...] = ()
-    cuda_only: bool = False
 
     @property
     def name(self) -> str:
@@ -114,9 +118,7 @@ def run_part(checks: Iterable[Check], setup: Setup, report: Report, seconds: flo
         limit = min(started + check.seconds, deadline)
         before = len(report.rows["checks"])
         missing = [module for module in check.needs if not imports(module)]
-        if check.cuda_only and setup.device.type != "cuda":
-            report.status(check.name, "", "skipped", "needs a GPU")
-        elif missing:
+        if missing:
             report.status(check.name, "", "skipped", f"{' and '.join(missing)} can't be imported")
         elif not usable:
             report.status(check.name, "", "not reached", "the device failed")
@@ -131,15 +133,19 @@ def run_part(checks: Iterable[Check], setup: Setup, report: Report, seconds: flo
 
 def _run_check(check: Check, setup: Setup, report: Report, limit: float) -> bool:
     """Run cases until `limit`; returns whether the device can still be used."""
-    cases: Iterator[Case] = iter(())
+    cases: list[Case] = []
     try:
-        cases = iter(list(check.cases(setup)))
+        cases = list(check.cases(setup))
     except Exception as error:  # a check that breaks is reported like one that fails, and the others still run
         traceback.print_exc()
         report.status(check.name, "", "failed", _sentence(error))
-    for case in cases:
+    else:
+        if not cases:
+            report.status(check.name, "", "skipped", "nothing to check with the packages that are installed")
+    remaining = iter(cases)
+    for case in remaining:
         if time.monotonic() >= limit:
-            left = [case.name, *(other.name for other in cases)]
+            left = [case.name, *(other.name for other in remaining)]
             report.status(check.name, "", "not reached", f"no time for {len(left)} cases: {', '.join(left[:4])} ...")
             break
         started = time.monotonic()

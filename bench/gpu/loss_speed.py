@@ -122,7 +122,7 @@ SWEPT = {"lse_forward": "forward", "grad_matmul": "backward"}
 def tile_sweep(setup: Setup) -> Iterator[Case]:
     """Times of other tiles than the table's; programs per multiprocessor set the splits and the registers of a thread.
 
-    Every tile must give the table's loss and gradient. The table itself is measured in turn with each.
+    Every tile must give the table's loss and gradient. The table's own tile is timed right after each.
     """
     from loss.triton.tiles import tile_of
 
@@ -177,20 +177,26 @@ def replaced_tile(setup: Setup, kernel: str, tile) -> Iterator[None]:
         with patch.object(tiles, "INTERPRETER_TILE", tile):
             yield
         return
+    compiled_kernels(kernel, setup.device).clear()  # whatever is in it afterwards has this tile
     key = (tiles.chip(setup.device).architecture, kernel, "half")
     with patch.dict(tiles.TILES, {key: {float("inf"): tile}}):
         yield
 
 
-def compiled_resources(kernel: str, device: torch.device) -> dict[str, int]:
-    """Registers and spills of the kernel that was compiled last; nothing in the interpreter."""
+def compiled_kernels(kernel: str, device: torch.device) -> dict:
+    """Triton's cache of a kernel in this process: key -> compiled kernel."""
     from loss.triton.grad_matmul import grad_matmul_kernel
     from loss.triton.lse_forward import lse_forward_kernel
 
+    function = {"lse_forward": lse_forward_kernel, "grad_matmul": grad_matmul_kernel}[kernel]
+    return function.device_caches[device.index][0]
+
+
+def compiled_resources(kernel: str, device: torch.device) -> dict[str, int]:
+    """Registers and spills of the tile in use; nothing in the interpreter."""
     if device.type == "cpu":
         return {}
-    function = {"lse_forward": lse_forward_kernel, "grad_matmul": grad_matmul_kernel}[kernel]
-    *_, compiled = function.device_caches[device.index][0].values()
+    (compiled,) = compiled_kernels(kernel, device).values()
     return {"registers": compiled.n_regs, "spills": compiled.n_spills}
 
 

@@ -1,5 +1,6 @@
 """Two processes that share one device, with gloo on its tensors: loss, DDP and synchronized batch norm."""
 
+import os
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -12,7 +13,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bench.gpu.checks import Case, Outcome, Setup
+from bench.gpu.checks import Case, Outcome, Setup, largest
 from bench.implementations import projections
 from loss import nt_xent
 from model import synchronize_batchnorm
@@ -37,11 +38,12 @@ def in_ranks(setup: Setup) -> list[Outcome]:
                 process.kill()
             raise TimeoutError(f"two ranks did not end within {TIMEOUT_S} s")
     found = [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
-    return [Outcome(what, max(of[what][0] for of in found), limit) for what, (_, limit) in found[0].items()]
+    return [Outcome(what, largest(of[what][0] for of in found), limit) for what, (_, limit) in found[0].items()]
 
 
 def _rank(rank: int, folder: Path, device: torch.device, small: bool) -> None:
     """Write {what: (value, limit)} to <rank>.pt."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # both ranks are here, and the machine's name may not resolve
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from bench.gpu.checks import Case, Outcome, Setup
+from bench.gpu.checks import Case, Outcome, Setup, largest
 
 SHARDS = ("cv2", "rich")
 """What training needs that neither torch nor timm nor accelerate installs."""
@@ -140,9 +140,9 @@ def compare_resumed(setup: Setup) -> Iterator[Outcome]:
     yield Outcome("rows of other steps", float([r["step"] for r in rows] != [r["step"] for r in expected]), 0)
     # on a GPU a run is not repeatable bit for bit, but after few steps in float32 its rounding is still small
     pairs = zip(rows, expected, strict=True)
-    yield Outcome("relative difference of a loss", max(abs(r["loss"] / e["loss"] - 1) for r, e in pairs), 1e-3)
+    yield Outcome("relative difference of a loss", largest(abs(r["loss"] / e["loss"] - 1) for r, e in pairs), 1e-3)
     weights, truth = (load_file(Path(config.out) / "encoder.safetensors") for config in (killed, whole))
-    error = max(((weights[n] - truth[n]).norm() / truth[n].norm()).item() for n in truth if truth[n].ndim > 1)
+    error = largest((weights[n] - truth[n]).norm() / truth[n].norm() for n in truth if truth[n].ndim > 1)
     yield Outcome("relative difference of the weights", error, 1e-2)
 
 

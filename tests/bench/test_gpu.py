@@ -57,7 +57,7 @@ def test_a_part_reports_every_check(setup, capsys):
         check(Outcome("error", 1, 2), Outcome("error", 3, 2), Measurement("speed", {"ms": 4})),
         check(ValueError("broken\nsecond line"), Outcome("error", 0, 0), name="raises"),
         check(Outcome("error", 0, 0), name="lacks", needs=("json", "no_such_module")),
-        check(Outcome("error", 0, 0), name="on_gpu", cuda_only=True),
+        check(name="without_cases"),
         check(Outcome("error", 0, 0), Outcome("error", 0, 0), name="slow", seconds=0.0),
     ]
     assert not run_part(given, setup, Report("part", CPU, setup.out), 60)
@@ -68,7 +68,7 @@ def test_a_part_reports_every_check(setup, capsys):
         ("raises", "case 0", "failed", "ValueError: broken"),
         ("raises", "case 1", "passed", ""),
         ("lacks", "", "skipped", "no_such_module can't be imported"),
-        ("on_gpu", "", "skipped", "needs a GPU"),
+        ("without_cases", "", "skipped", "nothing to check with the packages that are installed"),
         ("slow", "", "not reached", "no time for 2 cases: case 0, case 1 ..."),
     ]
     (measured,) = rows_of(setup.out, "speed")
