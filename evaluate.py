@@ -9,6 +9,7 @@
 RUN is the folder of a finished run, or an encoder.safetensors.
 """
 
+import json
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -20,21 +21,21 @@ from typing import Annotated, Literal
 import timm
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 
 import model
 import pipeline
-from common import UserError, check_range, file_sha256
+from common import UserError, check_range, file_sha256, replacing, save_tensors
 from engine.processes import ending_together
 from engine.session import Session
-from evaluation.accuracy import over_seeds
+from evaluation.accuracy import over_seeds, scores
 from evaluation.cache import code_checksum, feature_folder
-from evaluation.knn import check_k, knn_protocol
+from evaluation.knn import knn_correct
 from evaluation.linear import fast_protocol
 from evaluation.report import scores_table
-from evaluation.results import prepare_out, write_features, write_results
+from evaluation.results import prepare_out
 from evaluation.sgd_probe import base_learning_rate, global_batch_size, simclr_protocol
-from evaluation.store import FeatureStore, SplitFeatures, eval_splits
+from evaluation.store import FeatureStore, eval_splits
 from evaluation.target import find_target
 from options import nearest, parse_options
 from pipeline.augment import AugmentConfig
@@ -140,7 +141,10 @@ def evaluate(options: Knn | Linear | Embed) -> None:
     # Encoder: views (B, 3, S, S) -> h (B, D), frozen.
     target = find_target(options.run, options.data, size=options.size, mean=options.mean, std=options.std)
     encoder, views = model.load_encoder(target.encoder), AugmentConfig(**target.views)
-    width = feature_dim(encoder, views.size)
+    try:
+        width = model.feature_dim(encoder, views.size)
+    except UserError as error:  # which names the option of train.py
+        raise UserError(f"The encoder can't take views of {views.size} px; use another --size.") from error
     encoder = session.to_device(encoder.eval())
 
     def forward_features(images: Tensor) -> Tensor:
@@ -151,23 +155,22 @@ def evaluate(options: Knn | Linear | Embed) -> None:
     train, test = open_data(target.data, options.loader)
     splits = eval_splits(train, test, labeled=not isinstance(options, Embed))
     classes, k = len(train.classes), getattr(options, "k", ()) or (target.k,)
-    if isinstance(options, Knn):
-        check_k(k, len(splits[0].samples))
+    if isinstance(options, Knn) and max(k) > (bank := len(splits[0].samples)):
+        raise UserError(f"--k {max(k)} exceeds the {bank} labeled training images; use a smaller --k.")
     out = Path(options.out) if options.out else target.folder / "evaluation" / f"{name}.json"
     prepare_out(out)
     reading = {"device": session.device, "bad_samples_file": out.with_suffix(".bad_samples.jsonl")}
-    batches = partial(
-        center_crop_batches,
-        augment=views,
-        config=replace(options.loader, max_bad=1.0),  # a rank would apply the limit to its share; see FeatureStore
-        batch_size=BATCH_SIZE,
-        **reading,
-    )
+    # FeatureStore applies the limit on unreadable images, since a rank would apply it to its share
+    unlimited = replace(options.loader, max_bad=1.0)
+    batches = partial(center_crop_batches, augment=views, config=unlimited, batch_size=BATCH_SIZE, **reading)
 
-    # Record: what is evaluated and how.
+    # Record: what is evaluated and how; `made_from` is everything besides the images that determines the features.
     made_from = {"encoder_sha256": file_sha256(target.encoder), "precision": "bf16" if session.bf16 else "fp32"}
     made_from |= {"size": views.size, "mean": views.mean, "std": views.std, "device": session.device.type}
-    made_from |= versions(choose_backend(options.loader.backend, session.device))
+    backend = choose_backend(options.loader.backend, session.device)
+    decoder = import_module({"opencv": "cv2", "dali": "nvidia.dali", "kornia": "kornia"}[backend])
+    made_from |= {"backend": backend, decoder.__name__: decoder.__version__, "torch": torch.__version__}
+    made_from |= {"timm": timm.__version__, "code_sha256": code_checksum(pipeline, model)}
     record = {"what": name, "arguments": sys.argv[1:], "options": asdict(options), **made_from}
     record |= {"encoder": str(target.encoder), "processes": session.world_size, "data": {}}
 
@@ -182,12 +185,11 @@ def evaluate(options: Knn | Linear | Embed) -> None:
             max_bad=options.loader.max_bad,
             bad_samples_file=reading["bad_samples_file"],
         )
-        found: dict[str, SplitFeatures | None] = {}  # on rank 0, None on other ranks
+        found, labeled = {}, {}  # by split, on rank 0; empty on other ranks
         for split in splits[1:] if name == "linear-simclr" else splits:  # the former trains on views
-            found[split.name] = features = store.load_or_embed(split)
-            if features is not None:
+            if features := store.load_or_embed(split):
+                found[split.name], labeled[split.name] = features, (features.features, features.label)
                 record["data"][split.name] = features.about
-                session.print(store.describe(split, features))
 
         if name == "linear-simclr":
             batch_size = global_batch_size(options.batch_size, len(splits[0].samples), session.world_size)
@@ -208,7 +210,7 @@ def evaluate(options: Knn | Linear | Embed) -> None:
             results = simclr_protocol(
                 forward_features,
                 loader,
-                found["test"] and found["test"].labeled,
+                labeled.get("test"),
                 session,
                 feature_dim=width,
                 classes=classes,
@@ -218,42 +220,27 @@ def evaluate(options: Knn | Linear | Embed) -> None:
             )
         if not session.is_main:
             return
-        if isinstance(options, Embed):
-            write_features(found, record, out)
-        else:
-            labeled = [features.labeled for features in found.values()]
-            sizes = {"classes": classes, "device": session.device}
-            if isinstance(options, Knn):
-                results = knn_protocol(*labeled, k=k, temperature=options.temperature, **sizes)
-            elif options.protocol == "fast":
-                solver = {"seeds": options.seeds, "held_out": options.held_out}
-                results = fast_protocol(*labeled, max_iterations=options.max_iterations, **solver, **sizes)
-            record |= {"classes": classes, "results": results, "seconds": round(time.monotonic() - start_s, 3)}
-            if isinstance(options, Linear):
-                record["over_seeds"] = over_seeds(results)
-            write_results(record, out)
+        sizes = {"classes": classes, "device": session.device}
+        if name == "knn":
+            knn = knn_correct(*labeled["train"], *labeled["test"], k=k, temperature=options.temperature, **sizes)
+            total = len(found["test"].label)
+            results = [{"k": each, "temperature": t, **scores(correct, total)} for (each, t), correct in knn.items()]
+        elif name == "linear-fast":
+            solver = {option: getattr(options, option) for option in ("seeds", "held_out", "max_iterations")}
+            results = fast_protocol(labeled["train"], labeled["test"], **solver, **sizes)
+        with replacing(out) as temporary:
+            if name == "embed":
+                parts = ("features", "label", "index")
+                tensors = {f"{split}.{part}": getattr(found[split], part) for split in found for part in parts}
+                save_tensors(tensors, temporary, {"record": json.dumps(record)})  # mapped from file to file
+            else:
+                record |= {"classes": classes, "results": results, "seconds": round(time.monotonic() - start_s, 3)}
+                if isinstance(options, Linear):
+                    record["over_seeds"] = over_seeds(results)
+                temporary.write_text(json.dumps(record, indent=2) + "\n")
+        if name != "embed":
             session.print(scores_table(record))
         session.print(f"written: {out}")
-
-
-def feature_dim(encoder: nn.Module, size: int) -> int:
-    """Width of h for views of `size` pixels; the error names this script's option."""
-    try:
-        return model.feature_dim(encoder, size)
-    except UserError as error:
-        raise UserError(f"The encoder can't take views of {size} px; use another --size.") from error
-
-
-def versions(backend: str) -> dict[str, str]:
-    """Code and library versions that determine the features: how images are decoded, augmented and encoded."""
-    decoder = import_module({"opencv": "cv2", "dali": "nvidia.dali", "kornia": "kornia"}[backend])
-    return {
-        "backend": backend,
-        "code_sha256": code_checksum(pipeline, model),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        decoder.__name__: decoder.__version__,
-    }
 
 
 def parse(arguments: list[str]) -> Knn | Linear | Embed:

@@ -7,14 +7,13 @@
 RUN is a run folder, or an encoder.safetensors.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from common import UserError
+from engine.processes import ending_together
 from model.export import export_encoder
 
 
@@ -31,13 +30,9 @@ class ExportConfig:
 
 
 def main() -> None:
-    try:
+    with ending_together():
         config = tyro.cli(ExportConfig, prog="export.py")
         spec = export_encoder(config.source, config.out, config.format)
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
     print(f"{config.format}: {config.out}")
     if spec.needs_streamclr:
         print(f"To let timm load {spec.name}, `pip install streamclr` and `import streamclr.model` first.")

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,6 @@ from torch.optim import Optimizer
 from .common import UserError, check_range, file_sha256, save_tensors
 
 FORMAT = "streamclr-checkpoint-3"
-
-
 MAY_CHANGE = {"may_change": True}
 """Metadata of a configuration's field that may differ when a run is resumed: it does not change the result."""
 
@@ -61,40 +59,35 @@ def check_same_run(config: Any, saved: dict[str, Any]) -> None:
     """
     now = json.loads(json.dumps(asdict(config)))  # tuples become lists, as in the file
     free = {field.name for field in fields(config) if field.metadata.get("may_change")}
-    differing = [
-        f"--{name.replace('_', '-')} {before} (now {after})"
-        for part in sorted((now.keys() | saved.keys()) - free)
-        for name, before, after in _differences(part, saved.get(part), now.get(part))
-    ]
-    if differing:
+    before, after = ({name: each[name] for name in each.keys() - free} for each in (saved, now))
+    if differing := ", ".join(_differences("", before, after)):
         raise UserError(
-            f"The run was started with {', '.join(differing)}; use the same values, or start again with another --out."
+            f"The run was started with {differing}; use the same values, or start again with another --out."
         )
 
 
-def _differences(name: str, before: Any, after: Any) -> list[tuple[str, Any, Any]]:
+def _differences(option: str, before: Any, after: Any) -> Iterator[str]:
     if isinstance(before, dict) and isinstance(after, dict):
-        return [
-            difference
-            for part in sorted(before.keys() | after.keys())
-            for difference in _differences(f"{name}.{part}", before.get(part), after.get(part))
-        ]
-    return [] if before == after else [(name, before, after)]
+        for name in sorted(before.keys() | after.keys()):
+            yield from _differences(f"{option}.{name}", before.get(name), after.get(name))
+    elif before != after:
+        yield f"--{option[1:].replace('_', '-')} {before} (now {after})"
 
 
+@dataclass(frozen=True)
 class Checkpoints:
     """Checkpoints of one run; only the `keep` most recent ones are kept."""
 
-    def __init__(self, folder: Path, keep: int):
-        self.folder, self.keep = folder, keep
+    folder: Path
+    keep: int
 
     def latest(self) -> Path | None:
         """Most recent checkpoint, or None."""
-        return max(self._complete(), key=_step_of, default=None)
+        return next(reversed(self._complete()), None)
 
     def discard_after(self, step: int) -> None:
         """Delete checkpoints of later steps, which a run that continues from `step` will write again."""
-        for path in list(self._complete()):
+        for path in self._complete():
             if _step_of(path) > step:
                 self._discard(path)
 
@@ -127,14 +120,14 @@ class Checkpoints:
                 f"The checkpoint of step {step} can't be written to {self.folder} ({error}); check space and "
                 f"permissions, then run the same command to continue from {latest.name if latest else 'the start'}."
             ) from error
-        for old in sorted(self._complete(), key=_step_of)[: -self.keep]:
+        for old in self._complete()[: -self.keep]:
             self._discard(old)
         return target
 
-    def _complete(self) -> Iterable[Path]:
-        return (
-            path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()
-        )
+    def _complete(self) -> list[Path]:
+        """Checkpoints in the order of their steps."""
+        named = (path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
+        return sorted(filter(Path.is_dir, named), key=_step_of)
 
     @staticmethod
     def _discard(path: Path) -> None:
@@ -167,27 +160,23 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         UserError: it is incomplete, damaged or of another version.
     """
-    remedy = "delete this checkpoint to continue from the one before, or start again with another --out"
+    file = path / "record.json"
     try:
-        record = json.loads((path / "record.json").read_text())
-    except OSError as error:
-        raise UserError(
-            f"{path} is incomplete, or not in a folder that every node sees ({error}); {remedy}."
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{path}/record.json is damaged; {remedy}.") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise UserError(f"{path} is not of format {FORMAT}; {remedy}.")
-    expected = record.pop("checksum", None)  # absent in checkpoints of the first version
-    if expected is not None and expected != _checksum(record):
-        raise UserError(f"{path}/record.json is damaged; {remedy}.")
-    file = path / "state.safetensors"
-    try:
+        record = json.loads(file.read_text())
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            raise ValueError(f"it is not of format {FORMAT}")
+        expected = record.pop("checksum", None)  # absent in checkpoints of the first version
+        if expected is not None and expected != _checksum(record):
+            raise ValueError("it does not match its checksum")
+        file = path / "state.safetensors"
         if file_sha256(file) != record["sha256"]:
-            raise UserError(f"{file} does not match its checksum and may be truncated; {remedy}.")
+            raise ValueError("it does not match its checksum and may be truncated")
         return load_file(file), record
-    except (OSError, KeyError, SafetensorError) as error:
-        raise UserError(f"{file} can't be read ({error}); {remedy}.") from error
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(
+            f"{file} can't be loaded ({error}); use a run folder that every node sees, delete this checkpoint to "
+            "continue from the one before, or start again with another --out."
+        ) from error
 
 
 def state_tensors(module: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
@@ -195,10 +184,8 @@ def state_tensors(module: nn.Module, optimizers: list[Optimizer]) -> dict[str, T
     tensors = {f"model/{name}": tensor for name, tensor in module.state_dict().items()}
     for number, optimizer in enumerate(optimizers):
         for index, state in optimizer.state_dict()["state"].items():
-            for name, value in state.items():
-                if value is not None:
-                    tensors[f"optimizer/{number}/{index}/{name}"] = value
-    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+            tensors |= {f"optimizer/{number}/{index}/{name}": value for name, value in state.items()}
+    return {name: tensor.detach().cpu() for name, tensor in tensors.items() if tensor is not None}
 
 
 def load_state_tensors(tensors: dict[str, Tensor], module: nn.Module, optimizers: list[Optimizer]) -> None:

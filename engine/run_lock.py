@@ -1,27 +1,23 @@
 """A lock on a run folder, so that two jobs never write into the same one.
 
 The lock file names its holder, who keeps an flock on it and touches it every few seconds. The flock ends with its
-process, so a crash on this machine leaves nothing to clean up. A network file system may not enforce it between
-machines: a lock left by another machine is therefore watched, and taken over if nobody touches it.
+process. A network file system may not enforce it between machines: a lock left by another machine is therefore watched,
+and taken over if nobody touches it.
 """
 
-import errno
 import json
 import os
 import secrets
 import socket
 import threading
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from .common import UserError
+from filelock import lock_descriptor
 
-try:
-    import fcntl
-except ImportError:  # Windows, where the heartbeat alone has to do
-    fcntl = None
+from .common import UserError
 
 NAME = ".lock"
 HEARTBEAT_S = 5.0
@@ -88,38 +84,36 @@ class _Lock:
             try:
                 descriptor, is_new = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
             except FileExistsError:
-                try:
-                    descriptor, is_new = os.open(self.path, os.O_RDWR), False
-                except FileNotFoundError:
-                    continue  # released in between
-            try:
-                enforced = _flock(descriptor)
-                holder = _read(self.path)
-                if enforced is False:
-                    raise _in_use(self.path.parent, holder)
-                if os.fstat(descriptor).st_nlink == 0:
-                    os.close(descriptor)
-                    continue  # released in between
-                # an flock that this kernel grants proves that no process of this kernel holds it
-                proven = is_new or (enforced and holder is not None and holder["machine"] == self.holder["machine"])
-                if not proven and _is_touched(self.path):
-                    raise _in_use(self.path.parent, _read(self.path) or holder)
-                try:
-                    os.ftruncate(descriptor, 0)
-                    os.pwrite(descriptor, json.dumps(self.holder).encode(), 0)
-                    os.fsync(descriptor)
-                except OSError:  # a full disk; a lock without a holder would make the next job watch it
-                    self.path.unlink()
-                    raise
-                if not proven:  # another machine may have watched the same lock: the last to write has it
-                    time.sleep(SILENCE_S / 10)
-                    if (holder := _read(self.path)) is None or holder["token"] != self.holder["token"]:
-                        raise _in_use(self.path.parent, holder)
-                return descriptor
-            except BaseException:
-                with suppress(OSError):
-                    os.close(descriptor)
-                raise
+                descriptor, is_new = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), False
+            with ExitStack() as opened:
+                opened.callback(os.close, descriptor)
+                if self._take(descriptor, is_new):
+                    opened.pop_all()
+                    return descriptor
+
+    def _take(self, descriptor: int, is_new: bool) -> bool:
+        """Lock the file and write its holder; False if the file was released after it was opened."""
+        enforced, holder = _flock(descriptor), _read(self.path)
+        if enforced is False:
+            raise _in_use(self.path.parent, holder)
+        if os.fstat(descriptor).st_nlink == 0:
+            return False
+        # an flock that this kernel grants proves that no process of this kernel holds it
+        proven = is_new or (enforced and holder is not None and holder["machine"] == self.holder["machine"])
+        if not proven and _is_touched(self.path):
+            raise _in_use(self.path.parent, _read(self.path) or holder)
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(self.holder).encode(), 0)
+            os.fsync(descriptor)
+        except OSError:  # a full disk; a lock without a holder would make the next job watch it
+            self.path.unlink()
+            raise
+        if not proven:  # another machine may have watched the same lock: the last to write has it
+            time.sleep(SILENCE_S / 10)
+            if (holder := _read(self.path)) is None or holder["token"] != self.holder["token"]:
+                raise _in_use(self.path.parent, holder)
+        return True
 
     def _beat(self) -> None:
         while not self.stopping.wait(HEARTBEAT_S):
@@ -138,13 +132,10 @@ class _Lock:
 
 def _flock(descriptor: int) -> bool | None:
     """Whether the file is now locked; None where the file system cannot lock."""
-    if fcntl is None:
-        return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return False if error.errno in (errno.EAGAIN, errno.EACCES) else None
-    return True
+        return lock_descriptor(descriptor, blocking=False)
+    except OSError:
+        return None
 
 
 def _is_touched(path: Path) -> bool:

@@ -50,29 +50,23 @@ def scores(correct: Sequence[int], total: int) -> dict[str, Any]:
 
 def over_seeds(results: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
     """Mean of `top1` and `top5` over seeds, and half the width of its 95 % confidence interval."""
-    summary = {}
-    for name in ("top1", "top5"):
-        average, half_width = mean_and_half_width([result[name] for result in results])
-        summary[name] = {"mean": average, "half_width_95": half_width}
-    return summary
+    summary = {name: mean_and_half_width([result[name] for result in results]) for name in ("top1", "top5")}
+    return {name: {"mean": average, "half_width_95": half} for name, (average, half) in summary.items()}
 
 
-def mean_and_half_width(values: Sequence[float], level: float = 0.95) -> tuple[float, float | None]:
-    """Mean, and half the width of its Student-t confidence interval: t_{level, n - 1} s / sqrt(n).
-
-    s is the standard deviation with n - 1 in its denominator. The half width of a single value is None.
-    """
+def mean_and_half_width(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean, and half the width of its 95 % Student-t confidence interval, t_{n - 1} s / sqrt(n); None for one value."""
     n = len(values)
     if n < 2:
         return values[0], None
     from scipy.stats import t  # takes a second to import
 
-    return mean(values), float(t.ppf((1 + level) / 2, n - 1)) * stdev(values) / math.sqrt(n)
+    return mean(values), float(t.ppf(0.975, n - 1)) * stdev(values) / math.sqrt(n)
 
 
-def wilson(correct: int, total: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson score interval of the share `correct / total` of independent samples (Wilson 1927)."""
+def wilson(correct: int, total: int) -> tuple[float, float]:
+    """95 % Wilson score interval of the share `correct / total` of independent samples (Wilson 1927)."""
     from scipy.stats import binomtest
 
-    interval = binomtest(correct, total).proportion_ci(level, method="wilson")
+    interval = binomtest(correct, total).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)

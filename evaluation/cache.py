@@ -52,8 +52,9 @@ def feature_folder(folder: Path | None) -> Iterator[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        remedy = "set $STREAMCLR_CACHE to a writable folder or use --no-cache"
-        raise UserError(f"{folder} can't store features ({error}); {remedy}.") from error
+        raise UserError(
+            f"{folder} can't store features ({error}); set $STREAMCLR_CACHE to a writable folder or use --no-cache."
+        ) from error
     yield folder
 
 
@@ -84,13 +85,14 @@ def save_features(path: Path, parts: Iterable[tuple[Tensor, Tensor, Tensor]], ma
         UserError: a feature is not finite, there are no features, or the disk is full; no file is left.
     """
     _delete_abandoned(path.parent)
-    with TemporaryDirectory(dir=path.parent, prefix=".unfinished-") as folder:
-        rows, index, non_finite, width = Path(folder) / "rows", [], 0, 0
-        for features, _, samples in parts:
-            width = features.shape[1]
-            non_finite += int((~features.isfinite().all(1)).sum())
-            index.append(samples.cpu())
-            with _disk_errors_explained(path.parent), rows.open("ab") as file:
+    index, non_finite, width = [], 0, 0
+    with replacing(path) as temporary:
+        rows = temporary.with_suffix(".rows")
+        with rows.open("wb") as file:
+            for features, _, samples in parts:
+                width = features.shape[1]
+                non_finite += int((~features.isfinite().all(1)).sum())
+                index.append(samples.cpu())
                 file.write(features.float().cpu().contiguous().numpy())
         if not (count := sum(map(len, index))):
             raise UserError("No image can be decoded; check the shards with `python -m pipeline.shards verify`.")
@@ -102,19 +104,7 @@ def save_features(path: Path, parts: Iterable[tuple[Tensor, Tensor, Tensor]], ma
         # mapped into memory, since the features of a training set may exceed it
         features = torch.from_file(str(rows), shared=True, size=count * width).view(count, width)
         tensors = {"features": features, "index": torch.cat(index)}
-        with replacing(path) as temporary, _disk_errors_explained(path.parent):
-            save_tensors(tensors, temporary, {"made_from": json.dumps(made_from)})
-
-
-@contextmanager
-def _disk_errors_explained(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"Features can't be stored in {folder} ({error.strerror or error}); free some space, or set "
-            "$STREAMCLR_CACHE (with --no-cache, $TMPDIR) to another folder."
-        ) from error
+        save_tensors(tensors, temporary, {"made_from": json.dumps(made_from)})
 
 
 def _delete_abandoned(folder: Path) -> None:

@@ -34,26 +34,15 @@ class EvalConfig:
         check_range("--eval.max-bank", self.max_bank, 1, 10**9)
 
 
+@dataclass(frozen=True)
 class Evaluator:
-    """kNN and linear accuracy of any features; the ranks share the embedding and return the same values.
+    """kNN and linear accuracy of any features; the ranks share the embedding and return the same values."""
 
-    Args:
-        train: (shard set, its labeled samples (n,)): neighbors, and training set of the linear classifier.
-        test: (shard set, its labeled samples (n,)) to classify.
-        batches: called with (shard set, samples=...); yields batches of their center crops.
-        session: see `evaluation.features.embed`.
-        config: number of neighbors and of images.
-    """
-
-    def __init__(
-        self,
-        train: tuple[Any, np.ndarray],
-        test: tuple[Any, np.ndarray],
-        batches: Callable[..., Iterable],
-        session: Any,
-        config: EvalConfig,
-    ):
-        self.train, self.test, self.batches, self.session, self.config = train, test, batches, session, config
+    train: tuple[Any, np.ndarray]  # (shard set, its labeled samples (n,)) that vote and train the linear classifier
+    test: tuple[Any, np.ndarray]  # (shard set, its labeled samples (n,)) to classify
+    batches: Callable[..., Iterable]  # called with (shard set, samples=...); yields batches of their center crops
+    session: Any  # see `evaluation.features.embed`
+    config: EvalConfig
 
     def __call__(self, function: Callable[[Tensor], Tensor], linear: bool = True) -> dict[str, float]:
         """Compute `knn_top1` and, unless `linear` is False, `linear_top1` of features.

@@ -7,13 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .accuracy import classes_ahead, count_correct, scores
-from .common import UserError
+from .accuracy import classes_ahead, count_correct
 
 QUERY_ROWS, BANK_ROWS = 512, 65_536
 """Shape of the tiles in which similarities are computed: 134 MB."""
-LOW = 2**32 - 1
-"""Mask of the lower half of a key, see `_keys`."""
 
 
 def knn_correct(
@@ -37,15 +34,11 @@ def knn_correct(
         bank_label: (N,) int64 below `classes`.
         query: (M, D) float.
         query_label: (M,) int64.
-        k: numbers of neighbors; 200 is usual for ImageNet, 20 for small data sets.
+        k: numbers of neighbors, the whole bank where it is smaller; 200 is usual for ImageNet, 20 for small data sets.
         temperature: temperatures of the votes.
         classes: number of classes.
         device: device of the computation, whose memory use does not grow with N.
-
-    Raises:
-        UserError: there are fewer than k bank features.
     """
-    check_k(k, len(bank))
     correct = {(neighbors, t): torch.zeros(2, dtype=torch.int64, device=device) for neighbors in k for t in temperature}
     bank_label = bank_label.to(device)
     for rows, (cosine, place) in nearest(bank, query, max(k), device):
@@ -58,48 +51,13 @@ def knn_correct(
     return {setting: tuple(counts.tolist()) for setting, counts in correct.items()}
 
 
-def knn_protocol(
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
-    *,
-    k: Sequence[int],
-    temperature: Sequence[float],
-    classes: int,
-    device: torch.device,
-) -> list[dict[str, Any]]:
-    """kNN evaluation: scores for every pair of k and temperature.
-
-    Args:
-        train: features (N, D) and labels (N,) of the bank.
-        test: features (M, D) and labels (M,) of the queries.
-        k, temperature, classes, device: see `knn_correct`.
-    """
-    correct = knn_correct(*train, *test, k=k, temperature=temperature, classes=classes, device=device)
-    return [
-        {"k": neighbors, "temperature": t, **scores(right, len(test[0]))} for (neighbors, t), right in correct.items()
-    ]
-
-
-def check_k(k: Sequence[int], bank: int) -> None:
-    """Refuse more neighbors than bank features.
-
-    Raises:
-        UserError: there are fewer than k.
-    """
-    if max(k) > bank:
-        raise UserError(f"--k {max(k)} exceeds the {bank} labeled training images; use a smaller --k.")
-
-
 def knn_top1(
     bank: Tensor, bank_label: Tensor, query: Tensor, query_label: Tensor, *, k: int = 20, temperature: float = 0.1
 ) -> float:
     """Top-1 accuracy of the queries with at most k neighbors: all of them if the bank is smaller."""
     classes = int(torch.maximum(bank_label.max(), query_label.max())) + 1
-    k = min(k, len(bank))
-    correct = knn_correct(
-        bank, bank_label, query, query_label, k=[k], temperature=[temperature], classes=classes, device=bank.device
-    )
-    return correct[k, temperature][0] / len(query)
+    options = {"k": [k], "temperature": [temperature], "classes": classes, "device": bank.device}
+    return knn_correct(bank, bank_label, query, query_label, **options)[k, temperature][0] / len(query)
 
 
 def nearest(bank: Tensor, query: Tensor, k: int, device: torch.device) -> Iterator[tuple[slice, tuple[Tensor, Tensor]]]:
@@ -112,77 +70,54 @@ def nearest(bank: Tensor, query: Tensor, k: int, device: torch.device) -> Iterat
     Args:
         bank: (N, D) float, on any device or mapped into memory.
         query: (M, D) float.
-        k: number of neighbors, at most N.
+        k: number of neighbors, N where it is larger.
         device: device of the computation.
 
     Yields:
         (rows of `query`, (cosine (m, k) float32, place in the bank (m, k) int64)), on `device`.
     """
     query_blocks = [slice(first, first + QUERY_ROWS) for first in range(0, len(query), QUERY_ROWS)]
-    best: list[Tensor | None] = [None] * len(query_blocks)
+    best: list[Any] = [None] * len(query_blocks)
     for first in range(0, len(bank), BANK_ROWS):  # outer loop: the bank is large and may be on disk
         block = _unit(bank[first : first + BANK_ROWS].to(device).float())
-        place = torch.arange(first, first + len(block), device=device)
         for number, rows in enumerate(query_blocks):
-            cosine = _unit(query[rows].to(device).float()) @ block.T  # (m, n)
-            keys = _best_keys(cosine, place, min(k, len(block)))
-            if best[number] is not None:
-                keys = torch.cat([best[number], keys], 1)
-            best[number] = keys.topk(min(k, keys.shape[1]), dim=1).values
-    for rows, keys in zip(query_blocks, best, strict=True):
-        yield rows, _cosine_and_place(keys)
+            cosine, place = _largest(_unit(query[rows].to(device).float()) @ block.T, k)
+            if first:  # equal ones of earlier tiles are further left
+                cosine, column = _largest(torch.cat([best[number][0], cosine], 1), k)
+                place = torch.cat([best[number][1], first + place], 1).gather(1, column)
+            best[number] = cosine, place
+    yield from zip(query_blocks, best, strict=True)
 
 
 def _unit(features: Tensor) -> Tensor:
-    """Normalize rows (n, D) to unit length; rows of zeros stay zero.
-
-    Each row is first scaled by a power of two, which is exact, because the squares of very large or very small features
-    would leave the range of float32.
-    """
+    """Normalize rows (n, D) to unit length; rows of zeros stay zero."""
+    # Scaling by a power of two is exact; squares of very large or very small features would leave the range of float32.
     exponent = features.abs().amax(1, keepdim=True).frexp().exponent
     return normalize(features.ldexp(-exponent), dim=1)
 
 
-def _best_keys(cosine: Tensor, place: Tensor, k: int) -> Tensor:
-    """The k largest keys of each row, unordered: cosine (m, n) float32, place (n,) int64 -> (m, k) int64."""
-    best, column = cosine.topk(k, dim=1)
-    # topk may choose any of several equal values; this does not matter unless some equal to the last were left out
-    if ((cosine >= best[:, -1:]).sum(1) == k).all():
-        return _keys(best, place[column])
-    return _keys(cosine, place).topk(k, dim=1).values
-
-
-def _keys(cosine: Tensor, place: Tensor) -> Tensor:
-    """Sortable keys, distinct within a row: cosine in the upper half, place (descending) in the lower half.
-
-    The bits of floats sort like their values, in reverse for negative ones; adding 0 turns -0 into 0.
-
-    Args:
-        cosine: (m, n) float32.
-        place: (n,) or (m, n) int64.
-
-    Returns:
-        (m, n) int64.
-    """
-    bits = (cosine + 0.0).view(torch.int32).long()
-    return (torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) << 32) | (LOW - place)
-
-
-def _cosine_and_place(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse of `_keys`."""
-    high = keys >> 32
-    cosine = torch.where(high < 0, high ^ 0x7FFFFFFF, high).int().view(torch.float32)
-    return cosine, LOW - (keys & LOW)
+def _largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest values of each row (all if there are fewer) and their columns, sorted; the first of equal ones."""
+    k = min(k, x.shape[1])
+    value, column = x.topk(k, dim=1)
+    tied = (x >= value[:, -1:]).sum(1) > k  # topk may have chosen any of the values that equal the last
+    rows, last = x[tied], value[tied, -1:]
+    place = torch.where(rows == last, torch.arange(x.shape[1], device=x.device), x.shape[1])
+    column[tied] = place.masked_fill(rows > last, -1).topk(k, dim=1, largest=False).indices
+    column = column.sort(dim=1).values
+    value, order = x.gather(1, column).sort(dim=1, descending=True, stable=True)
+    return value, column.gather(1, order)
 
 
 def class_votes(cosine: Tensor, label: Tensor, classes: int, temperature: float) -> Tensor:
-    """Sum of the votes for each class, (m, classes), relative to the vote of the nearest neighbor.
+    """Sum of the votes exp(cosine / temperature) for each class, relative to the vote of the nearest neighbor.
 
     Args:
         cosine: (m, k) float32, descending.
         label: (m, k) int64, classes of the neighbors.
-        classes: number of classes.
-        temperature: a vote weighs exp(cosine / temperature).
+
+    Returns:
+        (m, classes) float32.
     """
     weight = ((cosine - cosine[:, :1]) / temperature).exp()  # relative, because small temperatures would overflow
     votes = cosine.new_zeros(len(cosine), classes)

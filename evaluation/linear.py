@@ -1,11 +1,10 @@
 """Multinomial logistic regression on stored features, solved to convergence (the fast linear protocol).
 
-Features are standardized per dimension with mean and standard deviation of the training set, so that a penalty means
-the same for every dimension and every encoder, whatever the scale of its features, and L-BFGS needs fewer steps. The
-penalty is chosen on a held-out part of the training set, never on the test set.
+Features are standardized with mean and standard deviation of the training set, so that a penalty means the same for
+every dimension and every encoder, and L-BFGS needs fewer steps.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,18 +25,12 @@ BLOCK_ROWS = 16_384
 class Split:
     """Rows of stored features, standardized block by block so that they need not fit on the device."""
 
-    features: Tensor
-    """(N, D) float, on any device or mapped into memory."""
-    label: Tensor
-    """(N,) int64."""
-    mean: Tensor
-    """(D,) float64, subtracted from the features."""
-    scale: Tensor
-    """(D,) float64, multiplies the centered features."""
-    device: torch.device
-    """Device of the computation."""
-    rows: Tensor | None = None
-    """(n,) int64, ascending, on the device of the features: the rows in use; None for all."""
+    features: Tensor  # (N, D) float, on any device or mapped into memory
+    label: Tensor  # (N,) int64
+    mean: Tensor  # (D,) float64, subtracted from the features
+    scale: Tensor  # (D,) float64, multiplies the centered features
+    device: torch.device  # device of the computation
+    rows: Tensor | None = None  # (n,) int64, ascending, on the device of the features; None for all
 
     def __len__(self) -> int:
         return len(self.features if self.rows is None else self.rows)
@@ -54,30 +47,20 @@ class Split:
 class Fit:
     """A linear classifier and how accurately it was solved."""
 
-    theta: Tensor
-    """(C, D + 1) float64: weights, and the bias in the last column."""
-    l2: float
-    """Penalty on the weights."""
-    gradient: float
-    """Largest absolute component of the objective's gradient."""
-    iterations: int
-    """Iterations of L-BFGS."""
-    converged: bool
-    """Whether `gradient` is within the tolerance."""
+    theta: Tensor  # (C, D + 1) float64: weights, and the bias in the last column
+    gradient: float  # largest absolute component of the objective's gradient
+    iterations: int  # of L-BFGS
+    converged: bool  # whether `gradient` is within the tolerance
 
 
 def standardization(features: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean (D,) and inverse standard deviation (D,) of features (N, D), float64; 0 where a dimension is constant."""
-
-    def mean_of(function) -> Tensor:
-        sums = sum(function(block.to(device).double()).sum(0) for block in features.split(BLOCK_ROWS))
-        return sums / len(features)
-
-    mean = mean_of(lambda block: block)
-    variance = mean_of(lambda block: (block - mean).square())  # two passes: E[x^2] - E[x]^2 would cancel
+    blocks = features.split(BLOCK_ROWS)
+    mean = sum(block.to(device).double().sum(0) for block in blocks) / len(features)
+    # two passes: E[x^2] - E[x]^2 would cancel
+    variance = sum((block.to(device).double() - mean).square().sum(0) for block in blocks) / len(features)
     constant = variance <= (torch.finfo(features.dtype).eps * mean).square()  # up to rounding
-    scale = torch.where(constant, 0.0, variance.clamp_min(torch.finfo(torch.float64).tiny).rsqrt())
-    return mean, scale
+    return mean, torch.where(constant, 0.0, variance.clamp_min(torch.finfo(torch.float64).tiny).rsqrt())
 
 
 def logistic_regression(
@@ -98,10 +81,7 @@ def logistic_regression(
         tolerance: largest component of the gradient at which the fit has converged.
         max_iterations: number of iterations after which the fit is returned unconverged.
     """
-    width = train.features.shape[1]
-    theta = (
-        torch.zeros(classes, width + 1, dtype=torch.float64, device=train.device) if start is None else start.clone()
-    )
+    theta = train.mean.new_zeros(classes, len(train.mean) + 1) if start is None else start.clone()
 
     def objective() -> Tensor:
         loss, theta.grad = _loss_and_gradient(train, theta, l2)
@@ -118,7 +98,7 @@ def logistic_regression(
     )
     solver.step(objective)
     gradient = _loss_and_gradient(train, theta, l2)[1].abs().max().item()
-    return Fit(theta, l2, gradient, solver.state[theta]["n_iter"], gradient <= tolerance)
+    return Fit(theta, gradient, solver.state[theta]["n_iter"], gradient <= tolerance)
 
 
 @torch.no_grad()
@@ -145,24 +125,8 @@ def _logits(theta: Tensor, x: Tensor) -> Tensor:
 @torch.no_grad()
 def fit_correct(fit: Fit, split: Split) -> tuple[int, int]:
     """Number of samples classified correctly at top-1 and top-5."""
-    classes = len(fit.theta)
-    counts = (count_correct(classes_ahead(_logits(fit.theta, x), label), classes) for x, label in split.blocks())
-    top1, top5 = sum(counts).tolist()
-    return top1, top5
-
-
-def l2_path(
-    train: Split, held_out: Split, classes: int, path: Sequence[float] = L2_PATH, max_iterations: int = 1000
-) -> Iterator[tuple[Fit, float]]:
-    """Yield a fit for every l2 and its top-1 accuracy on the held-out part; each fit initializes the next one.
-
-    The tolerance is looser than that of the final fit, because only the order of the accuracies matters.
-    """
-    fit = None
-    for l2 in path:
-        start = None if fit is None else fit.theta
-        fit = logistic_regression(train, classes, l2, start, tolerance=1e-4, max_iterations=max_iterations)
-        yield fit, fit_correct(fit, held_out)[0] / len(held_out)
+    blocks = ((_logits(fit.theta, x), label) for x, label in split.blocks())
+    return tuple(sum(count_correct(classes_ahead(*block), len(fit.theta)) for block in blocks).tolist())
 
 
 def stratified_split(label: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -176,12 +140,6 @@ def stratified_split(label: Tensor, share: float, seed: int) -> tuple[Tensor, Te
         rows = np.flatnonzero(label == each)
         held_out[random.permutation(rows)[: min(max(round(share * len(rows)), 1), len(rows) - 1)]] = True
     return torch.from_numpy(np.flatnonzero(~held_out)), torch.from_numpy(np.flatnonzero(held_out))
-
-
-def _to_gpu_if_small(features: Tensor, label: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Move features to the GPU if half of its memory remains free: every step of the solver reads all of them."""
-    fits = device.type == "cuda" and features.nbytes < torch.cuda.mem_get_info(device)[0] / 2
-    return (features.to(device), label.to(device)) if fits else (features, label)
 
 
 def fast_protocol(
@@ -214,31 +172,34 @@ def fast_protocol(
     """
     if device.type == "mps":  # it does not support float64
         device = torch.device("cpu")
-    train, test = _to_gpu_if_small(*train, device), _to_gpu_if_small(*test, device)
+    if device.type == "cuda":  # every step of the solver reads all features: keep those that leave half of it free
+        train, test = (
+            (x.to(device), label.to(device)) if x.nbytes < torch.cuda.mem_get_info(device)[0] / 2 else (x, label)
+            for x, label in (train, test)
+        )
     mean, scale = standardization(train[0], device)
     whole, tested = Split(*train, mean, scale, device), Split(*test, mean, scale, device)
     results: list[dict[str, Any]] = []
     fits: dict[float, Fit] = {}
     with progress_bar(seeds * (len(L2_PATH) + 1), "fitting") as update:
         for seed in range(seeds):
-            fitted, validation = (
-                replace(whole, rows=rows.to(train[0].device)) for rows in stratified_split(train[1], held_out, seed)
-            )
+            parts = stratified_split(train[1], held_out, seed)
+            fitted, validation = (replace(whole, rows=rows.to(train[0].device)) for rows in parts)
             if not len(validation):
                 raise UserError("No class has two training images, one of which could be held out; use more images.")
-            path, best = [], -1.0
-            for fit, top1 in l2_path(fitted, validation, classes, max_iterations=max_iterations):
-                path.append({"l2": fit.l2, "top1": top1, "converged": fit.converged, "iterations": fit.iterations})
+            path, start, best = [], None, -1.0
+            for l2 in L2_PATH:  # with a looser tolerance, because only the order of the accuracies matters
+                fit = logistic_regression(fitted, classes, l2, start, 1e-4, max_iterations)
+                start, top1 = fit.theta, fit_correct(fit, validation)[0] / len(validation)
+                path.append({"l2": l2, "top1": top1, "converged": fit.converged, "iterations": fit.iterations})
                 if top1 > best:  # among equal ones the strongest penalty
-                    chosen, best = fit, top1
+                    chosen, chosen_start, best = l2, start, top1
                 update(advance=1)
-            if chosen.l2 not in fits:
-                fits[chosen.l2] = logistic_regression(
-                    whole, classes, chosen.l2, chosen.theta, max_iterations=max_iterations
-                )
+            if chosen not in fits:
+                fits[chosen] = logistic_regression(whole, classes, chosen, chosen_start, max_iterations=max_iterations)
             update(advance=1)
-            fit = fits[chosen.l2]
+            fit = fits[chosen]
             solved = {"converged": fit.converged, "gradient": fit.gradient, "iterations": fit.iterations}
-            results.append({"seed": seed, "l2": fit.l2, **solved, "held_out_images": len(validation), "l2_path": path})
+            results.append({"seed": seed, "l2": chosen, **solved, "held_out_images": len(validation), "l2_path": path})
     tested_scores = {l2: scores(fit_correct(fit, tested), len(tested)) for l2, fit in fits.items()}
     return [result | tested_scores[result["l2"]] for result in results]

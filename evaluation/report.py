@@ -6,11 +6,7 @@ from rich.table import Table
 
 
 def report_table(report: dict[str, dict[str, float]]) -> Table:
-    """Table with one row per kind of features or classifier.
-
-    Args:
-        report: scores by name, such as {"trained": {"knn_top1": 0.7, "linear_top1": 0.8}}.
-    """
+    """Table of scores by name of the features or classifier: {"trained": {"knn_top1": 0.7, "linear_top1": 0.8}}."""
     titles = {"knn_top1": "kNN top-1", "linear_top1": "linear top-1", "top1": "top-1", "top5": "top-5"}
     shown = [name for name in titles if any(name in scores for scores in report.values())]
     table = Table("classifier" if "top1" in shown else "features", *map(titles.get, shown))
@@ -20,11 +16,7 @@ def report_table(report: dict[str, dict[str, float]]) -> Table:
 
 
 def scores_table(record: dict[str, Any]) -> Table:
-    """Table with one row per result of evaluate.py and, if there are several seeds, their mean.
-
-    Args:
-        record: what is written to the result file, with `results`, `classes` and possibly `over_seeds`.
-    """
+    """Table of `results` in a record of evaluate.py and, if there are several seeds, of their mean."""
     settings = [name for name in ("k", "temperature", "seed", "l2") if name in record["results"][0]]
     table = Table(*settings, "top-1", "95 % over test images", f"top-{min(5, record['classes'])}")
     for result in record["results"]:

@@ -7,6 +7,7 @@ epochs; the classifier after the last epoch counts.
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from itertools import islice
 from typing import Any
 
 import torch
@@ -32,11 +33,7 @@ def base_learning_rate(batch_size: int) -> float:
 
 
 def global_batch_size(limit: int, images: int, world_size: int) -> int:
-    """Largest global batch size within `limit` and the number of images that divides by the ranks.
-
-    Raises:
-        UserError: there are fewer images than ranks.
-    """
+    """Largest multiple of `world_size` within `limit` and the number of images; a UserError if there is none."""
     batch_size = min(limit, images) // world_size * world_size
     if not batch_size:
         raise UserError(
@@ -58,96 +55,89 @@ def simclr_protocol(
     epochs: int,
     seeds: int,
 ) -> list[dict[str, Any]]:
-    """Linear evaluation by SGD on random views, once per seed, trained by all ranks together.
+    """Linear evaluation by SGD on randomly cropped and flipped views, once per seed, trained by all ranks together.
 
     Args:
-        forward_features: see `train_on_views`.
-        create_loader: called with seed=...; returns a loader as in `train_on_views`, with `close()`.
+        forward_features: (B, 3, S, S) -> h (B, D), with a frozen encoder in evaluation mode.
+        create_loader: called with seed=...; each iteration over the loader yields one epoch of this rank's batches,
+            with `views` (B, 3, S, S) and `label` (B,); its length is the number of steps per epoch.
         test: features (M, D) and labels (M,) of the test split on rank 0; None on other ranks.
-        session: has `rank`, `device` and `mean`.
+        session: has `rank`, `device` and `mean`, which maps a tensor of each rank to the mean over ranks.
         feature_dim: D.
         batch_size: global batch size.
         seeds: number of repetitions, with seeds 0, 1 and so on.
 
     Returns:
-        Steps, loss of the last epoch and, on rank 0, scores for every seed.
+        Steps, mean loss of the last epoch and, on rank 0, scores for every seed.
 
     Raises:
         UserError: the training diverged.
     """
+    forward_features = torch.no_grad()(forward_features)
     results = []
     with progress_bar(seeds * epochs, "training", shown=session.rank == 0) as update:
         for seed in range(seeds):
             probe = probe_layer(feature_dim, classes, seed, session.device)
             with closing(create_loader(seed=seed)) as loader:
-                sizes = {"batch_size": batch_size, "epochs": epochs}
-                for epoch_loss in train_on_views(probe, forward_features, loader, session, **sizes):
-                    loss = epoch_loss.item()
+                steps = len(loader)
+                batches = ((forward_features(b.views).float(), b.label) for _ in range(epochs) for b in loader)
+                losses = sgd_steps(probe, batches, batch_size, epochs * steps, session.mean)
+                for _ in range(epochs):
+                    loss = session.mean(sum(islice(losses, steps)) / steps).item()
                     update(advance=1)
-                result = {"seed": seed, "steps": epochs * len(loader), "train_loss": loss}
             if not math.isfinite(loss):
                 raise UserError(
                     f"The training of the classifier diverged (seed {seed}, mean loss {loss} in the last epoch); use a "
                     "smaller --batch-size, which lowers the learning rate, or --precision fp32."
                 )
+            result = {"seed": seed, "steps": epochs * steps, "train_loss": loss}
             if test is not None:
                 result |= scores(probe_correct(probe, *test, session.device), len(test[1]))
             results.append(result)
     return results
 
 
-def train_on_views(
+def sgd_steps(
     probe: nn.Linear,
-    forward_features: Callable[[Tensor], Tensor],
-    loader: Iterable,
-    session: Any,
-    *,
+    batches: Iterable[tuple[Tensor, Tensor]],
     batch_size: int,
-    epochs: int,
+    total_steps: int,
+    mean: Callable[[Tensor], Tensor],
 ) -> Iterator[Tensor]:
-    """Train `probe` in place on randomly cropped and flipped views; the encoder is frozen.
+    """Train `probe` in place, one step for each of this rank's batches.
 
     The ranks must start from the same `probe`; it stays the same on all of them, because each applies the mean of their
     gradients.
 
     Args:
         probe: linear layer, features (B, D) -> logits (B, classes).
-        forward_features: (B, 3, S, S) -> h (B, D), with an encoder in evaluation mode.
-        loader: each iteration over it yields one epoch of this rank's batches, with `views` (B, 3, S, S) and `label`
-            (B,); its length is the number of steps per epoch.
-        session: has `mean`, which maps a tensor of each rank to the mean over ranks.
+        batches: features (B, D) float32 and labels (B,).
         batch_size: global batch size.
+        total_steps: length of the learning rate schedule.
+        mean: maps a tensor of each rank to the mean over ranks.
 
     Yields:
-        Mean loss () of each epoch over all ranks.
+        Loss () of each step on this rank.
     """
-    lr, total_steps = base_learning_rate(batch_size), epochs * len(loader)
-    optimizer, step = torch.optim.SGD(probe.parameters(), lr, momentum=0.9, nesterov=True), 0
-    for _ in range(epochs):
-        losses = 0.0
-        for batch in loader:
-            optimizer.param_groups[0]["lr"] = cosine(lr, step, total_steps)
-            with torch.no_grad():
-                h = forward_features(batch.views).float()
-            loss = cross_entropy(probe(h), batch.label)
-            optimizer.zero_grad()
-            loss.backward()
-            for parameter in probe.parameters():
-                parameter.grad = session.mean(parameter.grad)
-            optimizer.step()
-            losses, step = losses + loss.detach(), step + 1
-        yield session.mean(losses / len(loader))
+    lr = base_learning_rate(batch_size)
+    optimizer = torch.optim.SGD(probe.parameters(), lr, momentum=0.9, nesterov=True)
+    for step, (features, label) in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / total_steps))
+        loss = cross_entropy(probe(features), label)
+        optimizer.zero_grad()
+        loss.backward()
+        for parameter in probe.parameters():
+            parameter.grad = mean(parameter.grad)
+        optimizer.step()
+        yield loss.detach()
 
 
 @torch.no_grad()
 def probe_correct(probe: nn.Linear, features: Tensor, label: Tensor, device: torch.device) -> tuple[int, int]:
     """Number of features (M, D) classified correctly at top-1 and top-5."""
-    counts = (
-        count_correct(classes_ahead(probe(rows.to(device)), truth.to(device)), probe.out_features)
-        for rows, truth in zip(features.split(8192), label.split(8192), strict=True)
-    )
-    top1, top5 = sum(counts).tolist()
-    return top1, top5
+    blocks = zip(features.split(8192), label.split(8192), strict=True)
+    ahead = (classes_ahead(probe(rows.to(device)), truth.to(device)) for rows, truth in blocks)
+    return tuple(sum(count_correct(block, probe.out_features) for block in ahead).tolist())
 
 
 def linear_top1(
@@ -167,25 +157,19 @@ def linear_top1(
     scale = train.float().std(0, correction=min(1, len(train) - 1)).clamp_min(1e-6)  # 0 for one sample, not NaN
     train, test = (train.float() - mean) / scale, (test.float() - mean) / scale
     batch_size = min(256, len(train))
+    steps_per_epoch = len(train) // batch_size
     probe = nn.Linear(train.shape[1], int(train_label.max()) + 1, device=train.device)
     nn.init.zeros_(probe.weight)
     nn.init.zeros_(probe.bias)
-    lr = base_learning_rate(batch_size)
-    optimizer = torch.optim.SGD(probe.parameters(), lr, momentum=0.9, nesterov=True)
     generator = torch.Generator().manual_seed(seed)
-    steps_per_epoch = len(train) // batch_size
-    for epoch in range(epochs):
-        order = torch.randperm(len(train), generator=generator).to(train.device)
-        for step in range(steps_per_epoch):
-            optimizer.param_groups[0]["lr"] = cosine(lr, epoch * steps_per_epoch + step, epochs * steps_per_epoch)
-            rows = order[step * batch_size : (step + 1) * batch_size]
-            optimizer.zero_grad()
-            cross_entropy(probe(train[rows]), train_label[rows]).backward()
-            optimizer.step()
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(epochs):
+            order = torch.randperm(len(train), generator=generator).to(train.device)
+            for rows in order.split(batch_size)[:steps_per_epoch]:
+                yield train[rows], train_label[rows]
+
+    for _ in sgd_steps(probe, batches(), batch_size, epochs * steps_per_epoch, mean=lambda gradient: gradient):
+        pass
     with torch.no_grad():
         return (probe(test).argmax(1) == test_label).float().mean().item()
-
-
-def cosine(lr: float, step: int, total_steps: int) -> float:
-    """Learning rate of a step: a cosine from `lr` to 0."""
-    return lr * 0.5 * (1 + math.cos(math.pi * step / total_steps))

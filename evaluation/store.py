@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,8 @@ class EvalSplit:
     """Images of one split that an evaluation uses."""
 
     name: str
-    shards: Any
-    """Shard set, with `root`, `checksum`, `classes` and `index`."""
-    samples: np.ndarray
-    """(n,) int64, ascending positions in the shard set."""
+    shards: Any  # shard set, with `root`, `checksum`, `classes` and `index`
+    samples: np.ndarray  # (n,) int64, ascending positions in the shard set
 
 
 def eval_splits(train: Any, test: Any | None, labeled: bool) -> list[EvalSplit]:
@@ -51,19 +50,10 @@ def eval_splits(train: Any, test: Any | None, labeled: bool) -> list[EvalSplit]:
 class SplitFeatures:
     """Features of one split, on the host of rank 0."""
 
-    features: Tensor
-    """(n, D) float32, mapped into memory."""
-    label: Tensor
-    """(n,) int64, -1 for none."""
-    index: Tensor
-    """(n,) int64, positions in the shard set."""
-    about: dict[str, Any]
-    """What the record of the evaluation says of them: source, checksum, number of images and speed."""
-
-    @property
-    def labeled(self) -> tuple[Tensor, Tensor]:
-        """(features, label)."""
-        return self.features, self.label
+    features: Tensor  # (n, D) float32, mapped into memory
+    label: Tensor  # (n,) int64, -1 for none
+    index: Tensor  # (n,) int64, positions in the shard set
+    about: dict[str, Any]  # source, checksum, number of images and speed, for the record of the evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,21 +63,14 @@ class FeatureStore:
     The limit on unreadable images is checked here, over all ranks; `batches` must replace any number of them.
     """
 
-    session: Any
-    """Has `rank`, `world_size`, `device`, `gather` and `sum`."""
-    forward_features: Callable[[Tensor], Tensor]
-    """(B, 3, S, S) -> h (B, D), by the frozen encoder."""
-    batches: Callable[..., Iterable]
-    """Called with (shard set, samples=...); yields batches of their center crops."""
-    batch_size: int
-    """Images per batch of `batches`."""
-    made_from: dict[str, Any]
-    """Everything besides the images that determines the features."""
+    session: Any  # has `rank`, `world_size`, `device`, `gather`, `sum` and `print`
+    forward_features: Callable[[Tensor], Tensor]  # (B, 3, S, S) -> h (B, D), by the frozen encoder
+    batches: Callable[..., Iterable]  # called with (shard set, samples=...); yields batches of their center crops
+    batch_size: int  # images per batch of `batches`
+    made_from: dict[str, Any]  # everything besides the images that determines the features
     folder: Path
-    max_bad: float
-    """Share of the images of a split that may be unreadable."""
-    bad_samples_file: Path
-    """Where the loader lists unreadable images."""
+    max_bad: float  # share of the images of a split that may be unreadable
+    bad_samples_file: Path  # where the loader lists unreadable images
 
     def load_or_embed(self, split: EvalSplit) -> SplitFeatures | None:
         """Features of a split, on rank 0; None on other ranks. Called by all ranks.
@@ -95,7 +78,7 @@ class FeatureStore:
         Raises:
             UserError: too many images are unreadable, a feature is not finite, or the disk is full.
         """
-        session, is_main = self.session, self.session.rank == 0
+        session, is_main, total = self.session, self.session.rank == 0, len(split.samples)
         made_from = self.made_from | {"shards": split.shards.checksum}
         made_from["samples"] = sha256(split.samples.astype("<i8").tobytes()).hexdigest()
         path = self.folder / feature_name(made_from)
@@ -103,9 +86,9 @@ class FeatureStore:
         if found and self._readable_again(split, found[1]):
             found = None
         # rank 0 decides: others may have another disk, or look at it later
-        stored = session.sum(torch.tensor(float(found is not None), device=session.device)).item() > 0
-        start_s = time.monotonic()
-        if not stored:
+        from_cache = session.sum(torch.tensor(float(found is not None), device=session.device)).item() > 0
+        source, speed, start_s = f"from the cache in {self.folder}", {}, time.monotonic()
+        if not from_cache:
             parts = self._embed(split)
             if is_main:
                 save_features(path, parts, made_from)
@@ -113,35 +96,26 @@ class FeatureStore:
             else:
                 for _ in parts:
                     pass
+            embedding_s = round(time.monotonic() - start_s, 3)
+            speed = {"embedding_s": embedding_s, "images_per_s": round(total / embedding_s, 1)}
+            source = f"in {self.made_from['precision']} at {speed['images_per_s']:,.0f} images/s"
         if not is_main:
             return None
         features, index = found
-        unreadable = len(split.samples) - len(index)
+        unreadable = total - len(index)
         self._check_unreadable(split, unreadable)
-        about = {"root": split.shards.root, "sha256": made_from["shards"], "images": len(index), "from_cache": stored}
-        about["left_out"] = unreadable
-        if not stored:
-            about["embedding_s"] = round(time.monotonic() - start_s, 3)
-            about["images_per_s"] = round(len(split.samples) / about["embedding_s"], 1)
-        label = torch.from_numpy(split.shards.index["label"][index.numpy()])
-        return SplitFeatures(features, label, index, about)
-
-    def describe(self, split: EvalSplit, found: SplitFeatures) -> str:
-        """One sentence on the features of a split: how many, where they come from, what was left out."""
-        about, source = found.about, f"from the cache in {self.folder}"
-        if not about["from_cache"]:
-            source = f"in {self.made_from['precision']} at {about['images_per_s']:,.0f} images/s"
-        text = f"{split.name}: {len(found.index):,} features of width {found.features.shape[1]} {source}"
-        if about["left_out"]:
-            text += f"; {about['left_out']} unreadable images left out, see {self.bad_samples_file}"
-        return text
+        left_out = f"; {unreadable} unreadable images left out, see {self.bad_samples_file}" if unreadable else ""
+        session.print(f"{split.name}: {len(index):,} features of width {features.shape[1]} {source}{left_out}")
+        about = {"root": split.shards.root, "sha256": split.shards.checksum, "images": len(index)}
+        about |= {"from_cache": from_cache, "left_out": unreadable, **speed}
+        return SplitFeatures(features, torch.from_numpy(split.shards.index["label"][index.numpy()]), index, about)
 
     def _embed(self, split: EvalSplit) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Batches of `embed`, with a progress bar; all ranks stop at too many unreadable images."""
         session, total = self.session, len(split.samples)
         encoded = readable = 0
-        batches = partial(self.batches, split.shards)
         with progress_bar(total, f"embedding {split.name}", shown=session.rank == 0) as update:
+            batches = partial(self.batches, split.shards)
             for batch in embed(self.forward_features, batches, split.samples, session):
                 encoded = min(encoded + self.batch_size * session.world_size, total)
                 readable += len(batch[0])
@@ -150,12 +124,12 @@ class FeatureStore:
                 update(completed=encoded)
 
     def _check_unreadable(self, split: EvalSplit, unreadable: int) -> None:
-        total = len(split.samples)
+        total, root = len(split.samples), split.shards.root
         if unreadable > self.max_bad * total:
             raise UserError(
-                f"{unreadable} of {total} images of {split.shards.root} can't be read (see {self.bad_samples_file}), "
-                f"more than --loader.max-bad {self.max_bad:g} allows; check the shards with `python -m pipeline.shards "
-                f"verify {split.shards.root}` or raise --loader.max-bad."
+                f"{unreadable} of {total} images of {root} can't be read (see {self.bad_samples_file}), more than "
+                f"--loader.max-bad {self.max_bad:g} allows; check the shards with `python -m pipeline.shards verify "
+                f"{root}` or raise --loader.max-bad."
             )
 
     def _readable_again(self, split: EvalSplit, index: Tensor) -> bool:
@@ -169,12 +143,8 @@ class FeatureStore:
             return False
         # together with at least as many readable ones, from which the loader draws replacements
         tried = np.union1d(missing, index[: max(len(missing), self.batch_size)].numpy())
-        batches = self.batches(split.shards, samples=tried)
-        first = 0
-        with suppress(UserError), closing(batches):  # the shards may be unavailable while their features are stored
-            for batch in batches:
-                expected = tried[first : first + len(batch.index)]
-                first += len(expected)
-                if np.isin(expected[batch.index.numpy() == expected], missing).any():
-                    return True
+        alone = SimpleNamespace(rank=0, world_size=1, gather=lambda x: x)
+        parts = embed(lambda views: views[:, 0, 0], partial(self.batches, split.shards), tried, alone)
+        with suppress(UserError), closing(parts):  # the shards may be unavailable while their features are stored
+            return any(np.isin(readable.numpy(force=True), missing).any() for _, _, readable in parts)
         return False

@@ -15,16 +15,11 @@ VIEW_OPTIONS = ("size", "mean", "std", "crop_area", "crop_aspect")
 class EvalTarget:
     """An encoder file and the settings that belong to it."""
 
-    encoder: Path
-    """The encoder.safetensors."""
-    folder: Path
-    """Run folder, or the folder of the encoder file."""
-    views: dict[str, Any]
-    """Options of the views: size, mean and std; for a run also how it crops."""
-    data: str
-    """Shards; "" for the built-in textures."""
-    k: int
-    """Number of neighbors in the run's own kNN evaluation."""
+    encoder: Path  # the encoder.safetensors
+    folder: Path  # run folder, or the folder of the encoder file
+    views: dict[str, Any]  # options of the views: size, mean and std; for a run also how it crops
+    data: str  # shards; "" for the built-in textures
+    k: int  # number of neighbors in the run's own kNN evaluation
 
 
 def find_target(run: str, data: str = "", **views: Any) -> EvalTarget:
@@ -73,6 +68,7 @@ def _of_run(folder: Path, data: str, views: dict[str, Any]) -> EvalTarget:
         if not isinstance(data, str):
             raise ValueError(f"data is {data}")
         for name, count in {"mean": 3, "std": 3, "crop_area": 2, "crop_aspect": 2}.items():
+            found[name] = tuple(found[name])
             if len(found[name]) != count or not all(map(math.isfinite, found[name])):
                 raise ValueError(f"views.{name} is {found[name]}")
         for name, number, smallest in (("views.size", found["size"], 8), ("eval.k", k, 1)):
@@ -83,5 +79,4 @@ def _of_run(folder: Path, data: str, views: dict[str, Any]) -> EvalTarget:
             f"{folder}/config.json is missing or incomplete ({error}); use {encoder} with --data --size --mean --std "
             "instead."
         ) from error
-    tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
-    return EvalTarget(encoder, folder, tuples | views, data, k)
+    return EvalTarget(encoder, folder, found | views, data, k)

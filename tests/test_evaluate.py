@@ -161,7 +161,6 @@ def test_no_cache_leaves_nothing(run, run_here, tmp_path, monkeypatch):
 
 def test_linear_fast_reports_every_seed_and_an_interval(run, run_here, monkeypatch):
     monkeypatch.setattr(linear, "L2_PATH", (1.0, 0.1))
-    monkeypatch.setattr(linear.l2_path, "__defaults__", ((1.0, 0.1), 1000))
     printed = run_here("linear", run, "--seeds", 3)
     record = record_of(run, "linear-fast")
     assert [row["seed"] for row in record["results"]] == [0, 1, 2]

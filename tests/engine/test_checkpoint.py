@@ -94,7 +94,7 @@ def test_foreign_file_is_refused_and_never_unpickled(tmp_path, monkeypatch, cont
         record["sha256"] = checkpoint.file_sha256(path / "state.safetensors")
         del record["checksum"]
         (path / "record.json").write_text(json.dumps(record))
-    with pytest.raises(UserError, match=r"can't be read|does not match its checksum"):
+    with pytest.raises(UserError, match=r"state\.safetensors can't be loaded"):
         checkpoint.load(path)
     assert not (tmp_path / "exploded").exists()
 
@@ -103,7 +103,7 @@ def test_foreign_file_is_refused_and_never_unpickled(tmp_path, monkeypatch, cont
 def test_foreign_record_is_refused(tmp_path, content):
     path = Checkpoints(tmp_path, keep=1).save(7, TENSORS, {})
     (path / "record.json").write_text(content)
-    with pytest.raises(UserError, match=r"record\.json is damaged|not of format"):
+    with pytest.raises(UserError, match=r"record\.json can't be loaded"):
         checkpoint.load(path)
     with pytest.raises(UserError, match="There is no checkpoint in"):
         checkpoint.find(tmp_path / "elsewhere")
@@ -120,7 +120,7 @@ def test_every_flipped_byte_of_a_record_is_detected(tmp_path):
         try:
             _, record = checkpoint.load(path.parent)
         except UserError as error:
-            assert re.search(r"damaged|not of format|not as it was written", str(error))
+            assert re.search(r"(record\.json|state\.safetensors) can't be loaded", str(error))
             continue
         assert {name: record[name] for name in before if name != "checksum"} == {
             name: before[name] for name in before if name != "checksum"
@@ -196,7 +196,9 @@ def test_optimizer_states_of_other_parameters_are_refused(create):
 def test_checkpoint_without_its_record_is_named(tmp_path):
     path = Checkpoints(tmp_path, keep=1).save(7, TENSORS, {})
     (path / "record.json").unlink()
-    with pytest.raises(UserError, match=r"step-00000007 is incomplete.*delete this checkpoint"):
+    with pytest.raises(
+        UserError, match=r"step-00000007/record\.json can't be loaded .*No such file.*delete this checkpoint"
+    ):
         checkpoint.load(path)
 
 

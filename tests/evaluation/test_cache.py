@@ -89,7 +89,7 @@ def files_of_at_most(size):
 @pytest.mark.parametrize("limit", [100, 4200])  # while embedding, and while the whole file is written
 def test_full_disk_is_explained_and_leaves_nothing(tmp_path, limit):
     features = torch.randn(100, 10)  # 4,000 bytes
-    with files_of_at_most(limit), pytest.raises(UserError, match=r"can't be stored in .* \(.*large.*free some space"):
+    with files_of_at_most(limit), pytest.raises(UserError, match=r"can't be written \(.*large.*free some space"):
         save_features(tmp_path / "a.safetensors", parts_of(features), {})
     assert os.listdir(tmp_path) == []
     save_features(tmp_path / "a.safetensors", parts_of(features), {})

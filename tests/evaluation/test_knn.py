@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 
-from common import UserError
 from evaluation import knn
 from evaluation.knn import class_votes, knn_correct, knn_top1, nearest
 from tests.evaluation.clusters import clusters
@@ -118,12 +117,6 @@ def test_top_5_and_classes_without_a_vote():
 def test_small_temperature_does_not_overflow():
     bank, query = clusters(60, 0, 0.5), clusters(50, 1, 0.5)
     assert knn_top1(*bank, *query, k=5, temperature=0.001) == knn_top1(*bank, *query, k=1)
-
-
-def test_more_neighbors_than_images_are_rejected():
-    bank = clusters(10, 0, 1.0)
-    with pytest.raises(UserError, match="--k 11 exceeds the 10 labeled training images"):
-        knn_correct(*bank, *bank, k=[3, 11], temperature=[0.1], classes=4, device=CPU)
 
 
 def test_nan_votes_are_never_correct():

@@ -11,8 +11,8 @@ from evaluation.sgd_probe import (
     linear_top1,
     probe_correct,
     probe_layer,
+    sgd_steps,
     simclr_protocol,
-    train_on_views,
 )
 from tests.evaluation.clusters import clusters
 from tests.evaluation.sessions import FakeSession, on_ranks
@@ -28,15 +28,11 @@ def identity(x):
     return x
 
 
-def loader_of(features, label, size, rank=0, world_size=1):
-    return Epochs(
-        SimpleNamespace(views=x, label=y)
-        for x, y in zip(
-            (part.chunk(world_size)[rank] for part in features.split(size)),
-            (part.chunk(world_size)[rank] for part in label.split(size)),
-            strict=True,
-        )
-    )
+def batches_of(features, label, size, epochs, rank=0, world_size=1):
+    """Features and labels of this rank, in the same batches in every epoch."""
+    for _ in range(epochs):
+        for x, y in zip(features.split(size), label.split(size), strict=True):
+            yield x.chunk(world_size)[rank], y.chunk(world_size)[rank]
 
 
 def test_steps_are_nesterov_momentum_with_a_cosine_schedule():
@@ -45,8 +41,7 @@ def test_steps_are_nesterov_momentum_with_a_cosine_schedule():
     probe = probe_layer(16, 4, 0, CPU)
     weight, velocity = probe.weight.detach().clone(), torch.zeros(4, 16)
     bias, bias_velocity = torch.zeros(4), torch.zeros(4)
-    loader, sizes = loader_of(features, label, 16), {"batch_size": 16, "epochs": 3}
-    losses = list(train_on_views(probe, lambda x: 2 * x, loader, FakeSession(), **sizes))
+    losses = list(sgd_steps(probe, batches_of(2 * features, label, 16, epochs=3), 16, 12, identity))
     expected = []
     for step in range(12):
         rows = slice(step % 4 * 16, step % 4 * 16 + 16)
@@ -59,8 +54,7 @@ def test_steps_are_nesterov_momentum_with_a_cosine_schedule():
         expected.append(loss.item())
     torch.testing.assert_close(probe.weight.detach(), weight)
     torch.testing.assert_close(probe.bias.detach(), bias)
-    epochs = torch.tensor(expected).view(3, 4).mean(1)
-    torch.testing.assert_close(torch.stack(losses), epochs)
+    torch.testing.assert_close(torch.stack(losses), torch.tensor(expected))
 
 
 def test_two_ranks_take_the_same_steps_as_one():
@@ -68,8 +62,8 @@ def test_two_ranks_take_the_same_steps_as_one():
 
     def run(session):
         probe = probe_layer(16, 4, 0, CPU)
-        loader = loader_of(features, label, 16, session.rank, session.world_size)
-        list(train_on_views(probe, identity, loader, session, batch_size=16, epochs=2))
+        batches = batches_of(features, label, 16, 2, session.rank, session.world_size)
+        list(sgd_steps(probe, batches, 16, 8, session.mean))
         return probe.weight
 
     (alone,), together = on_ranks(1, run), on_ranks(2, run)
@@ -82,13 +76,17 @@ def test_protocol_scores_every_seed_on_rank_0():
     closed = []
 
     def create_loader(seed):
-        loader = loader_of(*train, 16)
+        loader = Epochs(SimpleNamespace(views=x, label=y) for x, y in batches_of(*train, 16, epochs=1))
         loader.close = lambda: closed.append(seed)
         return loader
 
     sizes = {"feature_dim": 16, "classes": 4, "batch_size": 16, "epochs": 5, "seeds": 2}
     results = simclr_protocol(identity, create_loader, test, FakeSession(), **sizes)
     assert [(row["seed"], row["steps"]) for row in results] == [(0, 20), (1, 20)] and closed == [0, 1]
+    losses = torch.stack(
+        list(sgd_steps(probe_layer(16, 4, 1, CPU), batches_of(*train, 16, epochs=5), 16, 20, identity))
+    )
+    assert results[1]["train_loss"] == pytest.approx(losses[-4:].mean().item())
     assert results[0]["train_loss"] != results[1]["train_loss"] and results[0]["top1"] > 0.5
     assert "top1" not in simclr_protocol(identity, create_loader, None, FakeSession(), **sizes)[0]
 
@@ -105,7 +103,7 @@ def test_probe_depends_on_its_seed_and_learns():
     train, test = clusters(512, 0, 0.3, classes=8), clusters(200, 1, 0.3, classes=8)
     probe = probe_layer(16, 8, 0, CPU)
     untrained = probe_correct(probe, *test, CPU)
-    list(train_on_views(probe, identity, loader_of(*train, 64), FakeSession(), batch_size=64, epochs=20))
+    list(sgd_steps(probe, batches_of(*train, 64, epochs=20), 64, 160, identity))
     top1, top5 = probe_correct(probe, *test, CPU)
     assert untrained[0] < untrained[1] < 195 < top1 <= top5 <= 200
 
