@@ -59,6 +59,7 @@ def test_a_part_reports_every_check(setup, capsys):
         check(Outcome("error", 0, 0), name="lacks", needs=("json", "no_such_module")),
         check(name="without_cases"),
         check(Outcome("error", 0, 0), Outcome("error", 0, 0), name="slow", seconds=0.0),
+        check(Outcome("error", 0, 0), name="last", seconds=0.0),
     ]
     assert not run_part(given, setup, Report("part", CPU, setup.out), 60)
     found = [(row["check"], row["case"], row["status"], row["note"]) for row in rows_of(setup.out, "checks")]
@@ -70,6 +71,7 @@ def test_a_part_reports_every_check(setup, capsys):
         ("lacks", "", "skipped", "no_such_module can't be imported"),
         ("without_cases", "", "skipped", "nothing to check with the packages that are installed"),
         ("slow", "", "not reached", "no time for 2 cases: case 0, case 1 ..."),
+        ("last", "case 0", "passed", ""),
     ]
     (measured,) = rows_of(setup.out, "speed")
     assert measured["ms"] == "4" and measured["part"] == "part" and measured["torch"] == torch.__version__
@@ -81,6 +83,24 @@ def test_a_part_reports_every_check(setup, capsys):
 def test_a_part_stops_when_its_time_is_up(setup):
     assert run_part([check(Outcome("error", 0, 0))], setup, Report("part", CPU, setup.out), 0)
     assert [row["note"] for row in rows_of(setup.out, "checks")] == ["the time of the part was up"]
+
+
+def test_checks_share_the_time_of_a_part(setup, monkeypatch):
+    """40 s for checks of 60 and 20 s: cases of the first start within 30 s, and of the last until the end."""
+    now = [0.0]
+    monkeypatch.setattr(checks.time, "monotonic", lambda: now[0])
+
+    class Slow(Outcome):
+        @property
+        def passed(self):
+            now[0] += 8
+            return True
+
+    given = [check(*[Slow("", 0, 0)] * 9, seconds=60), check(*[Slow("", 0, 0)] * 9, name="last", seconds=20)]
+    run_part(given, setup, Report("part", CPU, setup.out), 40)
+    found = [(row["check"], row["status"]) for row in rows_of(setup.out, "checks")]
+    assert found.count(("example", "passed")) == 4 and found.count(("last", "passed")) == 1
+    assert found.count(("example", "not reached")) == found.count(("last", "not reached")) == 1
 
 
 def test_nothing_runs_after_the_device_failed(setup, monkeypatch):
