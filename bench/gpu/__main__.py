@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 
 PARTS = ("correctness", "loss", "step", "dali")
-RESULTS = Path(__file__).parents[1] / "results"
+RESULTS = Path(__file__).parents[1] / "results"  # importing bench.harness would import torch too early
 
 
 def main(arguments: list[str]) -> int:
@@ -35,6 +35,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--only", nargs="+", default=[], metavar="CHECK", help="only these checks of the parts")
     parser.add_argument("--out", type=Path, help="folder of results (default: bench/results; runs/dry-run on a CPU)")
     options = parser.parse_args(arguments)
+    if options.device == "cpu" and options.out and options.out.resolve() == RESULTS:
+        sys.exit("The documents show what is in bench/results as measured on a GPU; use another --out for a dry run.")
     if options.device == "cpu":  # read when torch, Triton and Accelerate are imported
         os.environ |= {"TRITON_INTERPRET": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     return run(options)

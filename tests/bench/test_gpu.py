@@ -131,6 +131,11 @@ def test_exit_code(tmp_path, monkeypatch, value, code):
         command.main([*arguments, "--only", "nothing"])
 
 
+def test_a_dry_run_does_not_write_where_the_documents_read():
+    with pytest.raises(SystemExit, match="use another --out"):
+        command.main(["all", "--device", "cpu", "--out", str(harness.RESULTS)])
+
+
 def test_no_gpu_is_an_error_and_not_a_pass():
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
