@@ -28,11 +28,11 @@ from triton.compiler import ASTSource
 from bench.harness import write_rows
 from loss.triton.grad_matmul import grad_matmul_kernel
 from loss.triton.lse_forward import lse_forward_kernel
-from loss.triton.rows import gradient_rows_kernel, row_losses_kernel, scale_rows_kernel
-from loss.triton.tiles import SHARED_BYTES, TILES, Tile, row_block, tile_for
+from loss.triton.rows import gradient_rows_kernel, log2_headroom, row_losses_kernel, scale_rows_kernel
+from loss.triton.tiles import REGISTERS, SHARED_BYTES, TILES, Tile, row_block, tile_for
 
 KERNELS = {"lse_forward": lse_forward_kernel, "grad_matmul": grad_matmul_kernel}
-REGISTERS, THREADS = 65536, 2048  # per multiprocessor: CUDA C++ programming guide, technical specifications
+THREADS = 2048  # per multiprocessor: CUDA C++ programming guide, technical specifications
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 
 # NVIDIA's data sheets of A100 80GB SXM and H100 SXM: dense tensor-core FLOP/s, bytes/s, multiprocessors. Exponentials
@@ -132,7 +132,8 @@ def compile_case(case: Case, target: int | None = None) -> Compiled:
         "PRECISION": case.precision,
     }
     capability = target or int(case.architecture.removeprefix("sm_"))
-    compiled = _compile(KERNELS[case.kernel], constants, case.dtype, capability, tile.warps, tile.stages)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers}
+    compiled = _compile(KERNELS[case.kernel], constants, case.dtype, capability, options)
     registers, stack_bytes = _resources(compiled.asm["cubin"])
     shared_bytes = compiled.metadata.shared
     threads = 32 * tile.warps
@@ -156,16 +157,17 @@ def row_kernel_resources(dtype: torch.dtype, width: int, capability: int, tau_is
         "TAU_IS_POINTER": tau_is_pointer,
         "COPIED": pitch != width or dtype == torch.float16,
         "SCALED": dtype == torch.float16,
+        "LOG2_HEADROOM": log2_headroom(dtype),
     }
     kernels = (scale_rows_kernel, row_losses_kernel, gradient_rows_kernel)
     return {
-        kernel.__name__: _resources(_compile(kernel, constants, dtype, capability, warps=4, stages=3).asm["cubin"])
+        kernel.__name__: _resources(_compile(kernel, constants, dtype, capability, {}).asm["cubin"])
         for kernel in kernels
     }
 
 
 def _compile(
-    kernel: triton.JITFunction, constants: dict, dtype: torch.dtype, capability: int, warps: int, stages: int
+    kernel: triton.JITFunction, constants: dict, dtype: torch.dtype, capability: int, options: dict
 ) -> triton.compiler.CompiledKernel:
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature, attributes = {}, {}
@@ -181,7 +183,7 @@ def _compile(
         if "*" in signature[name] or (constants.get("EVEN") and name in ("n", "M")):  # as in a launch
             attributes[position,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": warps, "num_stages": stages})
+    return triton.compile(source, GPUTarget("cuda", capability, 32), options)
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

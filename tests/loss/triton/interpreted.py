@@ -104,7 +104,7 @@ def test_operators_pass_opcheck():
     torch.library.opcheck(ops.own_losses, own)
     torch.library.opcheck(ops.all_losses, (torch.cat([z[:4], z[:4]]), tau, partial_sums, positives, "ieee"))
     terms = ops.RowTerms(*ops.own_losses(z, tau, "ieee"))
-    saved = (z, terms.lse, terms.q, terms.g, "ieee")
+    saved = (z, terms.lse, terms.q, terms.b, terms.g, "ieee")
     differentiable = (z.clone().requires_grad_(), tau.clone().requires_grad_())
     torch.library.opcheck(ops.mean_loss, (*differentiable, terms.losses, *saved))
     torch.library.opcheck(ops.loss_gradient, (torch.tensor(1.0), tau, *saved))
