@@ -1,7 +1,7 @@
 """Product of all pairs' gradient weights with the rows, for every row i of this rank:
 
     product_i = sum over j not in {i, p(i)} of 2^t_ij (a_i + a_j) g_j y_j
-              = h sqrt(log2(e) / tau) sum over j of (P_ij + P_ji) z_j,         a_i = 2^-lse_i
+              = h sqrt(log2(e) / tau) sum over j of (P_ij + P_ji) z_j,         a_i = h 2^-lse_i
 
 with a headroom h that keeps the weights within float16. `rows.row_losses` prepares the terms of a row,
 `rows.gradient_rows` turns the product into the gradient. The package docstring derives t and P.
@@ -21,8 +21,8 @@ from .tiles import choose_tile
 def grad_matmul_kernel(
     y_ptr,  # (M, D): x or its copy
     g_ptr,  # (M,) float32
-    lse_ptr,  # (2n,) float32: in base 2, minus log2(h)
-    b_ptr,  # (M,) float32: a_j g_j, or lse_j if ONLINE
+    a_ptr,  # (2n,) float32: a_i, or lse_i - log2(h) if ONLINE
+    b_ptr,  # (M,) float32: a_j g_j, or lse_j - log2(h) if ONLINE
     temperature,  # number or, if TAU_IS_POINTER, pointer
     product_ptr,  # (splits, 2n, D) float32
     n,
@@ -48,8 +48,7 @@ def grad_matmul_kernel(
 
     y_i = load_rows(y_ptr, i, i_end, 0, D, BLOCK_M, BLOCK_K, EVEN)
     g_i = load_vector(g_ptr, i, i_end, BLOCK_M, EVEN)
-    lse_i = load_vector(lse_ptr, i, i_end, BLOCK_M, EVEN)
-    a_i = tl.exp2(-lse_i)
+    a_i = load_vector(a_ptr, i, i_end, BLOCK_M, EVEN)
     product = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for PAIRS in tl.static_range(1, -1, -1):
         for u in tl.range(tl.maximum(begin, (1 - PAIRS) * pairs), tl.minimum(end, pairs) if PAIRS else end):
@@ -62,7 +61,7 @@ def grad_matmul_kernel(
             )  # fmt: skip
             b_j = load_vector(b_ptr, j, j_end, BLOCK_N, EVEN)
             if ONLINE:
-                w = (tl.exp2(t - lse_i[:, None]) + tl.exp2(t - b_j[None, :])) * g_j[None, :]
+                w = (tl.exp2(t - a_i[:, None]) + tl.exp2(t - b_j[None, :])) * g_j[None, :]
             else:
                 w = tl.exp2(t) * (a_i[:, None] * g_j[None, :] + b_j[None, :])  # b_j = a_j g_j saves a multiplication
             if BLOCK_K < D:
@@ -75,19 +74,19 @@ def grad_matmul_kernel(
     tl.store(product_ptr + at, product, mask=(rows < i_end)[:, None] & (columns < D)[None, :])
 
 
-def grad_matmul(y: Tensor, g: Tensor, lse: Tensor, b: Tensor, temperature: Tensor, precision: str) -> Tensor:
+def grad_matmul(y: Tensor, g: Tensor, a: Tensor, b: Tensor, temperature: Tensor, precision: str) -> Tensor:
     """Partial products (splits, 2n, pitch) float32 of this rank's rows with those of all ranks.
 
-    y (M, pitch) and g (M,) are from `rows.scale_rows`, lse (2n,) of this rank's and b (M,) of all rows from
+    y (M, pitch) and g (M,) are from `rows.scale_rows`, a (2n,) of this rank's and b (M,) of all rows from
     `rows.row_losses`; `precision` of float32 rows is "tf32" or "ieee".
     """
     m, pitch = y.shape
-    n = lse.shape[0] // 2
+    n = a.shape[0] // 2
     tile, splits = choose_tile("grad_matmul", y, precision, n, m)
     product = y.new_empty(splits, 2 * n, pitch, dtype=torch.float32)
     for form in launch_forms(temperature):
         grad_matmul_kernel[2 * triton.cdiv(n, tile.block_m), splits, triton.cdiv(pitch, tile.block_d)](
-            *(y, g, lse, b, temperature_argument(temperature), product, n, m, tile.all_tiles(n, m)),
+            *(y, g, a, b, temperature_argument(temperature), product, n, m, tile.all_tiles(n, m)),
             **tile.constants(n, pitch, precision),
             **form,
             BLOCK_D=tile.block_d,

@@ -21,9 +21,9 @@ class RowTerms(NamedTuple):
     """Float32 terms of this rank's 2n rows; g (M,) of the rows of all ranks."""
 
     losses: Tensor
-    lse: Tensor  # in base 2, as `rows.row_losses` returns it
-    q: Tensor
+    a: Tensor
     b: Tensor
+    q: Tensor
     g: Tensor
 
 
@@ -55,7 +55,7 @@ def nt_xent_triton(
             z_all = wait()
             terms = RowTerms(*all_losses(z_all, temperature, own_partial, positives, precision))
             b_all = gather(terms.b)
-    return mean_loss(z, temperature, terms.losses, z_all, terms.lse, terms.q, b_all, terms.g, precision)
+    return mean_loss(z, temperature, terms.losses, z_all, terms.a, b_all, terms.q, terms.g, precision)
 
 
 @torch.library.custom_op(f"{OPERATOR_NAMESPACE}::triton_own_losses", mutates_args=())
@@ -112,9 +112,9 @@ def mean_loss(
     temperature: Tensor,
     losses: Tensor,
     z_all: Tensor,
-    lse: Tensor,
-    q: Tensor,
+    a: Tensor,
     b_all: Tensor,
+    q: Tensor,
     g_all: Tensor,
     precision: str,
 ) -> Tensor:
@@ -126,7 +126,7 @@ def mean_loss(
 
 
 @mean_loss.register_fake
-def _(z, temperature, losses, z_all, lse, q, b_all, g_all, precision):
+def _(z, temperature, losses, z_all, a, b_all, q, g_all, precision):
     return losses.new_empty(())
 
 
@@ -135,9 +135,9 @@ def loss_gradient(
     grad_loss: Tensor,
     temperature: Tensor,
     z_all: Tensor,
-    lse: Tensor,
-    q: Tensor,
+    a: Tensor,
     b_all: Tensor,
+    q: Tensor,
     g_all: Tensor,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
@@ -147,12 +147,12 @@ def loss_gradient(
         y = z_all
         if is_copied(z_all, tile_of("grad_matmul", z_all, precision).pitch(z_all.shape[1])):
             y, _, _ = scale_rows(z_all, temperature, n, precision, "grad_matmul")
-        product = grad_matmul(y, g_all, lse, b_all, temperature, precision)
+        product = grad_matmul(y, g_all, a, b_all, temperature, precision)
         return gradient_rows(grad_loss, temperature, z_all, product, q)
 
 
 @loss_gradient.register_fake
-def _(grad_loss, temperature, z_all, lse, q, b_all, g_all, precision):
+def _(grad_loss, temperature, z_all, a, b_all, q, g_all, precision):
     return z_all.new_empty(q.shape[0], z_all.shape[1]), torch.empty_like(q)
 
 

@@ -109,9 +109,9 @@ def row_losses_kernel(
     g_ptr,  # (2n,)
     temperature,  # number or, if TAU_IS_POINTER, pointer
     loss_ptr,  # (2n,)
-    lse_ptr,  # (2n,): lse_i log2(e) - log2(h)
+    a_ptr,  # (2n,): h 2^-lse_i, or lse_i - log2(h) at an online temperature
+    b_ptr,  # (2n,): a_i g_i, or the same as a_i at an online temperature
     q_ptr,  # (2n,)
-    b_ptr,  # (2n,): a_i g_i, or what lse_ptr holds if ONLINE
     n,
     slots,
     LOG2_HEADROOM: tl.constexpr,
@@ -138,28 +138,30 @@ def row_losses_kernel(
     loss = tl.where(excess > 0, excess, 0.0) + log_one_more  # `small` propagates NaN
     tl.store(loss_ptr + i, loss * LN_2, mask=inside)
     lse = positive + loss - LOG2_HEADROOM
-    weight = tl.exp2(-lse) * tl.load(g_ptr + i, mask=inside, other=0.0)
-    tl.store(lse_ptr + i, lse, mask=inside)
+    online = is_online(temperature, TAU_IS_POINTER)
+    a = tl.where(online, lse, tl.exp2(-lse))
+    g = tl.load(g_ptr + i, mask=inside, other=0.0)
+    tl.store(a_ptr + i, a, mask=inside)
+    tl.store(b_ptr + i, tl.where(online, lse, a * g), mask=inside)
     tl.store(q_ptr + i, 1 / (1 + tl.exp2(-excess)), mask=inside)
-    tl.store(b_ptr + i, tl.where(is_online(temperature, TAU_IS_POINTER), lse, weight), mask=inside)
 
 
 def row_losses(
     partial: Tensor, positives: Tensor, g: Tensor, temperature: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """l, lse, q and b of this rank's rows, each (2n,) float32; lse and b as `grad_matmul` reads them for rows of `dtype`.
+    """l, a, b and q of this rank's rows, each (2n,) float32; a and b as `grad_matmul` reads them for rows of `dtype`.
 
     partial (slots, 2n) are all partial log-sums from `lse_forward`, positives (n,) and g (M,) are from `scale_rows`.
     """
     slots, rows = partial.shape
-    losses, lse, q, b = (partial.new_empty(rows) for _ in range(4))
+    losses, a, b, q = (partial.new_empty(rows) for _ in range(4))
     row_losses_kernel[(triton.cdiv(rows, 128),)](
-        *(partial, positives, g, temperature_argument(temperature), losses, lse, q, b, rows // 2, slots),
+        *(partial, positives, g, temperature_argument(temperature), losses, a, b, q, rows // 2, slots),
         LOG2_HEADROOM=log2_headroom(dtype),
         BLOCK_M=128,
         TAU_IS_POINTER=not is_on_host(temperature),
     )
-    return losses, lse, q, b
+    return losses, a, b, q
 
 
 @triton.jit

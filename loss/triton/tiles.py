@@ -19,7 +19,7 @@ class Tile(NamedTuple):
 
     The similarities read `block_k` columns of x at a time, the product of the gradient `block_d`. Up to D = block_k, x
     is read once for both; above block_d, S is recomputed for every further block_d columns. `programs` is the number
-    that fit a multiprocessor at once.
+    that fit a multiprocessor at once: the compiler is held to as many registers as that leaves to a thread.
     """
 
     block_m: int
@@ -29,6 +29,11 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     programs: int
+
+    @property
+    def registers(self) -> int:
+        """Maximum per thread with which `programs` fit a multiprocessor; they are allocated in units of eight."""
+        return min(255, REGISTERS // (self.programs * 32 * self.warps) // 8 * 8)
 
     def pitch(self, width: int) -> int:
         """D = `width` rounded up to whole blocks: a power of two, or above block_k a multiple of it."""
@@ -53,6 +58,7 @@ class Tile(NamedTuple):
             "PRECISION": precision,
             "num_warps": self.warps,
             "num_stages": self.stages,
+            "maxnreg": self.registers,
         }
 
 
@@ -61,7 +67,9 @@ class Chip(NamedTuple):
     multiprocessors: int
 
 
-# Maximum per block: CUDA C++ programming guide, technical specifications per compute capability.
+# Registers per multiprocessor and maximum of shared memory per block: CUDA C++ programming guide, technical
+# specifications per compute capability.
+REGISTERS = 65536
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024}
 
 # Largest D and its tile, by architecture, kernel and arithmetic. "half" is bfloat16 and float16. sm_86 stands for all
