@@ -49,7 +49,6 @@ from pathlib import Path
 
 import torch
 
-
 NO_C_COMPILER = (
     "impl='triton' needs a C compiler and Python's header files; install gcc or clang (or set CC to a compiler) and "
     "python3-dev, or use impl='blockwise'."

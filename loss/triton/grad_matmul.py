@@ -87,7 +87,7 @@ def grad_matmul(y: Tensor, g: Tensor, a: Tensor, b: Tensor, temperature: Tensor,
     for form in launch_forms(temperature):
         grad_matmul_kernel[2 * triton.cdiv(n, tile.block_m), splits, triton.cdiv(pitch, tile.block_d)](
             *(y, g, a, b, temperature_argument(temperature), product, n, m, tile.all_tiles(n, m)),
-            **tile.constants(n, pitch, precision),
+            **tile.constants(n, pitch, precision, form["ONLINE"]),
             **form,
             BLOCK_D=tile.block_d,
         )

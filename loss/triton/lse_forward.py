@@ -74,7 +74,7 @@ def lse_forward(y: Tensor, g: Tensor, temperature: Tensor, n: int, precision: st
     for form in launch_forms(temperature):
         lse_forward_kernel[2 * triton.cdiv(n, tile.block_m), splits](
             *(y, g, temperature_argument(temperature), partial, n, m, first_tile, last_tile),
-            **tile.constants(n, width, precision),
+            **tile.constants(n, width, precision, form["ONLINE"]),
             **form,
         )
     return partial

@@ -213,9 +213,9 @@ def gradient_rows_kernel(
 def gradient_rows(
     grad_loss: Tensor, temperature: Tensor, x: Tensor, product: Tensor, q: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """W dL/dx_i (2n, D) in x's dtype and shares of W dL/dtau (2n,) float32 of this rank's rows, the first 2n of x (M, D).
+    """W dL/dx_i (2n, D) in x's dtype and the rows' shares of W dL/dtau (2n,) float32, for this rank's rows.
 
-    product (splits, 2n, pitch) is from `grad_matmul`, q (2n,) from `row_losses`.
+    x (M, D) begins with them, product (splits, 2n, pitch) is from `grad_matmul`, q (2n,) from `row_losses`.
     """
     splits, rows, pitch = product.shape
     width = x.shape[1]

@@ -40,7 +40,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 @pytest.fixture
 def tile(monkeypatch):
     def use(*sizes, programs=16):
-        monkeypatch.setattr(tiles, "INTERPRETER_TILE", Tile(*sizes, 1, 1, programs))
+        monkeypatch.setattr(tiles, "INTERPRETER_TILE", Tile(*sizes, 1, 1, programs, programs))
 
     return use
 
