@@ -88,7 +88,7 @@ TILES: dict[tuple[str, str, str], dict[float, Tile]] = {
         64: Tile(128, 64, 64, 64, 8, 3, 2, 2),
         128: Tile(128, 64, 128, 128, 4, 3, 2, 2),
         256: Tile(128, 64, 256, 256, 8, 3, 1, 1),
-        math.inf: Tile(128, 64, 64, 64, 8, 3, 1, 1),
+        math.inf: Tile(128, 64, 64, 64, 8, 2, 1, 1),
     },
     ("sm_80", "grad_matmul", "half"): {
         64: Tile(128, 32, 64, 64, 8, 3, 2, 1),
