@@ -1,0 +1,163 @@
+"""The examples, run as a user runs them: from the root of the checkout, on data and a run made here."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import nbclient
+import nbformat
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+import train
+from engine import run_lock
+from model import load_encoder
+from model.export import export_encoder
+from pipeline.images import png
+from pipeline.loader import LoaderConfig, center_crop_batches
+from pipeline.shards import open_shards
+from presets import PRETRAIN, parse, textures
+from tests.small_sets import texture_shards
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+SCRIPTS = sorted(EXAMPLES.glob("*.py"))
+NOTEBOOK = EXAMPLES / "open_run.ipynb"
+RUN = ["--no-report", "--epochs", "8", "--batch-size", "32", "--eval.no-baselines", "--eval.knn-every", "4"]
+RUN += ["--precision", "fp32"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Folder of 200 train and 100 test textures of ten classes, as images/ and as shards/."""
+    return texture_shards(tmp_path_factory.mktemp("data"), train=200, test=100).parent
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    """Folder of a short pretraining."""
+    threads, out = torch.get_num_threads(), tmp_path_factory.mktemp("runs") / "run"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        train.pretrain(parse(PRETRAIN, ["--data", f"{data}/shards", "--out", str(out), *RUN], prog="train.py"))
+    finally:
+        run_lock.release_all()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        torch.set_num_threads(threads)
+    return out
+
+
+@pytest.fixture(scope="module")
+def encoder(run, tmp_path_factory):
+    """Folder of the run's encoder, exported for timm."""
+    export_encoder(run, out := tmp_path_factory.mktemp("exported") / "encoder", "huggingface")
+    return out
+
+
+def printed_by(example, *arguments):
+    """Output of an example that must succeed."""
+    command = [sys.executable, "-m", f"examples.{example}", *map(str, arguments)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def numbers(pattern, printed):
+    return [float(number) for number in re.findall(pattern + r" (-?\d+\.\d+)", printed)]
+
+
+def test_every_example_is_in_the_readme():
+    listed = re.findall(r"^\| `(\S+)` \|", (EXAMPLES / "README.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(path.name for path in (*SCRIPTS, NOTEBOOK)) and len(listed) == 5
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_a_script_is_short_and_says_how_to_start_it(script):
+    text = script.read_text()
+    assert len(text.splitlines()) <= 25
+    assert f"python -m examples.{script.stem}" in ast.get_docstring(ast.parse(text))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_a_script_imports_only_what_is_installed(script):
+    shipped = set(
+        tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"][
+            "only-include"
+        ]
+    )
+    imported = {
+        name.split(".")[0]
+        for node in ast.walk(ast.parse(script.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+    }
+    own = {name for name in imported if (ROOT / name).is_dir() or (ROOT / f"{name}.py").exists()}
+    assert own and own <= shipped
+
+
+def test_own_loop_learns(data):
+    loss = numbers("loss", printed_by("own_loop", data / "shards" / "train"))
+    assert len(loss) == 10 and loss[-1] < loss[0] - 0.5
+
+
+def test_loss_alone_brings_pairs_together():
+    printed = printed_by("loss_alone")
+    loss, cosine = numbers("loss", printed), numbers("pair", printed)
+    assert loss == sorted(loss, reverse=True) and loss[-1] < 0.1
+    assert abs(cosine[0]) < 0.2 and cosine[-1] > 0.99
+
+
+def test_folder_features_are_those_of_the_evaluation(data, run, encoder, tmp_path):
+    images = data / "images" / "test"
+    printed = printed_by("folder_features", encoder, images, tmp_path / "features.npz")
+    assert printed.startswith("100 images, 128 features each")
+    saved = np.load(tmp_path / "features.npz")
+    assert saved["path"].tolist() == sorted(map(str, images.rglob("*.jpg")))
+
+    shards = open_shards(str(data / "shards" / "test"))
+    place = {path.removesuffix(".jpg"): i for i, path in enumerate(saved["path"].tolist())}
+    features = torch.from_numpy(saved["features"])[[place[f"{images}/{key.decode()}"] for key in shards.index["key"]]]
+    options = {"samples": np.arange(100), "config": LoaderConfig(), "batch_size": 100, "device": torch.device("cpu")}
+    (batch,) = center_crop_batches(shards, textures().views, **options)
+    with torch.no_grad():
+        expected = load_encoder(run / "encoder.safetensors")(batch.views)
+    error = (features - expected).norm(dim=1) / expected.norm(dim=1)
+    assert features.shape == (100, 128) and error.max() < 0.02  # decoders and bicubic filters round differently
+
+
+def test_finetune_encoder_beats_chance(encoder, tmp_path):
+    """Noise that is red, green or blue: chance is 1/3."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 32), ("test", 20)):
+        for channel, color in enumerate(("red", "green", "blue")):
+            (folder := tmp_path / split / color).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 150, (40, 40, 3), np.uint8)
+                pixels[..., channel] += 100
+                (folder / f"{i}.png").write_bytes(png(pixels))
+    (accuracy,) = numbers("test accuracy:", printed_by("finetune_encoder", encoder, tmp_path))
+    assert accuracy > 0.9
+
+
+def test_the_notebook_shows_a_run(run):
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code), "clear the outputs before committing"
+    assert sum(len(cell.source.splitlines()) for cell in code) <= 25
+
+    code[0].source, replaced = re.subn(r'Path\("runs/\S+"\)', f"Path({str(run)!r})", code[0].source)
+    assert replaced == 1
+    client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": EXAMPLES}})
+    client.execute(env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    outputs = [output for cell in code for output in cell.outputs]
+    shown = [output.get("data", {}) for output in outputs]
+    figures = [data for data in shown if "application/vnd.bokehjs_exec.v0+json" in data]
+    tables = "".join(data["text/plain"] for data in shown if "text/html" in data)
+    print(tables, len(figures), [list(d) for d in shown])
