@@ -1,6 +1,7 @@
 """The examples, run as a user runs them: from the root of the checkout, on data and a run made here."""
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -29,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
 NOTEBOOK = EXAMPLES / "open_run.ipynb"
+BOKEH_FIGURE = "application/vnd.bokehjs_exec.v0+json"
 RUN = ["--no-report", "--epochs", "8", "--batch-size", "32", "--eval.no-baselines", "--eval.knn-every", "4"]
 RUN += ["--precision", "fp32"]
 
@@ -104,7 +106,8 @@ def test_a_script_imports_only_what_is_installed(script):
 
 def test_own_loop_learns(data):
     loss = numbers("loss", printed_by("own_loop", data / "shards" / "train"))
-    assert len(loss) == 10 and loss[-1] < loss[0] - 0.5
+    # without learning the difference is -0.06 ± 0.07, with it 0.44 ± 0.08, over initial weights
+    assert len(loss) == 10 and np.mean(loss[:3]) - np.mean(loss[-3:]) > 0.15
 
 
 def test_loss_alone_brings_pairs_together():
@@ -157,7 +160,11 @@ def test_the_notebook_shows_a_run(run):
     client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": EXAMPLES}})
     client.execute(env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     outputs = [output for cell in code for output in cell.outputs]
-    shown = [output.get("data", {}) for output in outputs]
-    figures = [data for data in shown if "application/vnd.bokehjs_exec.v0+json" in data]
-    tables = "".join(data["text/plain"] for data in shown if "text/html" in data)
-    print(tables, len(figures), [list(d) for d in shown])
+    shown = [output.data for output in outputs if "data" in output]
+    curves, embedding, confusion = (data["application/javascript"] for data in shown if BOKEH_FIGURE in data)
+    assert all(f'"text":"{title}"' in curves for title in ("Loss", "Online probe, top-1", "kNN, top-1"))
+    assert embedding.count("data:image/webp") == 100  # hovering shows the picture of every test image
+    assert '"axis_label":"predicted"' in confusion
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    table = next(data["text/plain"] for data in shown if "text/plain" in data)
+    assert f"{rows[-1]['knn_top1']:.3f}" in table and f"{rows[-1]['linear_top1']:.3f}" in table
