@@ -4,9 +4,11 @@ import os
 import shutil
 import time
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from accelerate.utils import broadcast_object_list, set_seed
 from rich.console import Console
 from torch import Tensor, nn
@@ -88,6 +90,13 @@ class Session:
         """Print on rank 0."""
         if self.is_main:
             self.console.print(*content)
+
+    def create_tracker(self, name: str, **options: Any) -> GeneralTracker:
+        """Create one of accelerate's experiment trackers, not yet started; `options` are those of its class.
+
+        `Accelerator.init_trackers` would start all of them or none, and `end_training` would end the process group too.
+        """
+        return LOGGER_TYPE_TO_CLASS[name](**options)
 
     def autocast(self) -> torch.autocast:
         """Context in which forward passes run in the precision of the session."""
