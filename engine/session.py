@@ -91,12 +91,12 @@ class Session:
         if self.is_main:
             self.console.print(*content)
 
-    def create_tracker(self, name: str, **options: Any) -> GeneralTracker:
+    def create_tracker(self, kind: str, **options: Any) -> GeneralTracker:
         """Create one of accelerate's experiment trackers, not yet started; `options` are those of its class.
 
         `Accelerator.init_trackers` would start all of them or none, and `end_training` would end the process group too.
         """
-        return LOGGER_TYPE_TO_CLASS[name](**options)
+        return LOGGER_TYPE_TO_CLASS[kind](**options)
 
     def autocast(self) -> torch.autocast:
         """Context in which forward passes run in the precision of the session."""
