@@ -34,6 +34,7 @@ ENVIRONMENT = {
     "MLFLOW_ALLOW_FILE_STORE": "true",  # the store that needs no database packages
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # all ranks wait meanwhile; the default takes minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "WANDB_ERROR_REPORTING": "false",  # sends telemetry even when recording offline
     "WANDB_FINISH_TIMEOUT": "600",  # the default waits forever for a server that is gone
 }
 """Variables that are set unless the user has set them."""

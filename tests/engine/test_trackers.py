@@ -2,6 +2,7 @@
 
 import json
 import math
+import socket
 import struct
 import sys
 import time
@@ -36,7 +37,8 @@ def train(tmp_path, monkeypatch):
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))  # nobody is logged in
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
         monkeypatch.delenv(name, raising=False)
-    threads = torch.get_num_threads()
+    threads, hosts, getaddrinfo = torch.get_num_threads(), [], socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_, **__: hosts.append(host) or getaddrinfo(host, *_, **__))
 
     def run(*trackers, killed_after=None, **options):
         run_lock.release_all()
@@ -72,6 +74,7 @@ def train(tmp_path, monkeypatch):
         return loop
 
     yield run
+    assert set(hosts) <= {"localhost", "127.0.0.1"}, "something looked for a server"
     run_lock.release_all()
     AcceleratorState._reset_state(reset_partial_state=True)
     torch.set_num_threads(threads)
@@ -218,7 +221,7 @@ def test_wandb_records_offline_without_a_login_and_keeps_its_id(train, run_folde
     wandb = pytest.importorskip("wandb")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a prompt"))
     kill_and_resume(train, "wandb")
-    wandb.teardown()
+    wandb.teardown()  # writes what is left
     (first_id, config, first_codes, before), (second_id, _, codes, after) = wandb_runs(run_folder)
     assert first_id == second_id == json.loads((run_folder / "trackers.json").read_text())["wandb"]["id"]
     assert config["epochs"] == 2 and config["optim.name"] == LoopConfig().optim.name
