@@ -13,6 +13,8 @@ A stage keeps its forward pass and its loss visible and leaves everything else t
 
 import json
 import math
+import shlex
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -28,6 +30,7 @@ from torch.optim import Optimizer
 from . import checkpoint, run_lock
 from .checkpoint import MAY_CHANGE, CheckpointConfig, Checkpoints, StopSignal
 from .common import UserError, check_range, progress_bar, replacing
+from .dry_run import DryRun
 from .environment import environment
 from .metrics import RunningMeans, StepTimer, communication_s, divide_pairs, verdict
 from .nonfinite import CollapseWatch, NonFiniteGuard
@@ -36,7 +39,8 @@ from .run_folder import start_run
 from .session import Session
 from .trackers import Trackers, choose_trackers, scalars
 
-PROGRESS = "loss {task.fields[loss]:.3f}  {task.fields[images_per_s]:,.0f} images/s  wait {task.fields[wait]:.0%}"
+PROGRESS = "epoch {task.fields[epoch]}  loss {task.fields[loss]:.3f}{task.fields[scores]}  "
+PROGRESS += "{task.fields[images_per_s]:,.0f} images/s"
 MANY = 10**9
 """Upper bound of counts: larger than any that makes sense, small enough for every library it reaches."""
 
@@ -63,6 +67,8 @@ class LoopConfig:
     """Consecutive steps that may be skipped because of a non-finite gradient before the run stops."""
     log_every: int = field(default=10, metadata=MAY_CHANGE)
     """Steps between rows of metrics.jsonl."""
+    dry_run: bool = field(default=False, metadata=MAY_CHANGE)
+    """Print the configuration, the number of parameters, and memory and time measured on a few steps, and stop."""
     report: bool = field(default=True, metadata=MAY_CHANGE)
     """Write report.html into the run folder at the end."""
     trackers: tuple[str, ...] = field(default=("auto",), metadata=MAY_CHANGE)
@@ -88,7 +94,7 @@ class Instruments(Protocol):
         """Note that a part of the step starts: "forward", "loss", "backward", "optimizer" or "other"."""
 
     def batches(self, loader: Iterable) -> Iterable:
-        """Return the batches of one epoch, all of the loader's or others."""
+        """Return the batches of one epoch: all of the loader's, or others such as one batch repeated."""
 
 
 class TrainingLoop:
@@ -145,6 +151,7 @@ class TrainingLoop:
         self.guard = NonFiniteGuard(self.module, optimizers, session.device)
         self.means, self.timer, self.collapse = RunningMeans(), StepTimer(), CollapseWatch(collapse_loss)
         self.total_steps = config.epochs * len(loader)
+        self.dry_run = DryRun(self.module, session.device, len(loader), config.epochs) if config.dry_run else None
         self.global_step, self.results, self.replaced_images = 0, {}, 0
         self.validation_due = self.save_due = self.stopping = self.stopped = False
         self.saved_at_s = time.monotonic()
@@ -160,14 +167,14 @@ class TrainingLoop:
             session.barrier()  # the run folder exists before any rank writes into it
             self._announce()
             self.signal = contexts.enter_context(StopSignal())
-            values = {"loss": math.nan, "images_per_s": 0, "wait": 0}
+            values = {"epoch": 0, "loss": math.nan, "images_per_s": 0, "scores": ""}
             bar = progress_bar(self.total_steps, fields=PROGRESS, shown=session.is_main, **values)
             self.update_progress = contexts.enter_context(bar)
             if self.instruments:
                 hooks = self.module.register_forward_pre_hook, self.module.register_forward_hook
                 for register, part in zip(hooks, ("forward", "loss"), strict=True):
                     contexts.callback(register(lambda *_, part=part: self.mark(part)).remove)
-            if session.is_main:
+            if session.is_main and not self.dry_run:
                 names = choose_trackers(self.config.trackers)
                 self.trackers.start(names, self.global_step, record, self.metrics.dropped)
             self.contexts = contexts.pop_all()
@@ -186,13 +193,18 @@ class TrainingLoop:
             for batch in self.timer.watch(batches):
                 self._before_forward()
                 if self.draw_views and self.trackers.lack_views and self.views is None:
-                    self.views = self.global_step, self.draw_views(batch)
+                    self.views = self.global_step, self.draw_views(batch).to("cpu", non_blocking=True)
                 yield batch
                 epoch_ends = self.global_step % len(self.loader) == 0
-                if epoch_ends or self.save_due or self.stopping:
+                if (epoch_ends or self.save_due or self.stopping) and not self.dry_run:
                     self._save()
                 if self.stopping:
                     break
+        if self.dry_run:
+            self.stopped = True
+            self.session.print_json(asdict(self.config))
+            self.session.print(self.dry_run.table(self.config.batch_size))
+            return
         self.stopped = self.stopping and self.global_step < self.total_steps
         if not self.stopped and not self.guard.weights_are_finite():  # overflow in one of the last --max-skipped steps
             raise UserError(
@@ -200,10 +212,8 @@ class TrainingLoop:
                 "longer --optim.warmup-epochs or --precision fp32, and a new --out."
             )
         if self.stopped:
-            resume = "" if self.config.resume == "auto" else " --resume auto"
-            self.session.print(
-                f"Stopped after step {self.global_step} of {self.total_steps}; run the same command with "
-                f"--out {self.session.out}{resume} to continue."
+            self.session.log(
+                f"Stopped after step {self.global_step} of {self.total_steps}; continue with: {self._command()}"
             )
 
     def _before_forward(self) -> None:
@@ -223,6 +233,8 @@ class TrainingLoop:
 
     def step(self, **metrics: Tensor | tuple[Tensor, Tensor]) -> None:
         """Take the optimizer step, unless the gradient is not finite, and write a metrics row every `log_every` steps.
+
+        Between rows the host does not wait for the device, neither here nor in `backward`.
 
         Args:
             metrics: scalars () on the device, `loss` among them, or pairs of scalars to be divided, see `RunningMeans`;
@@ -246,7 +258,9 @@ class TrainingLoop:
         self.stopping = self.signal.received and self.session.world_size == 1  # several ranks agree in `_write_row`
         if step % config.log_every == 0 or step == self.total_steps or validates:
             self._write_row()
-        if self.stopping and self.validation_due:
+        if self.dry_run:
+            self.stopping, self.validation_due = self.dry_run.step(), False
+        elif self.stopping and self.validation_due:
             self._save()  # whoever asked to stop may not wait for the validation
 
     def _write_row(self) -> None:
@@ -267,15 +281,14 @@ class TrainingLoop:
         self.row |= {"replaced_images": self.replaced_images, "skipped_steps": skipped["skipped"]}
         if session.is_main:
             self.metrics.write(**self.row)
-            if self.views is not None:  # the host has just waited for the device
+            if self.views is not None:  # `mean_of` has waited for the copy
                 self.trackers.draw_views(*self.views)
                 self.views = None
             self.trackers.log(self.global_step, scalars(self.row))
-            wait = self.row["data_wait_ms"] / self.row["step_ms"]
-            shown = {"loss": self.row["loss"], "images_per_s": self.row["images_per_s"], "wait": wait}
+            shown = {name: self.row[name] for name in ("epoch", "loss", "images_per_s")}
             self.update_progress(completed=self.global_step, **shown)
         if self.collapse.collapsed(self.global_step, self.row["loss"]):
-            session.print(
+            session.log(
                 f"The loss stays at {self.row['loss']:.4f}, its value when the network maps all images to the same "
                 "output (collapse); lower --optim.lr or raise --optim.warmup-epochs."
             )
@@ -285,8 +298,9 @@ class TrainingLoop:
         if self.session.is_main:
             self.metrics.write(step=self.global_step, epoch=self.epoch, **scores)
             self.trackers.log(self.global_step, scores)
-        shown = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
-        self.session.print(f"epoch {self.epoch}: loss {self.row['loss']:.3f}, {shown}")
+        shown = [f"{name.removesuffix('_top1')} {score:.3f}" for name, score in scores.items()]
+        self.update_progress(scores="".join(f"  {score}" for score in shown))
+        self.session.log(f"epoch {self.epoch}: loss {self.row['loss']:.3f}, {', '.join(shown)}")
         self.timer.pause()  # validation is not part of the training speed
 
     def finish(self, table: Any = None) -> None:
@@ -334,6 +348,17 @@ class TrainingLoop:
             summary["sentences"] += [speed, verdict(waiting, communicating, faster)]
             summary |= {"images_per_s": images_per_s, "data_wait_share": waiting, "train_s": timer.total_s}
         return summary
+
+    def _command(self) -> str:
+        """The command that continues this run."""
+        arguments = sys.argv[:]
+        for option in ("--out", "--resume"):
+            while option in arguments:
+                at = arguments.index(option)
+                del arguments[at : at + 2]
+            arguments = [argument for argument in arguments if not argument.startswith(f"{option}=")]
+        launcher = ["accelerate", "launch"] + [f"--num_processes={n}" for n in [self.session.world_size] if n > 1]
+        return shlex.join([*launcher, *arguments, "--out", str(self.session.out)])
 
     def _announce(self) -> None:
         """Print what the run is about to do."""

@@ -4,6 +4,7 @@ import os
 import shutil
 import time
 from contextlib import AbstractContextManager
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class Session:
         rank, world_size: number of this process and of all processes.
         cores: CPU cores of this process.
         bf16: whether `autocast` computes in bfloat16.
+        dtype: bfloat16 or float32: what `autocast` computes in.
         out, resume_from: run folder and checkpoint, once `open_run` was called.
     """
 
@@ -53,20 +55,25 @@ class Session:
                 raise UserError("--compile needs a C++ compiler on a CPU; install g++ or omit the option.")
         torch.backends.cudnn.benchmark = True  # all steps have the same shapes
         self.bf16 = precision == "bf16" or (precision == "auto" and computes_in_bf16(self.device))
+        self.dtype = torch.bfloat16 if self.bf16 else torch.float32
         set_seed(seed)
 
-    def open_run(self, out: str, resume: str, name: str) -> None:
+    def open_run(self, out: str, resume: str, name: str, dry_run: bool = False) -> None:
         """Choose the run folder (`out`) and the checkpoint to resume from (`resume_from`), None for a new run.
 
         Args:
             out: --out; "" for runs/<name>-<time>, or for the folder of the run that `resume` names.
             resume: --resume.
             name: of the default folder.
+            dry_run: use a temporary folder instead, which is deleted at the end of the process.
 
         Raises:
             UserError: the folder is in use, cannot be written or holds something other than a run that can be resumed.
         """
         chosen: list = [None]
+        if self.is_main and dry_run:
+            self.temporary = TemporaryDirectory(prefix="streamclr-dry-run-")
+            out, resume = self.temporary.name, "none"
         if self.is_main:  # for all ranks: clocks and views of a network folder differ
             default = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
             named = bool(out) or resume not in ("auto", "none")
@@ -97,6 +104,16 @@ class Session:
         `Accelerator.init_trackers` would start all of them or none, and `end_training` would end the process group too.
         """
         return LOGGER_TYPE_TO_CLASS[kind](**options)
+
+    def log(self, text: str) -> None:
+        """Print a line with the time of day on rank 0; the terminal wraps it, so that commands in it can be copied."""
+        if self.is_main:
+            self.console.print(f"{time.strftime('%H:%M:%S')} {text}", soft_wrap=True, markup=False)
+
+    def print_json(self, record: dict[str, Any]) -> None:
+        """Print a record as JSON on rank 0."""
+        if self.is_main:
+            self.console.print_json(data=record)
 
     def autocast(self) -> torch.autocast:
         """Context in which forward passes run in the precision of the session."""
@@ -130,9 +147,11 @@ class Session:
 
     def mean_of(self, values: dict[str, Tensor | float]) -> dict[str, float]:
         """Mean over ranks of every value, () each, on the host: one collective and one wait for the device."""
-        numbers = [float(value) for value in values.values() if not isinstance(value, Tensor)]
-        numbers = iter(torch.tensor(numbers, device=self.device).unbind())
-        scalars = [value if isinstance(value, Tensor) else next(numbers) for value in values.values()]
+        # numbers are written by the device, because the host would wait for a copy of them
+        scalars = [
+            value if isinstance(value, Tensor) else torch.full((), float(value), device=self.device)
+            for value in values.values()
+        ]
         return dict(zip(values, self.mean(torch.stack(scalars)).tolist(), strict=True))
 
     def sum(self, x: Tensor) -> Tensor:

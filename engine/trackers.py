@@ -127,7 +127,7 @@ class Trackers:
             online = os.environ.get("WANDB_MODE", "online") in ("online", "run", "shared")
             if online and not wandb.login(prompt=False, verify=False):  # init would ask for a key
                 options["mode"] = "offline"
-                self.session.print(
+                self.session.log(
                     f"W&B is not logged in, so it records offline; to upload, run `wandb login` and then `wandb sync "
                     f"{out}/wandb/offline-run-*`."
                 )
@@ -157,8 +157,8 @@ class Trackers:
         return any(not self.state[name]["drawn"] for name in self.trackers)
 
     def draw_views(self, step: int, sheet: Tensor) -> None:
-        """Send a picture, (H, W, 3) uint8, to each tracker that has none."""
-        picture = sheet.cpu().numpy()
+        """Send a picture, (H, W, 3) uint8 on the host, to each tracker that has none."""
+        picture = sheet.numpy()
         for name, tracker in list(self.trackers.items()):
             if self.state[name]["drawn"]:
                 continue
@@ -205,7 +205,7 @@ class Trackers:
         except Exception as error:  # of any kind: they come from servers, disks and other people's code
             self.trackers.pop(name, None)
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self.session.print(f"{name} failed and receives nothing more from this run, which continues: {reason}")
+            self.session.log(f"{name} failed and receives nothing more from this run, which continues: {reason}")
 
 
 def scalars(row: dict[str, Any]) -> dict[str, float]:
