@@ -78,7 +78,7 @@ def distill(config: DistillConfig, instruments: Instruments | None = None) -> No
 
     # Student
     student, spec = start_classifier(config.start, config.encoder, config.views.size, len(classes))
-    student = session.to_device(synchronize_batchnorm(student, session.device))
+    student = session.to_device(synchronize_batchnorm(student))
     model = session.distribute(student)
 
     # Optimization

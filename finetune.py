@@ -61,7 +61,7 @@ def finetune(config: FinetuneConfig, instruments: Instruments | None = None) -> 
 
     # Model: view -> h, or a layer of the projection head -> logits.
     classifier, spec = start_classifier(config.start, config.encoder, config.views.size, len(classes))
-    classifier = session.to_device(synchronize_batchnorm(classifier, session.device))
+    classifier = session.to_device(synchronize_batchnorm(classifier))
     model = session.distribute(classifier)
 
     # Optimization

@@ -8,8 +8,6 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-import tyro
-
 from common import UserError
 
 
@@ -28,6 +26,8 @@ def parse_options(default: Any, arguments: list[str], prog: str, description: st
     Raises:
         UserError: unknown option, missing value, or a value of another type or out of range.
     """
+    import tyro  # not at the top: configurations that are built in Python do not need it
+
     # tyro writes the negation of a nested switch as --eval.no-baselines; accept --no-eval.baselines as well
     arguments = [re.sub(r"^--no-([\w-]+)\.", r"--\1.no-", argument) for argument in arguments]
     printed = io.StringIO()

@@ -74,7 +74,7 @@ def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> 
     # Model: views -> h -> z, and a linear probe on detached h.
     head = projection_head(config.head, features)
     simclr = SimCLR(encoder, head, features, classes=len(train.classes))
-    simclr = session.to_device(synchronize_batchnorm(simclr, session.device))
+    simclr = session.to_device(synchronize_batchnorm(simclr))
     model = session.distribute(simclr)
 
     # Optimization: the probe has an optimizer of its own, so that the encoder's settings do not change the yardstick.

@@ -60,7 +60,7 @@ class LoopConfig:
     seed: int = 0
     """Seed of initial weights, sample order and views."""
     precision: Literal["auto", "bf16", "fp32"] = field(default="auto", metadata=MAY_CHANGE)
-    """Precision of the networks. auto: bf16 where the hardware multiplies in it."""
+    """Precision of the networks. auto: bf16 where the hardware multiplies in it. fp32 excludes TF32."""
     compile: bool = False
     """Compile the networks with torch.compile; the first steps then take minutes."""
     max_skipped: int = field(default=5, metadata=MAY_CHANGE)
@@ -193,7 +193,7 @@ class TrainingLoop:
             for batch in self.timer.watch(batches):
                 self._before_forward()
                 if self.draw_views and self.trackers.lack_views and self.views is None:
-                    self.views = self.global_step, self.draw_views(batch).to("cpu", non_blocking=True)
+                    self.views = self.global_step, self.draw_views(batch)
                 yield batch
                 epoch_ends = self.global_step % len(self.loader) == 0
                 if (epoch_ends or self.save_due or self.stopping) and not self.dry_run:
@@ -269,6 +269,9 @@ class TrainingLoop:
         save_late = 0 < config.checkpoint.every_minutes <= (time.monotonic() - self.saved_at_s) / 60
         flags = {"replaced": bad_samples.replaced, "stop": self.signal.received, "save": save_late}
         mean = session.mean_of(self.means.compute_and_reset() | flags | self.guard.counts_by_name())
+        if self.views is not None:  # the device is idle now: copying the picture adds no wait
+            self.trackers.draw_views(*self.views)
+            self.views = None
         self.replaced_images = round(mean.pop("replaced") * session.world_size)
         self.stopping, self.save_due = mean.pop("stop") > 0, mean.pop("save") > 0 or self.save_due
         skipped = {name: round(mean.pop(name)) for name in self.guard.counts_by_name()}
@@ -281,9 +284,6 @@ class TrainingLoop:
         self.row |= {"replaced_images": self.replaced_images, "skipped_steps": skipped["skipped"]}
         if session.is_main:
             self.metrics.write(**self.row)
-            if self.views is not None:  # `mean_of` has waited for the copy
-                self.trackers.draw_views(*self.views)
-                self.views = None
             self.trackers.log(self.global_step, scalars(self.row))
             shown = {name: self.row[name] for name in ("epoch", "loss", "images_per_s")}
             self.update_progress(completed=self.global_step, **shown)

@@ -4,11 +4,12 @@ import os
 import shutil
 import time
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from accelerate.utils import broadcast_object_list, set_seed
 from rich.console import Console
@@ -17,12 +18,17 @@ from torch import Tensor, nn
 from .common import UserError, available_cores
 from .run_folder import run_folder
 
+RANK_TIMEOUT = timedelta(hours=2)
+"""How long ranks wait for each other before the run fails. NCCL's default of ten minutes is shorter than what one rank
+may need for a checkpoint on slow storage or a shard from a slow server, while the others are in the next collective."""
+
 
 class Session:
     """Everything that depends on where a script runs, shared by all scripts.
 
     Args:
-        precision: "bf16", "fp32", or "auto" for bf16 where the hardware multiplies in it.
+        precision: "bf16", "fp32" (on a GPU without TF32, for the whole process), or "auto" for bf16 where the hardware
+            multiplies in it. With "bf16" and "auto", what stays in float32 is computed as torch is set up to.
         seed: seed of Python, NumPy and torch on every rank.
         compile: whether `prepare` compiles networks; refused where no C++ compiler is installed.
 
@@ -38,7 +44,10 @@ class Session:
     def __init__(self, precision: str = "auto", seed: int = 0, compile: bool = False):
         self.accelerator = Accelerator(
             mixed_precision="no",  # `autocast` is opened around forward passes alone, never around the loss
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=RANK_TIMEOUT),
+            ],
         )
         if self.accelerator.gradient_accumulation_steps != 1:  # from the environment; it would divide every gradient
             raise UserError(
@@ -54,6 +63,8 @@ class Session:
             if compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
                 raise UserError("--compile needs a C++ compiler on a CPU; install g++ or omit the option.")
         torch.backends.cudnn.benchmark = True  # all steps have the same shapes
+        if precision == "fp32":  # cuDNN's default is TF32; the loss follows the setting of matmul
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         self.bf16 = precision == "bf16" or (precision == "auto" and computes_in_bf16(self.device))
         self.dtype = torch.bfloat16 if self.bf16 else torch.float32
         set_seed(seed)

@@ -157,8 +157,8 @@ class Trackers:
         return any(not self.state[name]["drawn"] for name in self.trackers)
 
     def draw_views(self, step: int, sheet: Tensor) -> None:
-        """Send a picture, (H, W, 3) uint8 on the host, to each tracker that has none."""
-        picture = sheet.numpy()
+        """Send a picture, (H, W, 3) uint8, to each tracker that has none."""
+        picture = sheet.cpu().numpy()
         for name, tracker in list(self.trackers.items()):
             if self.state[name]["drawn"]:
                 continue
