@@ -54,7 +54,8 @@ def choose_trackers(names: Sequence[str]) -> list[str]:
                 f"{', '.join(PACKAGES)}, or with auto or none."
             )
         if name in PACKAGES and not is_installed(name):
-            raise UserError(f"--trackers {name} needs a package that is not installed; pip install {PACKAGES[name]}.")
+            package = PACKAGES[name]
+            raise UserError(f"--trackers {name} needs {package}, which is not installed; run `pip install {package}`.")
     if "none" in names and len(names) > 1:
         raise UserError(f"--trackers {' '.join(names)} is contradictory; use none alone.")
     automatic = [name for name in ("tensorboard",) if is_installed(name)]

@@ -28,7 +28,7 @@ NAMES |= {"skipped_steps"}
 
 
 class Killed(Exception):
-    """Stands for the end of a process."""
+    """Ends a run between two steps."""
 
 
 @pytest.fixture
@@ -147,6 +147,7 @@ def test_tensorboard_shows_a_resumed_run_as_one_curve(train, run_folder):
     finished = train("tensorboard")  # nothing is left to train; the final scores are computed and written again
     assert finished.global_step == STEPS
     assert_same(event_scalars(run_folder)[0], expected(run_folder), truth)
+    assert train("none").global_step == STEPS, "a resumed run may have other trackers"
 
 
 def test_run_without_a_checkpoint_starts_again_with_empty_trackers(train, run_folder):
@@ -159,18 +160,22 @@ def test_run_without_a_checkpoint_starts_again_with_empty_trackers(train, run_fo
     assert_same(scalars, expected(run_folder), scalars)
     assert len(list(run_folder.glob("tensorboard/events*"))) == len(pictures) == 1
 
+    (run_folder / "checkpoints").rename(run_folder / "mine")
     with pytest.raises(UserError, match="choose another --out"):
-        (run_folder / "checkpoints").rename(run_folder / "mine")
         train("none")
+    assert (run_folder / "tensorboard").exists(), "a refused folder is unchanged"
 
 
-def test_mlflow_continues_the_same_run_in_the_run_folder(train, run_folder, monkeypatch):
+def test_mlflow_continues_the_same_run_in_the_run_folder(train, run_folder):
     pytest.importorskip("mlflow")
-    kill_and_resume(train, "mlflow")
     from mlflow import MlflowClient
 
+    with pytest.raises(Killed):
+        train("mlflow", killed_after=6)
     client = MlflowClient((run_folder / "mlflow").as_uri())
     (experiment,) = client.search_experiments(filter_string="name = 'streamclr'")
+    assert client.search_runs([experiment.experiment_id])[0].info.status == "FAILED"
+    train("mlflow")
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.run_name == "run" and run.info.status == "FINISHED"
     assert run.data.params["epochs"] == "2" and run.data.params["optim.name"] == asdict(LoopConfig())["optim"]["name"]
@@ -285,6 +290,7 @@ def test_failing_tracker_is_reported_once_and_does_not_end_the_run(train, run_fo
 @pytest.mark.parametrize("rank", [0, 1])
 def test_only_rank_0_starts_trackers(rank, train, monkeypatch):
     started = []
+    monkeypatch.setattr("engine.trackers.is_installed", lambda name: True)
     monkeypatch.setattr(Trackers, "start", lambda trackers, *_: started.append(trackers))
     open_run = Session.open_run
 
@@ -316,7 +322,7 @@ def test_invalid_trackers_are_refused_by_the_command_line(names, message, monkey
 )
 def test_missing_package_is_named_before_anything_is_written(name, package, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UserError, match=f"--trackers {name} needs .*; pip install {package}."):
+    with pytest.raises(UserError, match=f"--trackers {name} needs {package}, .*; run `pip install {package}`"):
         parse(PRETRAIN, ["--out", str(tmp_path / "run"), "--trackers", name], prog="train.py")
     assert not (tmp_path / "run").exists()
     assert choose_trackers(["auto"]) == choose_trackers([]) or name != "tensorboard"
