@@ -55,8 +55,9 @@ def huggingface_sources(
     Args:
         path: name on the Hub, folder written by `save_to_disk`, folder of parquet files (or of other files that
             `load_dataset` reads), or a parquet file.
-        split: split to read, as named by `split_name`; None for all. A test split without labels is then left out if
-            there is a validation split, because evaluation would take the test split and fail.
+        split: split to read, as named by `split_name`; also the name of the images in a file or saved set that does not
+            name its split. None reads all splits; a test split without labels is then left out if there is a
+            validation split, because evaluation would take the test split and fail.
         config: name of one of several configurations of the data set.
         revision: branch, tag or commit on the Hub.
         image_column: column of images; None for the only one.
@@ -72,7 +73,7 @@ def huggingface_sources(
     """
     name = path if not Path(path).exists() else Path(path).resolve().name.removesuffix(".parquet")
     name += "".join(f"{mark}{value}" for mark, value in ((":", config), ("@", revision)) if value)
-    splits = {split_name(key): rows for key, rows in _load(path, config, revision, streaming).items()}
+    splits = {split_name(key): rows for key, rows in _load(path, split, config, revision, streaming).items()}
     if split and split not in splits:
         raise UserError(f"There is no split {split} in {path}; use --split {' or '.join(splits)}.")
     chosen = [split] if split else sorted(splits, key=lambda key: key != "train")  # later splits take its classes
@@ -122,7 +123,7 @@ def _encoded(value: bytes | dict | None) -> bytes:
     return value or b""
 
 
-def _load(path: str, config: str | None, revision: str | None, streaming: bool) -> dict[str, Any]:
+def _load(path: str, split: str | None, config: str | None, revision: str | None, streaming: bool) -> dict[str, Any]:
     """Split -> Dataset or, if streaming, IterableDataset."""
     try:
         import datasets
@@ -132,10 +133,10 @@ def _load(path: str, config: str | None, revision: str | None, streaming: bool) 
         if any(Path(path, file).is_file() for file in SAVED_FILES):
             loaded = datasets.load_from_disk(path)
         elif Path(path).is_file():
-            loaded = datasets.load_dataset("parquet", data_files=path, streaming=streaming)
+            loaded = datasets.load_dataset("parquet", data_files={split or "train": path}, streaming=streaming)
         else:
             loaded = datasets.load_dataset(path, config, revision=revision, streaming=streaming)
-    return loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
+    return loaded if isinstance(loaded, dict) else {str(loaded.split or split or "train"): loaded}
 
 
 @contextmanager

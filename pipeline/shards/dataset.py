@@ -308,7 +308,7 @@ def open_splits(root: str, cache: ShardCache | None = None) -> tuple[ShardSet, S
         return train, None
     test = open_shards(roots[1], cache)
     if test.classes != train.classes:
-        raise UserError(f"{test.root} has other classes than {train.root}; convert both again.")
+        raise UserError(f"{roots[1]} has other classes than {roots[0]}; convert both again.")
     return train, test
 
 

@@ -171,9 +171,11 @@ def _open_from(fs: AbstractFileSystem, path: str, start: int) -> Iterator[tuple[
         with fs.open_from(path, start) as opened:
             yield opened
     else:
-        with fs.open(path, "rb", block_size=CHUNK_BYTES, cache_type="none") as file:
+        # on the Hub, block size 0 reads a file by one request instead of one per chunk, but only from its beginning
+        streams = "hf" in fs.protocol and start == 0
+        with fs.open(path, "rb", block_size=0 if streams else CHUNK_BYTES, cache_type="none") as file:
             file.seek(start)
-            yield file, start, getattr(file, "size", None)
+            yield file, start, fs.size(path) if streams else getattr(file, "size", None)
 
 
 def _check_size(expected: int | None, stated: int | None) -> None:

@@ -118,6 +118,10 @@ def test_command_with_splits_worker_processes_and_an_unlabeled_test_split(tmp_pa
     assert set(open_shards(f"{out}/test").index["label"]) == {-1}
     refused = run(monkeypatch, "hf", tmp_path / "saved", out, "--split", "dev")
     assert refused.endswith("use --split val or test or train.")
+    made(content[:3], [0, 1, 2]).to_parquet(tmp_path / "part.parquet")  # a single file does not name its split
+    options = (*options, "--streaming", "--image-column", "image", "--label-column", "label", "--no-verify")
+    assert run(monkeypatch, "hf", tmp_path / "part.parquet", tmp_path / "two", "--split", "val", *options) is None
+    assert (tmp_path / "two/val/val-000000.tar").read_bytes() == (out / "val/val-000000.tar").read_bytes()
 
 
 def run(monkeypatch, *arguments) -> str | None:
