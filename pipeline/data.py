@@ -5,6 +5,7 @@ from pathlib import Path
 from .convert.textures import ensure_textures
 from .loader.config import LoaderConfig
 from .shards.dataset import ShardSet, open_splits
+from .shards.index import ensure_index
 
 TEXTURES = "data/textures"
 """Folder of the built-in textures, below the current one."""
@@ -12,6 +13,8 @@ TEXTURES = "data/textures"
 
 def open_data(data: str, config: LoaderConfig) -> tuple[ShardSet, ShardSet | None]:
     """Open the train split and, if there is one, the test (or val) split.
+
+    If a folder like hf://datasets/OWNER/NAME holds the tars of all splits, they are indexed on their first use.
 
     Args:
         data: folder or URL of shards; "" for the built-in textures, rendered if they are missing.
@@ -22,4 +25,6 @@ def open_data(data: str, config: LoaderConfig) -> tuple[ShardSet, ShardSet | Non
     """
     if not data:
         ensure_textures(Path(TEXTURES))
-    return open_splits(data or TEXTURES, config.cache())
+    cache = config.cache()
+    ensure_index(data or TEXTURES, cache)
+    return open_splits(data or TEXTURES, cache)

@@ -8,10 +8,12 @@
     python -m pipeline.convert cifar      cifar-10-python.tar.gz OUT    CIFAR-10 or CIFAR-100, train and test
     python -m pipeline.convert stl10      stl10_binary.tar.gz OUT       train, test and unlabeled
     python -m pipeline.convert webdataset SOURCE OUT [--split train]    WebDataset tars, shuffled and sharded again
+    python -m pipeline.convert hf         DATASET OUT [--streaming]     name on the Hugging Face Hub, or parquet files
 
 Each split becomes the shard set OUT/<split>, in a seeded random order. The same source and options produce the same
 bytes, regardless of the number of workers and parts. The source of `webdataset` is a folder of tars, a tar, a brace
 pattern such as "data/{000..146}.tar", or "pipe:COMMAND" for a shell command that writes a tar; tars may be compressed.
+That of `hf` is a name on the Hub, a folder written by save_to_disk, or a file or folder of parquet.
 Run the same command again to resume an interrupted conversion. Images that can't be decoded are left out and listed in
 OUT/<split>/rejected.csv.
 """
@@ -31,6 +33,7 @@ from ..shards.dataset import ShardSet
 from ..shards.samples import add_image_extension
 from . import sources, textures
 from .folder import CLASS_LEVELS
+from .huggingface import split_name
 from .writer import SAMPLES_PER_SHARD, shards_written, write_split
 
 SHOWN = 10
@@ -53,6 +56,20 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], dict[str, sources.
     "webdataset": (
         "WebDataset tars written by other tools",
         lambda options: {options.split: sources.webdataset_source(options.path, options.image_extension)},
+    ),
+    "hf": (
+        "Hugging Face data set, or parquet files of images",
+        lambda options: sources.huggingface_sources(
+            options.path,
+            options.split,
+            config=options.config_name,
+            revision=options.revision,
+            image_column=options.image_column,
+            label_column=options.label_column,
+            streaming=options.streaming,
+            short_side=options.short_side,
+            quality=options.quality,
+        ),
     ),
 }
 """Subcommand -> description, and function that returns the source of each split."""
@@ -98,13 +115,16 @@ def _parser() -> argparse.ArgumentParser:
         add = command.add_argument
         if name == "webdataset":
             add("path", metavar="source", help="folder or file to convert; also a brace pattern or pipe:COMMAND")
+        elif name == "hf":
+            add("path", metavar="dataset", help="name on the Hub, folder written by save_to_disk, or parquet files")
         elif name != "textures":
             add("path", type=Path, metavar="source", help="folder or file to convert")
         add("out", type=Path, help="folder that will hold <split>/")
         if name in ("folder", "webdataset"):
             add("--split", default="train", help="name of the split (default: train)")
         else:
-            add("--split", help="convert only this split (default: all splits)")
+            kind = split_name if name == "hf" else str
+            add("--split", type=kind, help="convert only this split (default: all splits)")
         if name == "folder":
             meaning = "the first, the last (which holds the image), or none for no classes"
             default = "the first, unless that is ambiguous"
@@ -115,6 +135,13 @@ def _parser() -> argparse.ArgumentParser:
         elif name == "imagenet":
             text = "labels of flat validation images: development kit or text file of synsets"
             add("--labels", type=Path, help=text)
+        elif name == "hf":
+            add("--config-name", help="configuration of the data set, if it has several")
+            add("--revision", help="branch, tag or commit on the Hub (default: main)")
+            add("--image-column", help="column of the images (default: the only one)")
+            add("--label-column", help="column of the classes (default: the only ClassLabel, or label, labels or cls)")
+            text = "read the rows once and store only the images, in TMPDIR; an interrupted stream starts again"
+            add("--streaming", action="store_true", help=text)
         _add_options(command)
     return parser
 

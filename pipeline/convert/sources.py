@@ -2,6 +2,7 @@
 
 from .base import Source
 from .folder import folder_source
+from .huggingface import huggingface_sources
 from .imagenet import imagenet_sources
 from .pixels import cifar_sources, stl10_sources
 from .textures import textures_source
@@ -11,6 +12,7 @@ __all__ = [
     "Source",
     "cifar_sources",
     "folder_source",
+    "huggingface_sources",
     "imagenet_sources",
     "stl10_sources",
     "textures_source",

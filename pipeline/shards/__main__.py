@@ -4,8 +4,9 @@
     python -m pipeline.shards verify ROOT    compare every file with its checksum
     python -m pipeline.shards show ROOT      print classes and image sizes
 
-The index of a set in a read-only location, such as an http:// address, is kept in the local cache ($STREAMCLR_CACHE or
-~/.cache/streamclr).
+If one folder, such as hf://datasets/OWNER/NAME, holds X-train-*.tar and X-validation-*.tar, each split is indexed.
+The index of such a split, and of a set in a read-only location such as an http:// address, is kept in the local cache
+($STREAMCLR_CACHE or ~/.cache/streamclr); run an interrupted command again to resume it.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from rich.console import Console
 
 from ..common import UserError
 from .archives import one_line
-from .index import index_shards
+from .index import index_splits
 from .samples import add_image_extension
 from .verify import show, verify
 
@@ -35,10 +36,10 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         if arguments.command == "index":
-            shards = index_shards(arguments.root, image_extension=arguments.image_extension)
-            for refused in shards.manifest["left_out"]:
-                print(f"left out {one_line(refused['name'])}: {refused['reason']}", file=sys.stderr)
-            print(f"{len(shards)} images in {len(shards.manifest['shards'])} shards indexed.")
+            for shards in index_splits(arguments.root, image_extension=arguments.image_extension):
+                for refused in shards.manifest["left_out"]:
+                    print(f"left out {one_line(refused['name'])}: {refused['reason']}", file=sys.stderr)
+                print(f"{len(shards)} images in {len(shards.manifest['shards'])} shards indexed.")
         elif arguments.command == "verify":
             found = verify(arguments.root)
             for root in (root for root, problems in found.items() if not problems):

@@ -7,8 +7,12 @@
 
 A folder without `dataset.json` is not a shard set, so an interrupted conversion is never mistaken for a complete one.
 The index of a set in a read-only location, such as an http:// address, is in the cache of the machine that created it.
+
+Sets on the Hugging Face Hub often keep the tars of all splits in one folder, as NAME-train-0000.tar and
+NAME-validation-00.tar. Such a split has the root FOLDER/*-train-*.tar, and its index is always in the cache.
 """
 
+import fnmatch
 import hashlib
 import io
 import json
@@ -29,11 +33,14 @@ from fsspec.spec import AbstractFileSystem
 from ..common import UserError
 from .cache import ShardCache
 from .format import FORMAT, READ_WHOLE, ROWS, index_dtype, index_name
-from .remote import PERMANENT_ERRORS, RetryPolicy, filesystem, is_local, read_file, unreadable, with_retries
+from .remote import HUB, PERMANENT_ERRORS, RetryPolicy, filesystem, is_local, read_file, unreadable, with_retries
 from .threads import DaemonThreads
 
 SMALLEST = {"samples": 0, "bytes": 0, "top_label": -1}  # integers of a shard's manifest entry
 FILE_NAME = re.compile(r"(?!\.\.?$)[^/\\\0]+")
+ALL_TARS = "*.tar"
+SPLIT_TARS = {"train": "*-train-*.tar", "val": "*-validation-*.tar", "test": "*-test-*.tar"}
+"""Split -> names of its tars in a folder that holds the tars of all splits."""
 OPTIONAL_KEYS = {"name": str, "split": str, "made_by": dict, "left_out": list, "rejected": int}
 
 
@@ -94,29 +101,50 @@ def open_shards(root: str, cache: ShardCache | None = None) -> ShardSet:
     top = _top_label(rows) if None in known else max(known)
     if fault := _top_fault(top, manifest["classes"]):
         raise damaged(fault)
-    return ShardSet(root, manifest, rows, index_root)
+    return ShardSet(folder_and_tars(root)[0], manifest, rows, index_root)
+
+
+def folder_and_tars(root: str) -> tuple[str, str]:
+    """Folder or URL of a shard set, and the pattern of its tars' names, which is one of `SPLIT_TARS` or `ALL_TARS`."""
+    folder, name = posixpath.split(root)
+    return (folder, name) if name in SPLIT_TARS.values() else (root, ALL_TARS)
+
+
+def cached_index(root: str, cache: ShardCache) -> Path:
+    """Folder in the cache for the index of a set in a read-only location, or of one of several splits in a folder."""
+    folder, tars = folder_and_tars(root)
+    if tars == ALL_TARS:
+        return cache.index_folder(root)
+    fs, path = filesystem(folder, cache.retry_policy)
+    return cache.index_folder(f"{fs.unstrip_protocol(path)}/{tars}")  # absolute, also for a relative folder
 
 
 def _find_manifest(root: str, cache: ShardCache) -> tuple[AbstractFileSystem, str, str, bytes]:
     """File system and folder of the indexes, the folder as a root, and the content of its `dataset.json`."""
-    fs, path = filesystem(root, cache.retry_policy)
-    try:
-        return fs, path, root, read_file(fs, f"{path}/dataset.json", cache.retry_policy)
-    except NotADirectoryError as error:
-        parent = posixpath.dirname(root) or "."
-        raise UserError(f"{root} is a file, not a folder of shards; use its folder, {parent}.") from error
-    except (FileNotFoundError, PermissionError) as error:  # S3 answers 403 for missing objects
-        folder = cache.index_folder(root)
-        with suppress(OSError):
-            return LocalFileSystem(), str(folder), str(folder), (folder / "dataset.json").read_bytes()
-        if list_tars(fs, path, cache.retry_policy):
-            remedy = f"run `python -m pipeline.shards index {root}` first"
-            raise UserError(f"The tars in {root} have no index; {remedy}.") from error
-        denied = f" or no permission to read them ({error})" if isinstance(error, PermissionError) else ""
-        remedy = "create them with `python -m pipeline.convert` or correct the path"
-        raise UserError(f"No shards at {root}{denied}; {remedy}.") from error
-    except OSError as error:
-        raise unreadable(root, error) from error
+    location, tars = folder_and_tars(root)
+    fs, path = filesystem(location, cache.retry_policy)
+    missing = None
+    if tars == ALL_TARS:
+        try:
+            return fs, path, root, read_file(fs, f"{path}/dataset.json", cache.retry_policy)
+        except NotADirectoryError as error:
+            parent = posixpath.dirname(root) or "."
+            raise UserError(f"{root} is a file, not a folder of shards; use its folder, {parent}.") from error
+        except (FileNotFoundError, PermissionError) as error:  # S3 answers 403 for missing objects
+            missing = error
+        except OSError as error:
+            raise unreadable(root, error) from error
+    folder = cached_index(root, cache)
+    with suppress(OSError):
+        return LocalFileSystem(), str(folder), str(folder), (folder / "dataset.json").read_bytes()
+    if list_tars(fs, path, cache.retry_policy, tars):
+        remedy = f"run `python -m pipeline.shards index {location}` first"
+        raise UserError(f"The tars in {root} have no index; {remedy}.") from missing
+    denied = f" or no permission to read them ({missing})" if isinstance(missing, PermissionError) else ""
+    remedy = "create them with `python -m pipeline.convert` or correct the path"
+    if root.startswith(HUB):
+        remedy = "correct the name, or log in with `hf auth login` if the data set is private or gated"
+    raise UserError(f"No shards at {root}{denied}; {remedy}.") from missing
 
 
 def _parsed(content: bytes) -> dict[str, Any]:
@@ -158,9 +186,9 @@ def list_files(fs: AbstractFileSystem, path: str, retry_policy: RetryPolicy) -> 
     return sorted(posixpath.basename(name) for name in names)
 
 
-def list_tars(fs: AbstractFileSystem, path: str, retry_policy: RetryPolicy) -> list[str]:
-    """Sorted names of the tars in a folder; empty as in `list_files`."""
-    return [name for name in list_files(fs, path, retry_policy) if name.endswith(".tar")]
+def list_tars(fs: AbstractFileSystem, path: str, retry_policy: RetryPolicy, tars: str = ALL_TARS) -> list[str]:
+    """Sorted names of the tars in a folder that match a pattern; empty as in `list_files`."""
+    return [name for name in list_files(fs, path, retry_policy) if fnmatch.fnmatchcase(name, tars)]
 
 
 def _map_index(
@@ -267,7 +295,8 @@ def lies_inside(rows: np.ndarray, tar_bytes: int) -> np.ndarray:
 def open_splits(root: str, cache: ShardCache | None = None) -> tuple[ShardSet, ShardSet | None]:
     """Open the train split of a folder or URL and its test (or val) split, None if it has none.
 
-    A shard set without splits counts as a train split.
+    A shard set without splits counts as a train split. Of splits whose tars are in one folder, the val split is
+    preferred, since published test splits often lack labels.
 
     Raises:
         UserError: as `open_shards`, and if the classes of the splits differ.
@@ -279,12 +308,14 @@ def open_splits(root: str, cache: ShardCache | None = None) -> tuple[ShardSet, S
         return train, None
     test = open_shards(roots[1], cache)
     if test.classes != train.classes:
-        raise UserError(f"{test.root} has other classes than {train.root}; convert both again.")
+        raise UserError(f"{roots[1]} has other classes than {roots[0]}; convert both again.")
     return train, test
 
 
 def split_roots(root: str, cache: ShardCache | None = None) -> list[str]:
     """Roots of the train, test and val splits of a folder or URL, or the root itself if it has no train split.
+
+    If the tars of all splits are in one folder without a `dataset.json`, the roots end with patterns of `SPLIT_TARS`.
 
     Raises:
         UserError: the folder or URL can't be read.
@@ -292,16 +323,18 @@ def split_roots(root: str, cache: ShardCache | None = None) -> list[str]:
     cache = cache or ShardCache()
     fs, path = filesystem(root, cache.retry_policy)
 
+    def exists(name: str) -> bool:
+        try:
+            return with_retries(lambda: fs.exists(name), name, cache.retry_policy)
+        except OSError as error:
+            raise unreadable(name, error) from error
+
     def has(split: str) -> bool:
         # object stores have no folders, and a folder may still lack its dataset.json
-        for name in f"{path}/{split}/dataset.json", f"{path}/{split}":
-            try:
-                if with_retries(lambda name=name: fs.exists(name), name, cache.retry_policy):
-                    return True
-            except OSError as error:
-                raise unreadable(name, error) from error
-        return False
+        return exists(f"{path}/{split}/dataset.json") or exists(f"{path}/{split}")
 
-    if not has("train"):
-        return [root]
-    return [posixpath.join(root, split) for split in ("train", *filter(has, ("test", "val")))]
+    if has("train"):
+        return [posixpath.join(root, split) for split in ("train", *filter(has, ("test", "val")))]
+    names = [] if exists(f"{path}/dataset.json") else list_tars(fs, path, cache.retry_policy)
+    tars = [pattern for pattern in SPLIT_TARS.values() if fnmatch.filter(names, pattern)]
+    return [posixpath.join(root, pattern) for pattern in tars] if SPLIT_TARS["train"] in tars else [root]

@@ -1,32 +1,52 @@
 """Indexing of WebDataset tars that were not written by this project.
 
 The tars are read in place and stay unchanged. Compressed tars have no seekable samples, so they must be converted.
+An index in the cache is written tar by tar, and an interrupted call resumes behind the last complete one:
+
+    CACHE/indexes/<id>/NAME.index.npy.partial  rows of a tar
+    CACHE/indexes/<id>/NAME.tar.json.partial   its entry for the manifest, what was left out, and the version of the tar
 """
 
+import fnmatch
 import hashlib
 import json
+import logging
 import posixpath
 import re
 import tarfile
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
-from ..common import UserError, available_cores
+from ..common import UserError, available_cores, file_sha256, progress_bar
 from ..images import DecodeError, inspect
 from .archives import CheckedMember, forgetting
 from .cache import ShardCache
-from .dataset import ShardSet, list_files, open_shards
+from .dataset import (
+    ALL_TARS,
+    SPLIT_TARS,
+    ShardSet,
+    cached_index,
+    folder_and_tars,
+    list_files,
+    list_tars,
+    open_shards,
+    split_roots,
+)
 from .format import FORMAT, READ_WHOLE, index_name, index_rows, npy_bytes, shard_entry, write_manifest
-from .remote import RetryPolicy, filesystem, read_file
+from .remote import HUB, PERMANENT_ERRORS, RetryPolicy, disk_errors, filesystem, is_local, read_file, with_retries
 from .samples import CLASS_LIMIT, NO_CLASS, Part, class_number, paired, read_parts
 from .web import WebFileSystem
 
+log = logging.getLogger(__name__)
 IMAGES_PER_CORE = 16
 """Number of images that are in memory per core, while they are decoded in parallel."""
 COMPRESSED_TAR = re.compile(r"\.(tgz|txz|tbz2?|tar\.(gz|xz|bz2|zst))$")
@@ -35,17 +55,74 @@ KEPT = {"name": "", "split": "", "classes": [], "shards": [], "made_by": {}}
 """Fields of an existing manifest that indexing keeps, with their values for a new one."""
 
 
-def index_shards(root: str, cache: ShardCache | None = None, image_extension: str | None = None) -> ShardSet:
+def index_splits(root: str, cache: ShardCache | None = None, image_extension: str | None = None) -> list[ShardSet]:
+    """Index every split of a folder or URL whose tars are in that one folder (see `SPLIT_TARS`), or one shard set.
+
+    Raises:
+        UserError, OSError: as `index_shards`.
+    """
+    cache = cache or ShardCache()
+    indexed: list[ShardSet] = []
+    splits = [root] if "{" in root or folder_and_tars(root)[1] != ALL_TARS else split_roots(root, cache)
+    if folder_and_tars(splits[0])[1] == ALL_TARS:
+        return [index_shards(root, cache, image_extension)]
+    for split in splits:
+        with _indexing(split, cache):
+            indexed.append(index_shards(split, cache, image_extension, indexed[0].classes if indexed else None))
+    return indexed
+
+
+def ensure_index(root: str, cache: ShardCache) -> None:
+    """Index the splits that `open_splits` opens if their tars are in one folder and have no index for these tars yet.
+
+    Of several processes on a machine, one indexes and the others wait.
+
+    Raises:
+        UserError, OSError: as `index_shards`.
+    """
+    classes = None
+    for split in split_roots(root, cache)[:2]:
+        folder, tars = folder_and_tars(split)
+        if tars == ALL_TARS:
+            return
+        with _indexing(split, cache):
+            fs, path = filesystem(folder, cache.retry_policy)
+            known = _previous_manifest(LocalFileSystem(), str(cached_index(split, cache)), cache.retry_policy) or KEPT
+            if [shard.get("file") for shard in known["shards"]] != list_tars(fs, path, cache.retry_policy, tars):
+                log.warning("%s is indexed for its first use, which reads every tar once", split)
+                index_shards(split, cache, classes=classes)
+            classes = open_shards(split, cache).classes
+
+
+@contextmanager
+def _indexing(split: str, cache: ShardCache) -> Iterator[None]:
+    """Hold the lock of an index in the cache."""
+    folder = cached_index(split, cache)
+    with disk_errors(cache.folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / "lock").acquire()
+    with lock:
+        yield
+
+
+def index_shards(
+    root: str,
+    cache: ShardCache | None = None,
+    image_extension: str | None = None,
+    classes: list[str] | None = None,
+) -> ShardSet:
     """Index the WebDataset tars of a folder or URL prefix; a remote one is downloaded once.
 
     Every image is decoded once; unreadable ones are left out and listed in the manifest. If the location is read-only,
-    the index is kept in the cache. An existing index is replaced only after all tars have been read; its name, split
-    and classes are kept, and tars that do not match its checksums are listed.
+    the index is kept in the cache, where an interrupted call resumes. An existing index is replaced only after all tars
+    have been read; its name, split and classes are kept, and tars that do not match its checksums are listed.
 
     Args:
         root: folder or URL prefix of the tars, or their names in brace notation, such as
-            "https://host/folder/train-{000..146}.tar", for servers that do not list their files.
+            "https://host/folder/train-{000..146}.tar", for servers that do not list their files; or one of several
+            splits in a folder, such as "hf://datasets/OWNER/NAME/*-train-*.tar", whose index is always in the cache.
         image_extension: see `paired`.
+        classes: names of the first classes; None keeps those of an existing index.
 
     Raises:
         UserError: there are no tars, they hold no readable image or a sample with two images, or a download fails.
@@ -53,28 +130,43 @@ def index_shards(root: str, cache: ShardCache | None = None, image_extension: st
     """
     cache = cache or ShardCache()
     root, tars = _find_tars(root, cache.retry_policy)
-    fs, path = index_fs, folder = filesystem(root, cache.retry_policy)
-    previous = _previous_manifest(fs, path, cache.retry_policy)
-    if not _writable(fs, path):
+    location, pattern = folder_and_tars(root)
+    fs, path = index_fs, folder = filesystem(location, cache.retry_policy)
+    previous = _previous_manifest(fs, path, cache.retry_policy) if pattern == ALL_TARS else None
+    cached = pattern != ALL_TARS or root.startswith(HUB) or not _writable(fs, path)
+    if cached:
         if previous is not None:  # it would take precedence over an index in the cache
             remedy = "make the folder writable, or copy the tars to one that is"
             raise UserError(f"{root}/dataset.json exists and can't be replaced; {remedy}.")
-        index_fs, folder = LocalFileSystem(), str(cache.index_folder(root))
+        index_fs, folder = LocalFileSystem(), str(cached_index(root, cache))
         previous = _previous_manifest(index_fs, folder, cache.retry_policy)
-    previous = previous or KEPT
+    split = next((name for name, known in SPLIT_TARS.items() if known == pattern), "")
+    previous = previous or KEPT | {"split": split}
+    if classes is not None:
+        previous |= {"classes": classes}
     index_fs.makedirs(folder, exist_ok=True)
     checksums = {str(shard.get("file")): shard.get("sha256") for shard in previous["shards"] if isinstance(shard, dict)}
     shards, left_out = [], []
     try:
-        for name in tars:
-            rows, size, sha256, refused = _read_tar(fs, f"{path}/{name}", cache, image_extension)
-            index = npy_bytes(rows)
-            index_fs.pipe_file(f"{folder}/{index_name(name)}.partial", index)
-            shards.append(shard_entry(name, rows, size, sha256, index))
-            left_out += [{"name": f"{name}:{member}", "reason": reason} for member, reason in refused]
-            if checksums.get(name) not in (None, shards[-1]["sha256"]):
-                reason = "differs from its recorded checksum; copy it again unless it was changed on purpose"
-                left_out.append({"name": name, "reason": reason})
+        with progress_bar(len(tars), f"index {root}") as update:
+            for name in tars:
+                version = _version(fs, f"{path}/{name}", cache.retry_policy) if cached else ""
+                read = [version, image_extension]
+                if not version or not (found := _resumed(folder, name, read)):
+                    rows, size, sha256, refused = _read_tar(fs, f"{path}/{name}", cache, image_extension)
+                    index = npy_bytes(rows)
+                    index_fs.pipe_file(f"{folder}/{index_name(name)}.partial", index)
+                    found = shard_entry(name, rows, size, sha256, index), refused
+                    if version:
+                        record = json.dumps({"read": read, "found": found})
+                        Path(folder, f"{name}.json.partial").write_text(record)
+                shard, refused = found
+                shards.append(shard)
+                left_out += [{"name": f"{name}:{member}", "reason": reason} for member, reason in refused]
+                if checksums.get(name) not in (None, shard["sha256"]):
+                    reason = "differs from its recorded checksum; copy it again unless it was changed on purpose"
+                    left_out.append({"name": name, "reason": reason})
+                update(advance=1)
         samples = sum(shard["samples"] for shard in shards)
         if not samples:
             raise UserError(f"No image could be read from the tars in {root}; they must hold <key>.jpg and <key>.cls.")
@@ -93,12 +185,36 @@ def index_shards(root: str, cache: ShardCache | None = None, image_extension: st
         write_manifest(index_fs, folder, manifest)
     except BaseException:
         for name in tars:
-            with suppress(OSError):
-                index_fs.rm_file(f"{folder}/{index_name(name)}.partial")
+            if not (cached and Path(folder, f"{name}.json.partial").exists()):
+                with suppress(OSError):
+                    index_fs.rm_file(f"{folder}/{index_name(name)}.partial")
         raise
+    if cached:
+        for record in Path(folder).glob("*.json.partial"):
+            record.unlink()
     if len(shards) <= READ_WHOLE and index_fs.exists(f"{folder}/index.npy"):
         index_fs.rm_file(f"{folder}/index.npy")
     return open_shards(root, cache)
+
+
+def _version(fs: AbstractFileSystem, path: str, retry_policy: RetryPolicy) -> str:
+    """Digest of what a store says about a file, such as its size, time and checksum; "" if it says nothing."""
+    if isinstance(fs, WebFileSystem):
+        return ""
+    with suppress(*PERMANENT_ERRORS, NotImplementedError):  # reading the file raises a better error
+        return with_retries(lambda: fs.ukey(path), path, retry_policy)
+    return ""
+
+
+def _resumed(folder: str, name: str, read: list[str | None]) -> tuple[dict[str, Any], list] | None:
+    """Entry of a tar in the manifest and what was left out, from an interrupted call that read the same version."""
+    try:
+        record = json.loads(Path(folder, f"{name}.json.partial").read_text())
+        sha256 = file_sha256(Path(folder, f"{index_name(name)}.partial"))
+        same = record["read"] == read and record["found"][0]["index_sha256"] == sha256
+        return record["found"] if same else None
+    except (OSError, ValueError, KeyError):  # missing, or cut off by a crash
+        return None
 
 
 def _find_tars(root: str, retry_policy: RetryPolicy) -> tuple[str, list[str]]:
@@ -113,8 +229,11 @@ def _find_tars(root: str, retry_policy: RetryPolicy) -> tuple[str, list[str]]:
                 raise UserError(f"{root} names tars in several folders; index each folder separately.")
             root, names = folders[0] or ".", list(expanded)
     if not names:
-        fs, path = filesystem(root, retry_policy)
+        folder, pattern = folder_and_tars(root)
+        fs, path = filesystem(folder, retry_policy)
         names = list_files(fs, path, retry_policy)
+        if pattern != ALL_TARS:
+            names = fnmatch.filter(names, pattern)
     if tars := [name for name in names if name.endswith(".tar")]:
         return root, tars
     if compressed := next(filter(COMPRESSED_TAR.search, names), ""):
@@ -166,6 +285,11 @@ def _read_tar(
             return index_rows(rows), size, sha256, left_out
     except IsADirectoryError as error:
         raise UserError(f"{path} is a folder, not a tar; rename it or move it away.") from error
+    except PermissionError as error:
+        if is_local(fs):
+            raise
+        remedy = "check the permissions; a gated set on the Hub needs `hf auth login` and accepted terms"
+        raise UserError(f"{path} can't be read ({error}); {remedy}.") from error
 
 
 def _rows(file: BinaryIO, path: str, extension: str | None) -> tuple[list[tuple], list[tuple[str, str]]]:

@@ -20,6 +20,10 @@ from .web import CHUNK_BYTES, RangesUnsupported, WebFileSystem, check_web_url
 log = logging.getLogger(__name__)
 PERMANENT_ERRORS = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
 """Errors that are not worth retrying."""
+PERMANENT_STATUS = {401: PermissionError, 403: PermissionError, 404: FileNotFoundError}
+"""HTTP status in an error of a store's client -> the error that it means."""
+HUB = "hf://"
+"""Start of URLs on the Hugging Face Hub, where a write would be a commit, so everything there counts as read-only."""
 T = TypeVar("T")
 
 
@@ -87,7 +91,8 @@ def with_retries(
         progress: number of bytes received so far; an attempt that increases it starts the count of attempts again.
 
     Raises:
-        FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, RangesUnsupported: without a retry.
+        FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, RangesUnsupported: without a retry,
+            also where the store's client has another exception for it.
         UnavailableFile: the store holds a file of another size, also at the last attempt.
         UserError: the last attempt failed, or `retry_policy.stop` was set.
     """
@@ -100,6 +105,9 @@ def with_retries(
         except (*PERMANENT_ERRORS, RangesUnsupported, UserError):
             raise
         except Exception as error:  # every store has its own exception types
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            if permanent := PERMANENT_STATUS.get(status):
+                raise permanent(str(error).strip().rpartition("\n")[2].rstrip(".")) from error
             attempt, before = (0 if progress() > before else attempt) + 1, progress()
             cause, attempts = str(error) or type(error).__name__, retry_policy.attempts
             if 1 < attempt < attempts:  # explain a long silence, but not a single failure
@@ -163,9 +171,11 @@ def _open_from(fs: AbstractFileSystem, path: str, start: int) -> Iterator[tuple[
         with fs.open_from(path, start) as opened:
             yield opened
     else:
-        with fs.open(path, "rb", block_size=CHUNK_BYTES, cache_type="none") as file:
+        # on the Hub, block size 0 reads a file by one request instead of one per chunk, but only from its beginning
+        streams = "hf" in fs.protocol and start == 0
+        with fs.open(path, "rb", block_size=0 if streams else CHUNK_BYTES, cache_type="none") as file:
             file.seek(start)
-            yield file, start, getattr(file, "size", None)
+            yield file, start, fs.size(path) if streams else getattr(file, "size", None)
 
 
 def _check_size(expected: int | None, stated: int | None) -> None:

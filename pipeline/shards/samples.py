@@ -1,6 +1,7 @@
 """WebDataset samples: the image and the class that belong together in a tar."""
 
 import argparse
+import json
 import sys
 import tarfile
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,8 @@ CLASS_LIMIT = 10**6
 """Class numbers must be smaller, since a manifest lists the names of all classes up to the largest number."""
 NO_CLASS = ("", "-1")
 """Contents of a class file that mean "unlabeled"."""
+LONGEST_JSON = 1 << 16
+"""Larger .json members are not searched for a class."""
 
 
 def class_number(text: str) -> int | None:
@@ -47,7 +50,7 @@ class Part(NamedTuple):
 
     key: str
     extension: str
-    """In lower case, all behind the first dot of the name; "cls" for a class."""
+    """In lower case, all behind the first dot of the name; "cls" for a class, also if a .json member holds it."""
     name: str
     offset: int
     """Offset of the content in the tar in bytes."""
@@ -60,7 +63,7 @@ class Part(NamedTuple):
 def read_parts(
     tar: tarfile.TarFile, members: Iterable[tarfile.TarInfo], extension: str | None, left_out: list[tuple[str, str]]
 ) -> Iterator[Part]:
-    """Yield the images and classes in a seekable tar.
+    """Yield the images and classes in a seekable tar: members <key>.cls, and numbers named "label" in <key>.json.
 
     Args:
         members: the members of `tar`, in order.
@@ -71,19 +74,35 @@ def read_parts(
         folder, _, base = member.name.removeprefix("./").rpartition("/")
         stem, _, suffix = base.partition(".")  # WebDataset keys end at the first dot
         suffix = sys.intern(suffix.lower())
-        if not stem or member.isdir() or not (suffix in ("cls", extension) or is_image(member.name)):
+        if not stem or member.isdir() or not (suffix in ("cls", "json", extension) or is_image(member.name)):
             continue
         text = ""
-        if fault := member_fault(member):
+        if suffix == "json" != extension:
+            if (label := _json_label(tar, member)) is None:
+                continue
+            suffix, text = "cls", str(label)
+        elif fault := member_fault(member):
             left_out.append(fault)
             continue
-        if suffix == "cls":
+        elif suffix == "cls":
             if member.size > LONGEST_NAME:
                 left_out.append((member.name, f"a class of more than {LONGEST_NAME} bytes"))
                 continue
             text = tar.extractfile(member).read().decode(errors="replace").strip()
         key = clean_key(f"{folder}/{stem}" if folder else stem)
         yield Part(key, suffix, member.name, member.offset_data, member.size, text)
+
+
+def _json_label(tar: tarfile.TarFile, member: tarfile.TarInfo) -> int | None:
+    """Class number in a .json member; None if it has none."""
+    if member_fault(member) or member.size > LONGEST_JSON:
+        return None
+    try:
+        content = json.loads(tar.extractfile(member).read())
+    except (ValueError, RecursionError):  # the second for deeply nested brackets
+        return None
+    label = content.get("label") if isinstance(content, dict) else None
+    return label if type(label) is int else None
 
 
 def paired(
@@ -128,6 +147,7 @@ def paired(
                 left_out.append((part.name, "a second image of this name, of which the first is used"))
             else:
                 image = part
+        classes = [part for part in classes if not part.name.lower().endswith(".json")] or classes
         if not image:
             orphans.setdefault(key, []).extend(classes)
             continue

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..common import UserError
 from .cache import ShardCache
-from .dataset import ShardSet, label_fault, list_tars, open_shards, split_roots
+from .dataset import ShardSet, folder_and_tars, label_fault, list_tars, open_shards, split_roots
 from .format import ROWS, index_name
 from .remote import filesystem
 
@@ -56,7 +56,7 @@ def verify_shards(root: str, cache: ShardCache | None = None) -> list[str]:
     """
     cache = cache or ShardCache()
     shards = open_shards(root, cache)
-    fs, path = filesystem(root, cache.retry_policy)
+    fs, path = filesystem(shards.root, cache.retry_policy)
     index_fs, folder = filesystem(shards.index_root)
     problems = []
     for number, shard in enumerate(shards.manifest["shards"]):
@@ -72,7 +72,7 @@ def verify_shards(root: str, cache: ShardCache | None = None) -> list[str]:
     known = {shard["file"] for shard in shards.manifest["shards"]}
     problems += [
         f"{path}/{name} is not in dataset.json; move it away or run `python -m pipeline.shards index`."
-        for name in list_tars(fs, path, cache.retry_policy)
+        for name in list_tars(fs, path, cache.retry_policy, folder_and_tars(root)[1])
         if name not in known
     ]
     return problems

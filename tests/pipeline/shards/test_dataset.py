@@ -276,7 +276,7 @@ def test_interrupting_shows_no_traceback(original, monkeypatch, command):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    for name in ("verify.open_shards", "__main__.index_shards"):
+    for name in ("verify.open_shards", "index.index_shards"):
         monkeypatch.setattr(f"pipeline.shards.{name}", interrupted)
     monkeypatch.setattr("sys.argv", ["shards", command, str(original)])
     with pytest.raises(SystemExit) as error:
