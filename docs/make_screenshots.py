@@ -15,9 +15,9 @@ DOCS = Path(__file__).parent
 DESKTOP = {"viewport": {"width": 1280, "height": 1000}}
 PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "is_mobile": True, "has_touch": True}
 PICTURES = {  # name: (window, selector of what is at its top)
-    "desktop": (DESKTOP | {"color_scheme": "light"}, "body"),
-    "phone": (PHONE | {"color_scheme": "light"}, "body"),
-    "dark": (DESKTOP | {"color_scheme": "dark"}, "[data-map]"),
+    "desktop": (DESKTOP | {"color_scheme": "light"}, "html"),
+    "phone": (PHONE | {"color_scheme": "light"}, "html"),
+    "dark": (DESKTOP | {"color_scheme": "dark"}, "#map-0"),
 }
 
 

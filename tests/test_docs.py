@@ -261,32 +261,38 @@ def test_the_long_steps_of_the_quickstart_work(checkout):
 STAND_INS = {"RUN": "runs/photos", "runs/cifar": "runs/photos", "SHARDS": "shards", "FOLDER_OR_URL": "shards/train"}
 STAND_INS |= {"200": "30"}  # neighbors, of 40 images
 FASTER = {"linear": ["--max-iterations", "10"]}
-COMMANDS = [
-    (block.place, command)
+
+
+def on_stand_ins(command: str) -> tuple[str, ...]:
+    """Program and arguments of a command, on what the quickstart made."""
+    name, arguments = program(command)
+    return name, *(STAND_INS.get(word, word) for word in arguments), *FASTER.get(arguments[0], ())
+
+
+COMMANDS = {  # each once
+    on_stand_ins(command): block.place
     for block in ALL
     if block.language in SHELL and not block.needs and not block.place.startswith(QUICKSTART.name)
     for command in block.commands()
     if command.startswith("python ")
     and program(command)[0] in EXECUTED
     and "evaluate.py report" not in command  # every run of the quickstart ends with one; see test_report.py
-]
+}
 
 
-@pytest.mark.parametrize("command", [pytest.param(command, id=f"{place} {command}") for place, command in COMMANDS])
-def test_commands_on_runs_and_shards_work(command, quickstart, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("words", [pytest.param(words, id=" ".join((at, *words))) for words, at in COMMANDS.items()])
+def test_commands_on_runs_and_shards_work(words, quickstart, tmp_path, monkeypatch, capsys):
     """In this process and in a folder with runs and shards of the quickstart."""
-    name, arguments = program(command)
-    arguments = [STAND_INS.get(word, word) for word in arguments] + FASTER.get(arguments[0], [])
     for shared in ("runs", "shards"):
         shutil.copytree(quickstart[0] / shared, tmp_path / shared)
-    if name == "evaluate.py" and "encoder.safetensors" in arguments:
+    if words[0] == "evaluate.py" and "encoder.safetensors" in words:
         (tmp_path / "encoder.safetensors").symlink_to("runs/photos/encoder.safetensors")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("STREAMCLR_CACHE", str(quickstart[0] / ".cache"))
-    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    monkeypatch.setattr(sys, "argv", list(words))
     threads = torch.get_num_threads()
     try:
-        importlib.import_module(EXECUTED[name]).main()
+        importlib.import_module(EXECUTED[words[0]]).main()
     except SystemExit as stopped:
         assert not stopped.code, stopped.code
     finally:
