@@ -144,7 +144,10 @@ def is_read(command: str) -> bool:
         assert re.search(rf"^{arguments[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), command
         return False
     module = name.removesuffix(".py").replace("/", ".")
-    if module.startswith("bench.") and "parse_args" in (ROOT / module.replace(".", "/")).with_suffix(".py").read_text():
+    if module.startswith("bench."):
+        module += ".__main__" if (ROOT / module.replace(".", "/")).is_dir() else ""
+        if "parse_args" not in (ROOT / module.replace(".", "/")).with_suffix(".py").read_text():
+            return False
         read_with_argparse(module, arguments)
     elif name in PARSERS:
         with contextlib.suppress(SystemExit) if "--help" in arguments else contextlib.nullcontext():
