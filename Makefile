@@ -1,11 +1,13 @@
 # make demo   train on the built-in textures and show what SimCLR learned
 # make demo-v2   and fine-tune on few labels, and distil
 # make test   the fast tests; make soak: the long ones; make lint: ruff; make bench: loss, views and step against their peers
+# make gpu    checks and measurements on an NVIDIA GPU, with the packages of $(GPU_PYTHON)
 # make docs   the documentation as a site in site/
 PYTHON ?= python3
+GPU_PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-v2 test browser soak bench lint docs clean
+.PHONY: demo demo-v2 test browser soak bench gpu lint docs clean
 
 # the launcher's defaults, spelled out: without them it prints a warning
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
@@ -33,6 +35,9 @@ bench: .venv/installed
 	$(BIN)/python bench/loss_kernel.py
 	$(BIN)/python bench/pipeline.py
 	$(BIN)/python -m bench.train_step
+
+gpu:  # not .venv: a machine with a GPU often has its own build of torch
+	$(GPU_PYTHON) -m bench.gpu all; status=$$?; $(GPU_PYTHON) -m bench.gpu.tables; exit $$status
 
 lint: .venv/installed
 	$(BIN)/ruff check .

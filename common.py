@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["UserError", "available_cores", "check_range", "file_sha256", "progress_bar", "replacing", "save_tensors"]
-
 
 class UserError(Exception):
     """An error that the user can fix: one sentence with cause and remedy, shown without a traceback."""

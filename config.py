@@ -23,6 +23,8 @@ class StageConfig(LoopConfig):
 
     preset: str = "textures"
     """Settings to start from; an unknown name prints the list. textures needs no data."""
+    config: str = field(default="", metadata=MAY_CHANGE)
+    """Run folder, or its config.json, whose options to use in place of a preset's, except --out and --resume."""
     data: str = field(default="", metadata=MAY_CHANGE)
     """Shards: folder or URL with train/ (and test/ or val/), or one shard set; the textures preset renders its own."""
     loader: LoaderConfig = field(default_factory=LoaderConfig, metadata=MAY_CHANGE)

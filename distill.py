@@ -43,7 +43,7 @@ from report import report_run
 def distill(config: DistillConfig, instruments: Instruments | None = None) -> None:
     """Train a student; write model.safetensors and encoder.safetensors into the run folder."""
     session = Session(config.precision, config.seed, config.compile)
-    session.open_run(config.out, config.resume, name=f"distill-{config.preset}")
+    session.open_run(config.out, config.resume, name=f"distill-{config.preset}", dry_run=config.dry_run)
     config = config.for_ranks(session.world_size)
 
     # Teacher: frozen and in evaluation mode, on the images it was trained on.
@@ -55,7 +55,7 @@ def distill(config: DistillConfig, instruments: Instruments | None = None) -> No
 
     # Data: all images -> one augmented view each, and which of their labels may be used.
     train, test = open_data(config.data, config.loader)
-    reading = {"device": session.device, "bad_samples_file": session.out / "bad_samples.jsonl"}
+    reading = {"device": session.device, "dtype": session.dtype, "bad_samples_file": session.out / "bad_samples.jsonl"}
     loader = ViewLoader(
         train,
         config.views,
@@ -77,7 +77,7 @@ def distill(config: DistillConfig, instruments: Instruments | None = None) -> No
 
     # Student
     student, spec = start_classifier(config.start, config.encoder, config.views.size, len(classes))
-    student = session.to_device(synchronize_batchnorm(student, session.device))
+    student = session.to_device(synchronize_batchnorm(student))
     model = session.distribute(student)
 
     # Optimization
@@ -104,7 +104,7 @@ def distill(config: DistillConfig, instruments: Instruments | None = None) -> No
     ) as loop:
         if not len(tested):
             session.print("There is no labeled test split of the same classes next to the train split: no test scores.")
-        elif not loop.results:
+        elif not loop.results and not config.dry_run:
             loop.add_result("teacher", **evaluate_classifier(teacher, batches, tested, session))
         for batch in loop:  # views (B, 3, S, S), label (B,), index (B,)
             with session.autocast():

@@ -171,7 +171,8 @@ def evaluate(options: Knn | Linear | Embed) -> None:
         raise UserError(f"--k {max(k)} exceeds the {bank} labeled training images; use a smaller --k.")
     out = Path(options.out) if options.out else target.folder / "evaluation" / f"{name}.json"
     prepare_out(out)
-    reading = {"device": session.device, "bad_samples_file": out.with_suffix(".bad_samples.jsonl")}
+    reading = {"device": session.device, "dtype": session.dtype}
+    reading["bad_samples_file"] = out.with_suffix(".bad_samples.jsonl")
     # FeatureStore applies the limit on unreadable images, since a rank would apply it to its share
     unlimited = replace(options.loader, max_bad=1.0)
     batches = partial(center_crop_batches, augment=views, config=unlimited, batch_size=BATCH_SIZE, **reading)
@@ -179,7 +180,7 @@ def evaluate(options: Knn | Linear | Embed) -> None:
     # Record: what is evaluated and how; `made_from` is everything besides the images that determines the features.
     made_from = {"encoder_sha256": file_sha256(target.encoder), "precision": "bf16" if session.bf16 else "fp32"}
     made_from |= {"size": views.size, "mean": views.mean, "std": views.std, "device": session.device.type}
-    backend = choose_backend(options.loader.backend, session.device)
+    backend = choose_backend(options.loader.backend, session.device, views.size, options.loader.threads).name
     decoder = import_module({"opencv": "cv2", "dali": "nvidia.dali", "kornia": "kornia"}[backend])
     made_from |= {"backend": backend, decoder.__name__: decoder.__version__, "torch": torch.__version__}
     made_from |= {"timm": timm.__version__, "code_sha256": code_checksum(pipeline, model)}

@@ -34,7 +34,7 @@ from report import report_run
 def finetune(config: FinetuneConfig, instruments: Instruments | None = None) -> None:
     """Train a classifier; write model.safetensors and encoder.safetensors into the run folder."""
     session = Session(config.precision, config.seed, config.compile)
-    session.open_run(config.out, config.resume, name=f"finetune-{config.preset}")
+    session.open_run(config.out, config.resume, name=f"finetune-{config.preset}", dry_run=config.dry_run)
     config = config.for_ranks(session.world_size)
 
     # Data: labeled images -> one augmented view each.
@@ -43,7 +43,7 @@ def finetune(config: FinetuneConfig, instruments: Instruments | None = None) -> 
     if len(classes) < 2:
         raise UserError(f"Fine-tuning needs at least two classes, {train.root} has {len(classes)}; use another --data.")
     samples = labeled_subset(train, config.labels, config.seed)
-    reading = {"device": session.device, "bad_samples_file": session.out / "bad_samples.jsonl"}
+    reading = {"device": session.device, "dtype": session.dtype, "bad_samples_file": session.out / "bad_samples.jsonl"}
     loader = ViewLoader(
         train,
         config.views,
@@ -60,7 +60,7 @@ def finetune(config: FinetuneConfig, instruments: Instruments | None = None) -> 
 
     # Model: view -> h, or a layer of the projection head -> logits.
     classifier, spec = start_classifier(config.start, config.encoder, config.views.size, len(classes))
-    classifier = session.to_device(synchronize_batchnorm(classifier, session.device))
+    classifier = session.to_device(synchronize_batchnorm(classifier))
     model = session.distribute(classifier)
 
     # Optimization

@@ -8,18 +8,17 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-import tyro
-
 from common import UserError
 
 
-def parse_options(default: Any, arguments: list[str], prog: str) -> Any:
+def parse_options(default: Any, arguments: list[str], prog: str, description: str = "") -> Any:
     """`tyro.cli` with one sentence per error in place of its boxes.
 
     Args:
         default: dataclass instance with the values of options that are not set.
         arguments: what follows the name of the program.
         prog: name of the program, and of its command if it has several.
+        description: first lines of --help; the docstring of the type of `default` if empty.
 
     Returns:
         An instance of the type of `default`.
@@ -27,6 +26,8 @@ def parse_options(default: Any, arguments: list[str], prog: str) -> Any:
     Raises:
         UserError: unknown option, missing value, or a value of another type or out of range.
     """
+    import tyro  # not at the top: configurations that are built in Python do not need it
+
     # tyro writes the negation of a nested switch as --eval.no-baselines; accept --no-eval.baselines as well
     arguments = [re.sub(r"^--no-([\w-]+)\.", r"--\1.no-", argument) for argument in arguments]
     printed = io.StringIO()
@@ -35,7 +36,7 @@ def parse_options(default: Any, arguments: list[str], prog: str) -> Any:
             options, unknown = tyro.cli(
                 type(default),
                 prog=prog,
-                description=type(default).__doc__,
+                description=description or type(default).__doc__,
                 default=default,
                 args=arguments,
                 return_unknown_args=True,
@@ -47,6 +48,8 @@ def parse_options(default: Any, arguments: list[str], prog: str) -> Any:
         parts = re.split("─{2,}|-{8,}", re.sub(r"\x1b\[[\d;]*m|[│╭╮╰╯]", "", printed.getvalue()))
         reason = " ".join("".join(parts[1:2] or parts).split())
         reason = (reason[:1].upper() + reason[1:]).replace(". Expected", "; expected").rstrip(".")
+        if choice := re.match(r"Invalid choice '(.*?)' .*expected one of \((.*)\)", reason):
+            reason += nearest(choice[1], re.findall(r"'(.*?)'", choice[2]))
         raise UserError(f"{reason}; see {prog} --help.") from None
     if unknown:
         option = unknown[0].split("=")[0]
@@ -65,6 +68,22 @@ def option_names(options: dict[str, Any], prefix: str = "") -> list[str]:
             options_of_field = [f"{prefix}{field}"] + ([f"{prefix}no_{field}"] if isinstance(value, bool) else [])
             names += ["--" + option.replace("_", "-") for option in options_of_field]
     return names
+
+
+def as_arguments(options: dict[str, Any], prefix: str = "") -> list[str]:
+    """Command line that sets every option of a configuration as `dataclasses.asdict` returns it."""
+    arguments = []
+    for field, value in options.items():
+        option = f"{prefix}{field}".replace("_", "-")
+        if isinstance(value, dict):
+            arguments += as_arguments(value, f"{prefix}{field}.")
+        elif isinstance(value, bool):
+            arguments.append(f"--{option}" if value else "--" + re.sub(r"([\w-]+)$", r"no-\1", option))
+        elif isinstance(value, list | tuple):
+            arguments += [f"--{option}", *map(str, value)]
+        else:
+            arguments.append(f"--{option}={value}")
+    return arguments
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import shutil
+import textwrap
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,12 @@ from engine.optim import OptimConfig
 from evaluation.evaluator import EvalConfig
 from loss import LossConfig
 from model import EncoderConfig, HeadConfig, StartConfig
-from options import nearest, parse_options
+from options import as_arguments, nearest, option_names, parse_options
 from pipeline.augment import AugmentConfig
 from pipeline.loader.subsets import LabelsConfig
 
+NOT_REUSED = {"out", "resume", "config", "timm_name", "timm_kwargs"}
+"""Entries of a config.json that belong to one run only, or are not options."""
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
@@ -200,7 +204,7 @@ DISTILL = {"textures": distill_textures, "v2": distill_v2}
 
 
 def parse(presets: dict[str, Callable[[], StageConfig]], arguments: list[str], prog: str) -> Any:
-    """Read a command line: the preset first, then the options that override it.
+    """Read a command line: the preset or the configuration of another run, then the options that override it.
 
     A stage that starts from another run sees the same images: that run's --data and --views.size, mean and std are the
     defaults.
@@ -216,11 +220,13 @@ def parse(presets: dict[str, Callable[[], StageConfig]], arguments: list[str], p
     Raises:
         UserError: unknown preset or option, or a value that is out of range.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for option, default in (("--preset", "textures"), ("--teacher", ""), ("--start.run", "")):
-        first.add_argument(option, default=default, nargs="?", const="")
-    chosen = vars(first.parse_known_args(arguments)[0])
-    name = chosen["preset"]
+    chosen = first_options(arguments)
+    if chosen["config"]:
+        if chosen["preset"] is not None:
+            raise UserError("--preset and --config both set every option; use one of them.")
+        arguments = [*config_arguments(Path(chosen["config"]), presets, prog), *arguments]
+        chosen = first_options(arguments)
+    name = "textures" if chosen["preset"] is None else chosen["preset"]
     if name not in presets:
         raise UserError(f"There is no preset {name!r}{nearest(name, presets)}; use one of {', '.join(presets)}.")
     default = presets[name]()
@@ -228,9 +234,53 @@ def parse(presets: dict[str, Callable[[], StageConfig]], arguments: list[str], p
     if before and not isinstance(default, PretrainConfig):
         data, views = images_of(Path(before))
         default = replace(default, data=data, views=replace(default.views, **views))
-    config = parse_options(default, arguments, prog)
+    config = parse_options(default, arguments, prog, f"{type(default).__doc__}\n\n{describe(presets)}")
     config.check_complete()
     return config
+
+
+def first_options(arguments: list[str]) -> dict[str, str | None]:
+    """Options that decide about the defaults of all others."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option, default in (("--preset", None), ("--config", ""), ("--teacher", ""), ("--start.run", "")):
+        first.add_argument(option, default=default, nargs="?", const="")
+    return vars(first.parse_known_args(arguments)[0])
+
+
+def config_arguments(path: Path, presets: dict[str, Callable[[], StageConfig]], prog: str) -> list[str]:
+    """Command line with the options of another run of the same stage.
+
+    Raises:
+        UserError: the file can't be read, or belongs to another stage or version.
+    """
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        record = json.loads(path.read_text())
+        stored = {name: value for name, value in record.items() if name not in NOT_REUSED}
+        if stored["preset"] not in presets:
+            raise KeyError("preset")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{path} is not the configuration of a run of {prog} ({error!r}); use another --config."
+        ) from error
+    known = set(option_names(asdict(presets[stored["preset"]]())))
+    if foreign := [name for name in option_names(stored) if name not in known]:
+        raise UserError(
+            f"{path} belongs to another script or version: {prog} has no option {foreign[0]}; use another --config."
+        )
+    return as_arguments(stored)
+
+
+def describe(presets: dict[str, Callable[[], StageConfig]]) -> str:
+    """Presets for --help, with what each is for, what it costs and what it reached."""
+    names: dict[str, list[str]] = {}
+    for name, preset in presets.items():
+        names.setdefault(getattr(preset, "func", preset).__doc__, []).append(name)
+    wrapped = textwrap.TextWrapper(
+        shutil.get_terminal_size().columns, initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False
+    )
+    lines = [wrapped.fill(f"{', '.join(each)}: {' '.join(doc.split())}") for doc, each in names.items()]
+    return "\n".join(["Presets:", *lines])
 
 
 def images_of(run: Path) -> tuple[str, dict[str, Any]]:

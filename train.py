@@ -46,7 +46,7 @@ from report import report_run
 def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> None:
     """Train an encoder and a projection head; write encoder.safetensors and head.safetensors into the run folder."""
     session = Session(config.precision, config.seed, config.compile)
-    session.open_run(config.out, config.resume, name=config.preset)
+    session.open_run(config.out, config.resume, name=config.preset, dry_run=config.dry_run)
     config = config.for_ranks(session.world_size)
     check_micro_batch(config.micro_batch, config.batch_size, session.world_size)
 
@@ -57,7 +57,7 @@ def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> 
 
     # Data: shards -> two augmented views of every image, on the device.
     train, test = open_data(config.data, config.loader)
-    reading = {"device": session.device, "bad_samples_file": session.out / "bad_samples.jsonl"}
+    reading = {"device": session.device, "dtype": session.dtype, "bad_samples_file": session.out / "bad_samples.jsonl"}
     loader = ViewLoader(
         train,
         config.views,
@@ -73,7 +73,7 @@ def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> 
     # Model: views -> h -> z, and a linear probe on detached h.
     head = projection_head(config.head, features)
     simclr = SimCLR(encoder, head, features, classes=len(train.classes))
-    simclr = session.to_device(synchronize_batchnorm(simclr, session.device))
+    simclr = session.to_device(synchronize_batchnorm(simclr))
     model = session.distribute(simclr)
 
     # Optimization: the probe has an optimizer of its own, so that the encoder's settings do not change the yardstick.
@@ -113,7 +113,7 @@ def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> 
     ) as loop:
         if evaluate is None:
             session.print("There is no labeled test split next to the train split, so there are no kNN scores.")
-        elif config.eval.baselines and loop.global_step == 0:
+        elif config.eval.baselines and loop.global_step == 0 and not config.dry_run:
             loop.add_result("raw pixels", **evaluate(raw_pixels))
             loop.add_result("untrained", **evaluate(forward_features))
 

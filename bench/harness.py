@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import math
 import platform
 import resource
 import statistics
@@ -16,6 +17,8 @@ from common import available_cores
 from engine.environment import device_name
 
 RESULTS = Path(__file__).parent / "results"
+TURN_S = 0.02
+"""Seconds of a turn on a GPU: launches of a few microseconds are hidden behind the kernels of earlier calls."""
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
@@ -33,31 +36,50 @@ def environment(device: torch.device) -> dict[str, str | int]:
 def interleave(functions: dict[str, Callable[[], object]], seconds: float, device: torch.device) -> dict[str, list]:
     """Time functions in turns, so that a slow moment of the machine affects all of them.
 
+    On a GPU a turn is as many calls as fill `TURN_S`, between two events: a single call that waits for the device would
+    measure launches and the wait.
+
     Args:
-        functions: name -> function to time; each is called once before, as a warm-up.
+        functions: name -> function to time; each is called before, as a warm-up.
         seconds: approximate total time; every function is timed at least three times.
         device: device that the functions use.
 
     Returns:
-        Name -> seconds of every call.
+        Name -> seconds per call of every turn.
     """
-
-    def finish() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
     for function in functions.values():
         function()
-    finish()
+    calls = {name: calls_per_turn(function, device) for name, function in functions.items()}
     times: dict[str, list[float]] = {name: [] for name in functions}
     started = time.perf_counter()
     while time.perf_counter() - started < seconds or len(next(iter(times.values()))) < 3:
         for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            finish()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(seconds_per_call(function, calls[name], device))
     return times
+
+
+def seconds_per_call(function: Callable[[], object], calls: int, device: torch.device) -> float:
+    """Mean seconds of `calls` calls in a row; on a GPU by events on the current stream."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        return (time.perf_counter() - start) / calls
+    torch.cuda.synchronize(device)
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    for _ in range(calls):
+        function()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1000 / calls
+
+
+def calls_per_turn(function: Callable[[], object], device: torch.device) -> int:
+    """Number of calls that fill `TURN_S` on a GPU, at most 1000; 1 on a CPU."""
+    if device.type != "cuda":
+        return 1
+    return min(1000, max(1, math.ceil(TURN_S / seconds_per_call(function, 1, device))))
 
 
 def peak_resident_mb() -> float:
@@ -85,10 +107,11 @@ def percentiles_ms(seconds: list[float]) -> dict[str, float]:
     }
 
 
-def write_rows(name: str, rows: list[dict]) -> Path:
-    """Write `rows` to bench/results/NAME.csv; columns missing in a row are empty."""
-    path = RESULTS / f"{name}.csv"
-    RESULTS.mkdir(exist_ok=True)
+def write_rows(name: str, rows: list[dict], folder: Path | None = None) -> Path:
+    """Write `rows` to NAME.csv in `folder`, bench/results by default; columns missing in a row are empty."""
+    folder = folder or RESULTS
+    path = folder / f"{name}.csv"
+    folder.mkdir(parents=True, exist_ok=True)
     columns = list(dict.fromkeys(column for row in rows for column in row))
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
@@ -97,7 +120,10 @@ def write_rows(name: str, rows: list[dict]) -> Path:
     return path
 
 
-def read_rows(name: str) -> list[dict[str, str]]:
-    """Rows of bench/results/NAME.csv."""
-    with (RESULTS / f"{name}.csv").open(newline="") as file:
+def read_rows(name: str, folder: Path | None = None) -> list[dict[str, str]]:
+    """Rows of NAME.csv in `folder`, bench/results by default; none if there is no such file."""
+    path = (folder or RESULTS) / f"{name}.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
         return list(csv.DictReader(file))

@@ -17,6 +17,14 @@ from loss import nt_xent
 Implementation = Callable[[Tensor, float], Tensor]
 
 
+def projections(m: int, d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Projections (M, D) like those of a trained model: views of the same sample have a cosine of about 0.93."""
+    random = torch.Generator().manual_seed(0)
+    sample = torch.randn(m // 2, d, generator=random)
+    views = [sample + 0.27 * torch.randn(m // 2, d, generator=random) for _ in range(2)]
+    return torch.cat(views).to(device, dtype)
+
+
 def dense(z: Tensor, temperature: float) -> Tensor:
     """Usual dense form: all similarities, self-pairs at -inf, cross-entropy with the column of the positive."""
     n = len(z) // 2

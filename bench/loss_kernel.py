@@ -8,11 +8,12 @@
 
 The floor of a shape is a time that no exact implementation on this device can beat by much: two GEMM units of 2 M M D
 flop (half a unit forward and one and a half backward, because S is symmetric) at the rate of a large square matrix
-product, and one exponential per pair and direction at the rate of `exp_`, both measured in the same run, in turn with
-the candidates.
+product, and one exponential per pair and direction at the rate of `bench.rates`, both measured in the same run, in turn
+with the candidates.
 """
 
 import argparse
+import statistics
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -26,8 +27,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.harness import environment, interleave, peak_resident_mb, percentiles_ms, read_rows, write_rows
-from bench.implementations import Implementation, implementations
-from bench.plot import plot_loss_kernel
+from bench.implementations import Implementation, implementations, projections
+from bench.rates import Work, exponentials, matrix_product
 from loss import nt_xent
 
 TEMPERATURE = 0.1
@@ -39,49 +40,21 @@ CUBIC_LIMIT = 512
 console = Console()
 
 
-def projections(m: int, d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Projections (M, D) like those of a trained model: views of the same sample have a cosine of about 0.93."""
-    random = torch.Generator().manual_seed(0)
-    sample = torch.randn(m // 2, d, generator=random)
-    views = [sample + 0.27 * torch.randn(m // 2, d, generator=random) for _ in range(2)]
-    return torch.cat(views).to(device, dtype)
-
-
 def forward_backward(implementation: Implementation, z: Tensor) -> Tensor:
     z = z.detach().requires_grad_()
     implementation(z, TEMPERATURE).backward()
     return z.grad
 
 
-def square_side(device: torch.device) -> int:
-    """Side of a square matrix product that runs at the device's best rate."""
-    return 2048 if device.type == "cpu" else 8192
+def floor_works(dtype: torch.dtype, device: torch.device) -> dict[str, Work]:
+    """Works whose rates determine the floor."""
+    return {"floor: matrix product": matrix_product(dtype, device), "floor: exponentials": exponentials(device)}
 
 
-def floor_functions(dtype: torch.dtype, device: torch.device) -> dict:
-    """Functions whose times determine the floor: a square matrix product, and exponentials of cached blocks."""
-    side = square_side(device)
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    out = torch.empty_like(a)
-    block = torch.randn(512, 1024, device=device)
-    powers = torch.empty_like(block)
-
-    def exponentials() -> None:
-        for _ in range(4):
-            torch.exp(block, out=powers)
-
-    return {"floor: matrix product": lambda: torch.mm(a, b, out=out), "floor: exponentials": exponentials}
-
-
-def floor_ms(times: dict[str, list[float]], m: int, d: int, device: torch.device) -> float:
-    """Floor of M rows of dimension D in ms, from the seconds of both `floor_functions`."""
-    flop_s = 2 * square_side(device) ** 3 / _median(times["floor: matrix product"])
-    exp_s = 4 * 512 * 1024 / _median(times["floor: exponentials"])
+def floor_ms(works: dict[str, Work], times: dict[str, list[float]], m: int, d: int) -> float:
+    """Floor of M rows of dimension D in ms, from the seconds of every turn of `works`."""
+    flop_s, exp_s = (work.amount / statistics.median_high(times[name]) for name, work in works.items())
     return 1000 * (2 * 2 * m * m * d / flop_s + m * m / exp_s)
-
-
-def _median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]
 
 
 def error_against_float64(implementation: Implementation, z: Tensor) -> float:
@@ -93,11 +66,11 @@ def error_against_float64(implementation: Implementation, z: Tensor) -> float:
 def peak_extra_mb(name: str, m: int, d: int, dtype: str, device: torch.device) -> float:
     """Peak memory of one forward and backward pass minus the memory in use before it, in MB."""
     if device.type == "cuda":
-        z = projections(m, d, getattr(torch, dtype), device)
-        forward_backward(implementations(device)[name], z)
+        z, implementation = projections(m, d, getattr(torch, dtype), device), implementations(device)[name]
+        forward_backward(implementation, z)  # compiles
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        forward_backward(implementations(device)[name], z)
+        forward_backward(implementation, z)
         return (torch.cuda.max_memory_allocated(device) - before) / 1e6
     # a separate process, because the peak of a process never decreases
     command = [sys.executable, __file__, "--memory-of", name, str(m), str(d), dtype]
@@ -127,8 +100,9 @@ def measure(m: int, d: int, dtype: str, device: torch.device, seconds: float, me
         and (m <= CUBIC_LIMIT or name != "pytorch-metric-learning")
     }
     calls = {name: lambda f=implementation: forward_backward(f, z) for name, implementation in chosen.items()}
-    times = interleave(calls | floor_functions(z.dtype, device), seconds, device)
-    floor = floor_ms(times, m, d, device)
+    works = floor_works(z.dtype, device)
+    times = interleave(calls | {name: work.call for name, work in works.items()}, seconds, device)
+    floor = floor_ms(works, times, m, d)
     rows = []
     for name, implementation in chosen.items():
         timing = percentiles_ms(times[name])
@@ -193,6 +167,8 @@ def main() -> None:
     rows.sort(key=lambda row: (row["dtype"], int(row["D"]) != 128, int(row["M"]), int(row["D"])))
     show(rows)
     if not arguments.quick:
+        from bench.plot import plot_loss_kernel
+
         console.print(f"written: {write_rows('loss_kernel', rows)} and {plot_loss_kernel()}")
     if device.type == "cpu":
         console.print("No GPU found: the Triton kernels were not timed; use --static to see what they compile to.")

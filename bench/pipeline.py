@@ -10,6 +10,9 @@ All candidates take turns, and a ratio is the median over the rounds, so a slow 
 sides. There are two kinds of shards: the original images, and the same images resized to a short side of 256. Backends
 and peers receive encoded images from memory and use the same number of threads or worker processes; `loader` is the
 whole path from the shards. The stages of each backend are timed separately, see `bench/stages.py`.
+
+On a GPU, the backends leave their views there, and Kornia and DALI augment there (DALI and nvJPEG also decode there);
+decoding alone and the peers stay on the host.
 """
 
 import argparse
@@ -35,7 +38,6 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.harness import environment, interleave, percentiles_ms, write_rows
-from bench.plot import plot_pipeline
 from bench.stages import Candidate, Prepared, dali_stages, kornia_stages, opencv_stages
 from common import UserError
 from pipeline.augment.backend import create_backend
@@ -46,7 +48,8 @@ from pipeline.shards.dataset import ShardSet, open_shards
 from pipeline.shards.reader import Reader
 
 BATCH = 32
-CPU = torch.device("cpu")
+GPU_BATCH = 256
+"""Images per call of Kornia and DALI on a GPU."""
 STAGES = {"dali": dali_stages, "kornia": kornia_stages}
 console = Console()
 
@@ -91,24 +94,26 @@ def make_shards(images: list[bytes], folder: Path) -> ShardSet:
     return open_shards(str(folder / "train"))
 
 
-def backends(data: Prepared, config: AugmentConfig) -> Iterator[Candidate]:
+def backends(data: Prepared, config: AugmentConfig, device: torch.device) -> Iterator[Candidate]:
     """Whole backends, with both kinds of jitter."""
-    for name, count in counts(data).items():
+    for name, count in counts(data, device).items():
+        size = BATCH if device.type == "cpu" or name == "opencv" else count
         for jitter in ("exact", "affine"):
-            backend = create_backend(name, replace(config, jitter=jitter), CPU, BATCH, 2, data.threads)
-            batches = list(data.batches(count, BATCH))
+            backend = create_backend(name, replace(config, jitter=jitter), device, size, 2, data.threads)
+            batches = list(data.batches(count, size))
             yield Candidate(name, "all", jitter, count, lambda b=backend, p=batches: [b(*batch) for batch in p])
 
 
-def counts(data: Prepared) -> dict[str, int]:
+def counts(data: Prepared, device: torch.device) -> dict[str, int]:
     """Number of images per call of each installed backend, depending on its speed."""
-    found = {"opencv": len(data.samples), "kornia": BATCH // 2}
-    if find_spec("nvidia") and find_spec("nvidia.dali"):
-        found["dali"] = min(2 * BATCH, len(data.samples))
-    return found
+    images = len(data.samples)
+    limits = {"kornia": BATCH // 2, "dali": 2 * BATCH} if device.type == "cpu" else dict.fromkeys(STAGES, GPU_BATCH)
+    dali = find_spec("nvidia") and find_spec("nvidia.dali")
+    installed = {"kornia": bool(find_spec("kornia")), "dali": bool(dali)}
+    return {"opencv": images} | {name: min(limits[name], images) for name, found in installed.items() if found}
 
 
-def loaders(data: Prepared, config: AugmentConfig) -> Iterator[Candidate]:
+def loaders(data: Prepared, config: AugmentConfig, device: torch.device) -> Iterator[Candidate]:
     """Whole path from files to batches with the OpenCV backend: one epoch, including the start of its threads."""
 
     def epoch(jitter: str) -> None:
@@ -118,7 +123,7 @@ def loaders(data: Prepared, config: AugmentConfig) -> Iterator[Candidate]:
             LoaderConfig(backend="opencv", workers=data.threads),
             batch_size=BATCH,
             seed=0,
-            device=CPU,
+            device=device,
             epochs=1,  # otherwise the next epoch would be prepared while others are timed
         )
         for _ in loader:
@@ -180,28 +185,30 @@ def peers(data: Prepared, config: AugmentConfig) -> Iterator[Candidate]:
         yield Candidate(name, "all", "exact", count, lambda it=loader: sum(1 for _ in it))
 
 
-def measure(shards: ShardSet, kind: str, config: AugmentConfig, threads: int, seconds: float) -> list[dict]:
+def measure(
+    shards: ShardSet, kind: str, config: AugmentConfig, threads: int, seconds: float, device: torch.device
+) -> list[dict]:
     """Time all candidates in turns; returns one row per candidate."""
     data = Prepared(shards, config, threads, BATCH)
     candidates = [
-        *opencv_stages(data, config),
+        *opencv_stages(data, config, device),
         *(
             stage
-            for name, count in counts(data).items()
+            for name, count in counts(data, device).items()
             if name != "opencv"
-            for stage in STAGES[name](data, config, count)
+            for stage in STAGES[name](data, config, count, device)
         ),
-        *backends(data, config),
-        *loaders(data, config),
+        *backends(data, config, device),
+        *loaders(data, config, device),
         *(others := list(peers(data, config))),
     ]
-    times = interleave({i: candidate.call for i, candidate in enumerate(candidates)}, seconds, CPU)
+    times = interleave({i: candidate.call for i, candidate in enumerate(candidates)}, seconds, device)
     per_image = [[t / c.images for t in times[i]] for i, c in enumerate(candidates)]
     floor = next(per_image[i] for i, c in enumerate(candidates) if c.stage == "decode")
     best = min((per_image[candidates.index(peer)] for peer in others), key=statistics.median)
     mean_kb = sum(map(len, data.encoded)) / len(data.encoded) / 1000
     return [
-        environment(CPU)
+        environment(device)
         | {"shards": kind, "mean_kb": round(mean_kb, 1), "workers": threads, "implementation": c.implementation}
         | {"jitter": c.jitter, "stage": c.stage, "images": c.images}
         | {"images_per_s": round(1 / statistics.median(per_image[i]), 1)}
@@ -231,32 +238,38 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=int, default=2, help="threads or worker processes of every candidate (default: 2)"
     )
+    available = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=available, choices=["cpu", "cuda"], help="device of the views")
     parser.add_argument("--data", help="folder or URL of a shard set, instead of rendered photographs")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)  # Kornia's
-    count, seconds = (BATCH, 0) if arguments.quick else (4 * BATCH, arguments.seconds)
+    device = torch.device(arguments.device)
+    largest = 4 * BATCH if device.type == "cpu" else GPU_BATCH
+    count, seconds = (BATCH, 0) if arguments.quick else (largest, arguments.seconds)
     try:
         with tempfile.TemporaryDirectory() as folder:
             if arguments.data:
-                shards = open_shards(arguments.data)
-                images = Reader(shards)(np.arange(min(count, len(shards))))
+                given = open_shards(arguments.data)
+                images = Reader(given)(np.arange(min(count, len(given))))
             else:
                 images = [photograph(number) for number in range(count)]
             rows = []
             for kind in ("original", "short side 256"):
                 console.print(f"{kind}: {len(images)} images ...")
                 kept = images if kind == "original" else [with_short_side(image, 256) for image in images]
-                rows += measure(
-                    make_shards(kept, Path(folder, kind)), kind, AugmentConfig(), arguments.threads, seconds
-                )
+                shards = make_shards(kept, Path(folder, kind))
+                rows += measure(shards, kind, AugmentConfig(), arguments.threads, seconds, device)
     except UserError as error:
         sys.exit(str(error))
     show(rows)
     if not arguments.quick:
+        from bench.plot import plot_pipeline
+
         console.print(f"written: {write_rows('pipeline', rows)} and {plot_pipeline()}")
     console.print(
-        "Not measured: any GPU; reading from a disk or object store (these reads come from the page cache); FFCV (it "
-        "has no hue jitter, grayscale or blur, so it does not support these views)."
+        "Not measured: reading from a disk or object store (these reads come from the page cache); FFCV (it has no hue "
+        "jitter, grayscale or blur, so it does not support these views)."
+        + (" No GPU was measured." if device.type == "cpu" else "")
         + ("" if find_spec("lightly") else " lightly is not installed.")
         + ("" if {"dali"} & {row["implementation"] for row in rows} else " DALI is not installed.")
     )

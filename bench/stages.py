@@ -2,7 +2,8 @@
 
 Each stage is the backend's own function, applied to the output of the previous one, with the same number of threads
 and on both views of the same images. Gains from combining stages (caches, one pass over memory) are not included: the
-sum of the stages is not the time of the whole.
+sum of the stages is not the time of the whole. Kornia and DALI run on the device of the benchmark; OpenCV's backend,
+reading and decoding stay on the host, and on a GPU its views are copied to it.
 """
 
 from collections.abc import Callable, Iterator
@@ -52,8 +53,8 @@ class Prepared:
             yield self.encoded[part], AugmentParams(**{name: v[:, part] for name, v in vars(self.params).items()})
 
 
-def opencv_stages(data: Prepared, config: AugmentConfig) -> Iterator[Candidate]:
-    """Stages of the OpenCV backend, and reading and decoding, which all backends share, for all images."""
+def opencv_stages(data: Prepared, config: AugmentConfig, device: torch.device) -> Iterator[Candidate]:
+    """Stages of the OpenCV backend, and reading and decoding, the common lower bound, for all images."""
     threads = ThreadPoolExecutor(data.threads)
     n, params, size = len(data.samples), data.params, config.size
     images = list(threads.map(decode, data.encoded))
@@ -78,14 +79,22 @@ def opencv_stages(data: Prepared, config: AugmentConfig) -> Iterator[Candidate]:
         ("normalize", "affine", lambda number, v, i: affine_normalize(resized[v, i], out[number])),
     ):
         yield Candidate("opencv", stage, jitter, n, every(work))
+    if device.type == "cuda":
+        pinned = torch.from_numpy(out).pin_memory()
+        yield Candidate("opencv", "copy", "", n, lambda: pinned.to(device, non_blocking=True))
 
 
-def kornia_stages(data: Prepared, config: AugmentConfig, count: int) -> Iterator[Candidate]:
-    """Stages of the Kornia backend, for one batch of `count` images; on a CPU it decodes like the OpenCV backend."""
+def kornia_stages(data: Prepared, config: AugmentConfig, count: int, device: torch.device) -> Iterator[Candidate]:
+    """Stages of the Kornia backend, for one batch of `count` images; on a CPU it decodes like the OpenCV backend.
+
+    Its decoder on a GPU is called "decode by nvJPEG", since "decode" is the common lower bound.
+    """
     from pipeline.augment import kornia
 
     ((encoded, params),) = data.batches(count, count)
-    images = [torch.from_numpy(decode(file)).permute(2, 0, 1) for file in encoded]
+    if device.type == "cuda":
+        yield Candidate("kornia", "decode by nvJPEG", "", count, lambda: kornia.decode_on_gpu(encoded, device))
+    images = [torch.from_numpy(decode(file)).to(device).permute(2, 0, 1) for file in encoded]
     resized = kornia.resized_crops(images, params, config.size)  # later stages work in place, on copies of it
     affine = replace(config, jitter="affine")
     for stage, jitter, work in (
@@ -98,61 +107,83 @@ def kornia_stages(data: Prepared, config: AugmentConfig, count: int) -> Iterator
         yield Candidate("kornia", stage, jitter, count, work)
 
 
-def dali_stages(data: Prepared, config: AugmentConfig, count: int) -> Iterator[Candidate]:
-    """Stages of the DALI backend on the CPU, for one batch of `count` images: one graph per stage.
+def dali_stages(data: Prepared, config: AugmentConfig, count: int, device: torch.device) -> Iterator[Candidate]:
+    """Stages of the DALI backend, for one batch of `count` images: one graph per stage, with its inputs on the device.
 
     Its decoder is called "decode by DALI", since "decode" is the common lower bound.
     """
-    from nvidia.dali import fn, pipeline_def, types
-
     from pipeline.augment import dali
 
     ((encoded, params),) = data.batches(count, count)
-    affine = replace(config, jitter="affine")
-
-    @pipeline_def(enable_conditionals=True, prefetch_queue_depth=1)
-    def graph(stage, config, kind):
-        outputs = []
-        for view in range(2):
-            x = fn.external_source(name=f"x_{view}", dtype=kind, ndim=3, layout="HWC", no_copy=True)
-            outputs.append(stage(x, config, view))
-        return tuple(outputs)
-
-    @pipeline_def(enable_conditionals=True, prefetch_queue_depth=1)
-    def decoding():
-        return dali.decoded(False)
-
-    def color(x, config, view):
-        return dali.colored(x, config, False, view)
-
-    def candidate(stage: str, jitter: str, pipeline, inputs: dict) -> Candidate:
-        pipeline.build()
-        return Candidate("dali", stage, jitter, count, lambda: pipeline.run(**inputs))
-
-    files = {"encoded": [np.frombuffer(file, np.uint8) for file in encoded]}
+    gpu = device.type == "cuda"
     images = [decode(file) for file in encoded]
     views = [[opencv.resized_crop(image, params, v, i, config.size) for i, image in enumerate(images)] for v in (0, 1)]
     views = [[view.astype(np.float32) for view in batch] for batch in views]
-    options = {"batch_size": count, "num_threads": data.threads, "device_id": None}
+    if gpu:
+        images = [torch.from_numpy(image).to(device) for image in images]
+        views = [[torch.from_numpy(view).to(device) for view in batch] for batch in views]
     exact_inputs, affine_inputs = (dali.graph_inputs(params, jitter) for jitter in ("exact", "affine"))
-    geometry, blur, normalize = ("corner", "extent"), ("sigma",), ("flip",)
-    others = (*geometry, *blur, *normalize)
+    crop, blur, flip = ("corner", "extent"), ("sigma",), ("flip",)
 
     def select(inputs: dict, names: tuple[str, ...]) -> dict:
         return {key: value for key, value in inputs.items() if key[:-2] in names}  # key: name_view
 
     def colors(inputs: dict) -> dict:
-        return {key: value for key, value in inputs.items() if key[:-2] not in others}
+        return {key: value for key, value in inputs.items() if key[:-2] not in (*crop, *blur, *flip)}
 
-    yield candidate("decode by DALI", "", decoding(**options), files)
-    x = {"x_0": images, "x_1": images}
-    crop = graph(dali.resized_crop, config, types.UINT8, **options)
-    yield candidate("geometry", "", crop, x | select(exact_inputs, geometry))
     x = {"x_0": views[0], "x_1": views[1]}
-    for stage, jitter, work, how, inputs in (
-        ("color", "exact", color, config, colors(exact_inputs)),
-        ("color", "affine", color, affine, colors(affine_inputs)),
-        ("blur", "", dali.blurred, config, select(exact_inputs, blur)),
-        ("normalize", "", dali.normalized, config, select(exact_inputs, normalize)),
-    ):
-        yield candidate(stage, jitter, graph(work, how, types.FLOAT, **options), x | inputs)
+    inputs = {
+        ("decode by DALI", ""): {"encoded": [np.frombuffer(file, np.uint8) for file in encoded]},
+        ("geometry", ""): {"x_0": images, "x_1": images} | select(exact_inputs, crop),
+        ("color", "exact"): x | colors(exact_inputs),
+        ("color", "affine"): x | colors(affine_inputs),
+        ("blur", ""): x | select(exact_inputs, blur),
+        ("normalize", ""): x | select(exact_inputs, flip),
+    }
+    options = {
+        "batch_size": count,
+        "num_threads": data.threads,
+        "device_id": torch.cuda.current_device() if gpu else None,
+    }
+    for (stage, jitter), pipeline in dali_graphs(config, gpu, options).items():
+        pipeline.build()
+
+        def call(pipeline=pipeline, given=inputs[stage, jitter]) -> object:
+            return pipeline.run(torch.cuda.current_stream(device) if gpu else None, **given)
+
+        yield Candidate("dali", stage, jitter, count, call)
+
+
+def dali_graphs(config: AugmentConfig, gpu: bool, options: dict) -> dict[tuple[str, str], object]:
+    """(stage, jitter) -> DALI pipeline, not built yet; images of both views enter as x_0 and x_1.
+
+    `options` are the batch size, number of threads and device of every pipeline.
+    """
+    from nvidia.dali import fn, pipeline_def, types
+
+    from pipeline.augment import dali
+
+    @pipeline_def(enable_conditionals=True, prefetch_queue_depth=1)
+    def graph(stage, config, kind):
+        outputs = []
+        for view in range(2):
+            place = "gpu" if gpu else "cpu"
+            x = fn.external_source(name=f"x_{view}", dtype=kind, ndim=3, layout="HWC", no_copy=True, device=place)
+            outputs.append(stage(x, config, view))
+        return tuple(outputs)
+
+    @pipeline_def(enable_conditionals=True, prefetch_queue_depth=1)
+    def decoding():
+        return dali.decoded(gpu)
+
+    def color(x, config, view):
+        return dali.colored(x, config, gpu, view)
+
+    return {
+        ("decode by DALI", ""): decoding(**options),
+        ("geometry", ""): graph(dali.resized_crop, config, types.UINT8, **options),
+        ("color", "exact"): graph(color, replace(config, jitter="exact"), types.FLOAT, **options),
+        ("color", "affine"): graph(color, replace(config, jitter="affine"), types.FLOAT, **options),
+        ("blur", ""): graph(dali.blurred, config, types.FLOAT, **options),
+        ("normalize", ""): graph(dali.normalized, config, types.FLOAT, **options),
+    }

@@ -33,7 +33,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.harness import RESULTS, environment, read_rows, write_rows
+from bench.harness import environment, read_rows, write_rows
 from bench.pipeline import encode, photograph
 from bench.trainers import PARTS, Turn
 from common import available_cores
@@ -94,6 +94,8 @@ SETTINGS = {
     "imagenet": Setting(["--preset", "imagenet"], 16, one_of_many_photographs, warm=2, steps=4),
 }
 """The presets, with batches that take a CPU a second or a few; they differ in the cost of data and of the step."""
+GPU_BATCHES = {"textures": 128, "cifar10": 512, "stl10": 256, "imagenet": 256}
+"""Batches that occupy one GPU."""
 MEMORY = Setting(["--preset", "cifar10", "--loader.prefetch", "1"], 4096, texture, warm=1, steps=1)
 SLICES = ((4096, 64), (128, 0))
 """(batch size, --micro-batch)."""
@@ -237,13 +239,14 @@ def main() -> None:
             rows += measure_memory(device)
             continue
         setting = SETTINGS[name]
+        if device.type == "cuda":
+            setting = replace(setting, batch=GPU_BATCHES[name], warm=10, steps=30)
         if arguments.quick:
             setting = replace(setting, warm=1, steps=2)
         rows += measure(name, setting, 0 if arguments.quick else arguments.seconds, device)
     show(rows)
     if not arguments.quick:
-        kept = read_rows("train_step") if (RESULTS / "train_step.csv").exists() else []
-        rows += [row for row in kept if row["setting"] not in chosen]
+        rows += [row for row in read_rows("train_step") if row["setting"] not in chosen]
         rows.sort(key=lambda row: everything.index(row["setting"]))
         console.print(f"written: {write_rows('train_step', rows)}")
     if not find_spec("lightly"):

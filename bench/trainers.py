@@ -118,6 +118,26 @@ class LoopMarks(Instruments):
         return self.mark.batches(self.supply(loader))
 
 
+def supplied(batches: Iterable, source: str, warm: int, steps: int, device: torch.device) -> Iterator:
+    """Yield the first `warm` + `steps` batches, or the first one repeated if the source is "same batch".
+
+    A repeated batch is on the device. The peak of a GPU's memory starts after the warm-up, in which cuDNN tries
+    algorithms that it then does not use.
+    """
+    batches = repeat(_on_device(next(iter(batches)), device)) if source == "same batch" else batches
+    for step, batch in enumerate(islice(batches, warm + steps)):
+        if step == warm and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        yield batch
+
+
+def _on_device(batch: object, device: torch.device) -> object:
+    """A DataLoader's batch on the device; batches of `ViewLoader` are already there."""
+    if isinstance(batch, list):
+        return [_on_device(part, device) for part in batch]
+    return batch.to(device) if isinstance(batch, Tensor) else batch
+
+
 def train_peer(turn: Turn, config: PretrainConfig, marks: Marks, supply: Callable[[Iterable], Iterator]) -> float:
     """Run lightly's example loop or a plain one on torch's default number of threads; returns the last loss."""
     device, views = marks.device, config.views
@@ -210,8 +230,7 @@ def take_turn(turn: Turn, out: Path) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def supply(batches: Iterable) -> Iterator:
-        batches = repeat(next(iter(batches))) if turn.source == "same batch" else batches
-        return islice(batches, turn.warm + turn.steps)
+        return supplied(batches, turn.source, turn.warm, turn.steps, device)
 
     marks = Marks(device)
     loss = (train_ours if turn.trainer == "ours" else train_peer)(turn, config, marks, supply)

@@ -13,6 +13,8 @@ A stage keeps its forward pass and its loss visible and leaves everything else t
 
 import json
 import math
+import shlex
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -28,6 +30,7 @@ from torch.optim import Optimizer
 from . import checkpoint, run_lock
 from .checkpoint import MAY_CHANGE, CheckpointConfig, Checkpoints, StopSignal
 from .common import UserError, check_range, progress_bar, replacing
+from .dry_run import DryRun
 from .environment import environment
 from .metrics import RunningMeans, StepTimer, communication_s, divide_pairs, verdict
 from .nonfinite import CollapseWatch, NonFiniteGuard
@@ -35,7 +38,8 @@ from .optim import OptimConfig
 from .run_folder import start_run
 from .session import Session
 
-PROGRESS = "loss {task.fields[loss]:.3f}  {task.fields[images_per_s]:,.0f} images/s  wait {task.fields[wait]:.0%}"
+PROGRESS = "epoch {task.fields[epoch]}  loss {task.fields[loss]:.3f}{task.fields[scores]}  "
+PROGRESS += "{task.fields[images_per_s]:,.0f} images/s"
 MANY = 10**9
 """Upper bound of counts: larger than any that makes sense, small enough for every library it reaches."""
 
@@ -55,13 +59,15 @@ class LoopConfig:
     seed: int = 0
     """Seed of initial weights, sample order and views."""
     precision: Literal["auto", "bf16", "fp32"] = field(default="auto", metadata=MAY_CHANGE)
-    """Precision of the networks. auto: bf16 where the hardware multiplies in it."""
+    """Precision of the networks. auto: bf16 where the hardware multiplies in it. fp32 excludes TF32."""
     compile: bool = False
     """Compile the networks with torch.compile; the first steps then take minutes."""
     max_skipped: int = field(default=5, metadata=MAY_CHANGE)
     """Consecutive steps that may be skipped because of a non-finite gradient before the run stops."""
     log_every: int = field(default=10, metadata=MAY_CHANGE)
     """Steps between rows of metrics.jsonl."""
+    dry_run: bool = field(default=False, metadata=MAY_CHANGE)
+    """Print the configuration, the number of parameters, and memory and time measured on a few steps, and stop."""
     report: bool = field(default=True, metadata=MAY_CHANGE)
     """Write report.html into the run folder at the end."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -84,7 +90,7 @@ class Instruments(Protocol):
         """Note that a part of the step starts: "forward", "loss", "backward", "optimizer" or "other"."""
 
     def batches(self, loader: Iterable) -> Iterable:
-        """Return the batches of one epoch, all of the loader's or others."""
+        """Return the batches of one epoch: all of the loader's, or others such as one batch repeated."""
 
 
 class TrainingLoop:
@@ -138,6 +144,7 @@ class TrainingLoop:
         self.guard = NonFiniteGuard(self.module, optimizers, session.device)
         self.means, self.timer, self.collapse = RunningMeans(), StepTimer(), CollapseWatch(collapse_loss)
         self.total_steps = config.epochs * len(loader)
+        self.dry_run = DryRun(self.module, session.device, len(loader), config.epochs) if config.dry_run else None
         self.global_step, self.results, self.replaced_images = 0, {}, 0
         self.validation_due = self.save_due = self.stopping = self.stopped = False
         self.saved_at_s = time.monotonic()
@@ -153,7 +160,7 @@ class TrainingLoop:
             session.barrier()  # the run folder exists before any rank writes into it
             self._announce()
             self.signal = contexts.enter_context(StopSignal())
-            values = {"loss": math.nan, "images_per_s": 0, "wait": 0}
+            values = {"epoch": 0, "loss": math.nan, "images_per_s": 0, "scores": ""}
             bar = progress_bar(self.total_steps, fields=PROGRESS, shown=session.is_main, **values)
             self.update_progress = contexts.enter_context(bar)
             if self.instruments:
@@ -175,10 +182,15 @@ class TrainingLoop:
                 self._before_forward()
                 yield batch
                 epoch_ends = self.global_step % len(self.loader) == 0
-                if epoch_ends or self.save_due or self.stopping:
+                if (epoch_ends or self.save_due or self.stopping) and not self.dry_run:
                     self._save()
                 if self.stopping:
                     break
+        if self.dry_run:
+            self.stopped = True
+            self.session.print_json(asdict(self.config))
+            self.session.print(self.dry_run.table(self.config.batch_size))
+            return
         self.stopped = self.stopping and self.global_step < self.total_steps
         if not self.stopped and not self.guard.weights_are_finite():  # overflow in one of the last --max-skipped steps
             raise UserError(
@@ -186,10 +198,8 @@ class TrainingLoop:
                 "longer --optim.warmup-epochs or --precision fp32, and a new --out."
             )
         if self.stopped:
-            resume = "" if self.config.resume == "auto" else " --resume auto"
-            self.session.print(
-                f"Stopped after step {self.global_step} of {self.total_steps}; run the same command with "
-                f"--out {self.session.out}{resume} to continue."
+            self.session.log(
+                f"Stopped after step {self.global_step} of {self.total_steps}; continue with: {self._command()}"
             )
 
     def _before_forward(self) -> None:
@@ -209,6 +219,8 @@ class TrainingLoop:
 
     def step(self, **metrics: Tensor | tuple[Tensor, Tensor]) -> None:
         """Take the optimizer step, unless the gradient is not finite, and write a metrics row every `log_every` steps.
+
+        Between rows the host does not wait for the device, neither here nor in `backward`.
 
         Args:
             metrics: scalars () on the device, `loss` among them, or pairs of scalars to be divided, see `RunningMeans`;
@@ -232,7 +244,9 @@ class TrainingLoop:
         self.stopping = self.signal.received and self.session.world_size == 1  # several ranks agree in `_write_row`
         if step % config.log_every == 0 or step == self.total_steps or validates:
             self._write_row()
-        if self.stopping and self.validation_due:
+        if self.dry_run:
+            self.stopping, self.validation_due = self.dry_run.step(), False
+        elif self.stopping and self.validation_due:
             self._save()  # whoever asked to stop may not wait for the validation
 
     def _write_row(self) -> None:
@@ -253,11 +267,10 @@ class TrainingLoop:
         self.row |= {"replaced_images": self.replaced_images, "skipped_steps": skipped["skipped"]}
         if session.is_main:
             self.metrics.write(**self.row)
-            wait = self.row["data_wait_ms"] / self.row["step_ms"]
-            shown = {"loss": self.row["loss"], "images_per_s": self.row["images_per_s"], "wait": wait}
+            shown = {name: self.row[name] for name in ("epoch", "loss", "images_per_s")}
             self.update_progress(completed=self.global_step, **shown)
         if self.collapse.collapsed(self.global_step, self.row["loss"]):
-            session.print(
+            session.log(
                 f"The loss stays at {self.row['loss']:.4f}, its value when the network maps all images to the same "
                 "output (collapse); lower --optim.lr or raise --optim.warmup-epochs."
             )
@@ -266,8 +279,9 @@ class TrainingLoop:
         """Write the scores of a validation to metrics.jsonl and print them."""
         if self.session.is_main:
             self.metrics.write(step=self.global_step, epoch=self.epoch, **scores)
-        shown = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
-        self.session.print(f"epoch {self.epoch}: loss {self.row['loss']:.3f}, {shown}")
+        shown = [f"{name.removesuffix('_top1')} {score:.3f}" for name, score in scores.items()]
+        self.update_progress(scores="".join(f"  {score}" for score in shown))
+        self.session.log(f"epoch {self.epoch}: loss {self.row['loss']:.3f}, {', '.join(shown)}")
         self.timer.pause()  # validation is not part of the training speed
 
     def finish(self, table: Any = None) -> None:
@@ -313,6 +327,17 @@ class TrainingLoop:
             summary["sentences"] += [speed, verdict(waiting, communicating, faster)]
             summary |= {"images_per_s": images_per_s, "data_wait_share": waiting, "train_s": timer.total_s}
         return summary
+
+    def _command(self) -> str:
+        """The command that continues this run."""
+        arguments = sys.argv[:]
+        for option in ("--out", "--resume"):
+            while option in arguments:
+                at = arguments.index(option)
+                del arguments[at : at + 2]
+            arguments = [argument for argument in arguments if not argument.startswith(f"{option}=")]
+        launcher = ["accelerate", "launch"] + [f"--num_processes={n}" for n in [self.session.world_size] if n > 1]
+        return shlex.join([*launcher, *arguments, "--out", str(self.session.out)])
 
     def _announce(self) -> None:
         """Print what the run is about to do."""

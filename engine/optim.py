@@ -10,6 +10,9 @@ from torch.optim import Optimizer
 
 from .common import UserError, check_range
 
+ROW = 1024
+"""Elements of a row of LARS's scratch memory."""
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -73,6 +76,7 @@ class LARS(Optimizer):
             "adapt": True,
         }
         super().__init__(params, defaults)
+        self.scratch: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -85,18 +89,18 @@ class LARS(Optimizer):
             weights = [w for w in group["params"] if w.grad is not None]
             if not weights:
                 continue
-            buffers = []  # the kernel accepts none if momentum is 0
+            buffers = []  # as the kernel requires if momentum is 0
             if group["momentum"]:
                 _init_momentum(self, weights)
                 buffers = [self.state[w]["momentum_buffer"] for w in weights]
             # multi-tensor kernels process all layers in a handful of launches instead of hundreds
-            gradients = [laid_out_as(w, w.grad) for w in weights]
-            gradients = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])
+            rows, owner, gradients = self._scratch(weights)
+            torch._foreach_copy_(gradients, [w.grad for w in weights])
+            torch._foreach_add_(gradients, weights, alpha=group["weight_decay"])
+            ratios = rows.new_ones(len(weights))
             if group["adapt"]:
                 ratios = self._trust_ratios(weights, gradients, group["trust_coefficient"])
-                torch._foreach_mul_(gradients, list((group["lr"] * ratios).unbind()))
-            else:
-                torch._foreach_mul_(gradients, group["lr"])
+            rows.mul_((group["lr"] * ratios)[owner, None])
             # with lr = 1 this kernel computes the last two lines of the formula, and nothing if `found_inf` is 1
             torch._fused_sgd_(
                 weights,
@@ -113,6 +117,25 @@ class LARS(Optimizer):
                 found_inf=getattr(self, "found_inf", None),
             )
         return loss
+
+    def _scratch(self, weights: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+        """Memory for the gradients of all layers, in which one kernel scales each layer by a number on the device.
+
+        No multi-tensor kernel does so. A layer owns whole rows, which also keeps its start aligned for wide loads.
+
+        Returns:
+            The rows (r, ROW), the number of the layer that owns each row (r,), and the gradients as views of the rows.
+        """
+        key = tuple(map(id, weights))
+        if key not in self.scratch:
+            counts = [-(-w.numel() // ROW) for w in weights]
+            rows = weights[0].new_zeros(sum(counts), ROW)
+            # filled on the device, because the host would wait for a copy
+            owner = torch.cat([rows.new_full((n,), layer, dtype=torch.int64) for layer, n in enumerate(counts)])
+            parts = zip(weights, rows.split(counts), strict=True)
+            gradients = [part.as_strided(w.shape, w.stride(), part.storage_offset()) for w, part in parts]
+            self.scratch[key] = rows, owner, gradients
+        return self.scratch[key]
 
     @staticmethod
     def _trust_ratios(weights: list[torch.Tensor], gradients: list[torch.Tensor], coefficient: float) -> torch.Tensor:

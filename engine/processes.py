@@ -3,16 +3,25 @@
 import contextlib
 import gc
 import os
+import re
 import sys
 from collections.abc import Iterator
 
-import torch
 import torch.distributed as dist
 
 from . import run_lock
 from .common import UserError
 
 FAILURE = "streamclr/failure"
+LEFT_ALONE = (
+    "gloo",  # whose errors have no type of their own
+    "ncclRemoteError",
+    "Connection closed by remote peer",  # NCCL may report it as an internal error
+    "NCCL communicator was aborted",
+    "collective operation timeout",
+    "ncclUniqueId from",  # the communicator could not be set up
+)
+"""Texts of errors that follow from the failure of another process, in torch's ProcessGroupGloo and ProcessGroupNCCL."""
 
 
 def is_first_to_fail() -> bool:
@@ -29,12 +38,18 @@ def is_first_to_fail() -> bool:
 
 
 def was_left_alone(error: Exception) -> bool:
-    """Whether the error says that another process has ended."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)  # gloo's errors have no type of their own
+    """Whether the error says that another process has ended, or has not answered for too long."""
+    return isinstance(error, dist.DistNetworkError | dist.DistStoreError) or any(
+        text in str(error) for text in LEFT_ALONE
+    )
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def out_of_memory(error: Exception) -> str | None:
+    """The line of the error that says that memory ran out, of a GPU or the host; None for other errors."""
+    if isinstance(error, MemoryError):
+        return str(error).strip() or "the host"
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if re.search("out of memory|can't allocate memory", line)), None)
 
 
 def leave_process_group() -> None:
@@ -57,15 +72,14 @@ def ending_together() -> Iterator[None]:
             sys.exit(1)
         if isinstance(error, UserError | OSError):  # an unwritable folder, a full disk
             sys.exit(f"error: {error}")
-        if was_left_alone(error):
-            sys.exit(
-                "error: Another process ended without an error message and may have been killed for lack of memory; "
-                "see its log."
-            )
-        if is_out_of_memory(error):
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else "the host"
+        if reason := out_of_memory(error):
             sys.exit(
                 f"error: Out of memory ({reason}); use a smaller batch or encoder, or --micro-batch in pretraining."
+            )
+        if was_left_alone(error):
+            sys.exit(
+                "error: Another process ended without an error message and may have been killed for lack of memory, or "
+                "did not answer in time; see its log."
             )
         raise
     finally:

@@ -4,9 +4,12 @@ import os
 import shutil
 import time
 from contextlib import AbstractContextManager
+from datetime import timedelta
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list, set_seed
 from rich.console import Console
 from torch import Tensor, nn
@@ -14,12 +17,17 @@ from torch import Tensor, nn
 from .common import UserError, available_cores
 from .run_folder import run_folder
 
+RANK_TIMEOUT = timedelta(hours=2)
+"""How long ranks wait for each other before the run fails. NCCL's default of ten minutes is shorter than what one rank
+may need for a checkpoint on slow storage or a shard from a slow server, while the others are in the next collective."""
+
 
 class Session:
     """Everything that depends on where a script runs, shared by all scripts.
 
     Args:
-        precision: "bf16", "fp32", or "auto" for bf16 where the hardware multiplies in it.
+        precision: "bf16", "fp32" (on a GPU without TF32, for the whole process), or "auto" for bf16 where the hardware
+            multiplies in it. With "bf16" and "auto", what stays in float32 is computed as torch is set up to.
         seed: seed of Python, NumPy and torch on every rank.
         compile: whether `prepare` compiles networks; refused where no C++ compiler is installed.
 
@@ -28,13 +36,17 @@ class Session:
         rank, world_size: number of this process and of all processes.
         cores: CPU cores of this process.
         bf16: whether `autocast` computes in bfloat16.
+        dtype: bfloat16 or float32: what `autocast` computes in.
         out, resume_from: run folder and checkpoint, once `open_run` was called.
     """
 
     def __init__(self, precision: str = "auto", seed: int = 0, compile: bool = False):
         self.accelerator = Accelerator(
             mixed_precision="no",  # `autocast` is opened around forward passes alone, never around the loss
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=RANK_TIMEOUT),
+            ],
         )
         if self.accelerator.gradient_accumulation_steps != 1:  # from the environment; it would divide every gradient
             raise UserError(
@@ -50,21 +62,28 @@ class Session:
             if compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
                 raise UserError("--compile needs a C++ compiler on a CPU; install g++ or omit the option.")
         torch.backends.cudnn.benchmark = True  # all steps have the same shapes
+        if precision == "fp32":  # cuDNN's default is TF32; the loss follows the setting of matmul
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         self.bf16 = precision == "bf16" or (precision == "auto" and computes_in_bf16(self.device))
+        self.dtype = torch.bfloat16 if self.bf16 else torch.float32
         set_seed(seed)
 
-    def open_run(self, out: str, resume: str, name: str) -> None:
+    def open_run(self, out: str, resume: str, name: str, dry_run: bool = False) -> None:
         """Choose the run folder (`out`) and the checkpoint to resume from (`resume_from`), None for a new run.
 
         Args:
             out: --out; "" for runs/<name>-<time>, or for the folder of the run that `resume` names.
             resume: --resume.
             name: of the default folder.
+            dry_run: use a temporary folder instead, which is deleted at the end of the process.
 
         Raises:
             UserError: the folder is in use, cannot be written or holds something other than a run that can be resumed.
         """
         chosen: list = [None]
+        if self.is_main and dry_run:
+            self.temporary = TemporaryDirectory(prefix="streamclr-dry-run-")
+            out, resume = self.temporary.name, "none"
         if self.is_main:  # for all ranks: clocks and views of a network folder differ
             default = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
             named = bool(out) or resume not in ("auto", "none")
@@ -88,6 +107,16 @@ class Session:
         """Print on rank 0."""
         if self.is_main:
             self.console.print(*content)
+
+    def log(self, text: str) -> None:
+        """Print a line with the time of day on rank 0; the terminal wraps it, so that commands in it can be copied."""
+        if self.is_main:
+            self.console.print(f"{time.strftime('%H:%M:%S')} {text}", soft_wrap=True, markup=False)
+
+    def print_json(self, record: dict[str, Any]) -> None:
+        """Print a record as JSON on rank 0."""
+        if self.is_main:
+            self.console.print_json(data=record)
 
     def autocast(self) -> torch.autocast:
         """Context in which forward passes run in the precision of the session."""
@@ -121,9 +150,11 @@ class Session:
 
     def mean_of(self, values: dict[str, Tensor | float]) -> dict[str, float]:
         """Mean over ranks of every value, () each, on the host: one collective and one wait for the device."""
-        numbers = [float(value) for value in values.values() if not isinstance(value, Tensor)]
-        numbers = iter(torch.tensor(numbers, device=self.device).unbind())
-        scalars = [value if isinstance(value, Tensor) else next(numbers) for value in values.values()]
+        # numbers are written by the device, because the host would wait for a copy of them
+        scalars = [
+            value if isinstance(value, Tensor) else torch.full((), float(value), device=self.device)
+            for value in values.values()
+        ]
         return dict(zip(values, self.mean(torch.stack(scalars)).tolist(), strict=True))
 
     def sum(self, x: Tensor) -> Tensor:

@@ -51,4 +51,4 @@ def _interleave(gathered: Tensor, world_size: int) -> Tensor:
 
 def raw_pixels(views: Tensor) -> Tensor:
     """Baseline without learning: views (B, 3, S, S), averaged down to at most 32 px, as features (B, 3 * 32 * 32)."""
-    return adaptive_avg_pool2d(views, min(32, views.shape[-1])).flatten(1)
+    return adaptive_avg_pool2d(views.float(), min(32, views.shape[-1])).flatten(1)

@@ -4,7 +4,9 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
 from itertools import chain
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -29,6 +31,8 @@ LARGEST_PIXELS = 178_956_970
 """Largest image that Pillow opens: twice its MAX_IMAGE_PIXELS."""
 TOO_LARGE = f"too large: more than {LARGEST_PIXELS:,} pixels"
 JPEG_MARK, PNG_MARK, TIFF_MARKS = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", (b"II", b"MM")
+START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+START_OF_SCAN, ADOBE, END_OF_IMAGE = 0xDA, 0xEE, b"\xff\xd9"
 DEFLATE = (8, 32946)
 BLOCK_BYTES = 1 << 20
 
@@ -44,9 +48,16 @@ def decode(encoded: bytes) -> np.ndarray | None:
     """Decode an image to (H, W, 3) uint8 RGB; None if it is damaged.
 
     All backends follow this definition: the orientation tag is ignored, alpha is dropped (not multiplied into the
-    colors), the upper byte of 16-bit values is kept, and the first of several frames is used.
+    colors), the upper byte of 16-bit values is kept, the first of several frames is used, and chroma of lower
+    resolution is interpolated.
     """
-    if encoded.startswith(TIFF_MARKS) or _is_cmyk_jpeg(encoded):
+    by_pillow = encoded.startswith(TIFF_MARKS)
+    if encoded.startswith(JPEG_MARK):
+        jpeg = _jpeg_header(encoded)
+        if jpeg is None:
+            return None
+        by_pillow = jpeg.channels == 4
+    if by_pillow:
         return _decode_by_pillow(encoded)
     try:
         return cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
@@ -60,26 +71,66 @@ def contains(height: int, width: int, crops: np.ndarray) -> bool:
 
 
 def decodes_alike(encoded: bytes) -> bool:
-    """Whether DALI and nvJPEG decode an image like `decode`.
+    """Whether DALI decodes an image like `decode`, given that the image is intact.
 
-    True for PNG, WebP and JPEG files except CMYK JPEGs, which decoders invert inconsistently. False for TIFF and BMP,
-    which have too many variants (orientation, alpha, 1, 4 or 16 bits per pixel).
+    True for PNG, WebP and JPEG files except CMYK JPEGs, which decoders invert inconsistently, and truncated JPEGs,
+    which nvJPEG may decode without an error. False for TIFF and BMP, which have too many variants (orientation, alpha,
+    1, 4 or 16 bits per pixel).
     """
     if encoded.startswith(JPEG_MARK):
-        return not _is_cmyk_jpeg(encoded)
+        return (jpeg := _jpeg_header(encoded)) is not None and jpeg.channels != 4
     return encoded.startswith(PNG_MARK) or (encoded.startswith(b"RIFF") and encoded[8:12] == b"WEBP")
 
 
-def _is_cmyk_jpeg(encoded: bytes) -> bool:
-    """Whether the first start-of-frame segment of a JPEG declares four channels."""
-    at = 2 if encoded.startswith(JPEG_MARK) else len(encoded)
-    while at + 9 < len(encoded) and encoded[at] == 0xFF:
+def nvjpeg_decodes_alike(encoded: bytes) -> bool:
+    """Whether nvJPEG without options, as torchvision calls it, decodes an intact image like `decode`.
+
+    True for complete JPEGs that are gray, or YCbCr with chroma of full resolution: chroma of lower resolution would be
+    repeated instead of interpolated.
+    """
+    return encoded.startswith(JPEG_MARK) and (jpeg := _jpeg_header(encoded)) is not None and jpeg.plain
+
+
+class _JpegHeader(NamedTuple):
+    channels: int
+    plain: bool
+    """Whether the image is gray, or YCbCr with all channels of the same resolution."""
+
+
+def _jpeg_header(encoded: bytes) -> _JpegHeader | None:
+    """Read the header of a JPEG; None if the file is truncated or has no image.
+
+    OpenCV, Pillow and DALI's decoder on the CPU refuse a file without an end-of-image marker, even if only the marker
+    is missing; nvJPEG may not. The marker is searched behind the first scan's header, because a thumbnail in the header
+    has one too, and from the end, where it is in most files. Inside a scan, it cannot occur as data.
+    """
+    frame, adobe = b"", False
+    for marker, at in _jpeg_segments(encoded):
+        if marker in START_OF_FRAME:
+            frame = encoded[at + 2 : at + 20]  # precision, height, width, channels, (name, sampling, table) of each
+        adobe |= marker == ADOBE  # may declare RGB
+        if marker == START_OF_SCAN:
+            if len(frame) < 6 or encoded.rfind(END_OF_IMAGE, at) < 0:
+                return None
+            names, sampling = frame[6:15:3], frame[7:15:3]
+            ycbcr = not adobe and frame[5] == 3 and names == b"\1\2\3"
+            return _JpegHeader(frame[5], frame[5] == 1 or (ycbcr and len(set(sampling)) == 1))
+    return None
+
+
+def _jpeg_segments(encoded: bytes) -> Iterator[tuple[int, int]]:
+    """Yield (marker, position of the two bytes of its length) of each segment of a JPEG up to the end of the file."""
+    at = encoded.find(b"\xff", 2)  # decoders skip bytes between segments
+    while 0 <= at < len(encoded) - 3:
         marker = encoded[at + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return encoded[at + 9] == 4
-        # a marker may be preceded by any number of bytes 0xFF
-        at += 1 if marker == 0xFF else 2 + int.from_bytes(encoded[at + 2 : at + 4], "big")
-    return False
+        if marker == 0xFF:  # a marker may be preceded by any number of bytes 0xFF
+            at += 1
+        elif marker <= 1 or 0xD0 <= marker <= 0xD8:  # no marker, or one without a segment
+            at += 2
+        else:
+            yield marker, at + 2
+            at += 2 + int.from_bytes(encoded[at + 2 : at + 4], "big")
+        at = encoded.find(b"\xff", at)
 
 
 def _decode_by_pillow(encoded: bytes) -> np.ndarray | None:
@@ -205,7 +256,8 @@ def _is_intact_jpeg(encoded: bytes, height: int, width: int) -> bool:
     All coefficients of all channels still pass through the entropy decoder, the only part of a JPEG decoder that can
     fail. This saves only the inverse DCT of the chroma and the conversion to RGB.
     """
-    if _is_cmyk_jpeg(encoded):  # training decodes it with Pillow, which may refuse other damage
+    jpeg = _jpeg_header(encoded)
+    if jpeg is None or jpeg.channels == 4:  # training decodes CMYK with Pillow, which may refuse other damage
         return False
     try:
         buffer = np.frombuffer(encoded, np.uint8)

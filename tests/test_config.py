@@ -72,7 +72,7 @@ def test_error_sentence_does_not_depend_on_the_terminal(force, monkeypatch):
     with pytest.raises(UserError) as error:
         read("train.py", "--optim.name", "LARS")
     expected = "Invalid choice 'LARS' for argument '--optim.name'; expected one of ('lars', 'sgd', 'nesterov', 'adamw')"
-    assert str(error.value) == f"{expected}; see train.py --help."
+    assert str(error.value) == f"{expected} (did you mean lars?); see train.py --help."
 
 
 @pytest.mark.parametrize(("rank", "code"), [("0", "error: There is no option '--zzz'; see train.py --help."), ("1", 1)])
@@ -81,6 +81,74 @@ def test_only_rank_0_prints_a_command_line_error(rank, code, monkeypatch):
     with pytest.raises(SystemExit) as stopped, ending_together():
         read("train.py", "--zzz")
     assert stopped.value.code == code
+
+
+def test_help_lists_presets_with_cost_and_results(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        read("train.py", "--help")
+    printed = capsys.readouterr().out
+    presets = printed[printed.index("Presets:") : printed.index("--out STR")]
+    assert all(f"\n  {name}: " in presets for name in PRETRAIN)
+    assert "0.687 kNN" in presets and "not measured" in presets and "--preset imagenet" in presets
+    assert all(len(line) <= 80 for line in presets.splitlines())
+    for part in ("optim", "checkpoint", "loader", "views", "encoder", "head", "loss", "eval"):
+        assert f" {part} options " in printed
+
+
+# ---- --config
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("train.py", ["--preset", "stl10", "--data", "x", "--views.crop-area", "0.3", "0.9", "--no-eval.baselines"]),
+        ("finetune.py", ["--preset", "v1-10", "--data", "x", "--optim.lr", "1e-7", "--compile"]),
+    ],
+)
+@pytest.mark.parametrize("name", ["", "config.json"])
+def test_the_configuration_of_another_run_is_read_back(script, options, name, tmp_path):
+    stored = read(script, *options, "--out", "there", "--resume", "none")
+    (tmp_path / "config.json").write_text(json.dumps(asdict(stored) | {"timm_name": "x", "timm_kwargs": {"width": 2}}))
+    config = read(script, "--config", str(tmp_path / name))
+    assert config == replace(stored, out="", resume="auto", config=str(tmp_path / name))
+    assert read(script, "--seed=7", "--config", str(tmp_path / name), "--epochs", "3") == replace(
+        config, seed=7, epochs=3
+    )
+
+
+def test_an_older_configuration_gets_the_preset_for_what_it_lacks(tmp_path):
+    stored = asdict(read("train.py", "--preset", "cifar10", "--data", "x"))
+    del stored["views"]["gray_p"], stored["max_skipped"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    config = read("train.py", "--config", str(tmp_path))
+    assert config == replace(read("train.py", "--preset", "cifar10", "--data", "x"), config=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("script", "stored", "message"),
+    [
+        ("train.py", None, "is not the configuration of a run of train.py"),
+        ("train.py", "{", "is not the configuration of a run of train.py"),
+        ("train.py", "[]", "is not the configuration of a run of train.py"),
+        ("train.py", '{"preset": "v2-1"}', "is not the configuration of a run of train.py"),
+        ("finetune.py", '{"preset": "textures", "micro_batch": 4}', "finetune.py has no option --micro-batch"),
+        ("train.py", '{"preset": "textures", "views": {"swirl": 1}}', "train.py has no option --views.swirl"),
+        ("train.py", '{"preset": "textures", "epochs": "many"}', "Error parsing --epochs"),
+        ("train.py", '{"preset": "textures", "epochs": -1}', "--epochs is -1; it must be at least 1"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_one_sentence(script, stored, message, tmp_path):
+    if stored is not None:
+        (tmp_path / "config.json").write_text(stored)
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        read(script, "--config", str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_preset_and_a_configuration_exclude_each_other(tmp_path):
+    with pytest.raises(UserError, match="use one of them"):
+        read("train.py", "--config", str(tmp_path), "--preset", "cifar10")
 
 
 def test_help_is_printed(capsys):

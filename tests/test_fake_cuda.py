@@ -1,15 +1,13 @@
-"""Encoder, heads and loss on fake CUDA tensors, which need no GPU: a tensor left on the CPU raises."""
+"""Fake CUDA tensors, which need no GPU: a tensor left on the CPU raises, and so does every wait of the host."""
 
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from engine.metrics import RunningMeans
-from engine.nonfinite import NonFiniteGuard
-from engine.optim import OptimConfig, create_optimizer, parameter_groups
 from loss import nt_xent
 from model import EncoderConfig, HeadConfig, SimCLR, create_encoder, encoder_spec, feature_dim, projection_head
+from tests.fake_cuda import HostWait, backward, fake_cuda
 
 
 def forward_on_cuda(module: nn.Module, views: tuple[int, ...]):
@@ -52,30 +50,66 @@ def test_tensor_left_on_the_cpu_raises():
         forward_on_cuda(Stray(), (2, 4, 1, 1))
 
 
-@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
-def test_step_does_not_wait_for_the_device(name, monkeypatch):
-    """Guard, means and optimizer: a fake tensor has no values, so reading one on the host would raise."""
+WAITS = {
+    "item": lambda x: x[0].item(),
+    "bool": lambda x: bool(x.sum() > 0),
+    "tolist": lambda x: x.tolist(),
+    "equal": lambda x: torch.equal(x, x),
+    "cpu": lambda x: x.cpu(),
+    "asynchronous cpu": lambda x: x.to("cpu", non_blocking=True),
+    "copy to the cpu": lambda x: torch.empty(4).copy_(x),
+    "nonzero": lambda x: x.nonzero(),
+    "mask": lambda x: x[x > 0],
+    "unique": lambda x: x.unique(),
+    "tensor": lambda x: torch.tensor(1.0, device="cuda"),
+    "cuda": lambda x: torch.ones(4).cuda(),
+    "asynchronous cuda, not pinned": lambda x: torch.ones(4).to("cuda", non_blocking=True),
+    "copy to cuda": lambda x: x.copy_(torch.ones(4)),
+    "copies to cuda": lambda x: torch._foreach_copy_([x], [torch.ones(4)]),
+    "synchronize": lambda x: torch.cuda.synchronize(),
+}
 
-    def fused_sgd(weights, gradients, buffers, found_inf, **_):  # torch's kernel has no fake implementation
-        assert {tensor.device.type for tensor in [*weights, *gradients, *buffers, found_inf]} == {"cuda"}
 
-    monkeypatch.setattr(torch, "_fused_sgd_", fused_sgd)
-    device = torch.device("cuda")
-    with FakeTensorMode():
-        with device:
-            net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 2))
-        optimizer = create_optimizer(OptimConfig(name), parameter_groups([net], 1e-4), lr=0.1)
-        guard, means = NonFiniteGuard(net, [optimizer], device), RunningMeans()
-        for step in (1, 2):
-            guard.before_forward()
-            loss = net(torch.empty(8, 3, 5, 5, device=device)).square().mean()
-            for w in net.parameters():  # a backward pass would need the real device
-                w.grad = torch.empty_like(w)
-            taken, norm = guard.after_backward(step)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            means.add(taken, loss=loss, gradient_norm=norm)
-        assert {w.device.type for w in net.parameters()} == {guard.counts.device.type} == {means.sums.device.type}
-        assert guard.counts.device.type == "cuda"
-        with pytest.raises(DataDependentOutputException):
-            norm.item()
+@pytest.mark.parametrize("wait", WAITS.values(), ids=WAITS)
+def test_waits_of_the_host_raise(monkeypatch, wait):
+    with fake_cuda(monkeypatch) as waits:
+        x = torch.zeros(4, device="cuda")
+        waits.watching = True
+        with pytest.raises(HostWait):
+            wait(x)
+
+
+def test_work_that_the_host_only_launches_does_not_raise(monkeypatch):
+    with fake_cuda(monkeypatch) as waits:
+        waits.watching = True
+        x = torch.full((4,), 2.0, device="cuda") / torch.tensor(3.0)
+        x = x.where(x > 0, 1) + torch.ones(4).pin_memory().to("cuda", non_blocking=True)
+        with waits.allow("here"):
+            assert x.tolist() == [0, 0, 0, 0]
+    assert x.is_cuda and waits.waited == {"here": 1}
+
+
+class Both(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.sin(), 2 * x
+
+    @staticmethod
+    def backward(ctx, first, second):
+        return first.cos() + 2 * second
+
+
+def test_backward_in_python_equals_that_of_torch():
+    torch.manual_seed(0)
+    shared = nn.Linear(6, 6).double()
+    net = nn.Sequential(nn.Linear(5, 6, bias=False), nn.BatchNorm1d(6), nn.ReLU(inplace=True)).double()
+    weights, gradients = [*net.parameters(), *shared.parameters()], []
+    x = torch.linspace(0, 1, 20, dtype=torch.float64).reshape(4, 5).square()
+    for function in (torch.autograd.backward, backward):
+        first, second = Both.apply(shared(net(x)))
+        function([(shared(first) * second).mean(), second.float()], [None, torch.linspace(1, 2, 24).reshape(4, 6)])
+        gradients.append([w.grad for w in weights])
+        for w in weights:
+            w.grad = None
+    for expected, got in zip(*gradients, strict=True):
+        assert torch.allclose(got, expected, rtol=1e-12, atol=1e-15) and expected.any()

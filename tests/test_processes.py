@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from common import UserError
 from engine import run_lock
@@ -113,11 +114,57 @@ def test_failure_of_one_process_ends_all_with_its_message(data, tmp_path, failur
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
         MemoryError(),
+        MemoryError("Unable to allocate 9 GiB for an array"),
+        # NCCL allocates its buffers itself; texts of ProcessGroupNCCL.cpp and of NCCL
+        dist.DistBackendError(
+            "NCCL error in: ProcessGroupNCCL.cpp:3763, unhandled cuda error (run with NCCL_DEBUG=INFO for details), "
+            "NCCL version 2.28.8\nncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 2 "
+            "'out of memory'"
+        ),
     ],
 )
 def test_out_of_memory_ends_with_one_sentence(error):
     message = r"^error: Out of memory \(.*\); use a smaller batch or encoder.*\.$"
     with pytest.raises(SystemExit, match=message), ending_together():
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        dist.DistBackendError(
+            "NCCL error in: ProcessGroupNCCL.cpp:3763, remote process exited or there was a network error, NCCL "
+            "version 2.28.8\nncclRemoteError: A call failed possibly due to a network error or a remote process "
+            "exiting prematurely.\nLast error:\nsocketProgressOpt: Call to recv from 10.0.0.1<33759> failed : Reset"
+        ),
+        dist.DistBackendError(
+            "NCCL error in: ProcessGroupNCCL.cpp:1275, internal error, NCCL version 2.14.3\nncclInternalError: "
+            "Internal check failed.\nLast error:\nNet : Connection closed by remote peer host<50260>"
+        ),
+        dist.DistBackendError("NCCL communicator was aborted on rank 1. "),
+        dist.DistBackendError(
+            "[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE) ran for "
+            "7200010 milliseconds before timing out."
+        ),
+        dist.DistBackendError(
+            "[1] is setting up NCCL communicator and retrieving ncclUniqueId from [0] via c10d key-value store by key "
+            "'0', but store->get('0') got error: Connection reset by peer"
+        ),
+        dist.DistNetworkError("The client socket has failed to connect to any network address of (node0, 29500)."),
+        RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:3521"),
+    ],
+)
+def test_errors_that_follow_from_the_end_of_another_process(error):
+    with pytest.raises(SystemExit, match=r"^error: Another process ended .*see its log\.$"), ending_together():
+        raise error
+
+
+def test_other_errors_of_nccl_keep_their_traceback():
+    error = dist.DistBackendError(
+        "NCCL error in: ProcessGroupNCCL.cpp:77, invalid usage (run with NCCL_DEBUG=WARN for details), NCCL version "
+        "2.28.8\nLast error:\nDuplicate GPU detected : rank 0 and rank 1 both on CUDA device 1b000"
+    )
+    with pytest.raises(dist.DistBackendError), ending_together():
         raise error
 
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -110,7 +112,9 @@ def test_stop_signal_saves_and_the_same_command_continues(pretrain, whole, data,
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 0
-    assert f"run the same command with --out {out} to continue" in " ".join(printed.split())
+    said = r"\d\d:\d\d:\d\d Stopped after step \d+ of 10; continue with: accelerate launch (.+)\n"
+    arguments = shlex.split(re.search(said, printed)[1])
+    assert arguments == [str(part) for part in command[1:] if part not in ("--out", out)] + ["--out", str(out)]
     assert not (out / "encoder.safetensors").exists()
     pretrain("--data", data, "--out", out, "--epochs", 2)
     assert_same(out, whole)

@@ -1,7 +1,7 @@
 """Augmentation backends: interface, selection and creation."""
 
 from importlib import import_module
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +11,10 @@ from .config import AugmentConfig
 from .params import AugmentParams
 
 BACKENDS = ("auto", "dali", "kornia", "opencv")
+SMALL_VIEW = 64
+"""Largest view in pixels for which the OpenCV backend is expected to be limited by the Python code around its calls."""
+ENOUGH_THREADS = 8
+"""Number of host threads from which the OpenCV backend is expected to be faster than the training step of a GPU."""
 
 
 class Backend(Protocol):
@@ -20,8 +24,9 @@ class Backend(Protocol):
         """Augment V views of n encoded images.
 
         Returns:
-            (V n, 3, S, S) float32 on the backend's device, channels-last, normalized; row v n + i is view v of image i.
-            On a GPU the views are ordered on the current CUDA stream, and the host does not wait for them.
+            (V n, 3, S, S) on the backend's device, channels-last, normalized; row v n + i is view v of image i. The
+            values are float32, or the same rounded to bfloat16, as chosen when the backend was created. On a GPU the
+            views are ordered on the current CUDA stream, and the host does not wait for them.
 
         Raises:
             DecodeError: an image can't be decoded or is smaller than its crop; `args[1]` is its position in `encoded`.
@@ -31,8 +36,34 @@ class Backend(Protocol):
         """End the backend's threads and free its memory."""
 
 
-def choose_backend(name: str, device: torch.device) -> str:
-    """Resolve "auto": DALI on CUDA devices (Kornia if DALI is not installed), Kornia on other GPUs, OpenCV on CPUs.
+class BackendChoice(NamedTuple):
+    """A backend, and why "auto" chose it; no reason if the user did."""
+
+    name: str
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})" if self.reason else self.name
+
+
+def choose_backend(name: str, device: torch.device, size: int, threads: int) -> BackendChoice:
+    """Resolve "auto" by what limits each backend.
+
+    On a CPU, OpenCV is the fastest in every measurement (bench/results/pipeline.csv). On a GPU nothing has been
+    measured; the rates below are expected for one H100 with 16 cores, in images/s with two views each:
+
+        view      OpenCV            DALI               Kornia           training step
+        224 px    4,000 to 7,000    3,000 to 6,000     3,000 to 5,000   1,200 to 1,500 (ResNet-50)
+        32 px     10,000            10,000 to 25,000   5,000 to 8,000   15,000 to 30,000 (ResNet-18)
+
+    So at 224 px half of these cores are enough, and the GPU is left to the training step. Small views cost OpenCV time
+    in Python, which more threads do not reduce.
+
+    Args:
+        name: one of `BACKENDS`.
+        device: device of the views.
+        size: side of a view in pixels.
+        threads: number of threads of this process on the host.
 
     Raises:
         UserError: unknown backend.
@@ -40,10 +71,20 @@ def choose_backend(name: str, device: torch.device) -> str:
     if name not in BACKENDS:
         raise UserError(f"There is no backend {name!r}; use one of {', '.join(BACKENDS)}.")
     if name != "auto":
-        return name
+        return BackendChoice(name)
     if device.type == "cpu":
-        return "opencv"
-    return "dali" if device.type == "cuda" and _dali_loads() else "kornia"
+        return BackendChoice("opencv", "the fastest on a CPU")
+    dali = device.type == "cuda" and _dali_loads()
+    if size <= SMALL_VIEW:
+        small = f"views of {size} px"
+        if dali:
+            return BackendChoice("dali", f"expected to be the fastest for {small}, not measured")
+        return BackendChoice("opencv", f"expected to be the fastest for {small} without DALI, not measured")
+    if threads >= ENOUGH_THREADS:
+        return BackendChoice("opencv", f"expected to be fast enough with {threads} host threads, not measured")
+    if dali:
+        return BackendChoice("dali", f"expected to be the fastest with {threads} host threads, not measured")
+    return BackendChoice("kornia", f"expected to be the fastest with {threads} host threads without DALI, not measured")
 
 
 def _dali_loads() -> bool:
@@ -55,7 +96,13 @@ def _dali_loads() -> bool:
 
 
 def create_backend(
-    name: str, config: AugmentConfig, device: torch.device, batch_size: int, views: int, workers: int
+    name: str,
+    config: AugmentConfig,
+    device: torch.device,
+    batch_size: int,
+    views: int,
+    workers: int,
+    dtype: torch.dtype = torch.float32,
 ) -> Backend:
     """Create a backend; only its own library is imported, so the others need not be installed.
 
@@ -66,11 +113,13 @@ def create_backend(
         batch_size: largest number of images per call.
         views: V, number of views per image.
         workers: number of threads on the host.
+        dtype: of the views, float32 or bfloat16.
 
     Raises:
         UserError: unknown backend, or its library is not installed.
     """
-    name, options = choose_backend(name, device), (config, device, batch_size, views, workers)
+    name = choose_backend(name, device, config.size, workers).name
+    options = (config, device, batch_size, views, workers, dtype)
     if name == "dali":
         from .dali import DaliBackend
 

@@ -5,6 +5,7 @@ parameters require it: DALI's conditional execution splits the batch, so applyin
 order of each sample costs about as much as in one fixed order. The affine jitter is one operator, `color_twist`.
 """
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..common import UserError
 from ..images import DecodeError, contains, decode, decodes_alike, ppm
 from .config import AugmentConfig
+from .gpu import CHUNK, augment_in_chunks, refusal, warn_once
 from .params import BRIGHTNESS, CONTRAST, HUE, LUMA, SATURATION, AugmentParams
 
 try:
@@ -24,6 +26,11 @@ except ImportError as error:
     ) from error
 
 NO_OPERATION = 255
+REFUSALS = re.compile(
+    r"nvImageCodec failure: '#(2|3|4|9|10|12|13|14|18|19)'"  # of nvimgcodecStatus_t: damaged, unsupported or no codec
+    r"|Failed to decode sample|Slice can't be placed out of bounds"  # slice: a crop outside the image
+)
+"""Errors of DALI that are due to an image."""
 
 
 class DaliBackend:
@@ -35,39 +42,51 @@ class DaliBackend:
         batch_size: largest number of images per call.
         views: V, number of views per image.
         workers: number of DALI's threads on the host.
+        dtype: of the views, float32 or bfloat16; they are computed in float32.
     """
 
-    def __init__(self, config: AugmentConfig, device: torch.device, batch_size: int, views: int, workers: int):
+    def __init__(
+        self,
+        config: AugmentConfig,
+        device: torch.device,
+        batch_size: int,
+        views: int,
+        workers: int,
+        dtype: torch.dtype = torch.float32,
+    ):
         self._device = torch.device(device)
         gpu = self._device.type == "cuda"
         device_id = (torch.cuda.current_device() if self._device.index is None else self._device.index) if gpu else None
-        self._jitter = config.jitter
+        self._config, self._dtype, batch_size = config, dtype, min(batch_size, CHUNK)
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="decode")  # starts threads when first used
         self._pipeline = view_graph(config, gpu, views, batch_size=batch_size, num_threads=workers, device_id=device_id)
         self._pipeline.build()
 
     def __call__(self, encoded: list[bytes], params: AugmentParams) -> Tensor:
         """Augment V views of n images; see `Backend`."""
+        return augment_in_chunks(self._augment, encoded, params, self._config, self._device, self._dtype)
+
+    def _augment(self, encoded: list[bytes], params: AugmentParams) -> list[Tensor]:
         try:
             return self._run(self._readable(encoded), params)
         except RuntimeError as error:
-            if "decoders.image" not in str(error) and "fn.slice" not in str(error):  # slice: crop outside the image
-                raise
+            reason = refusal(error, REFUSALS)
             # DALI does not report which image failed, and fails on damaged ones that the other backends decode
             images = list(self._threads.map(decode, encoded))
             for i, image in enumerate(images):
                 if image is None or not contains(*image.shape[:2], params.crop[:, i]):
                     raise DecodeError("DALI can't decode an image of this batch", i) from error
+            warn_once(f"DALI can't decode some images ({reason}); batches with them are decoded on the host.")
             return self._run([ppm(image) for image in images], params)
 
-    def _run(self, encoded: list[bytes], params: AugmentParams) -> Tensor:
+    def _run(self, encoded: list[bytes], params: AugmentParams) -> list[Tensor]:
+        """Run the graph; returns the V views, (n, 3, S, S) float32 each."""
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         inputs = {"encoded": [np.frombuffer(file, np.uint8) for file in encoded]}
-        inputs |= graph_inputs(params, self._jitter)
+        inputs |= graph_inputs(params, self._config.jitter)
         outputs = self._pipeline.run(stream, **inputs)
-        # DLPack capsules keep DALI's buffers alive, and DALI frees them in the order of `stream`: only `cat` copies
-        views = torch.cat([torch.from_dlpack(output.as_tensor()) for output in outputs])  # (V n, S, S, 3)
-        return views.permute(0, 3, 1, 2)  # channels-last
+        # DLPack capsules keep DALI's buffers alive, and DALI frees them in the order of `stream`: no copy
+        return [torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2) for output in outputs]
 
     def _readable(self, encoded: list[bytes]) -> list[bytes]:
         """Replace images that DALI cannot decode, or decodes differently, by PPMs decoded on the host."""

@@ -5,6 +5,8 @@ the whole batch. Its functions accept one factor per image; each is applied to t
 """
 
 import math
+import re
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -21,9 +23,16 @@ from kornia.filters import filter2d_separable, get_gaussian_kernel1d
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from ..images import JPEG_MARK, DecodeError, contains, decode, decodes_alike
+from ..images import DecodeError, contains, decode, nvjpeg_decodes_alike
 from .config import AugmentConfig
+from .gpu import augment_in_chunks, copy_to, pinned, refusal, warn_once
 from .params import BRIGHTNESS, CONTRAST, HUE, LUMA, SATURATION, AugmentParams, affine_jitter
+
+NVJPEG_REFUSALS = re.compile(
+    r"Failed to [a-z ]+: (3|4|9|10)\b"  # of nvjpegStatus_t: bad, unsupported, not implemented, incomplete
+    r"|Unknown chroma subsampling|not compiled with nvJPEG|Couldn't load the image extension"
+)
+"""Errors of torchvision that mean that nvJPEG is missing or cannot decode a file."""
 
 
 class KorniaBackend:
@@ -34,41 +43,57 @@ class KorniaBackend:
         device: device of the views.
         batch_size, views: not used; part of the common signature.
         workers: number of threads that decode on the host.
+        dtype: of the views, float32 or bfloat16; they are computed in float32.
     """
 
-    def __init__(self, config: AugmentConfig, device: torch.device, batch_size: int, views: int, workers: int):
-        self._config = config
+    def __init__(
+        self,
+        config: AugmentConfig,
+        device: torch.device,
+        batch_size: int,
+        views: int,
+        workers: int,
+        dtype: torch.dtype = torch.float32,
+    ):
+        self._config, self._dtype = config, dtype
         self._device = torch.device(device)
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="decode")
 
     def __call__(self, encoded: list[bytes], params: AugmentParams) -> Tensor:
         """Augment V views of n images; see `Backend`."""
-        images = self._decode(encoded)
-        for i, image in enumerate(images):
-            if not contains(*image.shape[1:], params.crop[:, i]):
-                raise DecodeError("the image is smaller than its index says", i)
-        return augment(images, params, self._config)
+        return augment_in_chunks(self._augment, encoded, params, self._config, self._device, self._dtype)
 
     def close(self) -> None:
         """End the decoding threads."""
         self._threads.shutdown()
 
+    def _augment(self, encoded: list[bytes], params: AugmentParams) -> Iterable[Tensor]:
+        images = self._decode(encoded)
+        for i, image in enumerate(images):
+            if not contains(*image.shape[1:], params.crop[:, i]):
+                raise DecodeError("the image is smaller than its index says", i)
+        return augment(images, params, self._config).unflatten(0, (-1, len(images)))
+
     def _decode(self, encoded: list[bytes]) -> list[Tensor]:
         """Decode to (3, H, W) uint8 RGB per image, on the device; the EXIF orientation is not applied."""
         images = dict.fromkeys(range(len(encoded)))
         if self._device.type == "cuda":
-            jpegs = [i for i, file in enumerate(encoded) if file.startswith(JPEG_MARK) and decodes_alike(file)]
+            jpegs = [i for i, file in enumerate(encoded) if nvjpeg_decodes_alike(file)]
             images |= zip(jpegs, decode_on_gpu([encoded[i] for i in jpegs], self._device), strict=True)
         rest = [i for i, image in images.items() if image is None]
-        for i, pixels in zip(rest, self._threads.map(decode, [encoded[i] for i in rest]), strict=True):
+        for i, pixels in zip(rest, self._threads.map(self._decode_on_host, [encoded[i] for i in rest]), strict=True):
             if pixels is None:
                 raise DecodeError("the image can't be decoded", i)
-            images[i] = torch.from_numpy(pixels).to(self._device, non_blocking=True).permute(2, 0, 1)
+            images[i] = pixels.to(self._device, non_blocking=True).permute(2, 0, 1)
         return list(images.values())
+
+    def _decode_on_host(self, encoded: bytes) -> Tensor | None:
+        pixels = decode(encoded)
+        return None if pixels is None else pinned(pixels, self._device)
 
 
 def decode_on_gpu(files: list[bytes], device: torch.device) -> list[Tensor | None]:
-    """Decode JPEGs with nvJPEG to (3, H, W) uint8 RGB each; all None if it refuses one of them (CMYK, damaged)."""
+    """Decode JPEGs with nvJPEG to (3, H, W) uint8 RGB each; all None if nvJPEG is missing or refuses one of them."""
     if not files:
         return []
     # torchvision decodes on its own stream into memory of the current stream. That memory may have been freed while
@@ -78,19 +103,22 @@ def decode_on_gpu(files: list[bytes], device: torch.device) -> list[Tensor | Non
         return decode_jpeg(
             [torch.frombuffer(bytearray(f), dtype=torch.uint8) for f in files], ImageReadMode.RGB, device
         )
-    except RuntimeError:
+    except RuntimeError as error:
+        reason = refusal(error, NVJPEG_REFUSALS)
+        warn_once(f"nvJPEG can't decode some JPEGs ({reason}); batches with them are decoded on the host.")
         return [None] * len(files)
 
 
 def augment(images: list[Tensor], params: AugmentParams, config: AugmentConfig) -> Tensor:
-    """Augment n images (3, H, W) uint8 on one device: (V n, 3, S, S) float32, normalized, channels-last.
+    """Augment n images (3, H, W) uint8 on one device: (V n, 3, S, S) float32, normalized.
 
     The rows that an operation changes are selected on the host, so the host never waits for the GPU.
     """
     x = resized_crops(images, params, config.size)
     color(x, params, config)
     blur(x, params, config)
-    return normalize(x, config)
+    normalize(x, config)
+    return x
 
 
 def resized_crops(images: list[Tensor], params: AugmentParams, size: int) -> Tensor:
@@ -112,14 +140,14 @@ def blur(x: Tensor, params: AugmentParams, config: AugmentConfig) -> None:
     sigma = params.sigma.ravel()  # (V n,)
     rows = np.flatnonzero(sigma > 0)
     # gaussian_blur2d would copy sigma back from the device to check its sign
-    kernel = get_gaussian_kernel1d(config.blur_window, torch.from_numpy(sigma[rows])[:, None])  # (rows, window)
+    kernel = get_gaussian_kernel1d(config.blur_window, copy_to(x.device, sigma[rows, None]))  # (rows, window)
     _change_rows(x, rows, filter2d_separable, kernel, kernel)
 
 
-def normalize(x: Tensor, config: AugmentConfig) -> Tensor:
-    """Normalize in place and return the result channels-last."""
-    mean, std = (torch.tensor(v)[:, None, None].to(x.device, non_blocking=True) for v in (config.mean, config.std))
-    return x.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
+def normalize(x: Tensor, config: AugmentConfig) -> None:
+    """Normalize (V n, 3, S, S) in place."""
+    for channel, mean, std in zip(range(3), config.mean, config.std, strict=True):  # numbers need no copy to the device
+        x[:, channel].sub_(mean).div_(std)
 
 
 def _exact_jitter(x: Tensor, params: AugmentParams) -> None:
@@ -134,17 +162,16 @@ def _exact_jitter(x: Tensor, params: AugmentParams) -> None:
     for place in range(4):
         for operation, (adjust, amount, neutral) in jitter.items():
             rows = np.flatnonzero((order[:, place] == operation) & (amount != neutral))
-            _change_rows(x, rows, adjust, torch.from_numpy(amount[rows]))
+            _change_rows(x, rows, adjust, copy_to(x.device, amount[rows]))
     _change_rows(x, np.flatnonzero(params.gray), _drop_color)
 
 
 def _affine_jitter(x: Tensor, params: AugmentParams) -> None:
     """Apply `affine_jitter` to all rows in place by one matrix product; Kornia has no function for it."""
     # (V n, 3, 3), (V n,)
-    matrix, mean_weight = (torch.from_numpy(array).flatten(0, 1) for array in affine_jitter(params))
-    matrix, mean_weight = (tensor.to(x.device, non_blocking=True) for tensor in (matrix, mean_weight))
-    luma = torch.tensor(LUMA, dtype=x.dtype).to(x.device, non_blocking=True)
-    offset = mean_weight * (x.mean((2, 3)) @ luma)  # (V n,)
+    matrix, mean_weight = (copy_to(x.device, array).flatten(0, 1) for array in affine_jitter(params))
+    red, green, blue = x.mean((2, 3)).unbind(1)
+    offset = mean_weight * (LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue)  # (V n,)
     pixels = x.flatten(2)  # (V n, 3, S*S)
     x.copy_(torch.baddbmm(offset[:, None, None], matrix, pixels).clamp_(0, 1).view_as(x))
 
@@ -160,7 +187,7 @@ def _resized_crop(image: Tensor, crop: np.ndarray, flip: bool, size: int) -> Ten
 def _change_rows(x: Tensor, rows: np.ndarray, change, *arguments) -> None:
     """Compute x[rows] = change(x[rows], ...) in place; a boolean mask would make the host wait for the device."""
     if len(rows):
-        index = torch.from_numpy(rows).to(x.device, non_blocking=True)
+        index = copy_to(x.device, rows)
         x.index_copy_(0, index, change(x.index_select(0, index), *arguments))
 
 

@@ -33,21 +33,30 @@ class OpenCVBackend:
         batch_size: not used; part of the common signature.
         views: V, number of views per image.
         workers: number of threads.
+        dtype: of the views, float32 or bfloat16.
     """
 
-    def __init__(self, config: AugmentConfig, device: torch.device, batch_size: int, views: int, workers: int):
+    def __init__(
+        self,
+        config: AugmentConfig,
+        device: torch.device,
+        batch_size: int,
+        views: int,
+        workers: int,
+        dtype: torch.dtype = torch.float32,
+    ):
         cv2.setNumThreads(1)  # one image per thread balances better than one image on all cores
         self.config, self.device, self.views = config, device, views
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="views")
-        self.workers = workers
+        self.workers, self.dtype = workers, dtype
         self.unused: list[np.ndarray] = []  # memory of earlier batches
-        self.normalize = Normalize(config)
+        self.normalize = Normalize(config, dtype)
 
     def __call__(self, encoded: list[bytes], params: AugmentParams) -> torch.Tensor:
         """Augment V views of n images; see `Backend`."""
         n = len(encoded)
         batch = self._batch(self.views * n)
-        out = batch.numpy()
+        out = (batch.view(torch.uint16) if self.dtype == torch.bfloat16 else batch).numpy()  # NumPy has no bfloat16
         maps = affine_maps(params) if self.config.jitter == "affine" else None
         remaining = iter(range(n))  # shared by the threads, because images and cores differ in speed
         jobs = [
@@ -63,20 +72,21 @@ class OpenCVBackend:
         self.unused.clear()
 
     def _batch(self, rows: int) -> torch.Tensor:
-        """Uninitialized (rows, S, S, 3) float32, in memory that nothing else uses."""
+        """Uninitialized (rows, S, S, 3), in memory that nothing else uses."""
         shape = (rows, self.config.size, self.config.size, 3)
         if self.device.type == "cuda":
-            return torch.empty(shape, dtype=torch.float32, pin_memory=True)
+            return torch.empty(shape, dtype=self.dtype, pin_memory=True)
         if self.device.type != "cpu":  # the device may still be copying an earlier batch
-            return torch.from_numpy(np.empty(shape, np.float32))
+            return torch.empty(shape, dtype=self.dtype)
         # Page faults of fresh memory cost as much time as normalizing a view, so memory is reused once its batch is
         # released: every tensor over it, and every array made from one, keeps `lent` alive.
         memory = self.unused.pop() if self.unused else None
         if memory is None or len(memory) < rows:
-            memory = np.empty(shape, np.float32)  # numpy requests huge pages, torch does not
+            stored = np.uint16 if self.dtype == torch.bfloat16 else np.float32
+            memory = np.empty(shape, stored)  # numpy requests huge pages, torch does not
         lent = memory[:rows]
         weakref.finalize(lent, _reuse, self.unused, memory).atexit = False
-        return torch.from_numpy(lent)
+        return torch.from_numpy(lent).view(self.dtype)
 
     def _augment(
         self,
@@ -152,15 +162,21 @@ def blur(view: np.ndarray, sigma: float, window: int) -> np.ndarray:
 
 
 class Normalize:
-    """Normalization of a view into the batch: (S, S, 3) or (S, S) uint8 -> (S, S, 3) float32."""
+    """Normalization of a view into the batch: (S, S, 3) or (S, S) uint8 -> (S, S, 3) float32.
 
-    def __init__(self, config: AugmentConfig):
+    With dtype bfloat16, the output is uint16 and holds the bit patterns of the rounded float32 values.
+    """
+
+    def __init__(self, config: AugmentConfig, dtype: torch.dtype = torch.float32):
         mean, std = np.array(config.mean, np.float32), np.array(config.std, np.float32)
         levels = np.arange(256, dtype=np.float32)[:, None]
         self.table = ((levels / 255 - mean) / std)[None]  # (1, 256, 3): level and channel -> value
-        # A linear map takes two thirds of the time of the table, but rounds the last bit differently. It is used only
-        # for the affine jitter, so that views of the exact jitter stay identical across versions.
+        # A linear map takes less time than the table, but rounds the last bit differently. It is used only for the
+        # affine jitter, so that views of the exact jitter stay identical across versions.
         self.map = np.column_stack([np.diag(1 / (255 * std)), -mean / std]) if config.jitter == "affine" else None
+        if dtype == torch.bfloat16:
+            table = self.table if self.map is None else cv2.transform(np.repeat(levels, 3, 1)[None], self.map)
+            self.table, self.map = torch.from_numpy(table).to(dtype).view(torch.uint16).numpy(), None
 
     def __call__(self, view: np.ndarray, out: np.ndarray) -> None:
         if view.ndim == 2:

@@ -49,6 +49,10 @@ class AugmentParams:
         """Whether any of the four jitter operations changes the view: (V, n) bool."""
         return (self.brightness != 1) | (self.contrast != 1) | (self.saturation != 1) | (self.hue != 0)
 
+    def of_images(self, rows: slice) -> "AugmentParams":
+        """Parameters of some of the images."""
+        return AugmentParams(**{name: values[:, rows] for name, values in vars(self).items()})
+
 
 def draw_params(
     config: AugmentConfig,

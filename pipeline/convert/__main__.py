@@ -9,13 +9,11 @@
     python -m pipeline.convert stl10      stl10_binary.tar.gz OUT       train, test and unlabeled
     python -m pipeline.convert webdataset SOURCE OUT [--split train]    WebDataset tars, shuffled and sharded again
 
-Each split becomes the shard set OUT/<split>. Samples are written in a seeded random order, so that every shard holds a
-mix of classes and reading shards in sequence is close to a random order. The same source and options produce the same
-bytes, regardless of the number of workers and parts. Use --class-level to select the class among nested folders, and
---image-extension to select the image of WebDataset samples with several images. The source of `webdataset` is a folder
-of tars, a tar, a brace pattern such as "data/{000..146}.tar", or "pipe:COMMAND" for a shell command that writes a tar;
-tars may be compressed. Run the same command again to resume an interrupted conversion. Images that can't be decoded are
-left out and listed in OUT/<split>/rejected.csv.
+Each split becomes the shard set OUT/<split>, in a seeded random order. The same source and options produce the same
+bytes, regardless of the number of workers and parts. The source of `webdataset` is a folder of tars, a tar, a brace
+pattern such as "data/{000..146}.tar", or "pipe:COMMAND" for a shell command that writes a tar; tars may be compressed.
+Run the same command again to resume an interrupted conversion. Images that can't be decoded are left out and listed in
+OUT/<split>/rejected.csv.
 """
 
 import argparse
@@ -26,30 +24,49 @@ from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
-from ..common import UserError, available_cores
+from ..common import UserError, available_cores, check_range
 from ..images import QUALITY
-from ..shards.archives import add_image_extension, one_line
+from ..shards.archives import one_line
 from ..shards.dataset import ShardSet
-from . import textures
-from .naming import CLASS_LEVELS
-from .sources import (
-    Source,
-    cifar_sources,
-    folder_source,
-    imagenet_sources,
-    stl10_sources,
-    textures_source,
-    webdataset_source,
-)
+from ..shards.samples import add_image_extension
+from . import sources, textures
+from .folder import CLASS_LEVELS
 from .writer import SAMPLES_PER_SHARD, shards_written, write_split
 
 SHOWN = 10
 """Number of rejected images that are printed."""
+COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], dict[str, sources.Source]]]] = {
+    "textures": (
+        "built-in data set",
+        lambda options: {split: sources.textures_source(split, options.seed) for split in textures.SPLITS},
+    ),
+    "folder": (
+        "class folders, or a tar of class folders",
+        lambda options: {options.split: sources.folder_source(options.path, options.class_level)},
+    ),
+    "imagenet": (
+        "ImageNet tars as distributed, or folders unpacked from them",
+        lambda options: sources.imagenet_sources(options.path, options.labels, options.split),
+    ),
+    "cifar": ("CIFAR-10 or CIFAR-100, Python version", lambda options: sources.cifar_sources(options.path)),
+    "stl10": ("STL-10, binary version", lambda options: sources.stl10_sources(options.path)),
+    "webdataset": (
+        "WebDataset tars written by other tools",
+        lambda options: {options.split: sources.webdataset_source(options.path, options.image_extension)},
+    ),
+}
+"""Subcommand -> description, and function that returns the source of each split."""
 
 
 def main() -> None:
     arguments = _parser().parse_args()
     try:
+        check_range("--seed", arguments.seed, 0, 2**64 - 1)
+        check_range("--shard-size", arguments.shard_size, 1, math.inf)
+        check_range("--quality", arguments.quality, 1, 100)
+        check_range("--workers", arguments.workers, 1, math.inf)
+        if arguments.short_side is not None:
+            check_range("--short-side", arguments.short_side, 1, math.inf)
         for split, source in _sources(arguments).items():
             shards = write_split(
                 source,
@@ -75,75 +92,54 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    about = {
-        "textures": "built-in data set",
-        "folder": "class folders, or a tar of class folders",
-        "imagenet": "ImageNet tars as distributed, or folders unpacked from them",
-        "cifar": "CIFAR-10 or CIFAR-100, Python version",
-        "stl10": "STL-10, binary version",
-        "webdataset": "WebDataset tars written by other tools",
-    }
-    commands = parser.add_subparsers(dest="source", required=True, metavar="|".join(about))
-    for name, what in about.items():
+    commands = parser.add_subparsers(dest="source", required=True, metavar="|".join(COMMANDS))
+    for name, (what, _) in COMMANDS.items():
         command = commands.add_parser(name, help=what, description=what)
-        if name != "textures":
-            pipes = "; also a brace pattern or pipe:COMMAND" if name == "webdataset" else ""
-            command.add_argument(
-                "path", type=str if pipes else Path, metavar="source", help=f"folder or file to convert{pipes}"
-            )
-        command.add_argument("out", type=Path, help="folder that will hold <split>/")
-        if name in ("folder", "webdataset"):
-            command.add_argument("--split", default="train", help="name of the split (default: train)")
-        else:
-            command.add_argument("--split", help="convert only this split (default: all splits)")
-        if name == "folder":
-            command.add_argument(
-                "--class-level",
-                choices=CLASS_LEVELS,
-                help="nested folder that names the class: the first, the last (which holds the image), or none for no "
-                "classes (default: the first, unless that is ambiguous)",
-            )
+        add = command.add_argument
         if name == "webdataset":
+            add("path", metavar="source", help="folder or file to convert; also a brace pattern or pipe:COMMAND")
+        elif name != "textures":
+            add("path", type=Path, metavar="source", help="folder or file to convert")
+        add("out", type=Path, help="folder that will hold <split>/")
+        if name in ("folder", "webdataset"):
+            add("--split", default="train", help="name of the split (default: train)")
+        else:
+            add("--split", help="convert only this split (default: all splits)")
+        if name == "folder":
+            meaning = "the first, the last (which holds the image), or none for no classes"
+            default = "the first, unless that is ambiguous"
+            text = f"nested folder that names the class: {meaning} (default: {default})"
+            add("--class-level", choices=CLASS_LEVELS, help=text)
+        elif name == "webdataset":
             add_image_extension(command)
-        if name == "imagenet":
-            command.add_argument(
-                "--labels", type=Path, help="labels of flat validation images: development kit or text file of synsets"
-            )
+        elif name == "imagenet":
+            text = "labels of flat validation images: development kit or text file of synsets"
+            add("--labels", type=Path, help=text)
         _add_options(command)
     return parser
 
 
 def _add_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--seed", type=_seed, default=0, help="seed of the sample order (default: 0)")
-    command.add_argument(
-        "--shard-size", type=_positive, default=SAMPLES_PER_SHARD, help="samples per shard (default: %(default)s)"
-    )
-    command.add_argument(
+    add = command.add_argument
+    add("--seed", type=int, default=0, help="seed of the sample order (default: 0)")
+    add("--shard-size", type=int, default=SAMPLES_PER_SHARD, help="samples per shard (default: %(default)s)")
+    add(
         "--short-side",
-        type=_positive,
+        type=int,
         metavar="PIXELS",
         help="shrink images with a longer short side to this size, as JPEG; others keep their bytes",
     )
-    command.add_argument(
-        "--quality",
-        type=_quality,
-        default=QUALITY,
-        help="JPEG quality of shrunk images, 1 to 100 (default: %(default)s)",
-    )
-    command.add_argument(
+    add("--quality", type=int, default=QUALITY, help="JPEG quality of shrunk images, 1 to 100 (default: %(default)s)")
+    add(
         "--verify",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="decode every image completely (JPEGs in gray) and leave out those that fail; --no-verify reads only "
         "headers, so that a truncated image is not noticed before training",
     )
-    command.add_argument(
-        "--workers",
-        type=_positive,
-        default=available_cores(),
-        help="number of processes (default: one per core, %(default)s here)",
-    )
-    command.add_argument(
+    cores = available_cores()
+    add("--workers", type=int, default=cores, help=f"number of processes (default: one per core, {cores} here)")
+    add(
         "--part",
         type=_part,
         default=(1, 1),
@@ -153,22 +149,6 @@ def _add_options(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _whole_number(smallest: int, largest: float, bounds: str) -> Callable[[str], int]:
-    """Option type of whole numbers; `bounds` describes the range in the error."""
-
-    def parse(text: str) -> int:
-        if not (text.isdecimal() and smallest <= int(text) <= largest):
-            raise argparse.ArgumentTypeError(f"{text} is not a whole number {bounds}")
-        return int(text)
-
-    return parse
-
-
-_seed = _whole_number(0, 2**64 - 1, "from 0 to 2**64 - 1")
-_positive = _whole_number(1, math.inf, "above 0")
-_quality = _whole_number(1, 100, "from 1 to 100")
-
-
 def _part(text: str) -> tuple[int, int]:
     number, _, count = text.partition("/")
     if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
@@ -176,25 +156,14 @@ def _part(text: str) -> tuple[int, int]:
     return int(number), int(count)
 
 
-def _sources(arguments: argparse.Namespace) -> dict[str, Source]:
+def _sources(options: argparse.Namespace) -> dict[str, sources.Source]:
     """Map the requested splits to their sources."""
-    if arguments.source == "folder":
-        return {arguments.split: folder_source(arguments.path, arguments.class_level)}
-    if arguments.source == "webdataset":
-        return {arguments.split: webdataset_source(arguments.path, arguments.image_extension)}
-    if arguments.source == "textures":
-        sources = {split: textures_source(split, arguments.seed) for split in textures.SPLITS}
-    elif arguments.source == "imagenet":
-        sources = imagenet_sources(arguments.path, arguments.labels, arguments.split)
-    elif arguments.source == "cifar":
-        sources = cifar_sources(arguments.path)
-    else:
-        sources = stl10_sources(arguments.path)
-    if arguments.split is None:
-        return sources
-    if arguments.split not in sources:
-        raise UserError(f"There is no split {arguments.split} in the source; use --split {' or '.join(sources)}.")
-    return {arguments.split: sources[arguments.split]}
+    found = COMMANDS[options.source][1](options)
+    if options.split is None:
+        return found
+    if options.split not in found:
+        raise UserError(f"There is no split {options.split} in the source; use --split {' or '.join(found)}.")
+    return {options.split: found[options.split]}
 
 
 def _report(shards: ShardSet | None, out: Path, split: str, count: int) -> None:

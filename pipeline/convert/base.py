@@ -32,16 +32,6 @@ class Source:
     """Modification times (ns) of the files that hold the images; a different time means possibly different images."""
 
 
-@dataclass(frozen=True)
-class TarReader:
-    """Read members of an uncompressed tar by byte offset."""
-
-    path: Path
-
-    def __call__(self, offset: int, size: int) -> bytes:
-        return read_range(self.path, offset, size)
-
-
 def read_range(path: Path, offset: int, size: int) -> bytes:
     """Read `size` bytes at `offset`; fewer at the end of the file.
 

@@ -2,15 +2,19 @@
 
 import errno
 import os
+import posixpath
+import sys
 from array import array
-from collections.abc import Iterator, MutableSequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, MutableSequence
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 from ..common import UserError
-from ..shards.archives import TOO_LONG, image_members, is_image, is_long, open_tar, refuse_url
-from .base import Source, TarReader, modified_ns, raise_if_gone
-from .naming import named
+from ..shards.archives import TOO_LONG, clean_key, image_members, is_image, is_long, open_tar, refuse_url
+from .base import Item, Source, modified_ns, raise_if_gone, read_range
+
+CLASS_LEVELS = ("first", "last", "none")
 
 
 def folder_source(path: Path, class_level: str | None = None) -> Source:
@@ -32,39 +36,30 @@ def folder_source(path: Path, class_level: str | None = None) -> Source:
     left_out: list[tuple[str, str]] = []
     if path.is_dir():
         modified = array("q")
-        items = named(files_below(path, left_out, modified), class_level)
-        return Source(path.resolve().name, items, FolderReader(path), left_out=left_out, modified=modified)
+        items = named(_files_below(path, left_out, modified), class_level)
+        return Source(path.resolve().name, items, partial(read_file, path), left_out=left_out, modified=modified)
     with open_tar(path) as tar:
         files = ((member.name, (member.offset_data, member.size)) for member in image_members(tar, path, left_out))
         items = named(files, class_level)
-    return Source(path.stem, items, TarReader(path), left_out=left_out, modified=modified_ns([path]))
+    return Source(path.stem, items, partial(read_range, path), left_out=left_out, modified=modified_ns([path]))
 
 
-@dataclass(frozen=True)
-class FolderReader:
-    """Read files by their path relative to `root`."""
-
-    root: Path
-
-    def __call__(self, name: str, size: int) -> bytes:
-        try:
-            return (self.root / name).read_bytes()
-        except OSError as error:
-            raise_if_gone(self.root, error)
-            raise
+def read_file(root: Path, name: str, size: int) -> bytes:
+    """Read the file `name` below `root`, whatever its size; errors as in `read_range`."""
+    try:
+        return (root / name).read_bytes()
+    except OSError as error:
+        raise_if_gone(root, error)
+        raise
 
 
-def files_below(
+def _files_below(
     folder: Path, left_out: list[tuple[str, str]], modified: MutableSequence[int]
 ) -> Iterator[tuple[str, tuple[str, int]]]:
     """Yield (relative path, (relative path, size in bytes)) of the images below a folder, in sorted order.
 
-    Links are followed unless they lead back to a folder above them.
-
-    Args:
-        folder: where to search.
-        left_out: receives (name, reason) of images that cannot be used.
-        modified: receives the modification time (ns) of each image.
+    Links are followed unless they lead back to a folder above them. `left_out` receives (name, reason) of images that
+    cannot be used, `modified` the modification time (ns) of each image.
     """
 
     def walk(at: str | Path, prefix: str, above: frozenset) -> Iterator[tuple[str, tuple[str, int]]]:
@@ -96,3 +91,58 @@ def files_below(
                 left_out.append((name, "a link that leads nowhere, or not a plain file"))
 
     return walk(folder, "", frozenset())
+
+
+def named(files: Iterable[tuple[str, tuple]], class_level: str | None = None) -> list[Item]:
+    """Turn (path, address) pairs into (class, key, address) items.
+
+    Leading folders that all images share are ignored; the folders directly below them are the classes. Images at the
+    top level have no class. Keys contain no dot and are unique, as WebDataset requires.
+
+    Args:
+        files: POSIX paths relative to the source, each with the address of the image.
+        class_level: nested folder that names the class: "first"; "last", the folder that holds the image; or "none"
+            for no classes. The default is the first folder, provided that it determines the folders below it
+            (<class>/images/*.jpg).
+
+    Raises:
+        UserError: the classes are ambiguous, or two images have the same key.
+    """
+    items, folders = [], {}
+    for name, address in files:
+        *parents, file = (part for part in clean_key(name).split("/") if part not in ("", ".", ".."))
+        folder = "/".join(parents)
+        items.append((folders.setdefault(folder, folder), file, address))  # one string per folder saves memory
+    classes = _classes_of_folders([folder for folder in folders if folder], class_level)
+    taken = set()
+    for place, (folder, file, address) in enumerate(items):  # replaced in place because there may be millions
+        label = classes.get(folder)
+        prefix = label or folder.rpartition("/")[2]
+        stem = posixpath.splitext(file)[0].replace(".", "_")
+        key = f"{prefix}/{stem}" if prefix else stem
+        if key in taken:
+            key = "/".join([*filter(None, [folder]), file.replace(".", "_")])
+        if key in taken:
+            raise UserError(f"Two images have the key {key}; rename one of them.")
+        taken.add(key)
+        items[place] = label, key, address
+    return items
+
+
+def _classes_of_folders(folders: list[str], level: str | None) -> dict[str, str]:
+    """Map each folder that directly holds images to its class."""
+    if not folders or level == "none":
+        return {}
+    paths = {folder: folder.split("/") for folder in folders}
+    common = posixpath.commonpath(folders)
+    shared = min(len(common.split("/")) if common else 0, min(map(len, paths.values())) - 1)
+    first = {folder: path[shared] for folder, path in paths.items()}
+    last = {folder: path[-1] for folder, path in paths.items()}
+    if level is None and first != last and len(set(first.values())) < len(folders):
+        one, other = next(pair for pair in pairwise(sorted(folders)) if first[pair[0]] == first[pair[1]])
+        raise UserError(
+            f"The class of the images in {one} and {other} is ambiguous; use `convert folder` with --class-level "
+            "first, last or none."
+        )
+    classes = last if level == "last" else first
+    return {folder: sys.intern(name) for folder, name in classes.items()}  # one string per class saves memory

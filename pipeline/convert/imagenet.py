@@ -6,18 +6,17 @@ import struct
 import tarfile
 import tempfile
 import zlib
-from array import array
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from ..common import UserError
 from ..shards.archives import NOT_PLAIN, CheckedMember, image_members, members, open_tar, refuse_url, unpacked
-from .base import Item, Source, TarReader, modified_ns
-from .folder import FolderReader, files_below
-from .naming import named
+from .base import Item, Source, modified_ns, read_range
+from .folder import folder_source, named
 
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 META = "meta.mat"
@@ -43,21 +42,20 @@ def imagenet_sources(path: Path, labels: Path | None = None, split: str | None =
         return {"val": _validation_source(path, labels)}
     if not path.is_dir():
         return {"train": _train_source(path)}
-    splits = {split: _class_folders(path / split) for split in ("train", "val") if (path / split).is_dir()}
-    if not splits:
-        raise UserError(f"{path} holds neither train/ nor val/; use `convert folder` for other class folders.")
-    if split == "train":
-        splits.pop("val", None)
-    found = {name: {label for label, _, _ in source.items} for name, source in splits.items()}
-    classes, val = found.get("train", found.get("val")), found.get("val", set())
-    if not val <= classes or ("train" not in found and len(val) == 1):
-        folders = ", ".join(sorted(val - found.get("train", set()))[:3])
+    wanted = ("train",) if split == "train" else ("train", "val")
+    sources = {name: _class_folders(path / name) for name in wanted if (path / name).is_dir()}
+    if not sources:
+        missing = "no train/" if split == "train" else "neither train/ nor val/"
+        raise UserError(f"{path} holds {missing}; use `convert folder` for other class folders.")
+    classes = {name: {label for label, _, _ in source.items} for name, source in sources.items()}
+    train, val = (classes.get(name, set()) for name in ("train", "val"))
+    if (foreign := sorted(val - train)) and ("train" in sources or len(val) == 1):
         raise UserError(
-            f"{path}/val has folders that are not classes ({folders}); use `convert imagenet {path}/val OUT --labels "
-            "FILE` for it and --split train for the rest."
+            f"{path}/val has folders that are not classes ({', '.join(foreign[:3])}); use `convert imagenet {path}/val "
+            "OUT --labels FILE` for it and --split train for the rest."
         )
     # both splits get the same label numbers, even if val lacks a class
-    return {name: replace(source, classes=sorted(classes)) for name, source in splits.items()}
+    return {name: replace(source, classes=sorted(train | val)) for name, source in sources.items()}
 
 
 def _train_source(path: Path) -> Source:
@@ -68,78 +66,66 @@ def _train_source(path: Path) -> Source:
     def images() -> Iterator[tuple[str, tuple]]:
         with open_tar(path) as outer:
             for class_tar in members(outer, path):
-                if class_tar.name.endswith(".tar") and class_tar.isfile():
-                    folder = posixpath.basename(class_tar.name).removesuffix(".tar")
-                    try:
-                        file = outer.extractfile(class_tar)
-                        with tarfile.open(fileobj=file, mode="r:", tarinfo=CheckedMember) as inner:
-                            for image in image_members(inner, f"{path}:{class_tar.name}", left_out):
-                                classes.append(folder)
-                                yield f"{folder}/{image.name}", (class_tar.offset_data + image.offset_data, image.size)
-                    except tarfile.TarError as error:
-                        raise tarfile.ReadError(f"{class_tar.name} in it: {error}") from error
-                elif class_tar.name.endswith(".tar"):
+                if not class_tar.name.endswith(".tar"):
+                    continue
+                if not class_tar.isfile():
                     left_out.append((class_tar.name, NOT_PLAIN))
+                    continue
+                folder, file = posixpath.basename(class_tar.name).removesuffix(".tar"), outer.extractfile(class_tar)
+                try:
+                    with tarfile.open(fileobj=file, mode="r:", tarinfo=CheckedMember) as inner:
+                        for image in image_members(inner, f"{path}:{class_tar.name}", left_out):
+                            classes.append(folder)
+                            yield f"{folder}/{image.name}", (class_tar.offset_data + image.offset_data, image.size)
+                except tarfile.TarError as error:
+                    raise tarfile.ReadError(f"{class_tar.name} in it: {error}") from error
 
-    items = named(images(), "none")
-    items = _by_file_name([(label, key, address) for label, (_, key, address) in zip(classes, items, strict=True)])
+    items = _by_file_name(named(images(), "none"), classes)
     if not items:
         raise UserError(
             f"{path} holds no class tars; use --labels for the validation images, or `convert folder` for a tar of "
             "class folders."
         )
-    return Source("imagenet", items, TarReader(path), left_out=left_out, modified=modified_ns([path]))
+    return Source("imagenet", items, partial(read_range, path), left_out=left_out, modified=modified_ns([path]))
 
 
 def _class_folders(path: Path) -> Source:
-    left_out: list[tuple[str, str]] = []
-    modified = array("q")
-    items = named(files_below(path, left_out, modified))
-    if any(label is None for label, _, _ in items):
+    source = folder_source(path)
+    classes = [label for label, _, _ in source.items]
+    if None in classes:
         raise UserError(f"Images in {path} are not in class folders; use --labels to set their classes.")
-    return Source("imagenet", _by_file_name(items), FolderReader(path), left_out=left_out, modified=modified)
+    return replace(source, name="imagenet", items=_by_file_name(source.items, classes))
 
 
 def _validation_source(path: Path, labels: Path) -> Source:
-    left_out: list[tuple[str, str]] = []
-    others: list[str] = []
-    modified = array("q")
     if inside := [name for name in ("train", "val") if (path / name).is_dir()]:
         # numbers in the names of training images would match labels, too
         raise UserError(f"{path} holds {inside[0]}/, not the validation images; use {path}/val with --labels.")
-    if path.is_dir():
-        items, read = named(files_below(path, left_out, modified), "none"), FolderReader(path)
-    else:
-        with open_tar(path) as tar:
-            images = image_members(tar, path, left_out, others)
-            items = named(((member.name, (member.offset_data, member.size)) for member in images), "none")
-        read = TarReader(path)
-        modified.extend(modified_ns([path]))
-    if not items and any(name.endswith(".tar") for name in others):
-        raise UserError(f"{path} holds class tars, which need no labels; remove --labels.")
-    items = _by_file_name(items)
-    classes = validation_classes(labels, [key for _, key, _ in items])
-    labeled = [(label, key, address) for label, (_, key, address) in zip(classes, items, strict=True)]
-    return Source("imagenet", labeled, read, left_out=left_out, modified=modified)
+    source = folder_source(path, "none")
+    if not source.items:
+        raise UserError(f"{path} holds no images or only class tars, which need no labels; remove --labels.")
+    classes = validation_classes(labels, [posixpath.basename(key) for _, key, _ in source.items])
+    return replace(source, name="imagenet", items=_by_file_name(source.items, classes))
 
 
-def _by_file_name(items: list[Item]) -> list[Item]:
-    """Use file names without their folder as keys, if they are unique.
+def _by_file_name(items: list[Item], classes: list[str]) -> list[Item]:
+    """Set the classes of items, and use file names without their folder as keys, if they are unique.
 
     ImageNet's file names are unique and contain the class; its published label subsets refer to images by them.
     """
-    short = [(label, key.rpartition("/")[2], address) for label, key, address in items]
-    return short if len({key for _, key, _ in short}) == len(items) else items
+    short = [key.rpartition("/")[2] for _, key, _ in items]
+    keys = short if len(set(short)) == len(items) else [key for _, key, _ in items]
+    return [(label, key, address) for label, key, (_, _, address) in zip(classes, keys, items, strict=True)]
 
 
-def validation_classes(labels: Path, keys: list[str]) -> list[str]:
+def validation_classes(labels: Path, names: list[str]) -> list[str]:
     """WordNet id of each validation image.
 
     Args:
         labels: the development kit (ILSVRC2012_devkit_t12.tar.gz or the folder unpacked from it), or a text file of
             either "<file name> <wnid>" lines or "<wnid>" lines, the latter in the order of the numbers in the images'
             names.
-        keys: image names without suffix, such as "ILSVRC2012_val_00000001".
+        names: image names without suffix, such as "ILSVRC2012_val_00000001".
 
     Raises:
         UserError: the labels cannot be read, or there is none for one of the images.
@@ -147,42 +133,45 @@ def validation_classes(labels: Path, keys: list[str]) -> list[str]:
     if not labels.exists():
         raise UserError(f"{labels} does not exist; use the development kit or a text file of synsets.")
     if labels.is_dir() or tarfile.is_tarfile(labels):
-        return _numbered(labels, _devkit_classes(labels), keys)
+        return _numbered(labels, _devkit_classes(labels), names)
     try:
-        rows = [line.split() for line in labels.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        rows = _rows(labels, encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{labels} is neither a development kit nor a text file of synsets; download it again."
         ) from error
-    if numeric := next((row[-1] for row in rows if row[-1].isdigit()), ""):
+    if wrong := next((row for row in rows if len(row) != min(len(rows[0]), 2) or row[-1].isdigit()), None):
         raise UserError(
-            f"{labels} holds class numbers such as {numeric}, not WordNet ids; use the development kit, which defines "
-            "the numbers."
+            f"{labels} must hold one `<file name> <wnid>` or one `<wnid>` per line, not `{' '.join(wrong)[:80]}`; "
+            "correct it, or use the development kit, which defines the class numbers."
         )
-    if all(len(row) == 1 for row in rows):
-        return _numbered(labels, [wnid for (wnid,) in rows], keys)
-    if any(len(row) != 2 for row in rows):
-        raise UserError(f"{labels} must hold one `<file name> <wnid>` or one `<wnid>` per line; correct it.")
+    if not rows or len(rows[0]) == 1:
+        return _numbered(labels, [wnid for (wnid,) in rows], names)
     by_name: dict[str, str] = {}
     for name, wnid in rows:
         if by_name.setdefault(posixpath.splitext(posixpath.basename(name))[0], wnid) != wnid:
             raise UserError(f"{labels} names {name} twice, with different classes; remove the wrong line.")
-    names = [posixpath.basename(key) for key in keys]
     if missing := [name for name in names if name not in by_name]:
         raise UserError(f"{labels} lacks {len(missing)} images, such as {missing[0]}; add them.")
     return [by_name[name] for name in names]
 
 
-def _numbered(labels: Path, classes: list[str], keys: list[str]) -> list[str]:
+def _rows(path: Path, encoding: str = "utf-8") -> list[list[str]]:
+    """Words of each line that is not empty."""
+    return [line.split() for line in path.read_text(encoding).splitlines() if line.strip()]
+
+
+def _numbered(labels: Path, classes: list[str], names: list[str]) -> list[str]:
     """Class of each image, determined by the number in its name."""
-    numbers = [int(digits[-1]) if (digits := re.findall(r"\d+", key)) else 0 for key in keys]
-    if beyond := [key for key, number in zip(keys, numbers, strict=True) if not 1 <= number <= len(classes)]:
-        raise UserError(f"{labels} names {len(classes)} images and {beyond[0]} is none of them; use the right labels.")
     owners: dict[int, str] = {}
-    for key, number in zip(keys, numbers, strict=True):
-        if (other := owners.setdefault(number, key)) is not key:
-            raise UserError(f"{other} and {key} have the same number in {labels}; use labels by file name.")
-    return [classes[number - 1] for number in numbers]
+    for name in names:
+        number = int((re.findall(r"\d+", name) or [0])[-1])
+        if not 1 <= number <= len(classes):
+            raise UserError(f"{labels} names {len(classes)} images and {name} is none of them; use the right labels.")
+        if number in owners:
+            raise UserError(f"{owners[number]} and {name} have the same number in {labels}; use labels by file name.")
+        owners[number] = name
+    return [classes[number - 1] for number in owners]
 
 
 def _devkit_classes(devkit: Path) -> list[str]:
@@ -195,8 +184,7 @@ def _devkit_classes(devkit: Path) -> list[str]:
             if META in files:
                 wnids = read_synsets(files[META])
             else:
-                rows = [line.split() for line in files["synsets.txt"].read_text().splitlines() if line.strip()]
-                wnids = {number: wnid for number, (wnid,) in enumerate(rows, start=1)}
+                wnids = {number: wnid for number, (wnid,) in enumerate(_rows(files["synsets.txt"]), start=1)}
                 if list(wnids.values()) == sorted(wnids.values()):  # the kit's numbers are not in alphabetical order
                     raise UserError(
                         f"synsets.txt in {devkit} is sorted, but class numbers refer to the order of ILSVRC2012_ID; "
@@ -211,32 +199,22 @@ def read_synsets(path: Path) -> dict[int, str]:
     """Map ILSVRC2012_ID to WordNet id, from the struct array `synsets` in the development kit's meta.mat (MATLAB 5).
 
     Raises:
-        ValueError: the file is damaged or holds no such array.
+        ValueError, struct.error, zlib.error: the file is damaged or holds no such array.
     """
     from scipy.io import loadmat
 
-    _check_mat(path.read_bytes())
+    # Damage can make SciPy crash the process, so the checksums are verified first. The file consists of a header of 128
+    # bytes and elements (type, size, content), of which only compressed ones, MATLAB's default, have a checksum.
+    content, at = path.read_bytes(), 128
+    while at < len(content):
+        kind, size = struct.unpack_from("<II", content, at)
+        element = content[at + 8 : at + 8 + size]
+        if kind != COMPRESSED_ELEMENT or len(element) < size:
+            raise ValueError(f"{META} is cut off or not a compressed MATLAB 5 file")
+        zlib.decompress(element)
+        at += 8 + size
     try:
         synsets = loadmat(path, variable_names=["synsets"], squeeze_me=True)["synsets"]
         return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in np.atleast_1d(synsets)}
     except Exception as error:  # a damaged file can raise nearly anything
         raise ValueError(f"no synsets in {META}: {error}") from error
-
-
-def _check_mat(content: bytes) -> None:
-    """Verify the checksums of a MATLAB 5 file, because damage can make SciPy crash the process.
-
-    Such a file consists of a header of 128 bytes and elements (type, size, content). Only compressed elements, which
-    MATLAB writes by default, have a checksum.
-
-    Raises:
-        ValueError: the file is damaged or not compressed.
-    """
-    at = 128
-    while at < len(content):
-        kind, size = struct.unpack_from("<II", content, at)
-        at += 8
-        if kind != COMPRESSED_ELEMENT or at + size > len(content):
-            raise ValueError(f"{META} is cut off or not a compressed MATLAB 5 file")
-        zlib.decompress(content[at : at + size])
-        at += size

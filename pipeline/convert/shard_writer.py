@@ -1,11 +1,9 @@
-"""Write the shards of a planned split in one or several processes; see `pipeline.convert.writer` for the plan.
+"""Write the shards of a planned split with one or several workers; see `pipeline.convert.writer` for the plan.
 
 A shard is moved into place by renames and its record is written last, so that a shard interrupted at any point is
 written again. Several processes may write the same split because each of them writes only shards that it has locked.
 """
 
-import hashlib
-import io
 import json
 import multiprocessing
 import os
@@ -13,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,9 +22,9 @@ import cv2
 import numpy as np
 from filelock import FileLock, Timeout
 
-from ..common import UserError, progress_bar
+from ..common import UserError, file_sha256, progress_bar
 from ..images import DecodeError
-from ..shards.format import HashedFile, Sample, index_name, shard_entry, write_shard
+from ..shards.format import Sample, index_name, shard_entry, write_shard
 from .base import Item
 
 REFRESH_S = 0.2
@@ -49,32 +47,28 @@ class ShardWriter:
     def _work(self, number: int, suffix: str) -> Path:
         return self.partial / "work" / f"{self.split}-{number:06d}.{suffix}"
 
-    def _shard(self, number: int) -> Path:
-        return self.partial / "shards" / self._work(number, "tar").name
+    def _shard(self, number: int) -> tuple[Path, Path]:
+        """Tar and index of a finished shard."""
+        tar = self.partial / "shards" / self._work(number, "tar").name
+        return tar, tar.with_name(index_name(tar.name))
 
     def entry(self, number: int) -> dict[str, Any] | None:
         """Record of a finished shard, or None if it or one of its files is missing."""
-        tar = self._shard(number)
+        tar, index = self._shard(number)
         try:
             entry = json.loads(self._work(number, "json").read_text())
-            exists = tar.stat().st_size == entry["shard"]["bytes"] and tar.with_name(index_name(tar.name)).exists()
+            exists = tar.stat().st_size == entry["shard"]["bytes"] and index.exists()
             return entry if exists and entry["plan"] == self.plan and isinstance(entry["rejected"], list) else None
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 
     def _is_intact(self, number: int) -> bool:
         """Whether a shard is finished and its files match their checksums."""
-        entry, tar = self.entry(number), self._shard(number)
-        if entry is None:
+        entry, (tar, index) = self.entry(number), self._shard(number)
+        if entry is None or file_sha256(index) != entry["shard"].get("index_sha256"):
             return False
-        index = tar.with_name(index_name(tar.name)).read_bytes()
-        if hashlib.sha256(index).hexdigest() != entry["shard"].get("index_sha256"):
-            return False
-        with open(tar, "rb") as file:
-            hashed = HashedFile(file)
-            hashed.drain()
-        rows = np.load(io.BytesIO(index))
-        return entry["shard"] == shard_entry(tar.name, rows, hashed.size, hashed.digest.hexdigest(), index)
+        size, rows = tar.stat().st_size, np.load(index)
+        return entry["shard"] == shard_entry(tar.name, rows, size, file_sha256(tar), index.read_bytes())
 
     def write(self, number: int, items: list[Item], tally: Callable[[int], None], wait: bool = False) -> None:
         """Write a shard unless it is complete.
@@ -103,11 +97,10 @@ class ShardWriter:
                 for file in index, tar:
                     os.replace(file, self.partial / "shards" / file.name)
                 os.replace(entry, self._work(number, "json"))  # last, because it marks the shard as finished
-            except BaseException:
+            finally:
                 with suppress(OSError):
                     for file in tar, index, entry:
                         file.unlink(missing_ok=True)
-                raise
 
     def _samples(self, items: list[Item], rejected: list[tuple[str, str]], tally: Callable) -> Iterator[Sample]:
         for label, key, address in items:
@@ -123,16 +116,16 @@ class ShardWriter:
 
 
 def write_shards(
-    writer: ShardWriter, tasks: list[tuple[int, list[Item]]], workers: int, title: str, wait: bool = False
+    writer: ShardWriter, tasks: list[tuple[int, list[Item]]], workers: int, title: str, wait_for_others: bool = False
 ) -> None:
-    """Write shards in several processes, with a progress bar.
+    """Write shards with several workers and a progress bar.
 
     Args:
         writer: writes one shard.
         tasks: (number, items) of each shard.
-        workers: number of processes; 1 uses the current process.
+        workers: number of processes; 1 uses a thread of the current process.
         title: text in front of the bar.
-        wait: see `ShardWriter.write`.
+        wait_for_others: see `wait` in `ShardWriter.write`.
 
     Raises:
         OSError: a shard cannot be written.
@@ -140,50 +133,24 @@ def write_shards(
     """
     if not tasks:
         return
-    workers, started = min(workers, len(tasks)), time.monotonic()
-    images = sum(len(items) for _, items in tasks)
-    with progress_bar(images, title, fields="{task.fields[rate]}", rate="") as update:
-
-        def show(done: int, size: int) -> None:
-            seconds = max(time.monotonic() - started, 1e-3)
-            update(completed=done, rate=f"{done / seconds:,.0f} images/s {size / seconds / 1e6:,.0f} MB/s")
-
-        if workers > 1:
-            _write_in_processes(writer, tasks, workers, show, wait)
-            return
-        done, size, shown = 0, 0, time.monotonic()
-
-        def tally(image_bytes: int) -> None:
-            nonlocal done, size, shown
-            done, size = done + 1, size + image_bytes
-            if time.monotonic() - shown > REFRESH_S:
-                show(done, size)
-                shown = time.monotonic()
-
-        for number, items in tasks:
-            writer.write(number, items, tally, wait)
-        show(done, size)
-
-
-def _write_in_processes(
-    writer: ShardWriter,
-    tasks: list[tuple[int, list[Item]]],
-    workers: int,
-    show: Callable[[int, int], None],
-    wait_for_others: bool,
-) -> None:
     # spawned on every platform, because a forked copy of a process with threads may hang
     context = multiprocessing.get_context("spawn")
     shared = context.Array("q", 3)  # number of images, bytes, whether to stop
-    with ProcessPoolExecutor(workers, context, _start_worker, (writer, shared)) as pool:
+    if min(workers, len(tasks)) == 1:
+        pool = ThreadPoolExecutor(1, initializer=_start_worker, initargs=(writer, shared))
+    else:
+        pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _start_process, (writer, shared))
+    started, images = time.monotonic(), sum(len(items) for _, items in tasks)
+    with pool, progress_bar(images, title, fields="{task.fields[rate]}", rate="") as update:
         try:
             with _interrupts_blocked():  # inherited by the workers: only this process handles Ctrl-C, and stops them
-                waiting = {pool.submit(_write_in_worker, *task, wait_for_others) for task in tasks}
+                waiting = {pool.submit(_write, *task, wait_for_others) for task in tasks}
             while waiting:
                 done, waiting = wait(waiting, REFRESH_S, FIRST_EXCEPTION)
                 for future in done:
                     future.result()
-                show(shared[0], shared[1])
+                seconds, (count, size, _) = max(time.monotonic() - started, 1e-3), shared
+                update(completed=count, rate=f"{count / seconds:,.0f} images/s {size / seconds / 1e6:,.0f} MB/s")
         except BaseException as error:
             shared[2] = 1
             pool.shutdown(cancel_futures=True)
@@ -207,17 +174,21 @@ def _interrupts_blocked() -> Iterator[None]:
 
 
 class _Stopped(Exception):
-    """The main process has asked the workers to stop."""
+    """The main process or another worker has asked the workers to stop."""
 
 
-_in_worker: list = []
-"""In a worker process: its ShardWriter and the array shared with the main process."""
+_worker = threading.local()
+"""In a worker: its ShardWriter and the array shared with the main process."""
 
 
 def _start_worker(writer: ShardWriter, shared: Any) -> None:
+    _worker.writer, _worker.shared = writer, shared
+
+
+def _start_process(writer: ShardWriter, shared: Any) -> None:
+    _start_worker(writer, shared)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Windows, where the blocked signals are not inherited
     cv2.setNumThreads(1)
-    _in_worker[:] = writer, shared
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -227,14 +198,20 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _write_in_worker(number: int, items: list[Item], wait: bool) -> None:
-    writer, shared = _in_worker
-
+def _write(number: int, items: list[Item], wait: bool) -> None:
     def tally(image_bytes: int) -> None:
-        with shared.get_lock():
-            shared[0] += 1
-            shared[1] += image_bytes
-            if shared[2]:
+        with _worker.shared.get_lock():
+            _worker.shared[0] += 1
+            _worker.shared[1] += image_bytes
+            if _worker.shared[2]:
                 raise _Stopped
 
-    writer.write(number, items, tally, wait)
+    if _worker.shared[2]:
+        return
+    try:
+        _worker.writer.write(number, items, tally, wait)
+    except _Stopped:
+        pass  # the main process raises the error that stopped the workers
+    except BaseException:
+        _worker.shared[2] = 1
+        raise

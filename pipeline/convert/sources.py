@@ -1,10 +1,9 @@
 """All image sources, one module each."""
 
 from .base import Source
-from .cifar import cifar_sources
 from .folder import folder_source
 from .imagenet import imagenet_sources
-from .stl10 import stl10_sources
+from .pixels import cifar_sources, stl10_sources
 from .textures import textures_source
 from .webdataset import webdataset_source
 

@@ -4,7 +4,6 @@ A class is a *pattern*; colors, scale, orientation, phase, lighting and noise ar
 pixel space therefore share colors rather than a class, and an encoder must learn what the SimCLR views have in common.
 """
 
-import json
 import os
 import re
 import shutil
@@ -18,33 +17,13 @@ from ..common import UserError
 from ..philox import uniforms
 from ..shards.dataset import open_shards
 from .base import Source
-from .writer import write_split
+from .writer import read_plan, write_split
 
 VERSION = 1
 SIDE = 40
 """Height and width in pixels."""
 SPLITS = {"train": 4000, "test": 1000}
 """Split -> number of images."""
-
-
-def _stripes(x, y, u):
-    return np.sin(x)
-
-
-def _checkerboard(x, y, u):
-    return 4 * np.sin(0.65 * x) * np.sin(0.65 * y)
-
-
-def _dots(x, y, u):
-    return 3 * (np.cos(x) + np.cos(y)) - 2.5
-
-
-def _grid(x, y, u):
-    return 8 * np.maximum(np.cos(0.7 * x), np.cos(0.7 * y)) - 7
-
-
-def _zigzag(x, y, u):
-    return np.sin(x + 2.5 * np.abs((y / np.pi) % 2 - 1))
 
 
 def _bricks(x, y, u):
@@ -87,8 +66,20 @@ def _grain(x, y, u):
     return 6 * ((np.sin(column * 12.9898 + row * 78.233 + 100 * u[0]) * 43758.5453) % 1) - 3
 
 
-PATTERNS = (_bricks, _cells, _checkerboard, _clouds, _dots, _grain, _grid, _scales, _stripes, _zigzag)
-CLASSES = [pattern.__name__.removeprefix("_") for pattern in PATTERNS]
+PATTERNS = {
+    "bricks": _bricks,
+    "cells": _cells,
+    "checkerboard": lambda x, y, u: 4 * np.sin(0.65 * x) * np.sin(0.65 * y),
+    "clouds": _clouds,
+    "dots": lambda x, y, u: 3 * (np.cos(x) + np.cos(y)) - 2.5,
+    "grain": _grain,
+    "grid": lambda x, y, u: 8 * np.maximum(np.cos(0.7 * x), np.cos(0.7 * y)) - 7,
+    "scales": _scales,
+    "stripes": lambda x, y, u: np.sin(x),
+    "zigzag": lambda x, y, u: np.sin(x + 2.5 * np.abs((y / np.pi) % 2 - 1)),
+}
+"""Class -> height of its pattern at the points x, y (radians), with uniform random numbers u."""
+CLASSES = list(PATTERNS)
 
 
 def render(seed: int, split: str, number: int) -> bytes:
@@ -99,7 +90,7 @@ def render(seed: int, split: str, number: int) -> bytes:
     x, y = grid[0][None, :], grid[1][:, None]
     angle = np.pi / 3 * (u[3] - 0.5)
     x, y = x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)
-    height = PATTERNS[number % len(PATTERNS)](x, y, u[20:])
+    height = PATTERNS[CLASSES[number % len(CLASSES)]](x, y, u[20:])
     mix = 1 / (1 + np.exp(-(1.5 + 3 * u[4]) * height))  # soft to hard edges
     dark, light = _two_colors(u[6:12])
     image = dark + (light - dark) * mix[..., None]  # (SIDE, SIDE, 3)
@@ -127,10 +118,6 @@ def textures_source(split: str, seed: int = 0) -> Source:
     return Source(f"textures-{VERSION}", items, render, CLASSES, encodes=True)
 
 
-RENDERED_KEY = re.compile(rb"(train|test)-[0-9]{6}")
-"""Key of a texture, in every version."""
-
-
 def ensure_textures(out: Path) -> None:
     """Render the built-in data set to OUT/train and OUT/test unless it exists.
 
@@ -146,32 +133,29 @@ def ensure_textures(out: Path) -> None:
         if any(out.glob("*.tar")):
             raise _foreign(out, out)
         outdated = [split for split, source in sources.items() if _is_outdated(out, split, source.name)]
-        for split in sources:  # after all splits have been checked
-            aside = out / f".{split}.outdated"
+        for split in sources:  # after all splits have been checked, and before the classes of one affect the next
+            aside, unfinished = out / f".{split}.outdated", out / f".{split}.partial"
             shutil.rmtree(aside, ignore_errors=True)
             if split in outdated:
                 os.replace(out / split, aside)  # atomic: a process may be killed at any time
                 shutil.rmtree(aside, ignore_errors=True)
+            if _is_rendered(read_plan(unfinished) or {}):  # possibly by another version
+                shutil.rmtree(unfinished, ignore_errors=True)
         for split, source in sources.items():
             if not (out / split).exists():
-                if _is_rendered(_plan_of(out / f".{split}.partial")):  # possibly by another version
-                    shutil.rmtree(out / f".{split}.partial", ignore_errors=True)
                 write_split(source, out, split)
 
 
 def _is_outdated(out: Path, split: str, name: str) -> bool:
-    """Whether a split exists and was rendered by another version of the textures.
-
-    Raises:
-        UserError: the split exists and was not rendered.
-    """
+    """Whether a split exists and was rendered by another version of the textures; UserError if it was not rendered."""
     if not (out / split).exists():
         return False
     try:
         shards = open_shards(str(out / split))
     except UserError as error:  # damaged or without an index, so it may hold anything
         raise _foreign(out / split, out) from error
-    if not _is_rendered(shards.manifest) or not all(map(RENDERED_KEY.fullmatch, shards.index["key"].tolist())):
+    rendered_keys = (re.fullmatch(rb"(train|test)-[0-9]{6}", key) for key in shards.index["key"].tolist())
+    if not _is_rendered(shards.manifest) or not all(rendered_keys):
         raise _foreign(out / split, out)
     return shards.manifest["name"] != name
 
@@ -183,19 +167,9 @@ def _foreign(folder: Path, out: Path) -> UserError:
     )
 
 
-def _plan_of(partial: Path) -> dict:
-    """Plan of an unfinished conversion; empty if it is missing or damaged."""
-    try:
-        plan = json.loads((partial / "plan.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return plan if isinstance(plan, dict) else {}
-
-
 def _is_rendered(manifest: dict) -> bool:
     """Whether a manifest or plan is that of textures of any version, and not of a folder of the same name."""
-    made_by = manifest.get("made_by")
-    if not isinstance(made_by, dict) or not re.fullmatch(r"textures-\d+", str(manifest.get("name"))):
-        return False
+    made_by = manifest.get("made_by", {})
     # of the conversions without resizing, only those that encode images record the version of OpenCV
-    return made_by.get("command") == "pipeline.convert" and "opencv" in made_by and "short_side" not in made_by
+    rendered = made_by.get("command") == "pipeline.convert" and "opencv" in made_by and "short_side" not in made_by
+    return rendered and re.fullmatch(r"textures-\d+", manifest.get("name", "")) is not None

@@ -6,18 +6,19 @@ import io
 import lzma
 import os
 import shutil
-import tarfile
 import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 from ..common import UserError
-from ..shards.archives import NO_CLASS, class_number, clean_key, image_samples, members, open_tar, refuse_url
+from ..shards.archives import clean_key, members, open_tar, refuse_url
 from ..shards.dataset import open_shards
+from ..shards.samples import NO_CLASS, class_number, paired, read_parts
 from .base import Source, modified_ns, read_range
 
 PIPE = "pipe:"
@@ -43,84 +44,65 @@ def webdataset_source(path: str | Path, image_extension: str | None = None) -> S
         path: a tar; a folder of tars; a brace pattern such as "data/{000..146}.tar"; or "pipe:COMMAND" (braces are
             expanded), which runs a shell command that writes a tar. Commands come from this argument only: files
             found in a folder are always read as files, whatever their names are.
-        image_extension: see `image_samples`.
+        image_extension: see `paired`.
 
     Raises:
         UserError: there are no tars, a tar is damaged or holds links or paths that lead out of it, a command fails,
             a sample has two images, or one tar holds a key twice.
     """
-    files, folder, is_folder = _find_tars(str(path))
+    files, folder = _find_tars(str(path))
     scratch = tempfile.TemporaryDirectory(prefix="webdataset-")
     tars = {name: _plain_tar(file, Path(scratch.name, name)) for name, file in files.items()}
     left_out: list[tuple[str, str]] = []
     samples = [
         sample for name, tar in tars.items() for sample in _samples(tar, name, files[name], image_extension, left_out)
     ]
-    labels = {sample.label for sample in samples if sample.label is not None}
-    numbers = {label: class_number(label) for label in labels}
-    numbered = None not in numbers.values()
-    if numbered:
-        classes = _class_names(folder, None if is_folder else set(files), 1 + max(numbers.values(), default=-1))
+    numbers = {label: class_number(label) for *_, label in samples if label is not None}
+    if None in numbers.values():
+        classes = sorted(numbers)
+        names = {label: label for label in classes}
     else:
-        classes = sorted(labels)
-    names = {label: classes[number] if numbered else label for label, number in numbers.items()}
-    repeated = len({sample.key for sample in samples}) < len(samples)  # in tars whose keys all start at 000000
+        listed = None if Path(path) == folder else set(files)
+        classes = _class_names(folder, listed, 1 + max(numbers.values(), default=-1))
+        names = {label: classes[number] for label, number in numbers.items()}
+    repeated = len({key for _, key, *_ in samples}) < len(samples)  # in tars whose keys all start at 000000
     items, taken = [], set()
-    for sample in samples:
-        key = clean_key(f"{PurePosixPath(sample.tar).with_suffix('')}/{sample.key}") if repeated else sample.key
+    for tar, sample_key, offset, size, label in samples:
+        key = clean_key(f"{PurePosixPath(tar).with_suffix('')}/{sample_key}") if repeated else sample_key
         if key in taken:
-            raise UserError(f"{files[sample.tar]} holds the key {sample.key} twice; rename one of the samples.")
+            raise UserError(f"{files[tar]} holds the key {sample_key} twice; rename one of the samples.")
         taken.add(key)
-        items.append((names.get(sample.label), key, (sample.tar, sample.offset, sample.size)))
-    return Source(
-        _name(str(path), folder),
-        items,
-        TarsReader(tars),
-        classes,
-        left_out,
-        scratch=scratch,
-        modified=modified_ns(file for file in files.values() if isinstance(file, Path)),
-    )
+        items.append((names.get(label), key, (tar, offset, size)))
+    modified = modified_ns(file for file in files.values() if isinstance(file, Path))
+    read = partial(read_member, tars)
+    return Source(_name(str(path), folder), items, read, classes, left_out, scratch=scratch, modified=modified)
 
 
-class _Sample(NamedTuple):
-    tar: str
-    key: str
-    offset: int
-    size: int
-    label: str | None
+def read_member(tars: dict[str, Path], tar: str, offset: int, size: int) -> bytes:
+    """Read a member of one of several uncompressed tars by the byte offset in it; errors as in `read_range`."""
+    return read_range(tars[tar], offset, size)
 
 
-@dataclass(frozen=True)
-class TarsReader:
-    """Read members of several uncompressed tars by the name of the tar and the byte offset in it."""
-
-    tars: dict[str, Path]
-
-    def __call__(self, tar: str, offset: int, size: int) -> bytes:
-        return read_range(self.tars[tar], offset, size)
-
-
-def _find_tars(path: str) -> tuple[dict[str, Path | str], Path, bool]:
+def _find_tars(path: str) -> tuple[dict[str, Path | str], Path]:
     """Find the tars that a path, brace pattern or pipe stands for.
 
     Returns:
-        Name -> file, or the command as "pipe:COMMAND"; the folder that holds the files; whether `path` is that folder.
+        Name -> file, or the command as "pipe:COMMAND"; and the folder that holds the files.
     """
     if path.startswith(PIPE):
-        return {f"pipe-{n:06d}.tar": command for n, command in enumerate(_expand_braces(path))}, Path("."), False
-    refuse_url(Path(path), "index it in place by `python -m pipeline.shards index`, or copy it to a folder first")
-    if os.path.isdir(path):
-        folder = Path(path)
+        return {f"pipe-{n:06d}.tar": command for n, command in enumerate(_expand_braces(path))}, Path(".")
+    folder = Path(path)
+    refuse_url(folder, "index it in place by `python -m pipeline.shards index`, or copy it to a folder first")
+    if folder.is_dir():
         inside = sorted(folder.iterdir())
         tars = [file for file in inside if file.name.endswith(".tar")]
         tars = tars or [file for file in inside if file.name.endswith(COMPRESSED_SUFFIXES)]
         if not tars:
             raise UserError(f"There is no .tar in {path}; use the folder that holds the shards.")
-        return {file.name: file for file in tars}, folder, True
-    files = [Path(path)] if os.path.exists(path) else [Path(name) for name in _expand_braces(path)]
+        return {file.name: file for file in tars}, folder
+    files = [folder] if folder.exists() else [Path(name) for name in _expand_braces(path)]
     folder = Path(os.path.commonpath([file.parent for file in files]))
-    return {file.relative_to(folder).as_posix(): file for file in files}, folder, False
+    return {file.relative_to(folder).as_posix(): file for file in files}, folder
 
 
 def _expand_braces(pattern: str) -> list[str]:
@@ -168,21 +150,15 @@ def _run_command(pipe: str, target: Path) -> None:
 
 
 def _store(file: io.BufferedReader, target: Path, name: Path | str) -> None:
-    """Write a file to `target`, decompressed if it is compressed.
-
-    Raises:
-        UserError: the compressed data is damaged, or there is no space for the result.
-    """
+    """Write a file to `target`, decompressed if it is compressed; `name` is its name in errors."""
     target.parent.mkdir(parents=True, exist_ok=True)
     start = file.peek()
     opener = next((opener for mark, opener in DECOMPRESSORS.items() if start.startswith(mark)), None)
     try:
         with open(target, "wb") as out:
             shutil.copyfileobj(opener(file) if opener else file, out, 1 << 20)
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
-        raise UserError(f"{name} is truncated or damaged ({error}); download or copy it again.") from error
-    except OSError as error:  # bz2 reports damage as an OSError without a number
-        if error.errno is None:
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        if getattr(error, "errno", None) is None:  # damage; gzip and bz2 report it as an OSError without a number
             raise UserError(f"{name} is truncated or damaged ({error}); download or copy it again.") from error
         raise UserError(
             f"{name} can't be unpacked to {target.parent} ({error.strerror}); set TMPDIR to a folder with enough space."
@@ -191,23 +167,17 @@ def _store(file: io.BufferedReader, target: Path, name: Path | str) -> None:
 
 def _samples(
     tar_path: Path, name: str, shown: Path | str, extension: str | None, left_out: list[tuple[str, str]]
-) -> list[_Sample]:
-    """List the samples in one tar that have an image."""
+) -> list[tuple[str, str, int, int, str | None]]:
+    """List (tar, key, offset, size, class) of the samples in one tar that have an image."""
     refused: list[tuple[str, str]] = []
-    classes: dict[int, tuple[str, str]] = {}
-
-    def place(member: tarfile.TarInfo) -> tuple[int, int]:
-        return member.offset_data, member.size
-
     with open_tar(tar_path) as tar:
-
-        def content(member: tarfile.TarInfo) -> bytes:
-            return tar.extractfile(member).read()
-
-        found = list(image_samples(members(tar, shown), shown, place, content, extension, refused, classes))
+        parts = list(read_parts(tar, members(tar, shown), extension, refused))
+    pairs = paired(parts, shown, extension, refused)
     left_out += [(f"{name}:{member}", reason) for member, reason in refused]
-    labels = {number: text for number, (_, text) in classes.items() if text not in NO_CLASS}
-    return [_Sample(name, key, *address, labels.get(number)) for number, (key, _, address) in enumerate(found)]
+    return [
+        (name, image.key, image.offset, image.size, label.text if label and label.text not in NO_CLASS else None)
+        for image, label in pairs
+    ]
 
 
 def _class_names(folder: Path, tars: set[str] | None, count: int) -> list[str]:
@@ -217,16 +187,13 @@ def _class_names(folder: Path, tars: set[str] | None, count: int) -> list[str]:
         folder: may hold the manifest of a shard set.
         tars: file names; None for all tars of the folder.
         count: number of classes.
-
-    Raises:
-        UserError: two classes have the same name.
     """
-    try:
-        manifest = open_shards(str(folder)).manifest if (folder / "dataset.json").is_file() else {"classes": []}
-    except UserError:
-        manifest = {"classes": []}
-    listed = tars is None or tars <= {shard["file"] for shard in manifest.get("shards", [])}
-    names = manifest["classes"] if listed else []
+    names: list[str] = []
+    if (folder / "dataset.json").is_file():
+        with suppress(UserError):  # damaged, or not of this format
+            manifest = open_shards(str(folder)).manifest
+            if tars is None or tars <= {shard["file"] for shard in manifest["shards"]}:
+                names = manifest["classes"]
     if twice := [name for name, times in Counter(names).items() if times > 1]:
         raise UserError(f"{folder}/dataset.json names two classes {twice[0]}; rename one of them.")
     return names + [str(number) for number in range(len(names), count)]

@@ -13,7 +13,6 @@ hidden folder next to the split:
 """
 
 import csv
-import errno
 import hashlib
 import json
 import os
@@ -84,41 +83,38 @@ def write_split(
         raise UserError(
             f"No images in {source.name}{first}; use a source that holds .jpg, .png or similar files in class folders."
         )
+    made_by: dict[str, Any] = {"command": "pipeline.convert", "seed": seed, "samples_per_shard": samples_per_shard}
+    if short_side is not None:
+        made_by |= {"short_side": short_side, "quality": quality}
+    if short_side is not None or source.encodes:  # another version may encode other bytes
+        made_by["opencv"] = cv2.__version__
+    if not verify:
+        made_by["verify"] = False
     try:
-        made_by: dict[str, Any] = {"command": "pipeline.convert", "seed": seed, "samples_per_shard": samples_per_shard}
-        if short_side is not None:
-            made_by |= {"short_side": short_side, "quality": quality}
-        if short_side is not None or source.encodes:  # another version may encode other bytes
-            made_by["opencv"] = cv2.__version__
-        if not verify:
-            made_by["verify"] = False
         plan = _plan(source, out, split, made_by)
-        # not in the manifest, whose bytes depend on the content of the source only
-        stored = plan | {"modified_sha256": hashlib.sha256(np.array(source.modified, "<i8").tobytes()).hexdigest()}
-        if not _begin(target, unfinished, stored, source):
-            return open_shards(str(target))
-        digest = hashlib.sha256(json.dumps(stored).encode()).hexdigest()
-        labels = {name: number for number, name in enumerate(plan["classes"])} | {None: -1}
-        process = partial(prepare, verify=verify, short_side=short_side, quality=quality)
-        writer = ShardWriter(source.read, process, labels, unfinished, split, digest)
-        order = np.argsort(uniforms(seed, 0, np.arange(len(source.items)), WRITING_STREAM, 1)[:, 0], kind="stable")
-        slices = (order[first : first + samples_per_shard] for first in range(0, len(order), samples_per_shard))
-        tasks = [(number, [source.items[item] for item in chosen]) for number, chosen in enumerate(slices)]
-        share = tasks[part[0] - 1 :: part[1]]
-        write_shards(writer, share, workers, f"{source.name} {split}")
-        finished = all(writer.entry(number) for number, _ in tasks)
-        if finished:
-            with FileLock(unfinished / "lock"):
-                if not target.exists():
-                    # a crash or a failing disk may have damaged what other parts have written
-                    others = [task for task in tasks if task[0] % part[1] != part[0] - 1]
-                    write_shards(writer, others, workers, f"{source.name} {split}: check", wait=True)
-                    finished = _finish(target, unfinished, plan, source, [writer.entry(number) for number, _ in tasks])
+        if _begin(target, unfinished, plan, source):
+            process = partial(prepare, verify=verify, short_side=short_side, quality=quality)
+            labels = {name: number for number, name in enumerate(plan["classes"])} | {None: -1}
+            digest = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
+            writer = ShardWriter(source.read, process, labels, unfinished, split, digest)
+            order = np.argsort(uniforms(seed, 0, np.arange(len(source.items)), WRITING_STREAM, 1)[:, 0], kind="stable")
+            slices = (order[first : first + samples_per_shard] for first in range(0, len(order), samples_per_shard))
+            tasks = [(number, [source.items[item] for item in chosen]) for number, chosen in enumerate(slices)]
+            write_shards(writer, tasks[part[0] - 1 :: part[1]], workers, f"{source.name} {split}")
+            if all(writer.entry(number) for number, _ in tasks):
+                with FileLock(unfinished / "lock"):
+                    if not target.exists():
+                        # a crash or a failing disk may have damaged what other parts have written
+                        others = [task for task in tasks if task[0] % part[1] != part[0] - 1]
+                        write_shards(writer, others, workers, f"{source.name} {split}: check", wait_for_others=True)
+                        _finish(target, unfinished, plan, source, [writer.entry(number) for number, _ in tasks])
     except OSError as error:
         if not target.exists():  # otherwise another process has just completed it
-            raise _unwritable(out, error) from error
-        finished = True
-    return open_shards(str(target)) if finished or target.exists() else None
+            raise UserError(
+                f"{out} can't be written ({error.strerror or error}); free some space or use a folder with write "
+                "permission, and run the same command again, which keeps the finished shards."
+            ) from error
+    return open_shards(str(target)) if target.exists() else None
 
 
 def shards_written(out: Path, split: str) -> int:
@@ -127,7 +123,7 @@ def shards_written(out: Path, split: str) -> int:
 
 
 def _plan(source: Source, out: Path, split: str, made_by: dict[str, Any]) -> dict[str, Any]:
-    """Head of the manifest: everything that determines the bytes."""
+    """Everything that determines the bytes."""
     listing = hashlib.sha256()
     for item in (*source.items, *source.left_out):
         listing.update(repr(item).encode())
@@ -137,6 +133,7 @@ def _plan(source: Source, out: Path, split: str, made_by: dict[str, Any]) -> dic
         "classes": _classes(source, out, split),
         "source_sha256": listing.hexdigest(),  # names, classes and sizes, not the images
         "made_by": made_by,
+        "modified_sha256": hashlib.sha256(np.array(source.modified, "<i8").tobytes()).hexdigest(),
     }
 
 
@@ -161,20 +158,20 @@ def _other_classes(out: Path, split: str) -> Iterator[tuple[Path, list[str]]]:
     for manifest in sorted(out.glob("[!.]*/dataset.json")):
         if manifest.parent.name != split:
             yield manifest.parent, open_shards(str(manifest.parent)).classes
-    for path in sorted(out.glob(".*.partial/plan.json")):
-        plan = _read_plan(path)
-        if plan and path.parent.name != f".{split}.partial" and not (out / plan["split"]).exists():
-            yield path.parent, plan["classes"]
+    for folder in sorted(out.glob(".*.partial")):
+        plan = read_plan(folder)
+        if plan and plan["split"] != split and not (out / plan["split"]).exists():
+            yield folder, plan["classes"]
 
 
 def _begin(target: Path, unfinished: Path, plan: dict[str, Any], source: Source) -> bool:
     """Write the plan or compare it with the existing one; return False if the split is complete."""
     if not target.exists():
-        (unfinished / "work").mkdir(parents=True, exist_ok=True)
+        for folder in "work", "shards":
+            (unfinished / folder).mkdir(parents=True, exist_ok=True)
         with FileLock(unfinished / "lock"):
             if not target.exists():  # another process may have completed it in the meantime
-                if _store_plan(unfinished, plan):
-                    _compare_classes(source, target, unfinished, plan["classes"])
+                _store_plan(unfinished, plan, source)
                 return True
     try:
         found = open_shards(str(target)).manifest
@@ -186,71 +183,67 @@ def _begin(target: Path, unfinished: Path, plan: dict[str, Any], source: Source)
     return False
 
 
-def _store_plan(unfinished: Path, plan: dict[str, Any]) -> bool:
-    """Write the plan, or compare it with that of the unfinished conversion; return whether it was written."""
-    (unfinished / "shards").mkdir(exist_ok=True)
-    path = unfinished / "plan.json"
-    existing = _read_plan(path)
-    if existing is None:
-        # without a plan, the seed and source of finished shards are unknown
-        if any((unfinished / "shards").iterdir()) or any((unfinished / "work").glob("*.json")):
-            raise UserError(f"{path} can't be read, but shards have been written; delete {unfinished} to start again.")
-        path.with_name("plan.json.writing").write_text(json.dumps(plan))
-        os.replace(path.with_name("plan.json.writing"), path)
-        return True
-    difference = _difference(plan, existing)
-    if not difference and existing.get("modified_sha256") != plan["modified_sha256"]:
-        difference = "the files of its source have other modification times"
-    if difference:
-        raise UserError(
-            f"{unfinished} holds an unfinished conversion with another plan ({difference}); "
-            "use the same options to resume it, or delete it to start again."
-        )
-    return False
-
-
-def _compare_classes(source: Source, target: Path, unfinished: Path, classes: list[str]) -> None:
-    """Delete a new plan if another split was started at the same time, so that neither saw the classes of the other."""
-    try:
-        if _classes(source, target.parent, target.name) != classes:
+def _store_plan(unfinished: Path, plan: dict[str, Any], source: Source) -> None:
+    """Write the plan, or compare it with that of the unfinished conversion."""
+    path, writing = unfinished / "plan.json", unfinished / "plan.json.writing"
+    if existing := read_plan(unfinished):
+        if difference := _difference(plan, existing):
             raise UserError(
-                f"Another split was started in {target.parent} at the same time; run the same command again."
+                f"{unfinished} holds an unfinished conversion with another plan ({difference}); "
+                "use the same options to resume it, or delete it to start again."
+            )
+        return
+    # without a plan, the seed and source of finished shards are unknown
+    if any((unfinished / "shards").iterdir()) or any((unfinished / "work").glob("*.json")):
+        raise UserError(f"{path} can't be read, but shards have been written; delete {unfinished} to start again.")
+    writing.write_text(json.dumps(plan))
+    os.replace(writing, path)
+    try:  # if another split was started at the same time, neither saw the classes of the other
+        if _classes(source, unfinished.parent, plan["split"]) != plan["classes"]:
+            raise UserError(
+                f"Another split was started in {unfinished.parent} at the same time; run the same command again."
             )
     except UserError:
-        (unfinished / "plan.json").unlink()
+        path.unlink()
         raise
 
 
-def _read_plan(path: Path) -> dict[str, Any] | None:
-    """Read a plan; None if it is missing or damaged."""
+def read_plan(unfinished: Path) -> dict[str, Any] | None:
+    """Plan of an unfinished conversion; None if it is missing or damaged."""
     try:
-        plan = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+        plan = json.loads((unfinished / "plan.json").read_text())
+    except (OSError, ValueError):
         return None
     kinds = {"name": str, "split": str, "classes": list, "made_by": dict}
     valid = isinstance(plan, dict) and all(isinstance(plan.get(name), kind) for name, kind in kinds.items())
     return plan if valid else None
 
 
+DIFFERENCES = {
+    "command": "it was not written by this converter",
+    "classes": "it has other classes",
+    "source_sha256": "its source lists other images",
+    "modified_sha256": "the files of its source have other modification times",
+}
+
+
 def _difference(plan: dict[str, Any], found: dict[str, Any]) -> str:
-    """Describe the first difference between two plans; empty if there is none."""
+    """Describe the first difference between two plans, or a plan and a manifest; empty if there is none."""
     here, there = ({**head.get("made_by", {}), **head} for head in (plan, found))
-    if here["command"] != there.get("command"):
-        return "it was not written by this converter"
-    for name in dict.fromkeys(["name", *plan["made_by"], *found["made_by"]]):
-        if here.get(name) != there.get(name):
-            return f"its {name.replace('_', ' ')} is {there.get(name)} instead of {here.get(name)}"
-    if here["classes"] != there["classes"]:
-        return "it has other classes"
-    return "" if here["source_sha256"] == there.get("source_sha256") else "its source lists other images"
+    for name in dict.fromkeys(["command", "name", *plan["made_by"], *found.get("made_by", {}), *DIFFERENCES]):
+        # a manifest has no modification times: its bytes depend on the content of the source only
+        if here.get(name) != there.get(name) and (name in there or name != "modified_sha256"):
+            values = f"its {name.replace('_', ' ')} is {there.get(name)} instead of {here.get(name)}"
+            return DIFFERENCES.get(name, values)
+    return ""
 
 
 def _finish(
     target: Path, unfinished: Path, plan: dict[str, Any], source: Source, entries: list[dict[str, Any] | None]
-) -> bool:
-    """Write the manifest and move the shards into place; return False if one of them has disappeared."""
+) -> None:
+    """Write the manifest and move the shards into place, unless one of them has disappeared."""
     if not all(entries):
-        return False
+        return
     rejected = [*source.left_out, *(refused for entry in entries for refused in entry["rejected"])]
     shards = [entry["shard"] for entry in entries if entry["shard"]["samples"]]
     if not shards:
@@ -259,17 +252,15 @@ def _finish(
         raise UserError(f"No image of {source.name} could be read ({name}: {reason}); use another source.")
     folder = unfinished / "shards"
     counts = np.zeros(len(plan["classes"]), np.int64)
-    for shard in (entry["shard"] for entry in entries):
-        index = folder / index_name(shard["file"])
-        if shard["samples"]:
-            labels = np.load(index)["label"]
-            counts += np.bincount(labels[labels >= 0], minlength=len(counts))
-        else:  # many readers fail on an empty tar
-            for file in folder / shard["file"], index:
-                file.unlink(missing_ok=True)
+    for tar in (entry["shard"]["file"] for entry in entries):
+        labels = np.load(folder / index_name(tar))["label"]
+        counts += np.bincount(labels[labels >= 0], minlength=len(counts))
+        if not len(labels):  # many readers fail on an empty tar
+            (folder / tar).unlink()
+            (folder / index_name(tar)).unlink()
     with open(folder / "rejected.csv", "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         csv.writer(file, lineterminator="\n").writerows([("name", "reason"), *rejected])
-    manifest = plan | {
+    manifest = {name: value for name, value in plan.items() if name != "modified_sha256"} | {
         "class_counts": counts.tolist(),
         "samples": sum(shard["samples"] for shard in shards),
         "rejected": len(rejected),
@@ -278,14 +269,3 @@ def _finish(
     write_manifest(LocalFileSystem(), str(folder), manifest)
     os.replace(folder, target)
     shutil.rmtree(unfinished, ignore_errors=True)
-    return True
-
-
-def _unwritable(out: Path, error: OSError) -> UserError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        remedy = "free some space and run the same command again, which keeps the finished shards"
-    elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        remedy = "use a folder with write permission"
-    else:
-        remedy = "use another folder, or check the disk and run the same command again"
-    return UserError(f"{out} can't be written ({error.strerror or error}); {remedy}.")

@@ -12,11 +12,11 @@ class LoaderConfig:
     """Reading and augmentation options; batches depend on none of them, except for the rounding of each backend."""
 
     backend: Literal["auto", "dali", "kornia", "opencv"] = "auto"
-    """Augmentation backend. auto: DALI on CUDA (Kornia if DALI is missing), Kornia on other GPUs, OpenCV on a CPU."""
+    """Augmentation backend. auto: chosen by device, view size and number of threads; the run says which and why."""
     workers: int = 0
     """Number of threads per process for augmentation; 0 for this process's share of the cores."""
     prefetch: int = 2
-    """Number of batches prepared ahead of the training step; 0 prepares each batch when it is needed."""
+    """Number of batches prepared ahead of the training step; memory holds up to two more. 0 prepares none ahead."""
     max_bad: float = 0.01
     """Largest fraction of images that may be unreadable, and replaced by others, before the run stops."""
     node_groups: int = 1

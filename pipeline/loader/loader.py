@@ -43,6 +43,8 @@ class ViewLoader:
         batch_size: *global* batch size in samples; each rank receives batch_size / world_size of them.
         seed: seed of the sample order and the views.
         device: device of the batches.
+        dtype: of the views, float32 or bfloat16. An encoder that computes in bfloat16 rounds float32 views itself, so
+            bfloat16 views change nothing but the memory and the copies, which they halve.
         rank, world_size: this process's slice of every global batch.
         epochs: number of epochs, so that nothing is prepared beyond the last one; None for any number.
         views_per_image: V. View 0 of a sample does not depend on V.
@@ -52,6 +54,9 @@ class ViewLoader:
         cache: cache for shards of a remote set; created from `config` by default.
         bad_samples_file: list of unreadable images to append to; None for no file. Each rank counts its own, so with
             several ranks the caller must check the total (`BadSampleTracker.check`).
+
+    Attributes:
+        backend_name: augmentation backend and, if "auto" chose it, the reason.
 
     Raises:
         UserError: the batch size exceeds the number of samples or is not divisible by the number of ranks; while
@@ -67,6 +72,7 @@ class ViewLoader:
         batch_size: int,
         seed: int,
         device: torch.device,
+        dtype: torch.dtype = torch.float32,
         rank: int = 0,
         world_size: int = 1,
         epochs: int | None = None,
@@ -100,9 +106,10 @@ class ViewLoader:
             height, width = shards.index["height"][samples], shards.index["width"][samples]
             return draw_params(augment, seed, epoch, samples, height, width, views=views_per_image)
 
-        self.backend_name = choose_backend(config.backend, device)
+        choice = choose_backend(config.backend, device, augment.size, config.threads)
+        self.backend_name = str(choice)
         local_batch = batch_size // world_size
-        backend = create_backend(self.backend_name, augment, device, local_batch, views_per_image, config.threads)
+        backend = create_backend(choice.name, augment, device, local_batch, views_per_image, config.threads, dtype)
         self.prefetcher = Prefetcher(
             self.reader, draw, backend, self.bad_samples, device=device, prefetch=config.prefetch
         )
@@ -185,6 +192,7 @@ def center_crop_batches(
     *,
     batch_size: int,
     device: torch.device,
+    dtype: torch.dtype = torch.float32,
     cache: ShardCache | None = None,
     bad_samples_file: Path | None = None,
 ) -> Iterator[Batch]:
@@ -193,7 +201,7 @@ def center_crop_batches(
     The last batch may be smaller. An unreadable image is replaced by another one of `samples`, with its label.
 
     Args:
-        shards, augment, config, device, cache, bad_samples_file: as for `ViewLoader`.
+        shards, augment, config, device, dtype, cache, bad_samples_file: as for `ViewLoader`.
         batch_size: samples per batch of this process.
 
     Raises:
@@ -210,7 +218,7 @@ def center_crop_batches(
         return center_crop(augment, shards.index["height"][chosen], shards.index["width"][chosen])
 
     bad_samples = BadSampleTracker(shards, 0, config.max_bad, bad_samples_file, samples)
-    backend = create_backend(config.backend, augment, device, batch_size, 1, config.threads)
+    backend = create_backend(config.backend, augment, device, batch_size, 1, config.threads, dtype)
     reader = Reader(shards, cache or config.cache())
     prefetcher = Prefetcher(reader, draw, backend, bad_samples, device=device, prefetch=2)
     try:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..augment.backend import Backend
+from ..augment.gpu import copy_to
 from ..augment.params import AugmentParams
 from ..images import DecodeError
 from ..shards.dataset import ShardSet
@@ -23,9 +24,10 @@ class Batch(NamedTuple):
     """One training batch; B is this rank's share of the global batch, V the number of views per image."""
 
     views: Tensor
-    """(V B, 3, S, S) float32 on the device, channels-last, normalized; view v of sample i is row v B + i.
+    """(V B, 3, S, S) on the device, channels-last, normalized; view v of sample i is row v B + i.
 
-    V is 2 for contrastive pretraining and 1 for fine-tuning, distillation and evaluation.
+    float32, or bfloat16 if the loader was created with that dtype. V is 2 for contrastive pretraining and 1 for
+    fine-tuning, distillation and evaluation.
     """
     label: Tensor
     """(B,) int64 on the device; -1 for unlabeled samples."""
@@ -53,6 +55,11 @@ class Prefetcher:
     """Stages from planned batches to batches on the device: read -> augment -> hand over.
 
     Reading and augmenting run in threads, ahead of the consumer. Samples that cannot be read or decoded are replaced.
+
+    At most `prefetch` + 2 batches of views exist at once: `prefetch` that are ready or being augmented, the one that
+    the consumer uses and, until it releases that one, the next. No augmentation starts beyond these, however slow the
+    consumer is. A CUDA device frees memory in the order of its streams: there, a batch is in use until the step that
+    reads it has ended.
 
     Args:
         reader: reads encoded images; closed together with the prefetcher, like the backend.
@@ -122,7 +129,7 @@ class Prefetcher:
                         failures = {error.args[1]: ReadFailure("the image can't be decoded")}
                 if failures:
                     samples = self._replace(failures, planned, samples, encoded, stop)
-            label = torch.from_numpy(self.reader.shards.index["label"][samples]).to(self.device, non_blocking=True)
+            label = copy_to(self.device, self.reader.shards.index["label"][samples])
             ready = self.stream.record_event() if self.stream else None
         replaced = int((samples != planned.samples).sum())
         return AugmentedBatch(Batch(views, label, torch.from_numpy(samples)), ready, replaced, planned.epoch)

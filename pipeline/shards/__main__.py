@@ -15,8 +15,9 @@ from itertools import chain
 from rich.console import Console
 
 from ..common import UserError
-from .archives import add_image_extension, one_line
+from .archives import one_line
 from .index import index_shards
+from .samples import add_image_extension
 from .verify import show, verify
 
 

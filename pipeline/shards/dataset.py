@@ -6,18 +6,17 @@
     ROOT/index.npy               the rows of all shards, in sets of more than `READ_WHOLE`; memory-mapped
 
 A folder without `dataset.json` is not a shard set, so an interrupted conversion is never mistaken for a complete one.
-Opening a set compares the indexes with their checksums; `ShardCache.is_intact` says when a large one is read again.
-The index of a set in a read-only location, such as an http:// address, is kept in the local cache
-($STREAMCLR_CACHE or ~/.cache/streamclr) of the machine that created it.
+The index of a set in a read-only location, such as an http:// address, is in the cache of the machine that created it.
 """
 
 import hashlib
 import io
 import json
 import posixpath
+import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,10 +29,11 @@ from fsspec.spec import AbstractFileSystem
 from ..common import UserError
 from .cache import ShardCache
 from .format import FORMAT, READ_WHOLE, ROWS, index_dtype, index_name
-from .remote import PERMANENT_ERRORS, RetryPolicy, filesystem, is_local, unreadable, with_retries
-from .threads import DaemonThreads, wait_for
+from .remote import PERMANENT_ERRORS, RetryPolicy, filesystem, is_local, read_file, unreadable, with_retries
+from .threads import DaemonThreads
 
 SMALLEST = {"samples": 0, "bytes": 0, "top_label": -1}  # integers of a shard's manifest entry
+FILE_NAME = re.compile(r"(?!\.\.?$)[^/\\\0]+")
 OPTIONAL_KEYS = {"name": str, "split": str, "made_by": dict, "left_out": list, "rejected": int}
 
 
@@ -78,74 +78,74 @@ def open_shards(root: str, cache: ShardCache | None = None) -> ShardSet:
         UserError: there is no shard set, it is empty or can't be read, or its index does not belong to it.
     """
     cache = cache or ShardCache()
-    fs, path = filesystem(root, cache.retry_policy)
+    fs, folder, index_root, content = _find_manifest(root, cache)
     index_again = f"run `python -m pipeline.shards index {root}` to create it again"
-    index_fs, index_path, index_root = fs, path, root
+
+    def damaged(fault: object) -> UserError:
+        return UserError(f"{root}/dataset.json is damaged ({fault}); copy it again, or {index_again}.")
+
     try:
-        content = with_retries(lambda: fs.cat_file(f"{path}/dataset.json"), f"{root}/dataset.json", cache.retry_policy)
+        manifest = _parsed(content)
+    except (ValueError, RecursionError) as error:  # the second for deeply nested brackets
+        raise damaged(error) from error
+    rows = (_map_index if "index" in manifest else _join_indexes)(fs, folder, manifest, cache, index_again)
+    # a large index is not read to check its labels, unless an older version wrote the set and did not record them
+    known = [shard.get("top_label") for shard in manifest["shards"]] if "index" in manifest else [None]
+    top = _top_label(rows) if None in known else max(known)
+    if fault := _top_fault(top, manifest["classes"]):
+        raise damaged(fault)
+    return ShardSet(root, manifest, rows, index_root)
+
+
+def _find_manifest(root: str, cache: ShardCache) -> tuple[AbstractFileSystem, str, str, bytes]:
+    """File system and folder of the indexes, the folder as a root, and the content of its `dataset.json`."""
+    fs, path = filesystem(root, cache.retry_policy)
+    try:
+        return fs, path, root, read_file(fs, f"{path}/dataset.json", cache.retry_policy)
     except NotADirectoryError as error:
         parent = posixpath.dirname(root) or "."
         raise UserError(f"{root} is a file, not a folder of shards; use its folder, {parent}.") from error
     except (FileNotFoundError, PermissionError) as error:  # S3 answers 403 for missing objects
-        index_fs, index_path = LocalFileSystem(), str(cache.index_folder(root))
-        index_root = index_path
-        try:
-            content = Path(index_root, "dataset.json").read_bytes()
-        except OSError:
-            if list_tars(fs, path, cache.retry_policy):
-                remedy = f"run `python -m pipeline.shards index {root}` first"
-                raise UserError(f"The tars in {root} have no index; {remedy}.") from error
-            denied = f" or no permission to read them ({error})" if isinstance(error, PermissionError) else ""
-            raise UserError(
-                f"No shards at {root}{denied}; create them with `python -m pipeline.convert` or correct the path."
-            ) from error
+        folder = cache.index_folder(root)
+        with suppress(OSError):
+            return LocalFileSystem(), str(folder), str(folder), (folder / "dataset.json").read_bytes()
+        if list_tars(fs, path, cache.retry_policy):
+            remedy = f"run `python -m pipeline.shards index {root}` first"
+            raise UserError(f"The tars in {root} have no index; {remedy}.") from error
+        denied = f" or no permission to read them ({error})" if isinstance(error, PermissionError) else ""
+        remedy = "create them with `python -m pipeline.convert` or correct the path"
+        raise UserError(f"No shards at {root}{denied}; {remedy}.") from error
     except OSError as error:
         raise unreadable(root, error) from error
-    try:
-        manifest = json.loads(content)
-    except ValueError as error:
-        raise UserError(f"{root}/dataset.json is damaged; {index_again}.") from error
+
+
+def _parsed(content: bytes) -> dict[str, Any]:
+    """Parse `dataset.json`; a ValueError names the first malformed field among all that are used later."""
+    manifest = json.loads(content)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UserError(f"{root}/dataset.json is not in format {FORMAT}; {index_again}.")
-    if manifest.get("shards") == []:
-        raise UserError(f"{root} lists no shards; convert the images again.")
-    if fault := _manifest_fault(manifest):
-        raise UserError(f"{root}/dataset.json is damaged ({fault}); copy it again, or {index_again}.")
-    read_index = _map_index if "index" in manifest else _join_indexes
-    rows = read_index(index_fs, index_path, manifest, cache, index_again)
-    # a large index is not read to check its labels, unless an older version wrote the set and did not record them
-    known = [shard.get("top_label") for shard in manifest["shards"]] if "index" in manifest else [None]
-    fault = label_fault(rows, manifest["classes"]) if None in known else _top_fault(max(known), manifest["classes"])
-    if fault:
-        raise UserError(f"{root}/dataset.json is damaged ({fault}); copy it again, or {index_again}.")
-    return ShardSet(root, manifest, rows, index_root)
-
-
-def _manifest_fault(manifest: dict[str, Any]) -> str:
-    """First missing or malformed field of a manifest, among all that are used later; "" if there is none."""
+        raise ValueError(f"it is not in format {FORMAT}")
     classes, shards, index = manifest.get("classes"), manifest.get("shards"), manifest.get("index")
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        return "no list of classes"
+        raise ValueError("no list of classes")
     if not isinstance(shards, list) or not all(isinstance(shard, dict) for shard in shards):
-        return "no list of shards"
+        raise ValueError("no list of shards")
+    if not shards:
+        raise ValueError("it lists no shards")
     for number, shard in enumerate(shards):
         shard = {"index_sha256": "", "top_label": -1, **shard}  # sets written by older versions lack these
         invalid = [key for key in ("file", "sha256", "index_sha256") if type(shard.get(key)) is not str]
         for key, smallest in SMALLEST.items():
             if type(shard.get(key)) is not int or not smallest <= shard[key] < 2**63:
                 invalid.append(key)
-        if invalid:
-            return f"no valid {invalid[0]!r} of shard {number}"
-        name = shard["file"]
-        if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-            return f"{name!r} is not a file name"
+        if invalid or not FILE_NAME.fullmatch(shard["file"]):
+            raise ValueError(f"no valid {(invalid or ['file'])[0]!r} of shard {number}")
     if "index" in manifest:
-        if not isinstance(index, dict) or type(index.get("bytes")) is not int or type(index.get("sha256")) is not str:
-            return "no size and checksum of the index"
-        if type(manifest.get("samples")) is not int:
-            return "no number of samples"
-    wrong = [key for key, kind in OPTIONAL_KEYS.items() if not isinstance(manifest.get(key), kind | None)]
-    return f"{wrong[0]!r} has the wrong type" if wrong else ""
+        sized = isinstance(index, dict) and type(index.get("bytes")) is int and type(index.get("sha256")) is str
+        if not sized or type(manifest.get("samples")) is not int:
+            raise ValueError("no sizes and checksum of the index")
+    if wrong := [key for key, kind in OPTIONAL_KEYS.items() if not isinstance(manifest.get(key), kind | None)]:
+        raise ValueError(f"{wrong[0]!r} has the wrong type")
+    return manifest
 
 
 def list_files(fs: AbstractFileSystem, path: str, retry_policy: RetryPolicy) -> list[str]:
@@ -169,11 +169,29 @@ def _map_index(
     """(N,) memory-mapped rows of index.npy: the time to open a set does not grow with its samples."""
     name, entry = f"{path}/index.npy", manifest["index"]
     with _index_errors(name, index_again):
-        rows = _load_local(Path(name), entry, cache) if is_local(fs) else _load_cached(fs, name, entry, cache)
+        rows = _load_index(fs, name, entry, cache)
     samples = sum(shard["samples"] for shard in manifest["shards"])
     if samples != manifest["samples"] or not _is_index(rows, samples) or rows.offset + rows.nbytes != entry["bytes"]:
         raise UserError(f"{name} disagrees with dataset.json; {index_again}.")
     return np.asarray(rows)  # np.memmap adds overhead to every indexing operation
+
+
+def _load_index(fs: AbstractFileSystem, name: str, entry: dict[str, Any], cache: ShardCache) -> np.memmap:
+    for attempts_left in (0,) if is_local(fs) else (2, 1, 0):
+        file = Path(name) if is_local(fs) else cache.fetch(fs, name, entry["bytes"], entry["sha256"])
+        if not file:
+            raise UserError(
+                f"The cache {cache.folder} has no room for {name} ({entry['bytes'] / 1e9:.1f} GB); raise its limit of "
+                f"{cache.limit_bytes / 1e9:.1f} GB."
+            )
+        try:
+            if not cache.is_intact(file, entry["bytes"], entry["sha256"]):
+                raise ValueError("checksum")
+            return np.load(file, mmap_mode="r", allow_pickle=False)
+        except (FileNotFoundError, ValueError):  # evicted by another process, or damaged since it was fetched
+            if not attempts_left:
+                raise
+            cache.drop_damaged(entry["sha256"])
 
 
 @contextmanager
@@ -191,64 +209,39 @@ def _index_errors(name: str, index_again: str) -> Iterator[None]:
         raise UserError(f"{name} is damaged; {index_again}.") from error
 
 
-def _load_local(file: Path, entry: dict[str, Any], cache: ShardCache) -> np.ndarray:
-    if not cache.is_intact(file, entry["bytes"], entry["sha256"]):
-        raise ValueError("checksum")
-    return np.load(file, mmap_mode="r", allow_pickle=False)
-
-
-def _load_cached(fs: AbstractFileSystem, name: str, entry: dict[str, Any], cache: ShardCache) -> np.ndarray:
-    for attempts_left in (2, 1, 0):
-        file = cache.fetch(fs, name, entry["bytes"], entry["sha256"])
-        if not file:
-            raise UserError(
-                f"The cache {cache.folder} has no room for {name} ({entry['bytes'] / 1e9:.1f} GB); raise its limit of "
-                f"{cache.limit_bytes / 1e9:.1f} GB."
-            )
-        try:
-            return _load_local(file, entry, cache)
-        except (FileNotFoundError, ValueError):  # evicted by another process, or damaged since it was fetched
-            if not attempts_left:
-                raise
-            cache.drop_damaged(entry["sha256"])
-
-
 def _join_indexes(
     fs: AbstractFileSystem, path: str, manifest: dict[str, Any], cache: ShardCache, index_again: str
 ) -> np.ndarray:
     """(N,) rows of the shards' own indexes, requested in parallel because object stores have a high latency."""
     names = [f"{path}/{index_name(shard['file'])}" for shard in manifest["shards"]]
-    retry_policy = replace(cache.retry_policy, stop=threading.Event())
-
-    def fetch(name: str) -> bytes:
-        return with_retries(lambda: fs.cat_file(name), name, retry_policy)
-
+    policy = replace(cache.retry_policy, stop=threading.Event())
     parts, threads = [], DaemonThreads(min(len(names), READ_WHOLE), "index")
-    contents = [threads.submit(fetch, name) for name in names]
+    contents = threads.map(read_file, ((fs, name, policy) for name in names), policy.stop)
     try:
         # fetched by many threads but parsed by one: numpy parses the header with Python's parser, which in Python 3.11
         # occasionally fails if two threads use it at once
-        for name, content, shard in zip(names, contents, manifest["shards"], strict=True):
+        for name, shard in zip(names, manifest["shards"], strict=True):
             with _index_errors(name, index_again):
-                content = wait_for(content, retry_policy.stop)
+                content = next(contents)
                 sha256 = hashlib.sha256(content).hexdigest()
-                if shard.get("index_sha256", sha256) != sha256:  # sets written by older versions have none
+                if shard.get("index_sha256", sha256) != sha256:
                     raise ValueError("checksum")
                 parts.append(np.load(io.BytesIO(content), allow_pickle=False))
             if not _is_index(parts[-1], shard["samples"]) or not _fits(parts[-1], shard["bytes"]):
                 raise UserError(f"{name} disagrees with dataset.json; {index_again}.")
     finally:  # after Ctrl-C or an error, do not wait for the other requests
-        retry_policy.stop.set()
-        for content in contents:
-            content.cancel()
+        policy.stop.set()
         threads.close()
     return np.concatenate(parts)
 
 
 def label_fault(rows: np.ndarray, classes: list[str]) -> str:
     """Description of a label that has no class; "" if every label has one."""
-    tops = (int(rows["label"][first : first + ROWS].max(initial=-1)) for first in range(0, len(rows), ROWS))
-    return _top_fault(max(tops, default=-1), classes)
+    return _top_fault(_top_label(rows), classes)
+
+
+def _top_label(rows: np.ndarray) -> int:
+    return max((int(rows["label"][first : first + ROWS].max()) for first in range(0, len(rows), ROWS)), default=-1)
 
 
 def _top_fault(top: int, classes: list[str]) -> str:
@@ -299,14 +292,15 @@ def split_roots(root: str, cache: ShardCache | None = None) -> list[str]:
     cache = cache or ShardCache()
     fs, path = filesystem(root, cache.retry_policy)
 
-    def exists(name: str) -> bool:
-        try:
-            return with_retries(lambda: fs.exists(name), name, cache.retry_policy)
-        except OSError as error:
-            raise unreadable(name, error) from error
-
-    def has(split: str) -> bool:  # object stores have no folders, and a folder may still lack its dataset.json
-        return exists(f"{path}/{split}/dataset.json") or exists(f"{path}/{split}")
+    def has(split: str) -> bool:
+        # object stores have no folders, and a folder may still lack its dataset.json
+        for name in f"{path}/{split}/dataset.json", f"{path}/{split}":
+            try:
+                if with_retries(lambda name=name: fs.exists(name), name, cache.retry_policy):
+                    return True
+            except OSError as error:
+                raise unreadable(name, error) from error
+        return False
 
     if not has("train"):
         return [root]

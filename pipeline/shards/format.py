@@ -9,13 +9,15 @@ import json
 import tarfile
 import zlib
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from fsspec.spec import AbstractFileSystem
 
-BLOCK_BYTES = 1 << 20
+from ..common import file_sha256
+
 FORMAT = "streamclr-shards-1"
 READ_WHOLE = 16
 """Maximum number of shards without a common index; their own indexes are read in parallel and joined."""
@@ -52,29 +54,25 @@ class Sample(NamedTuple):
 def write_shard(folder: Path, name: str, samples: Iterable[Sample]) -> dict[str, Any]:
     """Write one tar and its index to `folder`; returns the shard's entry for the manifest."""
     rows = []
-    with open(folder / name, "wb") as file:
-        tar = HashedFile(file)
-
-        def add(file_name: str, content: bytes) -> int:
-            member = tarfile.TarInfo(file_name)  # TarInfo's defaults for time, owner and mode are constant
-            member.size = len(content)
-            tar.write(member.tobuf(tarfile.GNU_FORMAT))
-            offset = tar.size
-            tar.write(content)
-            tar.write(bytes(-tar.size % tarfile.BLOCKSIZE))
-            return offset
-
+    with tarfile.open(folder / name, "w", format=tarfile.GNU_FORMAT) as tar:
         for key, (extension, height, width), encoded, label in samples:
-            offset = add(f"{key}.{extension}", encoded)
+            offset = _add(tar, f"{key}.{extension}", encoded)
             if label >= 0:
-                add(f"{key}.cls", str(label).encode())
+                _add(tar, f"{key}.cls", str(label).encode())
             rows.append((key.encode(), offset, len(encoded), height, width, label, zlib.crc32(encoded)))
-        tar.write(bytes(2 * tarfile.BLOCKSIZE))  # end mark, padded to a full record below
-        tar.write(bytes(-tar.size % tarfile.RECORDSIZE))
     rows = index_rows(rows)
     index = npy_bytes(rows)
     (folder / index_name(name)).write_bytes(index)  # last: an existing index implies a complete tar
-    return shard_entry(name, rows, tar.size, tar.digest.hexdigest(), index)
+    return shard_entry(name, rows, (folder / name).stat().st_size, file_sha256(folder / name), index)
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> int:
+    """Append a file; returns the offset of its content in the tar."""
+    member = tarfile.TarInfo(name)  # its defaults for time, owner and mode are constant
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+    tar.members = []  # tarfile would otherwise keep all members in memory
+    return tar.offset - -(-len(content) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
 def shard_entry(name: str, rows: np.ndarray, size: int, sha256: str, index: bytes) -> dict[str, Any]:
@@ -129,36 +127,16 @@ def _write_index(fs: AbstractFileSystem, path: str, shards: list[dict[str, Any]]
 
     # two passes, the first for the width of the keys, so that only one shard's rows are in memory
     dtype = index_dtype(max(rows(shard).dtype["key"].itemsize for shard in shards))
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
+    shape = (sum(shard["samples"] for shard in shards),)
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    )
+    digest, size = hashlib.sha256(), 0
     with fs.open(f"{path}/index.npy.partial", "wb") as file:
-        hashed = HashedFile(file)
-        np.lib.format.write_array_header_1_0(hashed, header | {"shape": (sum(s["samples"] for s in shards),)})
-        for shard in shards:
-            hashed.write(rows(shard).astype(dtype).tobytes())
+        for block in chain([header.getvalue()], (rows(shard).astype(dtype).tobytes() for shard in shards)):
+            file.write(block)
+            digest.update(block)
+            size += len(block)
     fs.mv(f"{path}/index.npy.partial", f"{path}/index.npy")
-    return {"bytes": hashed.size, "sha256": hashed.digest.hexdigest()}
-
-
-class HashedFile:
-    """Sequentially read or written file that tracks the SHA-256 and the number of its bytes."""
-
-    def __init__(self, file: BinaryIO):
-        self.file, self.digest, self.size = file, hashlib.sha256(), 0
-
-    def read(self, count: int) -> bytes:
-        block = self.file.read(count)
-        self._update(block)
-        return block
-
-    def write(self, block: bytes) -> None:
-        self.file.write(block)
-        self._update(block)
-
-    def _update(self, block: bytes) -> None:
-        self.digest.update(block)
-        self.size += len(block)
-
-    def drain(self) -> None:
-        """Read the rest of the file."""
-        while self.read(BLOCK_BYTES):
-            pass
+    return {"bytes": size, "sha256": digest.hexdigest()}

@@ -3,17 +3,15 @@
 The tars are read in place and stay unchanged. Compressed tars have no seekable samples, so they must be converted.
 """
 
+import hashlib
 import json
-import os
 import posixpath
 import re
 import tarfile
 import zlib
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
@@ -21,24 +19,16 @@ from fsspec.spec import AbstractFileSystem
 
 from ..common import UserError, available_cores
 from ..images import DecodeError, inspect
-from .archives import CLASS_LIMIT, NO_CLASS, CheckedMember, class_number, image_samples
+from .archives import CheckedMember, forgetting
 from .cache import ShardCache
 from .dataset import ShardSet, list_files, open_shards
-from .format import (
-    BLOCK_BYTES,
-    FORMAT,
-    READ_WHOLE,
-    HashedFile,
-    index_dtype,
-    index_name,
-    index_rows,
-    npy_bytes,
-    shard_entry,
-    write_manifest,
-)
-from .remote import RetryPolicy, filesystem, with_retries
+from .format import FORMAT, READ_WHOLE, index_name, index_rows, npy_bytes, shard_entry, write_manifest
+from .remote import RetryPolicy, filesystem, read_file
+from .samples import CLASS_LIMIT, NO_CLASS, Part, class_number, paired, read_parts
 from .web import WebFileSystem
 
+IMAGES_PER_CORE = 16
+"""Number of images that are in memory per core, while they are decoded in parallel."""
 COMPRESSED_TAR = re.compile(r"\.(tgz|txz|tbz2?|tar\.(gz|xz|bz2|zst))$")
 
 KEPT = {"name": "", "split": "", "classes": [], "shards": [], "made_by": {}}
@@ -46,7 +36,7 @@ KEPT = {"name": "", "split": "", "classes": [], "shards": [], "made_by": {}}
 
 
 def index_shards(root: str, cache: ShardCache | None = None, image_extension: str | None = None) -> ShardSet:
-    """Index the WebDataset tars of a folder or URL prefix; each is read once, sequentially.
+    """Index the WebDataset tars of a folder or URL prefix; a remote one is downloaded once.
 
     Every image is decoded once; unreadable ones are left out and listed in the manifest. If the location is read-only,
     the index is kept in the cache. An existing index is replaced only after all tars have been read; its name, split
@@ -55,7 +45,7 @@ def index_shards(root: str, cache: ShardCache | None = None, image_extension: st
     Args:
         root: folder or URL prefix of the tars, or their names in brace notation, such as
             "https://host/folder/train-{000..146}.tar", for servers that do not list their files.
-        image_extension: see `image_samples`.
+        image_extension: see `paired`.
 
     Raises:
         UserError: there are no tars, they hold no readable image or a sample with two images, or a download fails.
@@ -63,15 +53,12 @@ def index_shards(root: str, cache: ShardCache | None = None, image_extension: st
     """
     cache = cache or ShardCache()
     root, tars = _find_tars(root, cache.retry_policy)
-    fs, path = filesystem(root, cache.retry_policy)
-    index_fs, folder = fs, path
+    fs, path = index_fs, folder = filesystem(root, cache.retry_policy)
     previous = _previous_manifest(fs, path, cache.retry_policy)
     if not _writable(fs, path):
         if previous is not None:  # it would take precedence over an index in the cache
-            raise UserError(
-                f"{root}/dataset.json exists and can't be replaced; make the folder writable, or copy the tars to one "
-                "that is."
-            )
+            remedy = "make the folder writable, or copy the tars to one that is"
+            raise UserError(f"{root}/dataset.json exists and can't be replaced; {remedy}.")
         index_fs, folder = LocalFileSystem(), str(cache.index_folder(root))
         previous = _previous_manifest(index_fs, folder, cache.retry_policy)
     previous = previous or KEPT
@@ -80,19 +67,17 @@ def index_shards(root: str, cache: ShardCache | None = None, image_extension: st
     shards, left_out = [], []
     try:
         for name in tars:
-            rows, tar, refused = _read_tar(fs, f"{path}/{name}", cache, image_extension)
+            rows, size, sha256, refused = _read_tar(fs, f"{path}/{name}", cache, image_extension)
             index = npy_bytes(rows)
             index_fs.pipe_file(f"{folder}/{index_name(name)}.partial", index)
-            shards.append(shard_entry(name, rows, tar.size, tar.digest.hexdigest(), index))
+            shards.append(shard_entry(name, rows, size, sha256, index))
             left_out += [{"name": f"{name}:{member}", "reason": reason} for member, reason in refused]
             if checksums.get(name) not in (None, shards[-1]["sha256"]):
                 reason = "differs from its recorded checksum; copy it again unless it was changed on purpose"
                 left_out.append({"name": name, "reason": reason})
         samples = sum(shard["samples"] for shard in shards)
         if not samples:
-            raise UserError(
-                f"No image could be read from the tars in {root}; they must hold <key>.jpg (and <key>.cls)."
-            )
+            raise UserError(f"No image could be read from the tars in {root}; they must hold <key>.jpg and <key>.cls.")
         known, count = previous["classes"], 1 + max(shard["top_label"] for shard in shards)
         manifest = {
             "name": previous["name"] or posixpath.basename(path),
@@ -103,9 +88,8 @@ def index_shards(root: str, cache: ShardCache | None = None, image_extension: st
             "left_out": left_out,
             "made_by": previous["made_by"] or {"command": "pipeline.shards index"},
         }
-        for shard in shards:
-            index = f"{folder}/{index_name(shard['file'])}"
-            index_fs.mv(f"{index}.partial", index)
+        for name in tars:
+            index_fs.mv(f"{folder}/{index_name(name)}.partial", f"{folder}/{index_name(name)}")
         write_manifest(index_fs, folder, manifest)
     except BaseException:
         for name in tars:
@@ -118,11 +102,7 @@ def index_shards(root: str, cache: ShardCache | None = None, image_extension: st
 
 
 def _find_tars(root: str, retry_policy: RetryPolicy) -> tuple[str, list[str]]:
-    """Resolve the argument of `index_shards` to a folder or URL prefix and the names of the tars in it.
-
-    Raises:
-        UserError: there are no tars, they are compressed, or a brace pattern names several folders.
-    """
+    """Resolve the argument of `index_shards` to a folder or URL prefix and the names of the tars in it."""
     names: list[str] = []
     if "{" in root:
         from webdataset.shardlists import expand_urls
@@ -160,13 +140,9 @@ def _writable(fs: AbstractFileSystem, path: str) -> bool:
 
 
 def _previous_manifest(fs: AbstractFileSystem, path: str, retry_policy: RetryPolicy) -> dict[str, Any] | None:
-    """Fields of a folder's manifest that are kept when it is indexed again, empty where missing or malformed.
-
-    None if there is no manifest.
-    """
+    """The fields `KEPT` of a folder's manifest, empty where missing or malformed; None if there is no manifest."""
     try:
-        name = f"{path}/dataset.json"
-        found = json.loads(with_retries(lambda: fs.cat_file(name), name, retry_policy))
+        found = json.loads(read_file(fs, f"{path}/dataset.json", retry_policy))
     except (FileNotFoundError, PermissionError):
         return None
     except (ValueError, RecursionError):  # the second for deeply nested brackets
@@ -178,72 +154,58 @@ def _previous_manifest(fs: AbstractFileSystem, path: str, retry_policy: RetryPol
 
 def _read_tar(
     fs: AbstractFileSystem, path: str, cache: ShardCache, extension: str | None
-) -> tuple[np.ndarray, HashedFile, list[tuple[str, str]]]:
-    """Read one tar; returns its index rows, the completely read file, and (member, reason) of what is left out."""
+) -> tuple[np.ndarray, int, str, list[tuple[str, str]]]:
+    """Read one tar; returns its index rows, size in bytes and SHA-256, and (member, reason) of what is left out."""
     try:
         with cache.whole_file(fs, path) as file:
-            hashed = HashedFile(file)
-            rows, refused = _rows(hashed, path, extension)
-            hashed.drain()  # the rest of a damaged tar
+            # first, because it reads sequentially and leaves the tar in the system's file cache
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            size = file.tell()
+            file.seek(0)
+            rows, left_out = _rows(file, path, extension)
+            return index_rows(rows), size, sha256, left_out
     except IsADirectoryError as error:
         raise UserError(f"{path} is a folder, not a tar; rename it or move it away.") from error
-    return index_rows(rows), hashed, refused
 
 
-def _rows(file: HashedFile, path: str, extension: str | None) -> tuple[list[tuple], list[tuple[str, str]]]:
-    """Index rows of the readable samples of one tar, and (member, reason) of what is left out."""
-    rows: dict[int, dict[str, Any]] = {}  # by sample number
-    refused: list[tuple[str, str]] = []
-    classes: dict[int, tuple[str, str]] = {}
-
-    def finish(number: int, member: str, row: dict[str, Any], inspected: Future) -> None:
-        try:
-            _, row["height"], row["width"] = inspected.result()
-        except DecodeError as error:
-            refused.append((member, str(error)))
-        else:
-            rows[number] = row
-
-    ahead: deque = deque()
-    cores = available_cores()
+def _rows(file: BinaryIO, path: str, extension: str | None) -> tuple[list[tuple], list[tuple[str, str]]]:
+    parts: list[Part] = []
+    left_out: list[tuple[str, str]] = []
+    try:
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=CheckedMember) as tar:
+            for part in read_parts(tar, forgetting(tar), extension, left_out):
+                parts.append(part)  # kept if the tar turns out to be damaged
+    except tarfile.TarError as error:
+        left_out.append(("the rest of the tar", str(error)))
+        last = parts[-1].key if parts else ""
+        while parts and parts[-1].key == last:  # it may lack its class
+            parts.pop()
+    pairs = paired(parts, path, extension, left_out)
+    rows, cores = [], available_cores()
     with ThreadPoolExecutor(cores) as pool:
-        try:
-            with tarfile.open(fileobj=file, mode="r|", bufsize=BLOCK_BYTES, tarinfo=CheckedMember) as tar:
-                samples = image_samples(
-                    _whole_members(tar, os.fstat(file.file.fileno()).st_size),
-                    path,
-                    lambda member: (member.offset_data, tar.extractfile(member).read()),
-                    lambda member: tar.extractfile(member).read(),
-                    extension,
-                    refused,
-                    classes,
-                )
-                for number, (key, member, (offset, encoded)) in enumerate(samples):
-                    row = {"key": key.encode(), "offset": offset, "size": len(encoded), "crc32": zlib.crc32(encoded)}
-                    ahead.append((number, member, row, pool.submit(inspect, encoded)))
-                    if len(ahead) > 4 * cores:
-                        finish(*ahead.popleft())
-        except tarfile.TarError as error:  # the last sample may lack its class, so it is not used
-            refused.append(("the rest of the tar", str(error)))
-        while ahead:
-            finish(*ahead.popleft())
-    for number, row in rows.items():
-        member, text = classes.get(number, ("", ""))
-        label = class_number(text)
-        row["label"] = -1 if label is None else label
-        if label is None and text not in NO_CLASS:
-            refused.append((member, f"the class is not a number below {CLASS_LIMIT}, so the image counts as unlabeled"))
-    return [tuple(row[name] for name in index_dtype(1).names) for row in rows.values()], refused
+        for first in range(0, len(pairs), IMAGES_PER_CORE * cores):
+            part = pairs[first : first + IMAGES_PER_CORE * cores]
+            encoded = [_read_at(file, image.offset, image.size) for image, _ in part]
+            for (image, label), content, form in zip(part, encoded, pool.map(_inspected, encoded), strict=True):
+                if isinstance(form, DecodeError):
+                    left_out.append((image.name, str(form)))
+                    continue
+                number = class_number(label.text) if label else None
+                if label and number is None and label.text not in NO_CLASS:
+                    reason = f"the class is not a number below {CLASS_LIMIT}, so the image counts as unlabeled"
+                    left_out.append((label.name, reason))
+                number = -1 if number is None else number
+                rows.append((image.key.encode(), image.offset, image.size, *form[1:], number, zlib.crc32(content)))
+    return rows, left_out
 
 
-def _whole_members(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
-    """Yield the members of a tar of `size` bytes.
+def _inspected(encoded: bytes) -> tuple[str, int, int] | DecodeError:
+    try:
+        return inspect(encoded)
+    except DecodeError as error:
+        return error
 
-    Raises:
-        tarfile.ReadError: a member extends beyond the end.
-    """
-    for member in tar:
-        yield member
-        if tar.offset > size:  # tarfile would try to read up to there, block by block
-            raise tarfile.ReadError("unexpected end of data")
-        tar.members = []  # tarfile would otherwise keep all members in memory
+
+def _read_at(file: BinaryIO, offset: int, size: int) -> bytes:
+    file.seek(offset)
+    return file.read(size)

@@ -7,16 +7,17 @@ import time
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from ..common import UserError
-from .cache import Lease, ShardCache, UnavailableFile
+from .cache import Lease, ShardCache
 from .dataset import ShardSet, lies_inside
-from .remote import PERMANENT_ERRORS, RetryPolicy, filesystem, is_local, with_retries
+from .remote import PERMANENT_ERRORS, RetryPolicy, UnavailableFile, filesystem, is_local, with_retries
 from .threads import DaemonThreads, wait_for
 from .web import RangesUnsupported
 
@@ -78,19 +79,17 @@ class Reader:
         """
         if self.local:
             return
-        now, ahead = (np.asarray(shards, np.int64).tolist() for shards in (now, ahead))
-        now = [shard for shard in now if shard not in self._unavailable]
-        wanted = [shard for shard in dict.fromkeys([*now, *ahead]) if shard not in self._unavailable]
+        now = {int(shard): None for shard in now if shard not in self._unavailable}  # a set in order
+        wanted = list(now | {int(shard): None for shard in ahead if shard not in self._unavailable})
         with self._lock:
             if wanted == self._wanted or set(wanted) == self._fetches.keys():
                 return
             entries, limit = self.shards.manifest["shards"], self.cache.limit_bytes
             filled = np.cumsum([entries[shard]["bytes"] for shard in wanted], dtype=np.int64)
             if self._fetch_threads is None:
-                needed = int(filled[len(set(now)) - 1]) if now else 0
-                if needed > limit:
+                if now and (needed := filled[len(now) - 1]) > limit:
                     raise UserError(
-                        f"{len(set(now))} shards in use take {needed / 1e9:.3g} GB, more than the limit of the cache "
+                        f"{len(now)} shards in use take {needed / 1e9:.3g} GB, more than the limit of the cache "
                         f"{self.cache.folder}, {limit / 1e9:.3g} GB; raise the limit or use smaller shards."
                     )
                 self._retry_policy = replace(self.cache.retry_policy, stop=threading.Event())
@@ -99,14 +98,13 @@ class Reader:
             self._lease.hold([entries[shard]["sha256"] for shard in held])  # before looking for any of them
             fetches = {}
             for shard in held:
-                fetch = self._fetches.pop(shard, None)
+                fetch = self._fetches.get(shard)
                 # retry a fetch that failed or found no room, since other readers may have released theirs
-                failed = fetch and fetch.done() and (fetch.exception() or fetch.result() is None)
-                if fetch is None or failed:
+                if fetch is None or (fetch.done() and (fetch.exception() or fetch.result() is None)):
                     fetch = self._fetch_threads.submit(self._fetch, shard, self._retry_policy)
                 fetches[shard] = fetch
-            for abandoned in self._fetches.values():
-                abandoned.cancel()
+            for abandoned in self._fetches.keys() - fetches.keys():
+                self._fetches[abandoned].cancel()
             self._fetches, self._wanted = fetches, wanted
 
     def read(self, samples: np.ndarray, stop: threading.Event | None = None) -> list[bytes | ReadFailure]:
@@ -132,12 +130,23 @@ class Reader:
             for place in np.flatnonzero((numbers == shard) & ~inside).tolist():
                 encoded[place] = ReadFailure(f"its row in the index of {self.paths[shard]} is damaged")
             places = np.flatnonzero((numbers == shard) & inside).tolist()
-            if self.local:
-                self._read_local(shard, rows, places, encoded)
-            else:
-                by_range += self._read_cached(shard, rows, places, encoded, retry_policy)
+            path = self.paths[shard] if self.local else self._cached(shard, retry_policy)
+            if path is None:
+                by_range += places
+                continue
+            for place, data in zip(places, self._read_file(path, shard, rows[places]), strict=True):
+                encoded[place] = data
+            if not self.local and (bad := [place for place in places if isinstance(encoded[place], ReadFailure)]):
+                self._drop(shard)
+                by_range += bad
         if by_range:
-            self._read_ranges(numbers, rows, by_range, encoded, retry_policy)
+            with self._lock:
+                if self._range_threads is None:
+                    self._range_threads = DaemonThreads(RANGE_THREADS, "range")
+                threads = self._range_threads
+            requests = ((int(numbers[place]), rows[place], retry_policy) for place in by_range)
+            for place, data in zip(by_range, threads.map(self._range, requests, retry_policy.stop), strict=True):
+                encoded[place] = data
         return encoded
 
     def __call__(self, samples: np.ndarray) -> list[bytes]:
@@ -168,54 +177,16 @@ class Reader:
                 self._range_threads = None
             self._fetches, self._wanted = {}, None
 
-    def _read_local(self, shard: int, rows: np.ndarray, places: list[int], encoded: list) -> None:
-        """Fill `encoded` at `places`, whose samples all lie in this shard."""
+    def _read_file(self, path: str | Path, shard: int, rows: np.ndarray) -> list[bytes | ReadFailure]:
+        """Read samples of one shard from its local file."""
         try:
-            found = _read_tar(self.paths[shard], rows[places])
-        except OSError as error:
+            return [self._checked(data, shard, row) for data, row in zip(_read_tar(path, rows), rows, strict=True)]
+        except OSError as error:  # including an evicted file
             transient = not isinstance(error, PERMANENT_ERRORS)
-            found = [ReadFailure(f"A shard of {self.shards.root} can't be read ({error})", transient)] * len(places)
-        for place, data in zip(places, found, strict=True):
-            encoded[place] = self._checked(data, shard, rows[place])
+            return [ReadFailure(f"A shard of {self.shards.root} can't be read ({error})", transient)] * len(rows)
 
-    def _read_cached(
-        self, shard: int, rows: np.ndarray, places: list[int], encoded: list, retry_policy: RetryPolicy
-    ) -> list:
-        """Fill `encoded` at `places` from the cache; returns the places that are missing or damaged there."""
-        path = self._cached(shard, retry_policy)
-        if path is None:
-            return places
-        try:
-            found = _read_tar(path, rows[places])
-        except OSError:  # evicted or removed, or the disk fails
-            found = [b""] * len(places)
-        for place, data in zip(places, found, strict=True):
-            encoded[place] = self._checked(data, shard, rows[place])
-        bad = [place for place in places if isinstance(encoded[place], ReadFailure)]
-        if bad:
-            self._drop(shard)
-        return bad
-
-    def _read_ranges(
-        self, numbers: np.ndarray, rows: np.ndarray, places: list[int], encoded: list, retry_policy: RetryPolicy
-    ) -> None:
-        """Fill `encoded` at `places` by parallel byte-range requests."""
-        with self._lock:
-            if self._range_threads is None:
-                self._range_threads = DaemonThreads(RANGE_THREADS, "range")
-            submit = self._range_threads.submit
-        requests = [submit(self._range, int(numbers[place]), rows[place], retry_policy) for place in places]
-        try:
-            for place, request in zip(places, requests, strict=True):
-                encoded[place] = self._checked(wait_for(request, retry_policy.stop), int(numbers[place]), rows[place])
-        finally:
-            for request in requests:
-                request.cancel()
-
-    def _checked(self, data: bytes | ReadFailure, shard: int, row: np.void) -> bytes | ReadFailure:
+    def _checked(self, data: bytes, shard: int, row: np.void) -> bytes | ReadFailure:
         """Return `data` if its size and checksum match its index row, else a `ReadFailure`."""
-        if isinstance(data, ReadFailure):
-            return data
         if len(data) != row["size"]:
             return ReadFailure(f"{self.paths[shard]} is shorter than its index says")
         if zlib.crc32(data) != row["crc32"]:
@@ -253,46 +224,42 @@ class Reader:
                 self._wanted = None
 
     def _range(self, shard: int, row: np.void, retry_policy: RetryPolicy) -> bytes | ReadFailure:
-        path, start = self.paths[shard], int(row["offset"])
-        end = start + int(row["size"])
+        """Read one sample by a byte-range request, or from the whole shard if the server does not support them."""
         try:
-            if self._ranges_supported:
-                try:
-                    return with_retries(lambda: self.fs.cat_file(path, start=start, end=end), path, retry_policy)
-                except RangesUnsupported:
-                    self._ranges_supported = False
-            try:  # fetch the whole shard once, since every single sample would transfer that much
-                whole = None if shard in self._unavailable else self._fetch(shard, retry_policy)
-                if whole is not None:
-                    return _read_tar(whole, row[None])[0]
-            except (UnavailableFile, OSError):  # its checksum does not match, or it was evicted in the meantime
-                pass
-            return with_retries(lambda: self.fs.cat_by_skipping(path, start, end), path, retry_policy)
-        except OSError as error:  # the store has no such file
+            return self._checked(self._request(shard, row, retry_policy), shard, row)
+        except PERMANENT_ERRORS as error:  # the store has no such file
             return ReadFailure(f"A shard of {self.shards.root} can't be read ({error})")
+
+    def _request(self, shard: int, row: np.void, retry_policy: RetryPolicy) -> bytes:
+        path, start, end = self.paths[shard], int(row["offset"]), int(row["offset"] + row["size"])
+        if self._ranges_supported:
+            try:
+                return with_retries(lambda: self.fs.cat_file(path, start=start, end=end), path, retry_policy)
+            except RangesUnsupported:
+                self._ranges_supported = False
+        # fetch the whole shard once, since every single sample would transfer that much
+        with suppress(UnavailableFile, OSError):  # its checksum does not match, or it was evicted in the meantime
+            if shard not in self._unavailable and (whole := self._fetch(shard, retry_policy)):
+                return _read_tar(whole, row[None])[0]
+        return with_retries(lambda: self.fs.cat_by_skipping(path, start, end), path, retry_policy)
 
 
 def _read_tar(path: str | Path, rows: np.ndarray) -> list[bytes]:
-    """Read the samples of these index rows, with retries for transient errors of network file systems.
-
-    Raises:
-        FileNotFoundError, PermissionError, OSError: the tar can't be read.
-        UserError: this process or the machine has too many open files.
-    """
+    """Read the samples of these index rows, with retries for transient errors of network file systems."""
     for wait_s in (*RETRY_WAITS_S, None):
         try:
             with open(path, "rb", buffering=0) as tar:  # unbuffered: a buffer would read past every sample
-                return [_read_at(tar, int(row["offset"]), int(row["size"])) for row in rows]
+                found = []
+                for row in rows:
+                    tar.seek(int(row["offset"]))
+                    found.append(tar.read(int(row["size"])))
+                return found
         except PERMANENT_ERRORS:
             raise
         except OSError as error:
-            if wait_s is None and error.errno in (errno.EMFILE, errno.ENFILE):  # not the shard's fault
+            if wait_s is not None:
+                time.sleep(wait_s)
+            elif error.errno in (errno.EMFILE, errno.ENFILE):  # not the shard's fault
                 raise UserError(f"{path} can't be opened: too many open files; raise `ulimit -n`.") from error
-            if wait_s is None:
+            else:
                 raise
-        time.sleep(wait_s)
-
-
-def _read_at(file: BinaryIO, offset: int, size: int) -> bytes:
-    file.seek(offset)
-    return file.read(size)

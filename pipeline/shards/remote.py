@@ -38,13 +38,9 @@ class RetryPolicy:
     stop: threading.Event = field(default_factory=threading.Event, compare=False)
     """Set by another thread to give up at once."""
 
-    def wait(self, attempt: int) -> bool:
-        """Wait after failed attempt number `attempt` (from 1); False if there must be no further attempt."""
-        if attempt >= self.attempts or self.stop.is_set():
-            return False
-        wait_s = min(self.first_wait_s * 2 ** (attempt - 1), self.longest_wait_s)
-        # separate generator: drawing from the global one would change the run's random numbers
-        return not self.stop.wait(wait_s * random.Random().uniform(0.5, 1.5))
+
+class UnavailableFile(UserError):
+    """The store lacks a file or holds other content under its name; this says nothing about its other files."""
 
 
 class SizeMismatch(OSError):
@@ -92,6 +88,7 @@ def with_retries(
 
     Raises:
         FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, RangesUnsupported: without a retry.
+        UnavailableFile: the store holds a file of another size, also at the last attempt.
         UserError: the last attempt failed, or `retry_policy.stop` was set.
     """
     attempt, before = 0, progress()
@@ -104,48 +101,71 @@ def with_retries(
             raise
         except Exception as error:  # every store has its own exception types
             attempt, before = (0 if progress() > before else attempt) + 1, progress()
-            cause = str(error) or type(error).__name__
-            if 1 < attempt < retry_policy.attempts:  # explain a long silence, but not a single failure
-                log.warning(
-                    "%s can't be read (%s): attempt %d of %d follows", what, cause, attempt + 1, retry_policy.attempts
-                )
-            if not retry_policy.wait(attempt):
-                raise UserError(
+            cause, attempts = str(error) or type(error).__name__, retry_policy.attempts
+            if 1 < attempt < attempts:  # explain a long silence, but not a single failure
+                log.warning("%s can't be read (%s): attempt %d of %d follows", what, cause, attempt + 1, attempts)
+            wait_s = min(retry_policy.first_wait_s * 2 ** (attempt - 1), retry_policy.longest_wait_s)
+            # separate generator: drawing from the global one would change the run's random numbers
+            if attempt >= attempts or retry_policy.stop.wait(wait_s * random.Random().uniform(0.5, 1.5)):
+                kind = UnavailableFile if isinstance(error, SizeMismatch) else UserError
+                raise kind(
                     f"{what} can't be read after {attempt} attempts ({cause}); check the connection and run again."
                 ) from error
 
 
-def download(fs: AbstractFileSystem, path: str, target: Path, size: int | None, retry_policy: RetryPolicy) -> None:
-    """Download a file to `target`, resuming from what `target` already holds.
+def read_file(fs: AbstractFileSystem, path: str, retry_policy: RetryPolicy) -> bytes:
+    """Content of a file; raises as `with_retries`."""
+    return with_retries(lambda: fs.cat_file(path), path, retry_policy)
+
+
+def download(
+    fs: AbstractFileSystem, path: str, out: BinaryIO, size: int | None, retry_policy: RetryPolicy, folder: Path
+) -> None:
+    """Download a file, resuming from what its partial copy `out` already holds.
 
     Args:
+        out: an unbuffered file at its end, since flushing a buffer could fail when it is closed.
         size: expected size in bytes; None accepts the size that the store states.
+        folder: where `out` is, for errors.
 
     Raises:
-        FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError: from the store, without a retry.
-        UserError: the last attempt failed, or `target` can't be written.
+        UserError: `out` can't be written; and as `with_retries`.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target, "ab", buffering=0) as out:  # unbuffered: flushing a buffer could fail when it is closed
-        if size is not None and out.tell() > size:
-            out.seek(out.truncate(0))
-        if size is None or out.tell() < size:
-            with_retries(lambda: _append(fs, path, out, size, retry_policy), path, retry_policy, progress=out.tell)
 
-
-def _append(fs: AbstractFileSystem, path: str, out: BinaryIO, size: int | None, retry_policy: RetryPolicy) -> None:
-    """Append the rest of a remote file to its partial copy `out`."""
-    start = out.tell()
-    if isinstance(fs, WebFileSystem):
-        with fs.open_from(path, start) as (response, first, total):  # without ranges, the file starts over at 0
+    def append() -> None:
+        with _open_from(fs, path, out.tell()) as (file, first, total):
             _check_size(size, total)
-            _copy(response, out, first, size or total, retry_policy.stop)
+            read = getattr(file, "read1", file.read)  # returns what has arrived, so it is kept if the connection breaks
+            with disk_errors(folder):
+                out.seek(out.truncate(first))
+            while chunk := read(CHUNK_BYTES):
+                left = memoryview(chunk)
+                while left:
+                    with disk_errors(folder):
+                        left = left[out.write(left) :]
+                if retry_policy.stop.is_set():
+                    raise UserError("The download was stopped.")
+        expected = size or total
+        if expected is not None and out.tell() < expected:
+            raise ConnectionError(f"the connection ended after {out.tell()} of {expected} bytes")
+        _check_size(expected, out.tell())
+
+    if size is not None and out.tell() > size:
+        out.seek(out.truncate(0))
+    if size is None or out.tell() < size:
+        with_retries(append, path, retry_policy, progress=out.tell)
+
+
+@contextmanager
+def _open_from(fs: AbstractFileSystem, path: str, start: int) -> Iterator[tuple[BinaryIO, int, int | None]]:
+    """Open a remote file for sequential reading; yields as `WebFileSystem.open_from`."""
+    if isinstance(fs, WebFileSystem):
+        with fs.open_from(path, start) as opened:
+            yield opened
     else:
         with fs.open(path, "rb", block_size=CHUNK_BYTES, cache_type="none") as file:
-            total = getattr(file, "size", None)
-            _check_size(size, total)
             file.seek(start)
-            _copy(file, out, start, size or total, retry_policy.stop)
+            yield file, start, getattr(file, "size", None)
 
 
 def _check_size(expected: int | None, stated: int | None) -> None:
@@ -153,30 +173,11 @@ def _check_size(expected: int | None, stated: int | None) -> None:
         raise SizeMismatch(f"the store offers {stated} bytes, but {expected} are expected")
 
 
-def _copy(file: BinaryIO, out: BinaryIO, start: int, size: int | None, stop: threading.Event) -> None:
-    """Copy the rest of a file of `size` bytes to `out` at offset `start`."""
-    read = getattr(file, "read1", file.read)  # returns what has arrived, so it is kept if the connection breaks
-    with _local_errors(out):
-        out.seek(out.truncate(start))
-    while chunk := read(CHUNK_BYTES):
-        left = memoryview(chunk)
-        while left:
-            with _local_errors(out):
-                left = left[out.write(left) :]
-        if stop.is_set():
-            raise UserError("The download was stopped.")
-    if size is not None and out.tell() < size:
-        raise ConnectionError(f"the connection ended after {out.tell()} of {size} bytes")
-    _check_size(size, out.tell())
-
-
 @contextmanager
-def _local_errors(out: BinaryIO) -> Iterator[None]:
+def disk_errors(folder: Path) -> Iterator[None]:
     """Turn errors of the local disk into UserErrors, which are not retried."""
     try:
         yield
-    except OSError as error:
-        raise UserError(
-            f"{Path(out.name).parent} can't be written ({error}); free some space there or set $STREAMCLR_CACHE to a "
-            "folder on another disk."
-        ) from error
+    except (OSError, NotImplementedError) as error:  # filelock raises the latter on a file system without locks
+        remedy = "set $STREAMCLR_CACHE to a folder that can be written and has room"
+        raise UserError(f"{folder} can't be used as a cache ({error}); {remedy}.") from error

@@ -1,7 +1,7 @@
 """Daemon threads for network calls, which may hang."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from queue import SimpleQueue
 from typing import TypeVar
@@ -20,18 +20,27 @@ class DaemonThreads:
         for _ in range(count):
             threading.Thread(target=self._work, args=(self._tasks,), name=name, daemon=True).start()
 
-    def submit(self, function: Callable, *arguments) -> Future:
+    def submit(self, function: Callable[..., T], *arguments) -> Future[T]:
         future: Future = Future()
         self._tasks.put((future, function, arguments))
         return future
 
-    def __del__(self):  # the owner was never closed
-        self.close()
+    def map(self, function: Callable[..., T], arguments: Iterable[tuple], stop: threading.Event) -> Iterator[T]:
+        """Yield `function(*arguments)` for each tuple, in order; raises as `wait_for` and cancels the rest."""
+        futures = [self.submit(function, *each) for each in arguments]
+        try:
+            for future in futures:
+                yield wait_for(future, stop)
+        finally:
+            for future in futures:
+                future.cancel()
 
     def close(self) -> None:
         """Let idle threads end now and the others after their current task."""
         for _ in range(self._count):
             self._tasks.put(None)
+
+    __del__ = close  # for an owner that was never closed
 
     @staticmethod
     def _work(tasks: SimpleQueue) -> None:

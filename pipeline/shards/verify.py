@@ -1,6 +1,9 @@
 """Verification of every byte of a shard set, and tables of its contents."""
 
+import hashlib
 import zlib
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import BinaryIO
 
 import numpy as np
@@ -11,14 +14,14 @@ from rich.table import Table
 from ..common import UserError
 from .cache import ShardCache
 from .dataset import ShardSet, label_fault, list_tars, open_shards, split_roots
-from .format import ROWS, HashedFile, index_name
+from .format import ROWS, index_name
 from .remote import filesystem
 
-SHOWN_CLASSES = 20
+SHOWN_ROWS = 20
 BAR_WIDTH = 40
 SHORT_SIDE_PX = np.array([0, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048])
-REMEDY = "copy it again or run `python -m pipeline.shards index`"
 ENCODED_KB = np.array([0, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096])
+REMEDY = "copy it again or run `python -m pipeline.shards index`"
 
 
 def verify(root: str) -> dict[str, list[str]]:
@@ -76,26 +79,20 @@ def verify_shards(root: str, cache: ShardCache | None = None) -> list[str]:
 
 
 def _compare(
-    fs: AbstractFileSystem, name: str, size: int | None, sha256: str, cache: ShardCache, rows: np.ndarray | None = None
+    fs: AbstractFileSystem, name: str, size: int | None, sha256: str, cache: ShardCache, rows: Sequence[np.void] = ()
 ) -> list[str]:
-    """Compare a file with its checksum and, if known, its size; returns the problem, if any, as a list of one sentence.
-
-    Args:
-        rows: index rows of the samples in a tar, to count the damaged ones.
-    """
+    """Compare a file with its checksum and known size; at most one sentence, which counts the damaged `rows`."""
     try:
         with cache.whole_file(fs, name) as file:
-            hashed = HashedFile(file)
-            hashed.drain()
-            if (size is None or hashed.size == size) and hashed.digest.hexdigest() == sha256:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+            if size in (None, file.tell()) and found == sha256:
                 return []
-            bad_rows = [] if rows is None else [row for row in rows if _is_bad(file, row)]
+            damaged = [row["key"].decode(errors="replace") for row in rows if _is_bad(file, row)]
     except FileNotFoundError:
         return [f"{name} is missing; copy it again."]
     except OSError as error:
         return [f"{name} can't be read ({error}); check its permissions and the disk."]
-    keys = ", ".join(row["key"].decode(errors="replace") for row in bad_rows[:3])
-    samples = f" (damaged samples: {len(bad_rows)}, the first {keys})" if bad_rows else ""
+    samples = f" (damaged samples: {len(damaged)}, the first {', '.join(damaged[:3])})" if damaged else ""
     return [f"{name} does not match its checksum; copy it again{samples}."]
 
 
@@ -118,29 +115,34 @@ def summarize(shards: ShardSet) -> list[Table]:
     for first in range(0, len(shards), ROWS):
         rows = shards.index[first : first + ROWS]
         classes += np.bincount(np.where(rows["label"] < 0, len(classes) - 1, rows["label"]), minlength=len(classes))
-        short = np.minimum(rows["height"], rows["width"])
-        sides += np.bincount(np.searchsorted(SHORT_SIDE_PX, short, side="right") - 1, minlength=len(sides))
-        sizes += np.bincount(np.searchsorted(ENCODED_KB, rows["size"] / 1000, side="right") - 1, minlength=len(sizes))
+        sides += _counts(np.minimum(rows["height"], rows["width"]), SHORT_SIDE_PX)
+        sizes += _counts(rows["size"] / 1000, ENCODED_KB)
         encoded_bytes += int(rows["size"].sum())
+    order = np.argsort(-classes[:-1], kind="stable")
     return [
         _totals(shards, encoded_bytes, int(classes[-1])),
-        _classes(shards.classes, classes[:-1]),
+        _table("class", [shards.classes[label] for label in order], classes[order]),
         _histogram("short side, px", SHORT_SIDE_PX, sides),
         _histogram("encoded image, kB", ENCODED_KB, sizes),
     ]
+
+
+def _counts(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    return np.bincount(np.searchsorted(edges, values, side="right") - 1, minlength=len(edges))
 
 
 def _totals(shards: ShardSet, encoded_bytes: int, unlabeled: int) -> Table:
     manifest = shards.manifest
     left_out = manifest.get("rejected", len(manifest.get("left_out", [])))
     counts = np.diff(shards.shard_starts)
+    tar_bytes = sum(shard["bytes"] for shard in manifest["shards"])
     table = Table("shard set", escape(shards.root))
     for name, value in {
         "name": " ".join(filter(None, (manifest.get("name"), manifest.get("split")))),
         "images": f"{len(shards):,}, {unlabeled:,} of them unlabeled; {left_out:,} were left out",
         "shards": f"{len(counts):,} with {counts.min():,} to {counts.max():,} images",
-        "bytes": f"{sum(shard['bytes'] for shard in manifest['shards']) / 1e9:,.3f} GB, of which "
-        f"{encoded_bytes / 1e9:,.3f} GB are images ({encoded_bytes / max(len(shards), 1) / 1e3:,.1f} kB each)",
+        "bytes": f"{tar_bytes / 1e9:,.3f} GB, of which {encoded_bytes / 1e9:,.3f} GB are images "
+        f"({encoded_bytes / max(len(shards), 1) / 1e3:,.1f} kB each)",
         "created by": ", ".join(f"{key} {value}" for key, value in manifest.get("made_by", {}).items()),
         "index": "" if shards.index_root == shards.root else shards.index_root,
     }.items():
@@ -149,27 +151,21 @@ def _totals(shards: ShardSet, encoded_bytes: int, unlabeled: int) -> Table:
     return table
 
 
-def _classes(names: list[str], counts: np.ndarray) -> Table:
-    table = Table("class", "images", "share")
-    order = np.argsort(-counts, kind="stable")
-    hidden = len(order) - SHOWN_CLASSES
-    for place, label in enumerate(order):
-        if hidden <= 0 or place < SHOWN_CLASSES // 2 or place >= len(order) - SHOWN_CLASSES // 2:
-            _add_bar(table, names[label], counts[label], counts)
-        elif place == SHOWN_CLASSES // 2:
-            table.add_row(f"... {hidden} more", "", "")
-    return table
-
-
 def _histogram(title: str, edges: np.ndarray, counts: np.ndarray) -> Table:
+    ranges = [f"{low} to {high - 1}" for low, high in pairwise(edges)] + [f"{edges[-1]} and more"]
+    filled = np.flatnonzero(counts)
+    shown = slice(filled[0], filled[-1] + 1) if len(filled) else slice(0)
+    return _table(title, ranges[shown], counts[shown])
+
+
+def _table(title: str, names: list[str], counts: np.ndarray) -> Table:
+    """Table of counts with bars; only the first and last of many rows."""
     table = Table(title, "images", "share")
-    (filled,) = np.nonzero(counts)
-    for bin_ in range(filled.min(), filled.max() + 1) if len(filled) else ():
-        upper = f"to {edges[bin_ + 1] - 1}" if bin_ + 1 < len(edges) else "and more"
-        _add_bar(table, f"{edges[bin_]} {upper}", counts[bin_], counts)
+    hidden = range(SHOWN_ROWS // 2, len(names) - SHOWN_ROWS // 2)
+    for place, (name, count) in enumerate(zip(names, counts, strict=True)):
+        if place not in hidden:
+            bar = "█" * round(BAR_WIDTH * count / max(counts.max(), 1))
+            table.add_row(escape(name), f"{count:,}", f"{count / max(counts.sum(), 1):6.1%} {bar}")
+        elif place == hidden.start:
+            table.add_row(f"... {len(hidden)} more", "", "")
     return table
-
-
-def _add_bar(table: Table, name: str, count: int, counts: np.ndarray) -> None:
-    bar = "█" * round(BAR_WIDTH * count / max(counts.max(), 1))
-    table.add_row(escape(name), f"{count:,}", f"{count / max(counts.sum(), 1):6.1%} {bar}")

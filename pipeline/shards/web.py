@@ -1,9 +1,7 @@
 """Read-only HTTP(S) file system on the standard library.
 
-fsspec's HTTPFileSystem was tried as a drop-in replacement and failed 32 tests of this package: it accepts a response
-with another byte range or the whole file where a range was requested, loses a partly received block when the connection
-breaks, reports 403 and 416 as errors of its own that are retried, requests files more than once, and changes the names
-in URLs.
+fsspec's HTTPFileSystem failed 32 tests of this package: it accepts responses with another byte range than requested,
+loses a partly received block when the connection breaks, retries 403 and 416, and changes the names in URLs.
 """
 
 import gzip
@@ -60,7 +58,7 @@ class WebFileSystem(AbstractFileSystem):
         return path.rstrip("/")
 
     def _request(self, path: str, start: int = 0, end: int | None = None, method: str = "GET") -> HTTPResponse:
-        """Send a request; the server may ignore the byte range, see `_first_byte`."""
+        """Send a request; the server may ignore the byte range, see `_extent`."""
         headers = {"Range": f"bytes={start}-{'' if end is None else end - 1}"} if start or end is not None else {}
         known = len(self.root) if path.startswith(self.root) else len(path)
         url = quote(path[:known], safe="/:?&=%#@+,;~!*'()[]$") + quote(path[known:])
@@ -81,10 +79,10 @@ class WebFileSystem(AbstractFileSystem):
         """
         with self._request(path, start) as response:
             _refuse_compression(response, path)
-            first = _first_byte(response, start)
+            first, size = _extent(response, start)
             if first > start:
                 raise OSError(f"the server sends bytes from {first} on, but bytes from {start} on were requested")
-            yield response, first, _whole_size(response)
+            yield response, first, size
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_) -> bytes:
         """Read a file or a byte range of it.
@@ -100,12 +98,13 @@ class WebFileSystem(AbstractFileSystem):
         except RangeNotSatisfiable:
             return b""
         with response:
+            sent, size = _extent(response, first)
             if first or end is not None:
                 _refuse_compression(response, path)
-                if _first_byte(response, first) != first or response.status != 206:
+                if sent != first or response.status != 206:
                     raise RangesUnsupported(path)
             content = response.read()  # raises IncompleteRead if the connection breaks
-            if end is not None and len(content) < min(end, _whole_size(response) or 0) - first:
+            if end is not None and len(content) < min(end, size or 0) - first:
                 raise ConnectionError(f"{path}: received {len(content)} of {end - first} requested bytes")
         if response.headers.get("Content-Encoding") in ("gzip", "x-gzip"):
             return gzip.decompress(content)  # some servers compress text even if the client does not accept it
@@ -154,19 +153,14 @@ def check_web_url(url: str) -> None:
         raise UserError(f"{url} is not a valid web address ({error}); use the form https://host/folder.") from error
 
 
-def _first_byte(response: HTTPResponse, requested: int) -> int:
-    """Offset in the file of the first byte of a response to a request for the bytes from `requested` on."""
+def _extent(response: HTTPResponse, requested: int) -> tuple[int, int | None]:
+    """Offset of the response's first byte in the file, and the size of the whole file if the server states it."""
     if response.status != 206:
-        return 0
-    sent = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
-    return int(sent[1]) if sent else requested
-
-
-def _whole_size(response: HTTPResponse) -> int | None:
-    """Size of the whole file in bytes, from the response to a request for all or part of it."""
-    partial, headers = response.status == 206, response.headers
-    text = headers.get("Content-Range", "").rpartition("/")[2] if partial else headers.get("Content-Length", "")
-    return int(text) if text.isdigit() else None
+        first, size = "0", response.headers.get("Content-Length", "")
+    else:
+        sent = re.match(r"bytes (\d+)-\d*/(\d*)", response.headers.get("Content-Range", ""))
+        first, size = sent.groups() if sent else (requested, "")
+    return int(first), int(size) if size.isdigit() else None
 
 
 def _refuse_compression(response: HTTPResponse, path: str) -> None:

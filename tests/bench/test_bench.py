@@ -1,11 +1,12 @@
 """Arithmetic of the benchmarks, on small shapes."""
 
 import csv
+import re
 
 import pytest
 import torch
 
-from bench import harness, loss_kernel
+from bench import harness, loss_kernel, rates
 from bench.implementations import dense
 from loss import nt_xent
 
@@ -65,11 +66,28 @@ def test_every_shape_is_compiled(monkeypatch):
         "implementations",
         lambda device: {"dense compiled": torch.compile(dense, dynamic=False, backend=backend)},
     )
-    monkeypatch.setattr(loss_kernel, "square_side", lambda device: 8)
+    monkeypatch.setattr(loss_kernel, "matrix_product", lambda dtype, device: rates.Work(lambda: True, 1))
+    monkeypatch.setattr(loss_kernel, "exponentials", lambda device: rates.Work(lambda: True, 1))
     shapes = range(8, 8 + 2 * 10, 2)
     for m in shapes:
         loss_kernel.measure(m, 4, "float32", CPU, seconds=0.0, memory=False)
     assert set(compiled) == set(shapes)
+
+
+def test_exponentials_stay_in_registers():
+    """The measured loop holds nothing but exponentials: no load, store or scaling that would take longer."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from bench.exp_kernel import exp2_kernel
+
+    signature = {"out_ptr": "*fp32", "repeats": "i32", "BLOCK": "constexpr"}
+    source = ASTSource(exp2_kernel, signature, {"BLOCK": 1024}, {(0,): [["tt.divisibility", 16]]})
+    ptx = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": 4}).asm["ptx"]
+    (loop,) = re.findall(r"Inner Loop Header.*?bra", ptx, flags=re.DOTALL)
+    assert loop.count("ex2.approx.ftz.f32") == 1024 // 128
+    assert "ld." not in loop and "st." not in loop and "mul" not in loop
 
 
 @pytest.mark.parametrize("options", [["--rows", "777"], ["--quick", "--rows", "1024"]])

@@ -1,6 +1,7 @@
 """Tests of the pipeline benchmark: rendered images, candidates, and the arithmetic of its rows, on a few images."""
 
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from bench import plot, stages
 from pipeline.augment.config import AugmentConfig
 from pipeline.augment.opencv import resized_crop
 from pipeline.images import decode
+
+CPU = torch.device("cpu")
 
 
 def test_rendered_photographs():
@@ -31,7 +34,7 @@ def rows(tmp_path_factory) -> list[dict]:
     patch.setattr(bench, "DataLoader", lambda dataset, batch, **_: torch.utils.data.DataLoader(dataset, batch))
     images = [bench.with_short_side(bench.photograph(number), 64) for number in range(5)]
     shards = bench.make_shards(images, tmp_path_factory.mktemp("bench"))
-    yield bench.measure(shards, "small", AugmentConfig(size=48), threads=2, seconds=0)
+    yield bench.measure(shards, "small", AugmentConfig(size=48), threads=2, seconds=0, device=CPU)
     patch.undo()
 
 
@@ -55,6 +58,14 @@ def test_rows(rows):
     assert max(peers, key=lambda row: row["images_per_s"])["ratio_to_best_peer"] == 1
 
 
+def test_kornia_and_dali_take_large_batches_on_a_gpu():
+    data = SimpleNamespace(samples=np.arange(1000))
+    on_cpu = {"kornia": bench.BATCH // 2, "dali": 2 * bench.BATCH}
+    for device, limits in ((CPU, on_cpu), (torch.device("cuda"), {"kornia": 256, "dali": 256})):
+        found = bench.counts(data, device)
+        assert found.pop("opencv") == 1000 and found == {name: limits[name] for name in found}
+
+
 def test_a_ratio_is_the_median_over_the_rounds():
     assert bench._ratio([2.0, 40.0, 3.0], [1.0, 10.0, 6.0]) == 2.0
 
@@ -70,7 +81,7 @@ def test_each_stage_of_dali_receives_the_output_of_the_previous_one(tmp_path):
     pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is available for Linux only")
     images = [bench.with_short_side(bench.photograph(number), 64) for number in range(4)]
     data = stages.Prepared(bench.make_shards(images, tmp_path), AugmentConfig(size=48), 2, 4)
-    found = {(c.stage, c.jitter): c.call for c in stages.dali_stages(data, AugmentConfig(size=48), 4)}
+    found = {(c.stage, c.jitter): c.call for c in stages.dali_stages(data, AugmentConfig(size=48), 4, CPU)}
     sizes = [file.shape for file in map(decode, data.encoded)]
     assert [tuple(size) for size in found["decode by DALI", ""]()[0].shape()] == sizes
     crops = np.array([crop for view in found["geometry", ""]() for crop in view.as_array()])
@@ -84,3 +95,11 @@ def test_each_stage_of_dali_receives_the_output_of_the_previous_one(tmp_path):
         outputs = found[stage]()
         assert len(outputs) == 2 and all(output.as_array().shape == (4, 48, 48, 3) for output in outputs)
     assert np.abs(found["normalize", ""]()[0].as_array()).max() < 3 < np.abs(found["blur", ""]()[0].as_array()).max()
+
+
+def test_graphs_of_dali_stages_on_a_gpu_are_valid():
+    """Without a GPU they can be constructed and serialized, which checks every operator, type and device."""
+    pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is available for Linux only")
+    options = {"batch_size": 4, "num_threads": 1, "device_id": None}
+    graphs = stages.dali_graphs(AugmentConfig(size=48), True, options)
+    assert len(graphs) == 6 and all(len(graph.serialize()) > 100 for graph in graphs.values())

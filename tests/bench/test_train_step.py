@@ -62,6 +62,15 @@ def test_step_lasts_from_one_wait_to_the_next(monkeypatch):
     assert second == zeros | {"wait": 1000, "other": 2000}
 
 
+def test_peak_memory_of_a_gpu_starts_after_the_warm_up(monkeypatch):
+    """In the warm-up cuDNN tries algorithms whose memory training never needs again."""
+    log = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: log.append("reset"))
+    for batch in trainers.supplied(iter(range(9)), "images", 2, 3, torch.device("cuda")):
+        log.append(batch)
+    assert log == [0, 1, "reset", 2, 3, 4]
+
+
 def test_pretrain_with_its_parts_marked(turns, tmp_path):
     turn = replace(turns["ours", "fp32", "images"], warm=0, steps=3)
     steps = take_turn(turn, tmp_path / "run")["steps_ms"]

@@ -6,8 +6,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.distributed as dist
 from timm.layers.evo_norm import EvoNorm2dB0
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
@@ -15,6 +17,7 @@ from common import UserError
 from engine.grad_cache import cached_backward, check_micro_batch, equal_slices
 from loss import nt_xent
 from model import synchronize_batchnorm
+from model.batchnorm import SyncBatchNorm
 from tests.ranks import run_ranks
 
 
@@ -188,7 +191,7 @@ def sliced_on_a_rank(rank, world_size, norms):
 
 def _sliced_on_a_rank(rank, world_size, norm):
     net, views, label = make(norm)
-    net = synchronize_batchnorm(net, torch.device("cpu"))
+    net = synchronize_batchnorm(net)
     images = range(rank, 8, world_size)
     rows = torch.tensor([*images, *(11 + image for image in images)])
     model, synchronized = DistributedDataParallel(net, broadcast_buffers=False), []
@@ -230,3 +233,38 @@ def test_slices_of_one_image_are_refused(micro_batch, batch_size, use):
     with pytest.raises(UserError, match=rf"--micro-batch {micro_batch} .* use --micro-batch {use} or more"):
         check_micro_batch(micro_batch, batch_size, world_size=1)
     check_micro_batch(use, batch_size, world_size=1)
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_compiled_slices(one_rank, monkeypatch):
+    """One graph without and one with gradients, both complete; restored statistics and momenta compile nothing again.
+
+    One process is enough, because operators and DDP are those of several; more would compile the same once more.
+    """
+    gradients, counts = [], []
+    for compiled in (False, True):
+        net, views, label = make(nn.BatchNorm2d)
+        net.head = nn.Linear(6 * 16, 2000).double()  # more than one bucket of DDP, at which compiled graphs are split
+        with monkeypatch.context() as patch:
+            patch.setattr(dist, "get_world_size", lambda: 2)
+            net = synchronize_batchnorm(net)
+        assert isinstance(net.encoder[1], SyncBatchNorm)
+        torch._dynamo.reset()
+        counters.clear()
+        if compiled:
+            net.compile(backend="aot_eager")
+        model = DistributedDataParallel(net, broadcast_buffers=False)
+        for _ in range(3):
+            net.zero_grad()
+            sliced(model, views[:8], label[:4], 2)
+            counts.append((counters["stats"]["unique_graphs"], counters["frames"]["ok"], len(counters["graph_break"])))
+        gradients.append([w.grad for w in net.parameters()])
+    assert counts[3][0] == 2 and counts[3][2] == 0 and len(set(counts[3:])) == 1
+    for expected, actual in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-13)

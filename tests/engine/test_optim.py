@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.optim import LARS, OptimConfig, create_optimizer, parameter_groups
 
@@ -65,6 +66,52 @@ def test_lars_pairs_gradients_and_weights_of_different_strides(shape):
     assert weight.stride() != gradient.stride()
     LARS([{"params": [weight], "adapt": False}], lr=1.0).step()
     torch.testing.assert_close(weight.detach(), start - gradient)
+
+
+class MultiTensorCalls(TorchDispatchMode):
+    """Counts operators and checks that CUDA's multi-tensor kernels accept the lists, or they launch once per layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.count += 1
+        lists = [each for each in arguments if isinstance(each, list | tuple) and each]
+        if "_foreach" in str(function) or "_fused" in str(function):
+            for tensors in zip(*lists, strict=True):
+                assert len({(t.shape, t.stride(), t.dtype) for t in tensors}) == 1, function
+        return function(*arguments, **(keywords or {}))
+
+
+def test_number_of_launches_does_not_depend_on_the_number_of_layers():
+    counts = []
+    for layers in (2, 30):
+        net = nn.Sequential(*(nn.Conv2d(3, 3, 3) for _ in range(layers))).to(memory_format=torch.channels_last)
+        optimizer = LARS(parameter_groups([net], 1e-4), lr=0.1)
+        for _ in range(2):  # the first step creates the buffers
+            for w in net.parameters():
+                w.grad = torch.randn_like(w)
+            with MultiTensorCalls() as calls:
+                optimizer.step()
+        counts.append(calls.count)
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_lars_passes_the_buffers_that_cuda_demands(momentum, monkeypatch):
+    """The CUDA kernel refuses buffers without momentum, and momentum without buffers; the CPU's accepts both."""
+
+    def fused_sgd(weights, gradients, buffers, *, momentum, **_):
+        assert len(buffers) == (len(weights) if momentum > 0 else 0)
+        calls.append(momentum)
+
+    calls = []
+    monkeypatch.setattr(torch, "_fused_sgd_", fused_sgd)
+    net = nn.Linear(3, 2)
+    net(torch.ones(1, 3)).sum().backward()
+    LARS(parameter_groups([net], 1e-4), lr=0.1, momentum=momentum).step()
+    assert calls == [momentum, momentum]
 
 
 def test_norms_and_biases_neither_decay_nor_adapt():

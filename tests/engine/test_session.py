@@ -1,15 +1,17 @@
 """The run folder that the main process chooses for all ranks."""
 
 import os
+import runpy
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from common import UserError
 from engine import run_lock, session
-from engine.session import Session
+from engine.session import RANK_TIMEOUT, Session
 
 
 @pytest.fixture
@@ -49,3 +51,40 @@ def test_unwritable_place_fails_under_every_name(open_run):
     Path("runs").touch()
     with pytest.raises(UserError, match="cannot be written"):
         open_run()
+
+
+def test_tests_run_on_the_cpu(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # a machine with a GPU
+    runpy.run_path(str(Path(__file__).parents[1] / "conftest.py"))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
+@pytest.fixture
+def tf32():
+    """TF32 allowed everywhere, until the end of the test."""
+    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = True
+    yield
+    for backend, allowed in zip(backends, before, strict=True):
+        backend.allow_tf32 = allowed
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "auto"])
+def test_fp32_means_no_tf32(tf32, precision):
+    Session(precision)
+    conv, matmul = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    assert (conv == "tf32") == (matmul == "tf32") == (precision != "fp32")  # the loss reads that of matmul
+    assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == (precision != "fp32")
+
+
+def test_ranks_wait_longer_for_each_other_than_nccl_does(monkeypatch):
+    def create(kwargs_handlers, **_):
+        assert {"timeout": RANK_TIMEOUT} in [each.to_kwargs() for each in kwargs_handlers]
+        raise InterruptedError
+
+    monkeypatch.setattr(session, "Accelerator", create)
+    with pytest.raises(InterruptedError):
+        Session()
+    assert 6 * torch.distributed.distributed_c10d.default_pg_nccl_timeout < RANK_TIMEOUT

@@ -142,7 +142,7 @@ def test_head_round_trip(tmp_path, version):
 def test_head_with_synchronized_batch_norm_is_saved_alike(two_ranks, tmp_path):
     head = encoder_and_head()[1]
     model.save_head(head, tmp_path / "one.safetensors")
-    model.save_head(model.synchronize_batchnorm(head, torch.device("cpu")), tmp_path / "ranks.safetensors")
+    model.save_head(model.synchronize_batchnorm(head), tmp_path / "ranks.safetensors")
     assert content(tmp_path / "ranks.safetensors") == content(tmp_path / "one.safetensors")
 
 

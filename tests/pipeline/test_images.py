@@ -11,7 +11,15 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from pipeline.images import LARGEST_PIXELS, DecodeError, decode, inspect, prepare
+from pipeline.images import (
+    LARGEST_PIXELS,
+    DecodeError,
+    decode,
+    decodes_alike,
+    inspect,
+    nvjpeg_decodes_alike,
+    prepare,
+)
 from tests.pipeline.augment.reference_views import encode, smooth_field
 from tests.pipeline.image_sets import ROOT
 
@@ -56,6 +64,43 @@ def test_upper_byte_of_16_bit_values_is_kept():
 def test_tiffs_without_a_defined_white_level_are_refused(mode):
     with pytest.raises(DecodeError, match="of an unusual kind"):
         inspect(encode(PICTURE.convert(mode), "TIFF"))
+
+
+JPEGS = {
+    "4:2:0": encode(PICTURE, "JPEG", subsampling=2),
+    "4:2:2": encode(PICTURE, "JPEG", subsampling=1),
+    "4:4:4": encode(PICTURE, "JPEG", subsampling=0),
+    "progressive 4:4:4": encode(PICTURE, "JPEG", subsampling=0, progressive=True),
+    "gray": encode(PICTURE.convert("L"), "JPEG"),
+    "RGB": encode(PICTURE, "JPEG", subsampling=0, keep_rgb=True),
+    "CMYK": encode(PICTURE.convert("CMYK"), "JPEG", subsampling=0),
+}
+
+
+def test_jpegs_that_every_decoder_of_a_gpu_decodes_alike():
+    """DALI interpolates chroma as the CPU does; nvJPEG without options repeats it."""
+    assert [name for name, jpeg in JPEGS.items() if not decodes_alike(jpeg)] == ["CMYK"]
+    assert [n for n, jpeg in JPEGS.items() if nvjpeg_decodes_alike(jpeg)] == ["4:4:4", "progressive 4:4:4", "gray"]
+
+
+@pytest.mark.parametrize("name", JPEGS)
+def test_jpegs_without_an_end_are_refused(name):
+    jpeg = JPEGS[name]
+    for length in range(len(jpeg)):
+        part = jpeg[:length]
+        assert decode(part) is None and not decodes_alike(part) and not nvjpeg_decodes_alike(part)
+    with pytest.raises(DecodeError, match="a damaged or truncated JPEG"):
+        inspect(jpeg[:-1])
+
+
+def test_unusual_but_complete_jpegs_are_decoded():
+    jpeg = JPEGS["4:4:4"]
+    second = JPEGS["gray"]  # as in files of two pictures; only the first counts
+    for complete in (jpeg + b"\0" * 40, jpeg[:-2] + b"\xff\xff\xff\xd9", jpeg + second, jpeg + second[:-9]):
+        np.testing.assert_array_equal(decode(complete), decode(jpeg))
+    between = jpeg[:2] + b"\xff\xfe\0\x06\xff\xd9\xff\xd8" + b"\1\2\3" + jpeg[2:]  # a comment like an end
+    np.testing.assert_array_equal(decode(between), decode(jpeg))
+    assert decode(between[:-1]) is None
 
 
 def strips(encoded: bytes) -> list[tuple[int, int]]:

@@ -11,6 +11,7 @@ import torch
 import torchvision.transforms.functional as F
 from PIL import Image
 
+from pipeline.augment import gpu
 from pipeline.augment.backend import create_backend
 from pipeline.augment.config import AugmentConfig
 from pipeline.augment.params import ORDERS, AugmentParams, center_crop, draw_params
@@ -148,6 +149,29 @@ def test_a_batch_may_be_smaller_than_batch_size(backend, images):
         torch.testing.assert_close(views, whole[:, part].flatten(0, 1), rtol=0, atol=0)
 
 
+def test_chunks_of_a_batch(backend, images, monkeypatch):
+    """Batches above 256 images are augmented in chunks, here above five, without a difference to the views."""
+    params = reference.random_params(images, EXACT, seed=4)
+    whole = backend(images, params)
+    monkeypatch.setattr(gpu, "CHUNK", 5)
+    assert torch.equal(backend(images, params), whole)
+    with pytest.raises(DecodeError) as error:
+        backend([*images[:7], b"damaged", *images[8:]], params)
+    assert error.value.args[1] == 7
+
+
+@pytest.mark.parametrize("jitter", ["exact", "affine"])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_bfloat16_views_are_the_rounded_float32_views(backends, images, name, jitter):
+    params = reference.random_params(images, SMALL[jitter], seed=4)
+    expected = backends[name, jitter](images, params).to(torch.bfloat16)
+    half = create_backend(name, SMALL[jitter], CPU, 12, 2, 2, torch.bfloat16)
+    views = half(images, params)
+    half.close()
+    assert views.dtype == torch.bfloat16 and views.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(views, expected)
+
+
 def test_views_survive_later_calls(backend, images):
     views = backend(images, reference.random_params(images, EXACT, seed=4))
     before = views.clone()
@@ -177,6 +201,24 @@ def test_a_damaged_image_is_reported_and_the_next_call_works(backend, images, da
         backend([images[0], damaged, images[2]], params)
     assert error.value.args[1] == 1
     assert torch.equal(backend(images[:3], params), before)
+
+
+def test_every_truncated_jpeg_is_refused(backend):
+    """Cut anywhere, also inside the marker at its end; a thumbnail's marker does not count."""
+    picture = reference.smooth_field(7, 0, 40, 56)
+    exif = reference.encode(picture.resize((16, 16)), "JPEG")
+    jpegs = [
+        reference.encode(picture, "JPEG", exif=b"Exif\0\0" + exif),
+        reference.encode(picture, "JPEG", progressive=True, subsampling=0),
+        reference.encode(picture.convert("L"), "JPEG", restart_marker_rows=1),
+        reference.encode(picture.convert("CMYK"), "JPEG"),
+    ]
+    for jpeg in jpegs:
+        params = reference.random_params([jpeg], EXACT, seed=6)
+        backend([jpeg], params)
+        for length in [*range(2, len(jpeg), 97), *range(len(jpeg) - 5, len(jpeg))]:
+            with pytest.raises(DecodeError):
+                backend([jpeg[:length]], params)
 
 
 def test_formats_and_color_models(backend):

@@ -14,9 +14,8 @@ import pytest
 
 from common import UserError
 from pipeline.convert import textures
-from pipeline.convert.folder import folder_source
+from pipeline.convert.folder import CLASS_LEVELS, folder_source, named
 from pipeline.convert.imagenet import imagenet_sources
-from pipeline.convert.naming import CLASS_LEVELS, named
 from pipeline.convert.textures import ensure_textures, textures_source
 from pipeline.convert.writer import write_split
 from pipeline.shards.dataset import open_shards, open_splits

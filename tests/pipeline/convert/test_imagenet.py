@@ -93,7 +93,12 @@ def test_labels_that_do_not_match(tmp_path):
         "missing": (tmp_path / "nowhere", "does not exist"),
     }
     (tmp_path / "kit.tar.gz").write_bytes(tar_bytes(kit, "w:gz")[:200])
-    for text, message in (("a b c\n", "must hold one"), ("a.JPEG n0\n", "lacks 6 images"), ("\xff", "names 1 images")):
+    for text, message in (
+        ("a b c\n", "must hold one"),
+        ("a.JPEG n0\nn1\n", "per line, not `n1`"),
+        ("a.JPEG n0\n", "lacks 6 images"),
+        ("\xff", "names 1 images"),
+    ):
         (tmp_path / message).write_text(text)
         cases[message] = tmp_path / message, message
     for labels, message in cases.values():
@@ -165,6 +170,8 @@ def test_tiny_imagenet(tmp_path):
     shutil.rmtree(path / "train")
     with pytest.raises(UserError, match=r"val has folders that are not classes \(images\)"):
         imagenet_sources(path)
+    with pytest.raises(UserError, match=r"holds no train/; use `convert folder` for other class folders"):
+        imagenet_sources(path, split="train")
 
 
 def test_folders_inside_class_tars_are_not_classes(tmp_path):
@@ -198,7 +205,11 @@ LABELS = {
         b"n01443537 goldfish\nn01440764 tench\nn01484850 shark\n",
         "numbers in .* can't be read",
     ),
-    "class numbers": ("text", b"490\n361\n171\n822\n297\n482\n", "holds class numbers such as 490, not WordNet ids"),
+    "class numbers": (
+        "text",
+        b"490\n361\n171\n822\n297\n482\n",
+        "per line, not `490`; correct it, or use",
+    ),
     "twice": (
         "text",
         b"".join(b"ILSVRC2012_val_%08d.JPEG n%d\n" % (n % 7, n > 7) for n in range(1, 14)),

@@ -11,8 +11,7 @@ import pytest
 from PIL import Image
 
 from common import UserError
-from pipeline.convert.cifar import cifar_sources
-from pipeline.convert.stl10 import stl10_sources
+from pipeline.convert.pixels import cifar_sources, stl10_sources
 from pipeline.convert.textures import textures_source
 from pipeline.convert.writer import write_split
 from pipeline.images import decode, png

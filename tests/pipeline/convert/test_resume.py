@@ -20,9 +20,9 @@ from common import UserError
 from pipeline.convert import __main__ as convert
 from pipeline.convert import writer
 from pipeline.convert.base import Source
-from pipeline.convert.cifar import cifar_sources
 from pipeline.convert.folder import folder_source
 from pipeline.convert.imagenet import imagenet_sources
+from pipeline.convert.pixels import cifar_sources
 from pipeline.convert.webdataset import webdataset_source
 from pipeline.convert.writer import shards_written, write_split
 from pipeline.shards.dataset import open_shards, open_splits
@@ -88,11 +88,11 @@ class Slow:
 
 if __name__ == "__main__":  # main(), but slow at image AT, or hanging at the last rename
     at, seconds = sys.argv.pop(1), float(sys.argv.pop(1))
-    folder_source, rename = convert.folder_source, os.replace
+    folder_source, rename = convert.sources.folder_source, os.replace
     def slow_source(*arguments):
         source = folder_source(*arguments)
         return replace(source, read=Slow(source.read, at, seconds))
-    convert.folder_source = slow_source
+    convert.sources.folder_source = slow_source
     if at == "rename":
         os.replace = lambda a, b: hang() if str(a).endswith("/shards") else rename(a, b)
     convert.main()
@@ -400,18 +400,24 @@ def test_parts_in_sequence(images, undisturbed, tmp_path):
     assert late.returncode == 0 and late.stdout == last.stdout
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [(["--part", part], f"{part} is not I/N with I from 1 to N") for part in ("0/3", "4/3", "3", "a/b", "1/3/3")]
-    + [([name, "0"], "0 is not a whole number above 0") for name in ("--shard-size", "--workers", "--short-side")]
-    + [(["--seed", seed], f"{seed} is not a whole number from 0 to 2**64 - 1") for seed in (str(2**64), "x")]
-    + [(["--quality", "101"], "101 is not a whole number from 1 to 100")],
-)
-def test_refused_options(monkeypatch, capsys, options, message):
-    monkeypatch.setattr(sys, "argv", ["convert", "folder", "in", "out", *options])
+@pytest.mark.parametrize("part", ["0/3", "4/3", "3", "a/b", "1/3/3"])
+def test_invalid_parts_are_refused(monkeypatch, capsys, part):
+    monkeypatch.setattr(sys, "argv", ["convert", "folder", "in", "out", "--part", part])
     with pytest.raises(SystemExit) as ended:
         convert.main()
-    assert ended.value.code == 2 and message in capsys.readouterr().err
+    assert ended.value.code == 2 and f"{part} is not I/N with I from 1 to N" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "bound"),
+    [(name, 0, "least 1") for name in ("--shard-size", "--workers", "--short-side", "--quality")]
+    + [("--seed", -1, "least 0"), ("--seed", 2**64, f"most {2**64 - 1}"), ("--quality", 101, "most 100")],
+)
+def test_numbers_out_of_range_are_refused(monkeypatch, option, value, bound):
+    monkeypatch.setattr(sys, "argv", ["convert", "folder", "in", "out", f"{option}={value}"])
+    with pytest.raises(SystemExit) as ended:
+        convert.main()
+    assert ended.value.code == f"{option} is {value}; it must be at {bound}."
 
 
 def test_concurrent_parts(images, undisturbed, tmp_path):
@@ -478,6 +484,12 @@ def test_ctrl_c_prints_no_traceback(images, tmp_path):
     assert not list((tmp_path / "out" / ".train.partial" / "work").glob("*.tar"))
 
 
+UNWRITABLE = (
+    "free some space or use a folder with write permission, and run the same command again, which keeps the finished "
+    "shards."
+)
+
+
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_full_disk(images, undisturbed, tmp_path, workers):
     """The size of files is limited, as by a quota or a full disk."""
@@ -490,8 +502,7 @@ def test_a_full_disk(images, undisturbed, tmp_path, workers):
         [*command, "--workers", workers], cwd=ROOT, preexec_fn=limit, capture_output=True, text=True, timeout=60
     )
     assert full.returncode == 1 and full.stdout == ""
-    remedy = "free some space and run the same command again, which keeps the finished shards."
-    assert full.stderr == f"{tmp_path} can't be written (File too large); {remedy}\n"
+    assert full.stderr == f"{tmp_path} can't be written (File too large); {UNWRITABLE}\n"
     partial = tmp_path / ".train.partial"
     assert not (tmp_path / "train").exists() and not list(partial.rglob("*.tar"))
     write_split(folder_source(images), tmp_path, "train", samples_per_shard=3)
@@ -507,7 +518,7 @@ def test_a_full_file_system(images, undisturbed, tmp_path):
         pytest.skip("mounting a file system is not allowed here")
     try:
         source = folder_source(images)
-        with pytest.raises(UserError, match=r"No space left on device.*free some space and run the same command"):
+        with pytest.raises(UserError, match=rf"No space left on device\); {UNWRITABLE}"):
             write_split(source, disk / "out", "train", samples_per_shard=3)
         partial = disk / "out" / ".train.partial"
         assert not list((partial / "work").glob("*.tar")), "the unfinished shard takes no space"
@@ -519,7 +530,7 @@ def test_a_full_file_system(images, undisturbed, tmp_path):
         again = times(disk / "out" / "train")
         assert {name: again[name] for name in whole} == whole
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-        with pytest.raises(UserError, match=r"Read-only file system.*use a folder with write permission"):
+        with pytest.raises(UserError, match=rf"Read-only file system\); {UNWRITABLE}"):
             write_split(source, disk / "other", "train")
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -534,9 +545,7 @@ def test_a_read_only_folder(images, tmp_path, monkeypatch, capsys, code):
     monkeypatch.setattr(sys, "argv", ["convert", "folder", str(images), str(tmp_path / "out")])
     with pytest.raises(SystemExit) as ended:
         convert.main()
-    assert ended.value.code == (
-        f"{tmp_path / 'out'} can't be written ({os.strerror(code)}); use a folder with write permission."
-    )
+    assert ended.value.code == f"{tmp_path / 'out'} can't be written ({os.strerror(code)}); {UNWRITABLE}"
 
 
 def test_a_file_in_place_of_the_folder(images, tmp_path):

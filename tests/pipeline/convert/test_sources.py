@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 
 from common import UserError
-from pipeline.convert.cifar import cifar_sources
-from pipeline.convert.folder import FolderReader, folder_source
+from pipeline.convert.folder import folder_source, read_file
 from pipeline.convert.imagenet import imagenet_sources
-from pipeline.convert.stl10 import stl10_sources
+from pipeline.convert.pixels import cifar_sources, stl10_sources
 from pipeline.convert.webdataset import webdataset_source
 from pipeline.convert.writer import write_split
 from pipeline.images import DecodeError, decode, inspect
@@ -206,7 +205,7 @@ def test_a_source_that_disappears_stops_the_conversion(tmp_path):
     os.rename(tmp_path / "in", tmp_path / "elsewhere")
     with pytest.raises(UserError, match="can no longer be read"):
         write_split(source, tmp_path / "again", "train")
-    assert FolderReader(tmp_path / "elsewhere")("class_1/image_1.jpg", 0)
+    assert read_file(tmp_path / "elsewhere", "class_1/image_1.jpg", 0)
 
 
 def test_verified_jpegs_decode():

@@ -12,6 +12,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+from fsspec.spec import AbstractFileSystem
 
 from common import UserError
 from pipeline.loader.sampler import ShardSampler
@@ -25,6 +26,11 @@ from tests.pipeline.image_sets import ROOT
 from tests.pipeline.web_server import QUICK, cache_at, cached_files, epoch, serving, shard_entry, write_set
 
 FAULTS = ("503", "drop", "stall", "truncate", "flip", "whole")
+
+
+def download_to(target: Path, fs: AbstractFileSystem, path: str, size: int | None = None) -> None:
+    with open(target, "ab", buffering=0) as out:
+        download(fs, path, out, size, QUICK, target.parent)
 
 
 @pytest.mark.parametrize("fault", [*FAULTS, "all of them"])
@@ -101,7 +107,7 @@ def test_a_broken_download_resumes(small, tmp_path):
     size, _ = shard_entry(small, 0)
     with serving(Path(small.root), "drop", "stall", "drop") as server:
         target = tmp_path / "copy"
-        download(*filesystem(f"{server.url}/part-000.tar", QUICK), target, size, QUICK)
+        download_to(target, *filesystem(f"{server.url}/part-000.tar", QUICK), size)
         assert target.read_bytes() == Path(small.root, "part-000.tar").read_bytes()
         begins = [int(r.removeprefix("bytes=").rstrip("-")) if r else 0 for _, r in server.requests]
         assert begins == [0, size // 2, size // 2 + size // 4, size - size // 8]
@@ -110,7 +116,7 @@ def test_a_broken_download_resumes(small, tmp_path):
 def test_a_download_without_ranges_starts_over(small, tmp_path):
     size, _ = shard_entry(small, 0)
     with serving(Path(small.root), "drop", "whole") as server:
-        download(*filesystem(f"{server.url}/part-000.tar", QUICK), tmp_path / "copy", None, QUICK)
+        download_to(tmp_path / "copy", *filesystem(f"{server.url}/part-000.tar", QUICK))
         assert (tmp_path / "copy").read_bytes() == Path(small.root, "part-000.tar").read_bytes()
         assert [requested for _, requested in server.requests] == [None, f"bytes={size // 2}-"]
 
@@ -121,7 +127,7 @@ def test_a_store_that_sends_too_much_without_stating_the_size(tmp_path, monkeypa
     for partial in (b"", bytes(400)):
         (tmp_path / "copy").write_bytes(partial)
         with pytest.raises(UserError, match=r"after 6 attempts \(the store offers 300 bytes, but 200 are expected\)"):
-            download(fs, path, tmp_path / "copy", 200, QUICK)
+            download_to(tmp_path / "copy", fs, path, 200)
 
 
 def test_giving_up_names_cause_and_remedy(small, tmp_path, caplog):
@@ -213,7 +219,7 @@ def test_retries_do_not_use_the_global_random_generator(small, tmp_path):
     expected = random.random()
     random.seed(5)
     with serving(Path(small.root), "503") as server:
-        download(*filesystem(f"{server.url}/part-000.tar", QUICK), tmp_path / "copy", None, QUICK)
+        download_to(tmp_path / "copy", *filesystem(f"{server.url}/part-000.tar", QUICK))
     assert random.random() == expected
 
 
@@ -292,7 +298,7 @@ def test_a_broken_download_from_an_object_store_resumes(small, in_memory, tmp_pa
 
     original = type(fs).open
     monkeypatch.setattr(type(fs), "open", lambda self, *a, **k: Breaking(original(self, path, "rb")))
-    download(fs, path, tmp_path / "copy", size, QUICK)
+    download_to(tmp_path / "copy", fs, path, size)
     assert (tmp_path / "copy").read_bytes() == Path(small.root, "part-000.tar").read_bytes()
     assert offsets == list(range(0, size, 3000))
 
@@ -351,7 +357,7 @@ def test_a_server_that_sends_another_range(small, tmp_path, fault):
         reader.close()
         target = tmp_path / "copy"
         target.write_bytes(Path(small.root, "part-001.tar").read_bytes()[:1000])  # partial copy
-        download(*filesystem(f"{server.url}/part-001.tar", QUICK), target, shard_entry(small, 1)[0], QUICK)
+        download_to(target, *filesystem(f"{server.url}/part-001.tar", QUICK), shard_entry(small, 1)[0])
         assert target.read_bytes() == Path(small.root, "part-001.tar").read_bytes()
 
 

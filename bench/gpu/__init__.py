@@ -1,0 +1,1 @@
+"""Validation on a GPU in four parts; see `python -m bench.gpu --help`."""

@@ -1,0 +1,128 @@
+"""Part "dali": views of DALI, and of Kornia where it is installed, on the device: accuracy, rate, memory, overlap."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import torch
+
+from bench.gpu.checks import Case, Check, Measurement, Outcome, Setup, imports
+from bench.gpu.files import LEVELS
+from bench.gpu.step_speed import networks, time_training
+from bench.gpu.training import SHARDS
+from bench.harness import interleave, percentiles_ms
+from common import available_cores
+
+MODULES = {"dali": "nvidia.dali", "kornia": "kornia"}
+REPEATED = 0.01
+"""Largest mean difference of two runs of a backend, in levels."""
+CPU = torch.device("cpu")
+
+
+def installed() -> list[str]:
+    """Backends on the device that can be used here."""
+    return [name for name, module in MODULES.items() if imports(module)]
+
+
+def photographs(count: int, small: bool) -> tuple[list[bytes], np.ndarray, np.ndarray]:
+    """Encoded images, heights and widths."""
+    from bench.train_step import one_of_many_photographs, texture
+
+    image = texture if small else one_of_many_photographs
+    encoded = [image(number) for number in range(count)]
+    if small:
+        return encoded, np.full(count, 40), np.full(count, 40)
+    upright = np.array([number % 100 % 3 == 0 for number in range(count)])
+    return encoded, np.where(upright, 500, 400), np.where(upright, 400, 500)
+
+
+def view_accuracy(setup: Setup) -> Iterator[Case]:
+    """Views differ from OpenCV's by rounding, and depend neither on the run nor on the rest of the batch."""
+    for name in installed():
+        for jitter in ("exact", "affine"):
+            yield Case(f"{name}, {jitter}", partial(compare_views, setup, name, jitter))
+
+
+def compare_views(setup: Setup, name: str, jitter: str) -> Iterator[Outcome]:
+    from pipeline.augment.backend import create_backend
+    from pipeline.augment.config import AugmentConfig
+    from pipeline.augment.params import AugmentParams, draw_params
+
+    count = 6 if setup.small else 32
+    config = AugmentConfig(size=32 if setup.small else 224, jitter=jitter)
+    encoded, height, width = photographs(count, setup.small)
+    params = draw_params(config, 0, 0, np.arange(count), height, width)
+    part = AugmentParams(**{field: array[:, 1:5] for field, array in vars(params).items()})
+    std = torch.tensor(config.std)[:, None, None]
+    pair = (("opencv", CPU), (name, setup.device))
+    backends = [create_backend(which, config, device, count, 2, 4) for which, device in pair]
+    try:
+        expected, views = (backend(encoded, params).float().cpu() for backend in backends)
+        again = backends[1](encoded, params).float().cpu()
+        some = backends[1](encoded[1:5], part).float().cpu().unflatten(0, (2, -1))
+    finally:
+        for backend in backends:
+            backend.close()
+    for what, found, true, limit in (
+        ("difference to OpenCV", views, expected, LEVELS),
+        ("difference between runs", again, views, REPEATED),
+        ("difference in a smaller batch", some, views.unflatten(0, (2, -1))[:, 1:5], REPEATED),
+    ):
+        yield Outcome(f"{what}, mean levels", (255 * std * (found - true)).abs().mean().item(), limit)
+
+
+def view_speed(setup: Setup) -> Iterator[Case]:
+    sizes = [(32, 6)] if setup.small else [(224, 256), (32, 512)]
+    for size, count in sizes:
+        for name in (*installed(), "opencv"):
+            for jitter in ("exact", "affine"):
+                yield Case(f"{name}, {jitter}, {size} px", partial(time_views, setup, name, jitter, size, count))
+
+
+def time_views(setup: Setup, name: str, jitter: str, size: int, count: int) -> Iterator[Measurement]:
+    """Rate of a backend alone, and the memory that it takes on the device, which torch does not count for DALI."""
+    from pipeline.augment.backend import create_backend
+    from pipeline.augment.config import AugmentConfig
+    from pipeline.augment.params import draw_params
+
+    config, threads = AugmentConfig(size=size, jitter=jitter), available_cores()
+    encoded, height, width = photographs(count, size == 32)
+    params = draw_params(config, 0, 0, np.arange(count), height, width)
+    free_mb = free_device_mb(setup.device)
+    backend = create_backend(name, config, setup.device, count, 2, threads)
+    try:
+        times = interleave({"": lambda: backend(encoded, params)}, 0 if setup.small else 5, setup.device)[""]
+        used_mb = free_mb - free_device_mb(setup.device)
+    finally:
+        backend.close()
+    timing = percentiles_ms(times)
+    yield Measurement(
+        "views",
+        {"backend": name, "jitter": jitter, "size": size, "images": count, "host_threads": threads}
+        | {"mean_kb": round(sum(map(len, encoded)) / count / 1000, 1)}
+        | {"images_per_s": round(1000 * count / timing["median_ms"], 1)}
+        | timing
+        | {"device_mb": round(used_mb) if setup.device.type == "cuda" else ""},
+    )
+
+
+def free_device_mb(device: torch.device) -> float:
+    """Free memory of the GPU in MB, with torch's unused blocks released; 0 for a CPU."""
+    if device.type != "cuda":
+        return 0.0
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0] / 1e6
+
+
+def dali_overlap(setup: Setup) -> Iterator[Case]:
+    """The training step with views by DALI; rows of part "step" have the same step with views in memory."""
+    for name in networks(setup):
+        yield Case(f"{name}, dali", partial(time_training, setup, name, "dali"))
+
+
+CHECKS = [
+    Check(view_accuracy, 90, SHARDS),
+    Check(view_speed, 200, SHARDS),
+    Check(dali_overlap, 240, (*SHARDS, "nvidia.dali")),
+]
