@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -105,7 +106,7 @@ def read_with_argparse(module: str, arguments: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(OptionsRead):
         patch.setattr(argparse.ArgumentParser, "parse_args", stop)
         patch.setattr(sys, "argv", [module, *arguments])
-        importlib.import_module(module).main()
+        runpy.run_module(module, run_name="__main__")
 
 
 PARSERS = {
@@ -117,8 +118,8 @@ PARSERS = {
     "pipeline.augment": lambda arguments: tyro.extras.subcommand_cli_from_dict(
         {"preview": PreviewConfig}, args=arguments
     ),
-    "pipeline.convert": partial(read_with_argparse, "pipeline.convert.__main__"),
-    "pipeline.shards": partial(read_with_argparse, "pipeline.shards.__main__"),
+    "pipeline.convert": partial(read_with_argparse, "pipeline.convert"),
+    "pipeline.shards": partial(read_with_argparse, "pipeline.shards"),
 }
 
 
@@ -145,8 +146,8 @@ def is_read(command: str) -> bool:
         return False
     module = name.removesuffix(".py").replace("/", ".")
     if module.startswith("bench."):
-        module += ".__main__" if (ROOT / module.replace(".", "/")).is_dir() else ""
-        if "parse_args" not in (ROOT / module.replace(".", "/")).with_suffix(".py").read_text():
+        path = ROOT / module.replace(".", "/")
+        if "parse_args" not in (path / "__main__.py" if path.is_dir() else path.with_suffix(".py")).read_text():
             return False
         read_with_argparse(module, arguments)
     elif name in PARSERS:
@@ -161,7 +162,7 @@ def is_read(command: str) -> bool:
 def earlier_runs(tmp_path_factory):
     """Folder with the runs that later stages start from, as far as their options need them."""
     folder = tmp_path_factory.mktemp("runs")
-    for name in ("PRETRAINED", "TUNED"):
+    for name in ("PRETRAINED", "TUNED", "RUN"):
         (folder / name).mkdir()
         options = dataclasses.replace(presets.imagenet(), data="IMAGENET")
         (folder / name / "config.json").write_text(json.dumps(dataclasses.asdict(options)))
