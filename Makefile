@@ -2,11 +2,12 @@
 # make demo-v2   and fine-tune on few labels, and distil
 # make test   the fast tests; make soak: the long ones; make lint: ruff; make bench: loss, views and step against their peers
 # make gpu    checks and measurements on an NVIDIA GPU, with the packages of $(GPU_PYTHON)
+# make docs   the documentation as a site in site/
 PYTHON ?= python3
 GPU_PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-v2 test browser soak bench gpu lint clean
+.PHONY: demo demo-v2 test browser soak bench gpu lint docs clean
 
 # the launcher's defaults, spelled out: without them it prints a warning
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
@@ -41,6 +42,9 @@ gpu:  # not .venv: a machine with a GPU often has its own build of torch
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: .venv/installed
+	$(BIN)/mkdocs build --quiet --strict
 
 .venv/installed: requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

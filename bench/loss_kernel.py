@@ -1,6 +1,6 @@
 """Throughput, memory and error of NT-Xent, forward and backward, next to its floor and to other implementations.
 
-    python bench/loss_kernel.py                   full sweep; bench/results/loss_kernel.csv and .png
+    python bench/loss_kernel.py                   full sweep; bench/results/loss_kernel.csv, docs/loss_kernel.png
     python bench/loss_kernel.py --rows 8192       this M only; replaces its rows in the CSV
     python bench/loss_kernel.py --quick           M = 1024 and 2048 only; writes no files
     python bench/loss_kernel.py --static          what the Triton kernels compile to, without a GPU

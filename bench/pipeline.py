@@ -1,6 +1,6 @@
 """Images per second of the pipeline, two views of 224 px under the full augmentation, next to decoding and to peers.
 
-    python bench/pipeline.py                   bench/results/pipeline.csv and .png
+    python bench/pipeline.py                   bench/results/pipeline.csv, docs/pipeline.png
     python bench/pipeline.py --quick           few images and rounds, no file written
     python bench/pipeline.py --data SHARDS     a shard set of your own instead of the rendered photographs
     make bench                                 installs the peers first

@@ -8,11 +8,13 @@ matplotlib.use("Agg")  # no screen needed
 
 import matplotlib.pyplot as plt
 
-from bench.harness import RESULTS, read_rows
+from bench.harness import read_rows
+
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 def plot_loss_kernel() -> Path:
-    """bench/results/loss_kernel.png: time and memory of NT-Xent over M at D = 128, from loss_kernel.csv."""
+    """docs/loss_kernel.png: time and memory of NT-Xent over M at D = 128, from loss_kernel.csv."""
     rows = [row for row in read_rows("loss_kernel") if row["D"] == "128" and row["dtype"] == "float32"]
     figure, (time, memory) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for name in dict.fromkeys(row["implementation"] for row in rows):
@@ -27,14 +29,14 @@ def plot_loss_kernel() -> Path:
         axes.grid(alpha=0.3)
     time.legend(fontsize=8)
     figure.suptitle(f"NT-Xent, fp32, D = 128, {rows[0]['device']}, {rows[0]['threads']} threads", fontsize=10)
-    path = RESULTS / "loss_kernel.png"
+    path = DOCS / "loss_kernel.png"
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
 
 
 def plot_pipeline() -> Path:
-    """bench/results/pipeline.png: images/s of complete pipelines and of decoding, from pipeline.csv."""
+    """docs/pipeline.png: images/s of complete pipelines and of decoding, from pipeline.csv."""
     rows = [row for row in read_rows("pipeline") if row["stage"] in ("all", "decode")]
     kinds = list(dict.fromkeys(row["shards"] for row in rows))
     figure, panels = plt.subplots(1, len(kinds), figsize=(11, 4.2), layout="constrained", sharey=True, squeeze=False)
@@ -50,7 +52,7 @@ def plot_pipeline() -> Path:
         axes.grid(alpha=0.3, axis="x")
         axes.legend(fontsize=8, loc="lower right")
     figure.suptitle(f"Full augmentation, 224 px, {rows[0]['device']}, {rows[0]['workers']} threads", fontsize=10)
-    path = RESULTS / "pipeline.png"
+    path = DOCS / "pipeline.png"
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path

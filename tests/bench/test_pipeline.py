@@ -71,7 +71,7 @@ def test_a_ratio_is_the_median_over_the_rounds():
 
 
 def test_the_plot_is_drawn_from_the_rows(rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(plot, "RESULTS", tmp_path)
+    monkeypatch.setattr(plot, "DOCS", tmp_path)
     monkeypatch.setattr(plot, "read_rows", lambda name: [{k: str(v) for k, v in row.items()} for row in rows])
     assert plot.plot_pipeline().stat().st_size > 10_000
 
