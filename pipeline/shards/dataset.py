@@ -34,7 +34,7 @@ from .threads import DaemonThreads
 
 SMALLEST = {"samples": 0, "bytes": 0, "top_label": -1}  # integers of a shard's manifest entry
 FILE_NAME = re.compile(r"(?!\.\.?$)[^/\\\0]+")
-OPTIONAL_KEYS = {"name": str, "split": str, "made_by": dict, "left_out": list, "rejected": int}
+OPTIONAL_KEYS = {"name": str, "split": str, "made_by": dict, "left_out": list, "rejected": int, "statistics": dict}
 
 
 @dataclass(frozen=True)
