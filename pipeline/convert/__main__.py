@@ -71,8 +71,8 @@ def main() -> None:
         check_range("--workers", arguments.workers, 1, math.inf)
         if arguments.short_side is not None:
             check_range("--short-side", arguments.short_side, 1, math.inf)
-        for split, source in _sources(arguments).items():
-            source = without_copies(source) if arguments.drop_duplicates else source
+        splits = _sources(arguments)
+        for split, source in (without_copies(splits) if arguments.drop_duplicates else splits).items():
             shards = write_split(
                 source,
                 arguments.out,
@@ -156,7 +156,8 @@ def _add_options(command: argparse.ArgumentParser) -> None:
     add(
         "--drop-duplicates",
         action="store_true",
-        help="leave out images whose bytes are those of an earlier image of the split; reads the source twice",
+        help="leave out exact copies of earlier images, and from train those of images of the other splits that this "
+        "command writes; reads the source twice",
     )
     cores = available_cores()
     add("--workers", type=int, default=cores, help=f"number of processes (default: one per core, {cores} here)")

@@ -117,12 +117,13 @@ def convert_photos(path: Path, cache: ShardCache, agree: Callable[[str], str] = 
         if not (version / "done.json").exists():
             _remove_old(home, version, cache)
             _convert(path, version, found)
-        if version not in _leases:
+        first = version not in _leases
+        if first:
             _leases[version] = Lease(cache)
             _leases[version].hold([found])
-    if os.environ.get("RANK", "0") == "0":
+    if first and os.environ.get("RANK", "0") == "0":
         notes = json.loads((version / "done.json").read_text())["notes"]
-        print(f"{path}: {' '.join(notes)} The shards are in {version}.", file=sys.stderr)
+        print(f"{path}: {' '.join(notes)} The shards are in {version}", file=sys.stderr)
     return version
 
 
@@ -145,11 +146,11 @@ def _convert(path: Path, version: Path, found: str) -> None:
         free = shutil.disk_usage(version).free + sum(file.stat().st_size for file in version.rglob("*"))
     if needed > free:
         raise UserError(
-            f"Converting {path} takes {needed / 1e9:.3g} GB, but {version} has room for {free / 1e9:.3g} GB; free some "
-            "space, or set --loader.cache-dir or $STREAMCLR_CACHE to another disk."
+            f"Converting {path} takes {_size(needed)}, but {version} has room for {_size(free)}; free some space, or "
+            "set --loader.cache-dir or $STREAMCLR_CACHE to another disk."
         )
     print(
-        f"{path}: converting {len(listing.files):,} images ({needed / 1e9:.3g} GB) to {version}, used until they change.",
+        f"{path}: converting {len(listing.files):,} images ({_size(needed)}) once, to {version}",
         file=sys.stderr,
         flush=True,
     )
@@ -164,6 +165,10 @@ def _convert(path: Path, version: Path, found: str) -> None:
         file.write_text(json.dumps({"path": str(path.resolve()), "notes": [*_counts(path, splits), *notes]}, indent=1))
 
 
+def _size(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
 def _counts(path: Path, splits: list[ShardSet]) -> list[str]:
     """Sentences on the numbers of images that are used, left out, and present more than once."""
     train, *tests = splits
@@ -173,12 +178,13 @@ def _counts(path: Path, splits: list[ShardSet]) -> list[str]:
         counts.append(f"{left_out:,} files cannot be used and are left out (rejected.csv).")
     copies = sum(shards.manifest["statistics"]["duplicates"] for shards in splits)
     shared = sum(len(shared_images(test, train)) for test in tests)
+    if copies:
+        counts.append(f"{copies:,} are exact copies of others (duplicates.csv).")
+    if shared:
+        counts.append(f"{shared:,} of those to evaluate with are also among those to train on.")
     if copies or shared:
-        among = f", and {shared:,} of those to evaluate with are among those to train on" if shared else ""
-        counts.append(
-            f"{copies:,} images are exact copies of others (duplicates.csv){among}; `python -m pipeline.convert folder "
-            f"{path} SHARDS --split auto --drop-duplicates` leaves copies out."
-        )
+        command = f"python -m pipeline.convert folder {path} SHARDS --split auto --drop-duplicates"
+        counts.append(f"`{command}` leaves copies out.")
     return counts
 
 
