@@ -200,10 +200,10 @@ def _report(shards: ShardSet | None, out: Path, split: str, count: int) -> None:
     if rejected > SHOWN:
         print(f"... and {rejected - SHOWN} more; see {shards.root}/rejected.csv", file=sys.stderr)
     copies = shards.manifest.get("statistics", {}).get("duplicates", 0)  # older versions did not count them
-    among = f" ({copies} of them exact copies, see {shards.root}/duplicates.csv)" if copies else ""
+    listed = f"; {copies} are exact copies of others, see {shards.root}/duplicates.csv" if copies else ""
     print(
-        f"{shards.root}: {len(shards)} images{among} of {len(shards.classes)} classes in "
-        f"{len(shards.manifest['shards'])} shards, {rejected} left out."
+        f"{shards.root}: {len(shards)} images of {len(shards.classes)} classes in "
+        f"{len(shards.manifest['shards'])} shards, {rejected} left out{listed}."
     )
     train = out / "train"
     others = split != "train" and (train / "dataset.json").exists()
