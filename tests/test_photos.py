@@ -5,9 +5,9 @@ import sys
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 
 import train
-from common import file_sha256
 from engine import run_lock
 from pipeline.convert.folder import folder_source
 from pipeline.convert.writer import write_split
@@ -19,13 +19,14 @@ SHORT += ["--no-report", "--precision", "fp32", "--loader.workers", "1", "--eval
 
 @pytest.fixture
 def pretrain(monkeypatch, tmp_path):
-    """pretrain(data, name) runs train.py in this process; returns its exit message and the run folder."""
+    """pretrain(data, name, *options) runs train.py in this process; returns its exit message and the run folder."""
     threads = torch.get_num_threads()
     monkeypatch.setenv("STREAMCLR_CACHE", str(tmp_path / "cache"))
 
-    def run(data, name):
+    def run(data, name, *options):
         AcceleratorState._reset_state(reset_partial_state=True)
-        monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(data), "--out", str(tmp_path / name), *SHORT])
+        arguments = ["--data", str(data), "--out", str(tmp_path / name), *SHORT, *options]
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
         try:
             train.main()
         except SystemExit as error:
@@ -45,14 +46,18 @@ def test_a_folder_trains_like_its_shards(pretrain, tmp_path, capsys):
         write_split(folder_source(tmp_path / "photos" / split), tmp_path / "shards", split)
     runs = [pretrain(tmp_path / data, f"run_{data}") for data in ("photos", "shards")]
     assert [code for code, _ in runs] == [None, None]
-    assert len({file_sha256(run / "encoder.safetensors") for _, run in runs}) == 1
+    photos, shards = (load_file(run / "encoder.safetensors") for _, run in runs)
+    assert photos.keys() == shards.keys() and all(torch.equal(photos[name], shards[name]) for name in photos)
     assert "18 of those to evaluate with are also among those to train on" in capsys.readouterr().err
 
 
 def test_unlabeled_images_train_without_knn_scores(pretrain, tmp_path, capsys):
+    """The report finds the shards where the run has put them."""
     images = {name.replace("/", "_"): content for name, content in pictures().items()}
-    code, run = pretrain(write_folder(tmp_path / "photos", images), "run")
+    place = str(tmp_path / "place")
+    code, run = pretrain(write_folder(tmp_path / "photos", images), "run", "--loader.cache-dir", place, "--report")
     printed = capsys.readouterr()
+    assert len(list((tmp_path / "place" / "photos").iterdir())) == 1 and not (tmp_path / "cache" / "photos").exists()
     assert code is None and (run / "encoder.safetensors").exists()
     assert "12 images to train on. Without labels there are no kNN scores." in printed.err
     assert "no labeled test split" in printed.out

@@ -175,7 +175,7 @@ def _counts(path: Path, splits: list[ShardSet]) -> list[str]:
     kept = "".join(f" and {len(test):,} to evaluate with" for test in tests)
     counts = [f"{len(train):,} images to train on{kept}."]
     if left_out := sum(shards.manifest["rejected"] for shards in splits):
-        counts.append(f"{left_out:,} files cannot be used and are left out (rejected.csv).")
+        counts.append(f"Left out because they cannot be used: {left_out:,} (rejected.csv).")
     copies = sum(shards.manifest["statistics"]["duplicates"] for shards in splits)
     shared = sum(len(shared_images(test, train)) for test in tests)
     if copies:
@@ -211,15 +211,17 @@ def photo_sources(path: Path, listing: Listing | None = None, class_level: str |
         )
     notes: list[str] = []
     folders = _split_folders(listing.files, notes)
-    train = _labeled(folders.pop("train", listing.files), class_level, notes)
-    classes = {label for label, _, _ in train if label is not None}
+    files = folders.pop("train", listing.files)
+    train = _named(files, class_level, notes)
+    if len(classes := _classes(train)) == 1:
+        notes.append(f"All labels would be {classes.pop()}, so there are none.")
+        train = named(files, "none")
     parts = {"train": train}
     for split, files in folders.items():
-        items = _labeled(files, class_level if classes else "none", [])
-        found = {label for label, _, _ in items if label is not None}
-        if foreign := sorted(found - classes):
+        items = _named(files, class_level if classes else "none", notes)
+        if foreign := sorted(_classes(items) - classes):
             notes.append(f"Its {split} images are not used, because none to train on is of class {foreign[0]}.")
-        elif classes and not found:
+        elif classes and not _classes(items):
             notes.append(f"Its {split} images are not used, because they have no labels.")
         else:
             parts[split] = items
@@ -258,21 +260,20 @@ def _split_folders(files: list[tuple[str, tuple]], notes: list[str]) -> dict[str
     return {split: inside[folder] for split, folder in used.items()}
 
 
-def _labeled(files: list[tuple[str, tuple]], class_level: str | None, notes: list[str]) -> list[Item]:
-    """Items with classes, or without them if they say nothing."""
+def _named(files: list[tuple[str, tuple]], class_level: str | None, notes: list[str]) -> list[Item]:
+    """Items with classes, or without them if they are ambiguous."""
     try:
-        items = named(files, class_level)
+        return named(files, class_level)
     except AmbiguousClasses:
         notes.append(
             "Its nested folders do not tell what the classes are, so the images have no labels; `python -m "
             "pipeline.convert folder` with --class-level first or last makes shards with labels."
         )
         return named(files, "none")
-    classes = {label for label, _, _ in items if label is not None}
-    if len(classes) == 1:
-        notes.append(f"All labels would be {classes.pop()}, so there are none.")
-        return named(files, "none")
-    return items
+
+
+def _classes(items: list[Item]) -> set[str]:
+    return {label for label, _, _ in items if label is not None}
 
 
 def held_out(items: list[Item]) -> np.ndarray:

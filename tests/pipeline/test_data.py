@@ -122,7 +122,10 @@ def test_the_first_use_tells_where_the_shards_are(tmp_path, config, folder, caps
     train, _ = open_data(str(folder), config)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and f"converting 32 images (0.1 MB) once, to {tmp_path}/cache" in lines[0]
-    assert re.search("(28|29) images to train on and (2|3) to evaluate with. 1 files cannot be used", lines[1])
+    assert re.search(
+        "(28|29) images to train on and (2|3) to evaluate with. Left out because they cannot be used: 1 .rejected.csv.",
+        lines[1],
+    )
     assert "exact copies" in lines[1] or "also among those to train on" in lines[1]
     assert "--split auto --drop-duplicates` leaves copies out." in lines[1]
     assert lines[1].endswith(f"The shards are in {Path(train.root).parent}")
@@ -263,6 +266,12 @@ def test_a_test_split_of_other_classes_is_not_used(tmp_path, files, note):
     sources, notes = photo_sources(path)
     assert notes[0] == note and "a tenth of each class" in notes[1]
     assert {split: len(source.items) for split, source in sources.items()} == {"train": 27, "test": 3}
+
+
+def test_a_test_split_of_some_classes_is_used(tmp_path):
+    path = write_folder(tmp_path / "in", under("train", pictures()) | {"test/class_1/a.jpg": b"1"})
+    sources, notes = photo_sources(path)
+    assert [label for label, _, _ in sources["test"].items] == ["class_1"] and not notes
 
 
 def test_a_class_called_train_is_not_a_split(tmp_path):

@@ -44,7 +44,7 @@ def test_colors_and_sizes(images, tmp_path):
     assert found["short_side_px"] == {"0": 28}
 
 
-@pytest.mark.parametrize("options", [{"workers": 3}, {"workers": 3, "threads": True}, "parts", "resumed"])
+@pytest.mark.parametrize("options", [{"workers": 3, "threads": True}, "parts", "resumed"])
 def test_statistics_depend_on_the_images_alone(images, tmp_path, monkeypatch, options):
     """Of eight of the images, spread over six shards; sums of floats in another order would differ."""
     monkeypatch.setattr(writer, "MEASURED_IMAGES", 8)
