@@ -22,6 +22,7 @@ from engine.optim import create_optimizer, parameter_groups
 from engine.processes import ending_together
 from engine.schedule import create_schedule
 from engine.session import Session
+from engine.trackers import view_sheet
 from evaluation.classify import evaluate_classifier, labeled_test_samples
 from evaluation.tables import report_table
 from loss import distillation, labeled_cross_entropy
@@ -100,6 +101,7 @@ def distill(config: DistillConfig, instruments: Instruments | None = None) -> No
         validate_every=config.validate_every if len(tested) else 0,
         inputs={"--teacher": file_sha256(weights), "--labels": used_labels},
         about={"timm_name": spec[0], "timm_kwargs": spec[1]},
+        draw_views=partial(view_sheet, mean=config.views.mean, std=config.views.std),
         instruments=instruments,
     ) as loop:
         if not len(tested):

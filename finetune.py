@@ -21,6 +21,7 @@ from engine.optim import create_optimizer, parameter_groups
 from engine.processes import ending_together
 from engine.schedule import create_schedule
 from engine.session import Session
+from engine.trackers import view_sheet
 from evaluation.classify import evaluate_classifier, labeled_test_samples
 from evaluation.tables import report_table
 from model import save_classifier, save_encoder, start_classifier, synchronize_batchnorm
@@ -82,6 +83,7 @@ def finetune(config: FinetuneConfig, instruments: Instruments | None = None) -> 
         validate_every=config.validate_every if len(tested) else 0,
         collapse_loss=math.log(len(classes)),
         about={"timm_name": spec[0], "timm_kwargs": spec[1]},
+        draw_views=partial(view_sheet, mean=config.views.mean, std=config.views.std),
         instruments=instruments,
     ) as loop:
         if not len(tested):

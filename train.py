@@ -23,6 +23,7 @@ from engine.optim import create_optimizer, parameter_groups
 from engine.processes import ending_together
 from engine.schedule import create_schedule
 from engine.session import Session
+from engine.trackers import view_sheet
 from evaluation.evaluator import Evaluator
 from evaluation.features import raw_pixels
 from evaluation.tables import report_table
@@ -109,6 +110,7 @@ def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> 
         validate_every=config.eval.knn_every if evaluate else 0,
         collapse_loss=math.log(2 * config.batch_size - 1),  # all 2B - 1 candidates are equally similar
         about={"timm_name": spec[0], "timm_kwargs": spec[1]},
+        draw_views=partial(view_sheet, mean=config.views.mean, std=config.views.std),
         instruments=instruments,
     ) as loop:
         if evaluate is None:

@@ -1,21 +1,25 @@
 """Static report on the Triton kernels: what every shipped tile compiles to, and bounds on its speed, without a GPU.
 
-    python bench/loss_kernel.py --static          both tables; bench/results/loss_static.csv and loss_bounds.csv
+    python bench/loss_kernel.py --static          loss_static.csv, loss_launches.csv, loss_bounds.csv in bench/results/
 
 Triton compiles for an architecture that is not present; registers, spills and shared memory are read from the binary by
 `cuobjdump`, which is part of Triton, and tensor-core instructions from the PTX. Not possible in a process with
-TRITON_INTERPRET=1.
+TRITON_INTERPRET=1. Every Triton of requirements-triton.lock compiles in a process of its own.
 
 The bounds are computed, not measured: the maximum of the time of the products on the tensor cores, of the exponentials
 on the special-function units, and of reading and writing each tensor once. A kernel without any overlap takes the sum
 of the first two, `serial_ms`.
 """
 
+import json
 import math
+import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -28,11 +32,13 @@ from triton.compiler import ASTSource
 from bench.harness import write_rows
 from loss.triton.grad_matmul import grad_matmul_kernel
 from loss.triton.lse_forward import lse_forward_kernel
-from loss.triton.rows import gradient_rows_kernel, row_losses_kernel, scale_rows_kernel
-from loss.triton.tiles import SHARED_BYTES, TILES, Tile, row_block, tile_for
+from loss.triton.rows import gradient_rows_kernel, log2_headroom, row_losses_kernel, scale_rows_kernel
+from loss.triton.tiles import REGISTERS, SHARED_BYTES, TILES, Tile, row_block, tile_for
 
+ROOT = Path(__file__).parents[1]
+VERSIONS = re.findall(r"^triton==(\S+)$", (ROOT / "requirements-triton.lock").read_text(), re.MULTILINE)
 KERNELS = {"lse_forward": lse_forward_kernel, "grad_matmul": grad_matmul_kernel}
-REGISTERS, THREADS = 65536, 2048  # per multiprocessor: CUDA C++ programming guide, technical specifications
+THREADS = 2048  # per multiprocessor: CUDA C++ programming guide, technical specifications
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 
 # NVIDIA's data sheets of A100 80GB SXM and H100 SXM: dense tensor-core FLOP/s, bytes/s, multiprocessors. Exponentials
@@ -132,7 +138,12 @@ def compile_case(case: Case, target: int | None = None) -> Compiled:
         "PRECISION": case.precision,
     }
     capability = target or int(case.architecture.removeprefix("sm_"))
-    compiled = _compile(KERNELS[case.kernel], constants, case.dtype, capability, tile.warps, tile.stages)
+    options = {
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+        "maxnreg": tile.registers_for(case.form.even, case.form.online),
+    }
+    compiled = _compile(KERNELS[case.kernel], constants, case.dtype, capability, options)
     registers, stack_bytes = _resources(compiled.asm["cubin"])
     shared_bytes = compiled.metadata.shared
     threads = 32 * tile.warps
@@ -156,16 +167,17 @@ def row_kernel_resources(dtype: torch.dtype, width: int, capability: int, tau_is
         "TAU_IS_POINTER": tau_is_pointer,
         "COPIED": pitch != width or dtype == torch.float16,
         "SCALED": dtype == torch.float16,
+        "LOG2_HEADROOM": log2_headroom(dtype),
     }
     kernels = (scale_rows_kernel, row_losses_kernel, gradient_rows_kernel)
     return {
-        kernel.__name__: _resources(_compile(kernel, constants, dtype, capability, warps=4, stages=3).asm["cubin"])
+        kernel.__name__: _resources(_compile(kernel, constants, dtype, capability, {}).asm["cubin"])
         for kernel in kernels
     }
 
 
 def _compile(
-    kernel: triton.JITFunction, constants: dict, dtype: torch.dtype, capability: int, warps: int, stages: int
+    kernel: triton.JITFunction, constants: dict, dtype: torch.dtype, capability: int, options: dict
 ) -> triton.compiler.CompiledKernel:
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature, attributes = {}, {}
@@ -181,7 +193,7 @@ def _compile(
         if "*" in signature[name] or (constants.get("EVEN") and name in ("n", "M")):  # as in a launch
             attributes[position,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": warps, "num_stages": stages})
+    return triton.compile(source, GPUTarget("cuda", capability, 32), options)
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -214,10 +226,28 @@ def _instructions(ptx: str, case: Case) -> tuple[str | None, float, float | None
     )
 
 
+def environment_with(version: str) -> dict[str, str]:
+    """Environment of a process that imports this version of Triton, which pip installs into .venv unless it is there.
+
+    Raises:
+        subprocess.CalledProcessError: pip could not install it; `stderr` says why.
+    """
+    folder = ROOT / ".venv" / f"triton-{version}"
+    if not folder.exists():
+        folder.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
+            command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", unfinished]
+            subprocess.run([*command, f"triton=={version}"], capture_output=True, text=True, check=True)
+            Path(unfinished).rename(folder)
+            Path(unfinished).mkdir()  # for TemporaryDirectory to remove
+    return os.environ | {"PYTHONPATH": str(folder)}
+
+
 def static_rows() -> list[dict]:
-    """One row per shipped tile and dtype: what it compiles to."""
+    """One row per shipped tile, dtype and form, of float16 in one form only: what it compiles to."""
     return [
         {
+            "triton": triton.__version__,
             "architecture": case.architecture,
             "kernel": case.kernel,
             "dtype": str(case.dtype).removeprefix("torch."),
@@ -228,11 +258,17 @@ def static_rows() -> list[dict]:
             "tile": "x".join(map(str, case.tile[:4])),
             "warps": case.tile.warps,
             "stages": case.tile.stages,
+            "max_registers": case.tile.registers_for(case.form.even, case.form.online),
             **compile_case(case)._asdict(),
         }
         for case in shipped()
-        if case.form == PLAIN
+        if case.dtype != torch.float16 or case.form == PLAIN
     ]
+
+
+def _rows_of(module: str, environment: dict[str, str]) -> list[dict]:
+    run = subprocess.run([sys.executable, "-m", module], cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True)
+    return json.loads(run.stdout)
 
 
 def bound_rows(width: int = 128, dtype: torch.dtype = torch.bfloat16, precision: str = "tf32") -> list[dict]:
@@ -275,9 +311,12 @@ def bound_rows(width: int = 128, dtype: torch.dtype = torch.bfloat16, precision:
 
 
 def report() -> None:
-    """Print both tables and write bench/results/loss_static.csv and loss_bounds.csv."""
+    """Print the tables and write them to bench/results/."""
+    static = [row for version in VERSIONS for row in _rows_of("bench.loss_static", environment_with(version))]
+    launches = _rows_of("bench.loss_launches", os.environ | {"TRITON_INTERPRET": "1"})
     for title, name, rows in (
-        ("What every shipped tile compiles to", "loss_static", static_rows()),
+        ("What every shipped tile compiles to", "loss_static", static),
+        ("Launches of one forward and backward pass", "loss_launches", launches),
         ("Bounds on speed, computed from data sheets, not measured", "loss_bounds", bound_rows()),
     ):
         table = Table(*rows[0], title=title, title_justify="left", box=None)
@@ -286,3 +325,7 @@ def report() -> None:
         console = Console(width=Console(width=1000).measure(table).maximum)  # one line per row, also in a pipe
         console.print(table)
         console.print(f"written: {write_rows(name, rows)}")
+
+
+if __name__ == "__main__":
+    print(json.dumps(static_rows()))

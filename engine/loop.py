@@ -37,6 +37,7 @@ from .nonfinite import CollapseWatch, NonFiniteGuard
 from .optim import OptimConfig
 from .run_folder import start_run
 from .session import Session
+from .trackers import Trackers, choose_trackers, scalars
 
 PROGRESS = "epoch {task.fields[epoch]}  loss {task.fields[loss]:.3f}{task.fields[scores]}  "
 PROGRESS += "{task.fields[images_per_s]:,.0f} images/s"
@@ -70,6 +71,8 @@ class LoopConfig:
     """Print the configuration, the number of parameters, and memory and time measured on a few steps, and stop."""
     report: bool = field(default=True, metadata=MAY_CHANGE)
     """Write report.html into the run folder at the end."""
+    trackers: tuple[str, ...] = field(default=("auto",), metadata=MAY_CHANGE)
+    """Any of tensorboard, wandb and mlflow; auto: tensorboard if installed; none."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=MAY_CHANGE)
 
@@ -79,6 +82,7 @@ class LoopConfig:
         check_range("--seed", self.seed, 0, 2**32 - 1)
         check_range("--max-skipped", self.max_skipped, 0, MANY)
         check_range("--log-every", self.log_every, 1, MANY)
+        choose_trackers(self.trackers)
         if not self.resume:
             raise UserError("--resume is empty; use auto, none, or the path of a run folder or checkpoint.")
 
@@ -109,6 +113,7 @@ class TrainingLoop:
         collapse_loss: loss of a network that maps all images to the same output; nan where there is none.
         inputs: option -> checksum of what else the result depends on; a resumed run must have the same.
         about: what config.json states in addition to the configuration.
+        draw_views: batch -> picture of its views for trackers, (H, W, 3) uint8 on the device; None for no picture.
         instruments: hooks for benchmarks.
 
     Attributes:
@@ -134,12 +139,14 @@ class TrainingLoop:
         collapse_loss: float = math.nan,
         inputs: dict[str, str] | None = None,
         about: dict[str, Any] | None = None,
+        draw_views: Callable[[Any], Tensor] | None = None,
         instruments: Instruments | None = None,
     ):
         self.session, self.config, self.model, self.loader = session, config, model, loader
         self.module = model.module if isinstance(model, DistributedDataParallel) else model
         self.optimizers, self.schedule, self.validate_every = optimizers, schedule, validate_every
         self.inputs, self.about, self.instruments = inputs or {}, about or {}, instruments
+        self.trackers, self.draw_views, self.views = Trackers(session), draw_views, None
         self.mark = instruments.mark if instruments else lambda part: None
         self.guard = NonFiniteGuard(self.module, optimizers, session.device)
         self.means, self.timer, self.collapse = RunningMeans(), StepTimer(), CollapseWatch(collapse_loss)
@@ -167,10 +174,15 @@ class TrainingLoop:
                 hooks = self.module.register_forward_pre_hook, self.module.register_forward_hook
                 for register, part in zip(hooks, ("forward", "loss"), strict=True):
                     contexts.callback(register(lambda *_, part=part: self.mark(part)).remove)
+            if session.is_main and not self.dry_run:
+                names = choose_trackers(self.config.trackers)
+                self.trackers.start(names, self.global_step, record, self.metrics.dropped)
             self.contexts = contexts.pop_all()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error or self.stopped:  # otherwise the final scores are still to come
+            self.trackers.close(failed=error is not None)
         self.contexts.close()
 
     def __iter__(self) -> Iterator[Any]:
@@ -180,6 +192,8 @@ class TrainingLoop:
             batches = self.instruments.batches(self.loader) if self.instruments else self.loader
             for batch in self.timer.watch(batches):
                 self._before_forward()
+                if self.draw_views and self.trackers.lack_views and self.views is None:
+                    self.views = self.global_step, self.draw_views(batch)
                 yield batch
                 epoch_ends = self.global_step % len(self.loader) == 0
                 if (epoch_ends or self.save_due or self.stopping) and not self.dry_run:
@@ -255,6 +269,9 @@ class TrainingLoop:
         save_late = 0 < config.checkpoint.every_minutes <= (time.monotonic() - self.saved_at_s) / 60
         flags = {"replaced": bad_samples.replaced, "stop": self.signal.received, "save": save_late}
         mean = session.mean_of(self.means.compute_and_reset() | flags | self.guard.counts_by_name())
+        if self.views is not None:  # the device is idle now: copying the picture adds no wait
+            self.trackers.draw_views(*self.views)
+            self.views = None
         self.replaced_images = round(mean.pop("replaced") * session.world_size)
         self.stopping, self.save_due = mean.pop("stop") > 0, mean.pop("save") > 0 or self.save_due
         skipped = {name: round(mean.pop(name)) for name in self.guard.counts_by_name()}
@@ -267,6 +284,7 @@ class TrainingLoop:
         self.row |= {"replaced_images": self.replaced_images, "skipped_steps": skipped["skipped"]}
         if session.is_main:
             self.metrics.write(**self.row)
+            self.trackers.log(self.global_step, scalars(self.row))
             shown = {name: self.row[name] for name in ("epoch", "loss", "images_per_s")}
             self.update_progress(completed=self.global_step, **shown)
         if self.collapse.collapsed(self.global_step, self.row["loss"]):
@@ -279,6 +297,7 @@ class TrainingLoop:
         """Write the scores of a validation to metrics.jsonl and print them."""
         if self.session.is_main:
             self.metrics.write(step=self.global_step, epoch=self.epoch, **scores)
+            self.trackers.log(self.global_step, scores)
         shown = [f"{name.removesuffix('_top1')} {score:.3f}" for name, score in scores.items()]
         self.update_progress(scores="".join(f"  {score}" for score in shown))
         self.session.log(f"epoch {self.epoch}: loss {self.row['loss']:.3f}, {', '.join(shown)}")
@@ -302,12 +321,14 @@ class TrainingLoop:
             path.write_text(json.dumps(summary | environment(self.session.device, self.session.world_size), indent=2))
         for sentence in summary["sentences"]:
             self.session.print(sentence)
+        self.trackers.close()
         self.session.print(f"run folder: {self.session.out}")
         run_lock.release(self.session.out)
 
     def add_result(self, name: str, **scores: float) -> None:
         """Add a row to the final table, with the step at which it was measured."""
         self.results[name] = {"step": self.global_step, **scores}
+        self.trackers.log(self.global_step, scalars({"features": name, **scores}))
 
     def _summary(self) -> dict[str, Any]:
         """Speed of this part of the run, and sentences on unreadable images, speed and what limited it."""

@@ -152,11 +152,15 @@ class MetricsFile:
     def __init__(self, path: Path, step: int = 0):
         self.damaged = 0
         """Rows of an earlier part that could not be read and were dropped; the last one may be cut short by a kill."""
+        self.dropped: list[dict[str, float]] = []
+        """Rows of an earlier part that the run will write again."""
         if path.exists():
             *lines, last = path.read_bytes().split(b"\n")
             rows = [(line, _step_of(line)) for line in lines if line]
             self.damaged = sum(at is None for _, at in rows)
-            kept = [line for line, at in [*rows, (last, _step_of(last))] if at is not None and at <= step]
+            rows = [(line, at) for line, at in [*rows, (last, _step_of(last))] if at is not None]
+            kept = [line for line, at in rows if at <= step]
+            self.dropped = [json.loads(line) for line, at in rows if at > step]
             partial = path.with_name(f".{path.name}.partial")
             partial.write_bytes(b"".join(line + b"\n" for line in kept))
             os.replace(partial, path)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from .metrics import MetricsFile
 PARTIAL_CONFIG = ".config.json.partial"
 BEFORE_FIRST_CHECKPOINT = {"config.json", "metrics.jsonl", "bad_samples.jsonl", "checkpoints", "diverged.json"}
 BEFORE_FIRST_CHECKPOINT |= {".metrics.jsonl.partial"}
+TRACKER_FILES = {"tensorboard", "wandb", "mlflow", "trackers.json", ".trackers.json.partial"}
 """Files of a run that was stopped or killed before its first checkpoint; it starts again from step 0."""
 
 
@@ -57,15 +59,20 @@ def _files(folder: Path) -> set[str]:
 def _latest(folder: Path, resume: str) -> Path | None:
     """The newest checkpoint of the run in the folder; None for a run that starts."""
     names, latest = _files(folder), checkpoint.Checkpoints(folder / "checkpoints", keep=1).latest()
-    starts = not names or "config.json" in names <= BEFORE_FIRST_CHECKPOINT
+    starts = not names or "config.json" in names <= BEFORE_FIRST_CHECKPOINT | TRACKER_FILES
     if (names and resume == "none") or (latest is None and not starts):
         raise UserError(f"{folder} holds a run or other files already; choose another --out or delete it.")
     return latest
 
 
 def start_run(out: Path, record: dict[str, Any], step: int) -> MetricsFile:
-    """Write config.json into the run folder and open its metrics; rows and checkpoints after `step` are dropped."""
+    """Write config.json into the run folder and open its metrics; rows and checkpoints after `step` are dropped.
+
+    At step 0, what trackers recorded of an earlier attempt is deleted: that attempt may have had other options.
+    """
     (out / PARTIAL_CONFIG).write_text(json.dumps(record, indent=2) + "\n")
     os.replace(out / PARTIAL_CONFIG, out / "config.json")  # the one of an earlier part must survive a full disk
     checkpoint.Checkpoints(out / "checkpoints", keep=1).discard_after(step)
+    for path in (out / name for name in TRACKER_FILES if step == 0):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return MetricsFile(out / "metrics.jsonl", step)

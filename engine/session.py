@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from accelerate.utils import broadcast_object_list, set_seed
 from rich.console import Console
 from torch import Tensor, nn
@@ -107,6 +108,13 @@ class Session:
         """Print on rank 0."""
         if self.is_main:
             self.console.print(*content)
+
+    def create_tracker(self, kind: str, **options: Any) -> GeneralTracker:
+        """Create one of accelerate's experiment trackers, not yet started; `options` are those of its class.
+
+        `Accelerator.init_trackers` would start all of them or none, and `end_training` would end the process group too.
+        """
+        return LOGGER_TYPE_TO_CLASS[kind](**options)
 
     def log(self, text: str) -> None:
         """Print a line with the time of day on rank 0; the terminal wraps it, so that commands in it can be copied."""

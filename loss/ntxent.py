@@ -1,8 +1,9 @@
 """NT-Xent loss: the public function, its configuration and the choice of implementation."""
 
 import math
+import warnings
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from numbers import Real
 from typing import Literal, get_args
 
@@ -15,7 +16,7 @@ from . import distributed
 from .common import check_range
 from .cpu.blockwise import nt_xent_blockwise
 from .reference import nt_xent_reference
-from .triton import unsupported_reason
+from .triton import NO_C_COMPILER, unsupported_reason
 
 Impl = Literal["auto", "blockwise", "reference", "triton"]
 Precision = Literal["tf32", "ieee"]
@@ -60,7 +61,8 @@ def nt_xent(
         impl: "blockwise" needs O(M D + block) memory for the M rows of all ranks; "triton" computes the same in fused
             kernels on NVIDIA GPUs of compute capability 8.0 or later, for all dtypes except float64. Both can be
             differentiated once, in reverse mode and outside torch.func. "reference" is the dense oracle, O(2n M)
-            memory, without these limits. "auto" is "triton" where it runs, else "blockwise".
+            memory, without these limits. "auto" is "triton" where it runs, else "blockwise"; it warns once if all that
+            "triton" lacks is a C compiler.
         precision: of the GEMMs of "triton" on a float32 z: "tf32" uses tensor cores with a 10-bit mantissa, "ieee" full
             float32 without tensor cores. None follows torch.backends.cuda.matmul.fp32_precision, which is "ieee" by
             default. The other implementations always follow torch's settings: after
@@ -92,7 +94,7 @@ def nt_xent(
     if impl == "triton" and (reason := unsupported_reason(z.device, z.dtype)):
         raise ValueError(reason)
     if impl == "auto":
-        impl = "triton" if z.is_cuda and not unsupported_reason(z.device, z.dtype) else "blockwise"
+        impl = _choose_impl(z.device, z.dtype)
     number = temperature if isinstance(temperature, Real) else None
     temperature = _as_tensor(temperature, z.device, may_read_device=impl != "triton")
     if impl != "reference":
@@ -117,11 +119,30 @@ def nt_xent(
         return nt_xent_blockwise(z, temperature) if gather is None else nt_xent_blockwise(z, temperature, gather)
 
 
+def _choose_impl(device: torch.device, dtype: torch.dtype) -> Impl:
+    if device.type != "cuda":
+        return "blockwise"
+    reason = unsupported_reason(device, dtype)
+    if reason == NO_C_COMPILER:
+        _warn_of_missing_compiler()
+    return "blockwise" if reason else "triton"
+
+
+@cache
+def _warn_of_missing_compiler() -> None:
+    warnings.warn(
+        f"nt_xent uses the slower impl='blockwise'. {NO_C_COMPILER}",
+        stacklevel=4,
+    )
+
+
 def _torch_precision() -> Precision:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-_torch_precision._dynamo_marked_constant = True  # see the end of triton/__init__.py
+# See the end of triton/__init__.py.
+_choose_impl._dynamo_marked_constant = True
+_torch_precision._dynamo_marked_constant = True
 
 
 def _as_tensor(temperature: float | Tensor, device: torch.device, may_read_device: bool) -> Tensor:

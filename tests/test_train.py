@@ -81,8 +81,8 @@ def rows(out):
 
 def test_run_folder_and_output_of_a_run(run_here, data, tmp_path, capsys):
     out = tmp_path / "run"
-    run_here("--data", data, "--out", out, "--epochs", 2, "--eval.knn-every", 1, *SMALL)
-    left = ["checkpoints", "config.json", "encoder.safetensors", "head.safetensors", "metrics.jsonl"]
+    run_here("--data", data, "--out", out, "--epochs", 2, "--eval.knn-every", 1, "--trackers", "none", *SMALL)
+    left = ["checkpoints", "config.json", "encoder.safetensors", "head.safetensors", "metrics.jsonl", "summary.json"]
     assert sorted(path.name for path in out.iterdir()) == left
     config = json.loads((out / "config.json").read_text())
     assert config["preset"] == "textures" and config["batch_size"] == 16 and config["encoder"]["width"] == 0.125
@@ -136,13 +136,13 @@ def test_slow_loader_shows_as_data_wait(run_here, data, tmp_path, monkeypatch, c
     assert float(share) == pytest.approx(100 * waited / total, abs=0.051)
 
 
-def test_progress_bar_shows_loss_speed_and_wait(run_here, data, tmp_path, monkeypatch):
+def test_progress_bar_shows_epoch_loss_and_speed(run_here, data, tmp_path, monkeypatch):
     terminal = Console(file=io.StringIO(), force_terminal=True, width=120)
     monkeypatch.setattr(rich.console, "Console", lambda **options: terminal)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     run_here("--data", data, "--out", tmp_path / "run", "--epochs", 1, "--eval.no-baselines", *SMALL)
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.file.getvalue())
-    assert re.search(r"5/5 .* loss \d+\.\d{3}  [\d,]+ images/s  wait \d+%", shown), shown
+    assert re.search(r"5/5 .* epoch 1  loss \d+\.\d{3}  [\d,]+ images/s", shown), shown
 
 
 def test_same_seed_gives_the_same_losses(run_here, data, tmp_path):

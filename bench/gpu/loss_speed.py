@@ -144,7 +144,7 @@ def time_tile(setup: Setup, kernel: str, tile, z: Tensor, name: str) -> Iterator
     of_table = passes(z, loss)[which]
     expected = result(of_table).double()
     row = {"kernel": kernel, "M": m, "D": d, "arithmetic": name, **tile._asdict()}
-    row["maxnreg"] = tile.constants(m // 2, d, "ieee").get("maxnreg", "")
+    row["maxnreg"] = tile.constants(m // 2, d, "ieee", online=False)["maxnreg"]
     try:
         with replaced_tile(setup, kernel, tile):
             function = passes(z, loss)[which]

@@ -1,13 +1,11 @@
 """Product of all pairs' gradient weights with the rows, for every row i of this rank:
 
     product_i = sum over j not in {i, p(i)} of 2^t_ij (a_i + a_j) g_j y_j
-              = h sqrt(log2(e) / tau) sum over j of (P_ij + P_ji) z_j,         a_i = 2^-lse_i
+              = h sqrt(log2(e) / tau) sum over j of (P_ij + P_ji) z_j,         a_i = h 2^-lse_i
 
-with a headroom h that keeps the weights within float16. `rows.gradient_rows` turns the product into the gradient. The
-package docstring derives t and P.
+with a headroom h that keeps the weights within float16. `rows.row_losses` prepares the terms of a row,
+`rows.gradient_rows` turns the product into the gradient. The package docstring derives t and P.
 """
-
-import math
 
 import torch
 import triton
@@ -15,20 +13,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .blocks import load_rows, load_vector, own_rows, pair_tiles, similarities, tile_columns
-from .temperature import MIN_TEMPERATURE, launch_forms, temperature_argument
+from .temperature import is_online, launch_forms, temperature_argument
 from .tiles import choose_tile
-
-# Factor of 2^-lse in float16: (P_ij + P_ji) g_j stays below half of its largest number, and 4e-9 among its normal ones.
-FP16_HEADROOM = 2.0**14
 
 
 @triton.jit
 def grad_matmul_kernel(
     y_ptr,  # (M, D): x or its copy
     g_ptr,  # (M,) float32
-    lse_ptr,  # (M,) float32: in base 2, minus log2(h)
-    a_ptr,  # (M,) float32: 2^-lse
-    b_ptr,  # (M,) float32: a_i g_i
+    a_ptr,  # (2n,) float32: a_i, or lse_i - log2(h) if ONLINE
+    b_ptr,  # (M,) float32: a_j g_j, or lse_j - log2(h) if ONLINE
     temperature,  # number or, if TAU_IS_POINTER, pointer
     product_ptr,  # (splits, 2n, D) float32
     n,
@@ -44,7 +38,7 @@ def grad_matmul_kernel(
     TAU_IS_POINTER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    if TAU_IS_POINTER and (tl.load(temperature) < MIN_TEMPERATURE) != ONLINE:
+    if TAU_IS_POINTER and is_online(temperature, TAU_IS_POINTER) != ONLINE:
         return  # the other form, launched as well, handles this temperature
     i, i_end, k_i = own_rows(n, BLOCK_M)
     first, pairs = pair_tiles(n, BLOCK_M, BLOCK_N)
@@ -54,7 +48,7 @@ def grad_matmul_kernel(
 
     y_i = load_rows(y_ptr, i, i_end, 0, D, BLOCK_M, BLOCK_K, EVEN)
     g_i = load_vector(g_ptr, i, i_end, BLOCK_M, EVEN)
-    a_i = load_vector(lse_ptr if ONLINE else a_ptr, i, i_end, BLOCK_M, EVEN)
+    a_i = load_vector(a_ptr, i, i_end, BLOCK_M, EVEN)
     product = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for PAIRS in tl.static_range(1, -1, -1):
         for u in tl.range(tl.maximum(begin, (1 - PAIRS) * pairs), tl.minimum(end, pairs) if PAIRS else end):
@@ -65,11 +59,10 @@ def grad_matmul_kernel(
                 y_ptr, y_i, y_j, g_i, g_j, k_i, i, i_end, j, j_end, n,
                 D, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, PAIRS, PRECISION,
             )  # fmt: skip
+            b_j = load_vector(b_ptr, j, j_end, BLOCK_N, EVEN)
             if ONLINE:
-                lse_j = load_vector(lse_ptr, j, j_end, BLOCK_N, EVEN)
-                w = (tl.exp2(t - a_i[:, None]) + tl.exp2(t - lse_j[None, :])) * g_j[None, :]
+                w = (tl.exp2(t - a_i[:, None]) + tl.exp2(t - b_j[None, :])) * g_j[None, :]
             else:
-                b_j = load_vector(b_ptr, j, j_end, BLOCK_N, EVEN)
                 w = tl.exp2(t) * (a_i[:, None] * g_j[None, :] + b_j[None, :])  # b_j = a_j g_j saves a multiplication
             if BLOCK_K < D:
                 y_j = load_rows(y_ptr, j, j_end, d, D, BLOCK_N, BLOCK_D, EVEN)
@@ -81,23 +74,21 @@ def grad_matmul_kernel(
     tl.store(product_ptr + at, product, mask=(rows < i_end)[:, None] & (columns < D)[None, :])
 
 
-def grad_matmul(y: Tensor, g: Tensor, lse: Tensor, temperature: Tensor, n: int, precision: str) -> tuple[Tensor, float]:
-    """Partial products (splits, 2n, pitch) float32 of this rank's rows with those of all ranks, and the headroom h.
+def grad_matmul(y: Tensor, g: Tensor, a: Tensor, b: Tensor, temperature: Tensor, precision: str) -> Tensor:
+    """Partial products (splits, 2n, pitch) float32 of this rank's rows with those of all ranks.
 
-    y (M, pitch) and g (M,) are from `rows.scale_rows`, lse (M,) is in base 2; `precision` of float32 rows is "tf32" or
-    "ieee".
+    y (M, pitch) and g (M,) are from `rows.scale_rows`, a (2n,) of this rank's and b (M,) of all rows from
+    `rows.row_losses`; `precision` of float32 rows is "tf32" or "ieee".
     """
     m, pitch = y.shape
-    headroom = FP16_HEADROOM if y.dtype == torch.float16 else 1.0
-    lse = lse - math.log2(headroom)
-    a = torch.exp2(-lse)
+    n = a.shape[0] // 2
     tile, splits = choose_tile("grad_matmul", y, precision, n, m)
     product = y.new_empty(splits, 2 * n, pitch, dtype=torch.float32)
     for form in launch_forms(temperature):
         grad_matmul_kernel[2 * triton.cdiv(n, tile.block_m), splits, triton.cdiv(pitch, tile.block_d)](
-            *(y, g, lse, a, a * g, temperature_argument(temperature), product, n, m, tile.all_tiles(n, m)),
-            **tile.constants(n, pitch, precision),
+            *(y, g, a, b, temperature_argument(temperature), product, n, m, tile.all_tiles(n, m)),
+            **tile.constants(n, pitch, precision, form["ONLINE"]),
             **form,
             BLOCK_D=tile.block_d,
         )
-    return product, headroom
+    return product

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .blocks import add_exponentials, load_rows, load_vector, own_rows, pair_tiles, similarities, tile_columns
-from .temperature import MIN_TEMPERATURE, launch_forms, temperature_argument
+from .temperature import is_online, launch_forms, temperature_argument
 from .tiles import choose_tile
 
 
@@ -34,7 +34,7 @@ def lse_forward_kernel(
     TAU_IS_POINTER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    if TAU_IS_POINTER and (tl.load(temperature) < MIN_TEMPERATURE) != ONLINE:
+    if TAU_IS_POINTER and is_online(temperature, TAU_IS_POINTER) != ONLINE:
         return  # the other form, launched as well, handles this temperature
     i, i_end, k_i = own_rows(n, BLOCK_M)
     first, pairs = pair_tiles(n, BLOCK_M, BLOCK_N)
@@ -74,7 +74,7 @@ def lse_forward(y: Tensor, g: Tensor, temperature: Tensor, n: int, precision: st
     for form in launch_forms(temperature):
         lse_forward_kernel[2 * triton.cdiv(n, tile.block_m), splits](
             *(y, g, temperature_argument(temperature), partial, n, m, first_tile, last_tile),
-            **tile.constants(n, width, precision),
+            **tile.constants(n, width, precision, form["ONLINE"]),
             **form,
         )
     return partial

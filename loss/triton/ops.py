@@ -21,7 +21,8 @@ class RowTerms(NamedTuple):
     """Float32 terms of this rank's 2n rows; g (M,) of the rows of all ranks."""
 
     losses: Tensor
-    lse: Tensor  # in base 2
+    a: Tensor
+    b: Tensor
     q: Tensor
     g: Tensor
 
@@ -47,29 +48,29 @@ def nt_xent_triton(
         if gather is None:
             z_all = z.detach()
             terms = RowTerms(*own_losses(z_all, temperature, precision))
-            lse_all = terms.lse
+            b_all = terms.b
         else:
             wait = _start(gather, z.detach())
             own_partial, positives = own_log_sums(z.detach(), temperature, precision)
             z_all = wait()
             terms = RowTerms(*all_losses(z_all, temperature, own_partial, positives, precision))
-            lse_all = gather(terms.lse)
-    return mean_loss(z, temperature, terms.losses, z_all, lse_all, terms.q, terms.g, precision)
+            b_all = gather(terms.b)
+    return mean_loss(z, temperature, terms.losses, z_all, terms.a, b_all, terms.q, terms.g, precision)
 
 
 @torch.library.custom_op(f"{OPERATOR_NAMESPACE}::triton_own_losses", mutates_args=())
-def own_losses(z: Tensor, temperature: Tensor, precision: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def own_losses(z: Tensor, temperature: Tensor, precision: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`RowTerms` of z (2n, D) on a single rank."""
     with torch.cuda.device_of(z):
         n = z.shape[0] // 2
         y, g, positives = scale_rows(z, temperature, n, precision, "lse_forward")
         partial = lse_forward(y, g, temperature, n, precision, own=True)
-        return *row_losses(partial, positives), g
+        return *row_losses(partial, positives, g, temperature, z.dtype), g
 
 
 @own_losses.register_fake
 def _(z, temperature, precision):
-    return tuple(z.new_empty(z.shape[0], dtype=torch.float32) for _ in range(4))
+    return tuple(z.new_empty(z.shape[0], dtype=torch.float32) for _ in range(5))
 
 
 @torch.library.custom_op(f"{OPERATOR_NAMESPACE}::triton_own_log_sums", mutates_args=())
@@ -90,19 +91,19 @@ def _(z, temperature, precision):
 @torch.library.custom_op(f"{OPERATOR_NAMESPACE}::triton_all_losses", mutates_args=())
 def all_losses(
     z_all: Tensor, temperature: Tensor, own_partial: Tensor, positives: Tensor, precision: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`RowTerms` of the first 2n rows of z_all (M, D), from the results of `own_log_sums` and the other ranks' rows."""
     with torch.cuda.device_of(z_all):
         n = positives.shape[0]
         y_all, g_all, _ = scale_rows(z_all, temperature, n, precision, "lse_forward")
         partial = torch.cat([own_partial, lse_forward(y_all, g_all, temperature, n, precision, own=False)])
-        return *row_losses(partial, positives), g_all
+        return *row_losses(partial, positives, g_all, temperature, z_all.dtype), g_all
 
 
 @all_losses.register_fake
 def _(z_all, temperature, own_partial, positives, precision):
     rows = 2 * positives.shape[0]
-    return tuple(z_all.new_empty(size, dtype=torch.float32) for size in (rows, rows, rows, z_all.shape[0]))
+    return tuple(z_all.new_empty(size, dtype=torch.float32) for size in (rows, rows, rows, rows, z_all.shape[0]))
 
 
 @torch.library.custom_op(f"{OPERATOR_NAMESPACE}::triton_mean_loss", mutates_args=())
@@ -111,7 +112,8 @@ def mean_loss(
     temperature: Tensor,
     losses: Tensor,
     z_all: Tensor,
-    lse_all: Tensor,
+    a: Tensor,
+    b_all: Tensor,
     q: Tensor,
     g_all: Tensor,
     precision: str,
@@ -124,26 +126,33 @@ def mean_loss(
 
 
 @mean_loss.register_fake
-def _(z, temperature, losses, z_all, lse_all, q, g_all, precision):
+def _(z, temperature, losses, z_all, a, b_all, q, g_all, precision):
     return losses.new_empty(())
 
 
 @torch.library.custom_op(f"{OPERATOR_NAMESPACE}::triton_gradient", mutates_args=())
 def loss_gradient(
-    grad_loss: Tensor, temperature: Tensor, z_all: Tensor, lse_all: Tensor, q: Tensor, g_all: Tensor, precision: str
+    grad_loss: Tensor,
+    temperature: Tensor,
+    z_all: Tensor,
+    a: Tensor,
+    b_all: Tensor,
+    q: Tensor,
+    g_all: Tensor,
+    precision: str,
 ) -> tuple[Tensor, Tensor]:
-    """dL/dz_i (2n, D) and <z_i, dL/dz_i> (2n,) of W times the global loss: the mean over W ranks is its gradient."""
+    """dL/dz_i (2n, D) and shares of dL/dtau (2n,) of W times the global loss: the mean over W ranks is its gradient."""
     with torch.cuda.device_of(z_all):
         n = q.shape[0] // 2
         y = z_all
         if is_copied(z_all, tile_of("grad_matmul", z_all, precision).pitch(z_all.shape[1])):
             y, _, _ = scale_rows(z_all, temperature, n, precision, "grad_matmul")
-        product, headroom = grad_matmul(y, g_all, lse_all, temperature, n, precision)
-        return gradient_rows(grad_loss, temperature, z_all, product, q, headroom)
+        product = grad_matmul(y, g_all, a, b_all, temperature, precision)
+        return gradient_rows(grad_loss, temperature, z_all, product, q)
 
 
 @loss_gradient.register_fake
-def _(grad_loss, temperature, z_all, lse_all, q, g_all, precision):
+def _(grad_loss, temperature, z_all, a, b_all, q, g_all, precision):
     return z_all.new_empty(q.shape[0], z_all.shape[1]), torch.empty_like(q)
 
 
@@ -155,12 +164,11 @@ def _save_for_gradient(ctx, inputs, output):
 def _backward(ctx, grad_loss):
     if torch.is_grad_enabled():  # the gradient would be a constant, and a penalty on it would have no effect
         raise RuntimeError("nt_xent cannot be differentiated twice (create_graph=True); use impl='reference'.")
-    dz, along = loss_gradient(grad_loss, *ctx.saved_tensors, ctx.precision)
+    dz, dtau = loss_gradient(grad_loss, *ctx.saved_tensors, ctx.precision)
     d_tau = None
     if ctx.needs_input_grad[1]:  # only then: copying to a temperature on the CPU synchronizes
-        temperature = ctx.saved_tensors[0]
-        d_tau = along.sum().to(temperature) / (-2 * temperature)
-    return dz, d_tau, None, None, None, None, None, None
+        d_tau = dtau.sum().to(ctx.saved_tensors[0])
+    return dz, d_tau, None, None, None, None, None, None, None
 
 
 mean_loss.register_autograd(_backward, setup_context=_save_for_gradient)

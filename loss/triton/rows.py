@@ -9,11 +9,19 @@ import triton.language as tl
 from torch import Tensor
 
 from .blocks import inverse_norm, power_of_two_above
-from .temperature import is_on_host, load_temperature, temperature_argument
+from .temperature import is_on_host, is_online, load_temperature, temperature_argument
 from .tiles import row_block, tile_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+
+
+def log2_headroom(dtype: torch.dtype) -> int:
+    """log2(h) of the factor h of 2^-lse in the weights of `grad_matmul`.
+
+    In float16, (P_ij + P_ji) g_j then stays below half of the largest number, and 4e-9 among the normal ones.
+    """
+    return 14 if dtype == torch.float16 else 0
 
 
 @triton.jit
@@ -98,12 +106,17 @@ def is_copied(x: Tensor, pitch: int) -> bool:
 def row_losses_kernel(
     partial_ptr,  # (slots, 2n)
     positive_ptr,  # (n,)
+    g_ptr,  # (2n,)
+    temperature,  # number or, if TAU_IS_POINTER, pointer
     loss_ptr,  # (2n,)
-    lse_ptr,  # (2n,): lse_i log2(e)
+    a_ptr,  # (2n,): h 2^-lse_i, or lse_i - log2(h) at an online temperature
+    b_ptr,  # (2n,): a_i g_i, or the same as a_i at an online temperature
     q_ptr,  # (2n,)
     n,
     slots,
+    LOG2_HEADROOM: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    TAU_IS_POINTER: tl.constexpr,
 ):
     # l_i = softplus(L_i - s_ip(i)),     lse_i = s_ip(i) + l_i,     q_i = sigmoid(L_i - s_ip(i)),     computed in base 2
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -124,22 +137,31 @@ def row_losses_kernel(
     log_one_more = tl.where(one_more == 1, small / LN_2, tl.log2(one_more) * (small / (one_more - 1)))
     loss = tl.where(excess > 0, excess, 0.0) + log_one_more  # `small` propagates NaN
     tl.store(loss_ptr + i, loss * LN_2, mask=inside)
-    tl.store(lse_ptr + i, positive + loss, mask=inside)
+    lse = positive + loss - LOG2_HEADROOM
+    online = is_online(temperature, TAU_IS_POINTER)
+    a = tl.where(online, lse, tl.exp2(-lse))
+    g = tl.load(g_ptr + i, mask=inside, other=0.0)
+    tl.store(a_ptr + i, a, mask=inside)
+    tl.store(b_ptr + i, tl.where(online, lse, a * g), mask=inside)
     tl.store(q_ptr + i, 1 / (1 + tl.exp2(-excess)), mask=inside)
 
 
-def row_losses(partial: Tensor, positives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """l (2n,), lse (2n,) in base 2 and q (2n,) of this rank's rows, float32.
+def row_losses(
+    partial: Tensor, positives: Tensor, g: Tensor, temperature: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """l, a, b and q of this rank's rows, each (2n,) float32; a and b as `grad_matmul` reads them for rows of `dtype`.
 
-    partial (slots, 2n) are all partial log-sums from `lse_forward`, positives (n,) are from `scale_rows`.
+    partial (slots, 2n) are all partial log-sums from `lse_forward`, positives (n,) and g (M,) are from `scale_rows`.
     """
     slots, rows = partial.shape
-    losses, lse, q = (partial.new_empty(rows) for _ in range(3))
+    losses, a, b, q = (partial.new_empty(rows) for _ in range(4))
     row_losses_kernel[(triton.cdiv(rows, 128),)](
-        *(partial, positives, losses, lse, q, rows // 2, slots),
+        *(partial, positives, g, temperature_argument(temperature), losses, a, b, q, rows // 2, slots),
+        LOG2_HEADROOM=log2_headroom(dtype),
         BLOCK_M=128,
+        TAU_IS_POINTER=not is_on_host(temperature),
     )
-    return losses, lse, q
+    return losses, a, b, q
 
 
 @triton.jit
@@ -150,7 +172,7 @@ def gradient_rows_kernel(
     temperature,
     grad_loss_ptr,  # ()
     dx_ptr,  # (2n, D)
-    along_ptr,  # (2n,) float32: <z_i, dL/dz_i>
+    dtau_ptr,  # (2n,) float32: the row's share of dL/dtau
     n,
     splits,
     headroom,
@@ -161,7 +183,7 @@ def gradient_rows_kernel(
     TAU_IS_POINTER: tl.constexpr,
 ):
     # dL/dz_i = W [ sum (P_ij + P_ji) z_j - (q_i + q_p(i)) z_p(i) ] / (M tau),     2n = M / W
-    # dL/dx_i = (dL/dz_i - <z_i, dL/dz_i> z_i) / |x_i|
+    # dL/dx_i = (dL/dz_i - <z_i, dL/dz_i> z_i) / |x_i|,     dL/dtau = sum of -<z_i, dL/dz_i> / (2 tau)
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     p = tl.where(i < n, i + n, i - n)
     d = tl.arange(0, D_PADDED)
@@ -185,27 +207,28 @@ def gradient_rows_kernel(
     along = tl.sum(z_i * dz, axis=1)
     dx = (dz - along[:, None] * z_i) * r_i[:, None]  # the component along z_i does not change its direction
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-    tl.store(along_ptr + i, along, mask=i < 2 * n)
+    tl.store(dtau_ptr + i, along / (-2 * tau), mask=i < 2 * n)
 
 
 def gradient_rows(
-    grad_loss: Tensor, temperature: Tensor, x: Tensor, product: Tensor, q: Tensor, headroom: float
+    grad_loss: Tensor, temperature: Tensor, x: Tensor, product: Tensor, q: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """W dL/dx_i (2n, D) in x's dtype and W <z_i, dL/dz_i> (2n,) float32 for this rank's rows, the first 2n of x (M, D).
+    """W dL/dx_i (2n, D) in x's dtype and the rows' shares of W dL/dtau (2n,) float32, for this rank's rows.
 
-    product (splits, 2n, pitch) and headroom are from `grad_matmul`, q (2n,) is from `row_losses`.
+    x (M, D) begins with them, product (splits, 2n, pitch) is from `grad_matmul`, q (2n,) from `row_losses`.
     """
     splits, rows, pitch = product.shape
     width = x.shape[1]
     dx = x.new_empty(rows, width)
-    along = x.new_empty(rows, dtype=torch.float32)
+    dtau = x.new_empty(rows, dtype=torch.float32)
+    headroom = 2.0 ** log2_headroom(x.dtype)
     padded, block_m = row_block(width)
     gradient_rows_kernel[(triton.cdiv(rows, block_m),)](
-        *(x, product, q, temperature_argument(temperature), grad_loss, dx, along, rows // 2, splits, headroom),
+        *(x, product, q, temperature_argument(temperature), grad_loss, dx, dtau, rows // 2, splits, headroom),
         D=width,
         PITCH=pitch,
         D_PADDED=padded,
         BLOCK_M=block_m,
         TAU_IS_POINTER=not is_on_host(temperature),
     )
-    return dx, along
+    return dx, dtau

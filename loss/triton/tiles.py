@@ -1,8 +1,9 @@
 """Tile sizes of the kernels per GPU, and the number of programs that share the columns of a row.
 
-Every line of the table was chosen by compiling it ahead of time, so that none spills registers, each fits the shared
-memory and, where registers allow, two programs fit a multiprocessor: one computes exponentials while the other
-multiplies. `python bench/loss_kernel.py --static` prints what each line compiles to.
+Every line of the table was chosen by compiling it ahead of time with every Triton of requirements-triton.lock, so that
+none spills registers, each fits the shared memory and, where registers allow, several programs fit a multiprocessor:
+one computes exponentials while another multiplies. `python bench/loss_kernel.py --static` prints what each line
+compiles to.
 """
 
 import math
@@ -19,7 +20,8 @@ class Tile(NamedTuple):
 
     The similarities read `block_k` columns of x at a time, the product of the gradient `block_d`. Up to D = block_k, x
     is read once for both; above block_d, S is recomputed for every further block_d columns. `programs` is the number
-    that fit a multiprocessor at once.
+    that fit a multiprocessor at once if the rows fill all tiles; `general_programs` if they do not or a running maximum
+    is kept (ONLINE), which takes more registers. The compiler is held to as many registers as that leaves to a thread.
     """
 
     block_m: int
@@ -29,6 +31,18 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     programs: int
+    general_programs: int
+
+    def programs_for(self, even: bool, online: bool) -> int:
+        return self.programs if even and not online else self.general_programs
+
+    def registers_for(self, even: bool, online: bool) -> int:
+        """Maximum per thread with which the programs fit a multiprocessor, in units of allocation of eight."""
+        return min(255, REGISTERS // (self.programs_for(even, online) * 32 * self.warps) // 8 * 8)
+
+    def is_even(self, n: int) -> bool:
+        """Whether the 2n rows of every rank fill all tiles."""
+        return n % self.block_m == 0 and n % self.block_n == 0
 
     def pitch(self, width: int) -> int:
         """D = `width` rounded up to whole blocks: a power of two, or above block_k a multiple of it."""
@@ -42,17 +56,18 @@ class Tile(NamedTuple):
         """Number of column tiles of the m rows of all ranks."""
         return self.own_tiles(n) + triton.cdiv(m - 2 * n, self.block_n)
 
-    def constants(self, n: int, width: int, precision: str) -> dict:
+    def constants(self, n: int, width: int, precision: str, online: bool) -> dict:
         """Constants of a launch over tiles, for 2n rows of this rank with D = `width`."""
         return {
             "D": width,
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
             "BLOCK_K": self.block_k,
-            "EVEN": n % self.block_m == 0 and n % self.block_n == 0,
+            "EVEN": self.is_even(n),
             "PRECISION": precision,
             "num_warps": self.warps,
             "num_stages": self.stages,
+            "maxnreg": self.registers_for(self.is_even(n), online),
         }
 
 
@@ -61,97 +76,90 @@ class Chip(NamedTuple):
     multiprocessors: int
 
 
-# Maximum per block: CUDA C++ programming guide, technical specifications per compute capability.
+# Registers per multiprocessor and maximum of shared memory per block: CUDA C++ programming guide, technical
+# specifications per compute capability.
+REGISTERS = 65536
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024}
 
 # Largest D and its tile, by architecture, kernel and arithmetic. "half" is bfloat16 and float16. sm_86 stands for all
 # architectures with 99 KB of shared memory: sm_86, sm_89 and sm_120.
 TILES: dict[tuple[str, str, str], dict[float, Tile]] = {
     ("sm_80", "lse_forward", "half"): {
-        64: Tile(128, 64, 64, 64, 8, 3, 2),
-        128: Tile(128, 64, 128, 128, 4, 3, 2),
-        256: Tile(128, 64, 256, 256, 8, 3, 1),
-        math.inf: Tile(128, 64, 64, 64, 8, 3, 1),
+        64: Tile(128, 64, 64, 64, 8, 3, 2, 2),
+        128: Tile(128, 64, 128, 128, 4, 3, 2, 2),
+        256: Tile(128, 64, 256, 256, 8, 3, 1, 1),
+        math.inf: Tile(128, 64, 64, 64, 8, 2, 1, 1),
     },
     ("sm_80", "grad_matmul", "half"): {
-        64: Tile(128, 64, 64, 64, 8, 3, 2),
-        128: Tile(64, 64, 128, 128, 4, 3, 2),
-        256: Tile(64, 32, 256, 256, 4, 3, 2),
-        math.inf: Tile(32, 64, 64, 512, 8, 2, 1),
+        64: Tile(128, 32, 64, 64, 8, 3, 2, 1),
+        128: Tile(64, 64, 128, 128, 4, 3, 2, 2),
+        256: Tile(64, 32, 256, 256, 8, 3, 1, 1),
+        math.inf: Tile(32, 64, 64, 512, 8, 2, 1, 1),
     },
     ("sm_80", "lse_forward", "tf32"): {
-        64: Tile(64, 64, 64, 64, 4, 3, 3),
-        128: Tile(64, 64, 128, 128, 4, 2, 2),
-        math.inf: Tile(128, 64, 32, 32, 8, 3, 1),
+        64: Tile(64, 64, 64, 64, 4, 3, 3, 3),
+        128: Tile(64, 64, 128, 128, 4, 2, 2, 2),
+        math.inf: Tile(128, 64, 32, 32, 8, 3, 1, 1),
     },
     ("sm_80", "grad_matmul", "tf32"): {
-        64: Tile(64, 32, 64, 64, 4, 2, 2),
-        128: Tile(64, 32, 128, 128, 4, 2, 2),
-        math.inf: Tile(64, 32, 32, 256, 8, 2, 1),
+        64: Tile(64, 32, 64, 64, 4, 2, 2, 2),
+        128: Tile(64, 32, 128, 128, 4, 2, 2, 2),
+        math.inf: Tile(64, 32, 32, 256, 8, 2, 1, 1),
     },
     ("sm_86", "lse_forward", "half"): {
-        64: Tile(128, 64, 64, 64, 8, 3, 2),
-        128: Tile(64, 64, 128, 128, 4, 3, 2),
-        256: Tile(64, 64, 256, 256, 4, 2, 1),
-        math.inf: Tile(128, 64, 64, 64, 8, 3, 1),
+        64: Tile(128, 64, 64, 64, 8, 3, 2, 2),
+        128: Tile(64, 64, 128, 128, 4, 3, 2, 2),
+        256: Tile(64, 64, 256, 256, 4, 2, 1, 1),
+        math.inf: Tile(128, 64, 64, 64, 8, 3, 1, 1),
     },
     ("sm_86", "grad_matmul", "half"): {
-        64: Tile(128, 64, 64, 64, 8, 3, 1),
-        128: Tile(64, 64, 128, 128, 4, 3, 1),
-        256: Tile(64, 32, 256, 256, 4, 3, 1),
-        math.inf: Tile(32, 64, 64, 512, 8, 2, 1),
+        64: Tile(128, 32, 64, 64, 8, 3, 2, 1),
+        128: Tile(64, 64, 128, 128, 4, 3, 1, 1),
+        256: Tile(64, 32, 256, 256, 8, 3, 1, 1),
+        math.inf: Tile(32, 64, 64, 512, 8, 2, 1, 1),
     },
     ("sm_86", "lse_forward", "tf32"): {
-        64: Tile(64, 64, 64, 64, 4, 3, 2),
-        128: Tile(64, 64, 128, 128, 4, 2, 1),
-        math.inf: Tile(128, 64, 32, 32, 8, 3, 1),
+        64: Tile(64, 64, 64, 64, 4, 3, 2, 2),
+        128: Tile(64, 64, 128, 128, 4, 2, 1, 1),
+        math.inf: Tile(128, 64, 32, 32, 8, 3, 1, 1),
     },
     ("sm_86", "grad_matmul", "tf32"): {
-        64: Tile(64, 32, 64, 64, 4, 2, 3),
-        128: Tile(64, 32, 128, 128, 4, 2, 1),
-        math.inf: Tile(64, 32, 32, 256, 8, 2, 1),
+        64: Tile(64, 32, 64, 64, 4, 2, 3, 2),
+        128: Tile(64, 32, 128, 128, 4, 2, 1, 1),
+        math.inf: Tile(64, 32, 32, 256, 8, 2, 1, 1),
     },
     ("sm_90", "lse_forward", "half"): {
-        64: Tile(128, 128, 64, 64, 8, 3, 2),
-        128: Tile(128, 128, 128, 128, 8, 2, 2),
-        256: Tile(128, 128, 256, 256, 8, 2, 1),
-        math.inf: Tile(128, 128, 64, 64, 8, 3, 1),
+        64: Tile(128, 64, 64, 64, 4, 3, 3, 3),
+        128: Tile(128, 64, 128, 128, 4, 2, 3, 2),
+        256: Tile(128, 128, 256, 256, 8, 2, 1, 1),
+        math.inf: Tile(128, 128, 64, 64, 8, 3, 1, 1),
     },
     ("sm_90", "grad_matmul", "half"): {
-        64: Tile(64, 64, 64, 64, 4, 3, 3),
-        128: Tile(128, 64, 128, 128, 8, 3, 1),
-        256: Tile(128, 32, 256, 256, 8, 2, 1),
-        math.inf: Tile(32, 64, 64, 512, 8, 2, 1),
+        64: Tile(64, 64, 64, 64, 4, 3, 3, 2),
+        128: Tile(64, 64, 128, 128, 4, 3, 3, 2),
+        256: Tile(128, 32, 256, 256, 8, 2, 1, 1),
+        math.inf: Tile(32, 32, 64, 512, 8, 2, 1, 1),
     },
     ("sm_90", "lse_forward", "tf32"): {
-        64: Tile(128, 64, 64, 64, 8, 3, 2),
-        128: Tile(64, 64, 128, 128, 4, 2, 2),
-        math.inf: Tile(128, 64, 32, 32, 8, 3, 1),
+        64: Tile(128, 64, 64, 64, 8, 3, 2, 2),
+        128: Tile(64, 64, 128, 128, 4, 2, 2, 2),
+        math.inf: Tile(128, 64, 32, 32, 8, 3, 1, 1),
     },
     ("sm_90", "grad_matmul", "tf32"): {
-        64: Tile(64, 32, 64, 64, 4, 2, 4),
-        128: Tile(64, 32, 128, 128, 4, 2, 2),
-        math.inf: Tile(64, 32, 32, 256, 8, 2, 1),
+        64: Tile(64, 32, 64, 64, 4, 2, 4, 3),
+        128: Tile(64, 32, 128, 128, 4, 2, 2, 2),
+        math.inf: Tile(64, 32, 32, 256, 8, 2, 1, 1),
     },
 }
 for _architecture in SHARED_BYTES:  # no tensor cores: the operands should stay in registers
     TILES[_architecture, "lse_forward", "ieee"] = {
-        32: Tile(64, 32, 32, 32, 4, 1, 4),
-        math.inf: Tile(64, 64, 32, 32, 4, 1, 4),
+        32: Tile(64, 32, 32, 32, 4, 1, 4, 4),
+        math.inf: Tile(64, 64, 32, 32, 8, 1, 2, 2),
     }
-    TILES[_architecture, "grad_matmul", "ieee"] = {math.inf: Tile(32, 32, 32, 128, 4, 1, 3)}
-TILES["sm_86", "lse_forward", "ieee"] = {
-    32: Tile(64, 32, 32, 32, 4, 1, 4),
-    64: Tile(64, 64, 32, 32, 8, 1, 2),
-    math.inf: Tile(64, 64, 32, 32, 4, 1, 4),
-}
-TILES["sm_90", "grad_matmul", "ieee"] = {
-    32: Tile(32, 16, 32, 32, 4, 1, 6),
-    math.inf: Tile(32, 32, 32, 128, 4, 1, 3),
-}
+    TILES[_architecture, "grad_matmul", "ieee"] = {math.inf: Tile(32, 32, 32, 128, 8, 1, 2, 2)}
 
 # The interpreter runs programs one after another in NumPy: several small tiles reach every loop and every mask.
-INTERPRETER_TILE = Tile(32, 16, 64, 64, 1, 1, 16)
+INTERPRETER_TILE = Tile(32, 16, 64, 64, 1, 1, 16, 16)
 
 
 @cache
@@ -202,7 +210,7 @@ def choose_tile(kernel: str, x: Tensor, precision: str, n: int, columns: int) ->
     """
     here = chip(x.device)
     tile = tile_of(kernel, x, precision)
-    programs = tile.programs * (1 if here is None else here.multiprocessors)
+    programs = tile.programs_for(tile.is_even(n), online=False) * (1 if here is None else here.multiprocessors)
     blocks = 2 * triton.cdiv(n, tile.block_m)
     if kernel == "grad_matmul":
         blocks *= triton.cdiv(x.shape[1], tile.block_d)

@@ -250,7 +250,9 @@ def test_steps_are_timed_and_traced(setup, one_thread):
                                ("views in memory", "opencv")] + ["profiler trace"]  # fmt: skip
     (measured,) = cases["ResNet-18 x 1/8, 32 px, views in memory"].run()
     row = measured.row
-    assert row["batch"] == 8 and row["images_per_s"] == pytest.approx(8000 / row["step_ms"], rel=0.01)
+    assert row["batch"] == 8 and row["images_per_s"] == pytest.approx(
+        8000 / row["step_ms"], rel=0.01, abs=0.06
+    )  # rounded to 0.1
     parts = sum(row[f"{part}_ms"] for part in ("wait", "forward", "loss", "backward", "optimizer", "other"))
     assert parts == pytest.approx(row["step_ms"], rel=0.01) and row["runs"] == step_speed.TRACED_STEPS
     assert row["verdict"].startswith("Compute-bound")

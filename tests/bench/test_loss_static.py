@@ -1,5 +1,9 @@
 """The shipped tiles compiled without a GPU: no spills, shared memory in range, tensor cores, no redundant work."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,10 +12,20 @@ pytest.importorskip("triton")
 from triton.compiler import ASTSource
 
 from bench import loss_static
-from bench.loss_static import FORMS, KERNELS, PLAIN, Case, compile_case, row_kernel_resources, shipped
+from bench.loss_static import (
+    FORMS,
+    KERNELS,
+    PLAIN,
+    VERSIONS,
+    Case,
+    compile_case,
+    environment_with,
+    row_kernel_resources,
+    shipped,
+)
 from loss.triton.tiles import SHARED_BYTES, tile_for
 
-GENERAL = FORMS[-1]
+_, RAGGED, GENERAL = FORMS
 QUICK = [
     Case(architecture, kernel, dtype, precision, 128, form)
     for architecture in ("sm_80", "sm_90")
@@ -19,7 +33,9 @@ QUICK = [
     for dtype, precision, form in (
         (torch.bfloat16, "tf32", PLAIN),
         (torch.bfloat16, "tf32", GENERAL),
+        (torch.bfloat16, "tf32", RAGGED),
         (torch.float16, "tf32", PLAIN),
+        (torch.float16, "tf32", GENERAL),
         (torch.float32, "tf32", PLAIN),
         (torch.float32, "ieee", PLAIN),
     )
@@ -48,8 +64,9 @@ def check(case, target=None):
         assert compiled.tensor_core == ("wgmma" if target is None else "tcgen05.mma")
     else:
         assert compiled.tensor_core
+    if target is None:
+        assert compiled.programs >= case.tile.programs_for(case.form.even, case.form.online)
     if case.form == PLAIN and target is None:
-        assert case.dtype == torch.float16 or compiled.programs >= case.tile.programs
         assert compiled.exps_per_pair == 1
         if compiled.gemm_units is not None:
             assert compiled.gemm_units == {"lse_forward": 1, "grad_matmul": 2}[case.kernel]
@@ -89,6 +106,23 @@ def test_integer_arguments_equal_to_one_compile(monkeypatch):
 @pytest.mark.parametrize("case", list(shipped((8, 24, 37, 96, 192, 200, 384, 768))), ids=str)
 def test_every_shipped_tile_meets_its_limits(case):
     check(case)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_version_of_triton_meets_the_limits(version):
+    """The tests above, in a process that imports this version."""
+    try:
+        environment = environment_with(version)
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"Triton {version} could not be installed: {error.stderr.strip()}")
+    process = {"env": environment, "cwd": Path(__file__).parents[2], "capture_output": True, "text": True}
+    imported = subprocess.run([sys.executable, "-c", "import triton; print(triton.__version__)"], **process)
+    assert imported.stdout.strip() == version
+    tests = "every_shipped_tile or row_kernels or integer_arguments"
+    arguments = ["-p", "no:cacheprovider", "-m", "soak or not soak", "-k", tests, __file__]
+    run = subprocess.run([sys.executable, "-m", "pytest", *arguments], **process)
+    assert run.returncode == 0, run.stdout[-5000:]
 
 
 @pytest.mark.soak

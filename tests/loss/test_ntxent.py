@@ -1,6 +1,7 @@
 """nt_xent in one process: values, gradients, dtypes, derivatives, invalid arguments, imports."""
 
 import math
+import re
 import subprocess
 import sys
 from functools import partial
@@ -13,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
+import loss.ntxent
+import loss.triton
 from common import UserError
 from loss import LossConfig, nt_xent
 from tests.loss.cases import loss_and_gradients, trained_like
@@ -208,3 +211,43 @@ def test_import_is_light_and_registers_operators_once_per_package(tmp_path):
     command += ["triton"] if find_spec("triton") else []
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A process that believes cuda:0 to be an H100, and has not looked for a C compiler yet."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.delenv("CC", raising=False)
+    loss.triton._has_c_compiler.cache_clear()
+    loss.ntxent._warn_of_missing_compiler.cache_clear()
+    yield torch.device("cuda:0")
+    loss.triton._has_c_compiler.cache_clear()
+    loss.ntxent._warn_of_missing_compiler.cache_clear()
+
+
+def test_auto_falls_back_from_triton_without_a_c_compiler_and_warns_once(hopper, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.warns(UserWarning, match=r"slower impl='blockwise'.*install gcc or clang") as warned:
+        assert [loss.ntxent._choose_impl(hopper, torch.bfloat16) for _ in range(2)] == ["blockwise"] * 2
+    assert len(warned) == 1
+    assert re.search("needs a C compiler.*install gcc", loss.triton.unsupported_reason(hopper, torch.bfloat16))
+
+
+@pytest.mark.parametrize("variable", ["PATH", "CC"])
+def test_auto_is_triton_with_a_c_compiler(hopper, monkeypatch, tmp_path, variable):
+    compiler = tmp_path / "gcc"
+    compiler.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path) if variable == "PATH" else "")
+    if variable == "CC":
+        monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setattr(loss.triton, "Path", lambda *parts: compiler)  # stands for Python.h
+    assert loss.ntxent._choose_impl(hopper, torch.bfloat16) == "triton"
+    assert loss.ntxent._choose_impl(hopper, torch.float64) == "blockwise"  # silently: Triton has no float64
+
+
+def test_auto_needs_the_header_files_of_python(hopper, monkeypatch, tmp_path):
+    monkeypatch.setattr(loss.triton.sysconfig, "get_config_var", lambda name: str(tmp_path))
+    with pytest.warns(UserWarning, match="header files"):
+        assert loss.ntxent._choose_impl(hopper, torch.bfloat16) == "blockwise"

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import triton.language as tl
 from triton.runtime import interpreter
 
+from bench.loss_launches import launches
 from loss import nt_xent
 from loss.triton import ops, tiles
 from loss.triton.tiles import Tile
@@ -39,7 +40,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 @pytest.fixture
 def tile(monkeypatch):
     def use(*sizes, programs=16):
-        monkeypatch.setattr(tiles, "INTERPRETER_TILE", Tile(*sizes, 1, 1, programs))
+        monkeypatch.setattr(tiles, "INTERPRETER_TILE", Tile(*sizes, 1, 1, programs, programs))
 
     return use
 
@@ -91,6 +92,41 @@ def test_the_host_never_reads_a_temperature_on_the_device(monkeypatch, tau):
         assert ops.nt_xent_triton(z.requires_grad_(), torch.tensor(invalid)).isnan()
 
 
+def shuffle_programs(monkeypatch, seed):
+    """Make the interpreter run the programs of every launch in a random order; returns the indices it runs."""
+    builder, random = interpreter.interpreter_builder, np.random.default_rng(seed)
+    set_grid_dim, set_grid_idx = builder.set_grid_dim, builder.set_grid_idx
+    waiting, ran = [], []
+
+    def shuffle_grid(*grid):
+        set_grid_dim(*grid)
+        waiting[:] = random.permutation(list(np.ndindex(*grid))).tolist()
+
+    def run_next(*_):
+        ran.append(tuple(waiting.pop()))
+        set_grid_idx(*ran[-1])
+
+    monkeypatch.setattr(builder, "set_grid_dim", shuffle_grid)
+    monkeypatch.setattr(builder, "set_grid_idx", run_next)
+    return ran
+
+
+@pytest.mark.parametrize(("dtype", "n", "d", "tau"), [(torch.bfloat16, 17, 24, 0.1), (torch.float16, 32, 32, 0.01)])
+def test_the_order_of_programs_does_not_change_a_bit(tile, monkeypatch, dtype, n, d, tau):
+    tile(16, 16, 16, 16, programs=64)  # several splits of the columns, and of D in the gradient
+    z = trained_like(n, d, dtype)
+    expected = loss_and_gradients(z, tau, "triton")
+    ran = shuffle_programs(monkeypatch, seed=0)
+    assert all(map(torch.equal, loss_and_gradients(z, tau, "triton"), expected))
+    assert ran != sorted(ran)
+
+
+@pytest.mark.parametrize(("dtype", "learnable", "extra"), [(torch.bfloat16, False, 0), (torch.float16, True, 2)])
+def test_a_pass_launches_five_kernels_and_one_mean(dtype, learnable, extra):
+    names = launches(trained_like(4, 16, dtype), torch.tensor(0.1, requires_grad=learnable))
+    assert len(names) == 6 + extra, names  # the copy of float16 rows for the backward pass, the sum of dL/dtau
+
+
 def test_float64_is_refused():
     with pytest.raises(ValueError, match="float64"):
         nt_xent(trained_like(3, 24), 0.1, impl="triton")
@@ -104,7 +140,7 @@ def test_operators_pass_opcheck():
     torch.library.opcheck(ops.own_losses, own)
     torch.library.opcheck(ops.all_losses, (torch.cat([z[:4], z[:4]]), tau, partial_sums, positives, "ieee"))
     terms = ops.RowTerms(*ops.own_losses(z, tau, "ieee"))
-    saved = (z, terms.lse, terms.q, terms.g, "ieee")
+    saved = (z, terms.a, terms.b, terms.q, terms.g, "ieee")
     differentiable = (z.clone().requires_grad_(), tau.clone().requires_grad_())
     torch.library.opcheck(ops.mean_loss, (*differentiable, terms.losses, *saved))
     torch.library.opcheck(ops.loss_gradient, (torch.tensor(1.0), tau, *saved))
