@@ -48,7 +48,7 @@ def test_a_folder_trains_like_its_shards(pretrain, tmp_path, capsys):
     assert [code for code, _ in runs] == [None, None]
     photos, shards = (load_file(run / "encoder.safetensors") for _, run in runs)
     assert photos.keys() == shards.keys() and all(torch.equal(photos[name], shards[name]) for name in photos)
-    assert "18 of those to evaluate with are also among those to train on" in capsys.readouterr().err
+    assert "18 evaluation images are also training images" in capsys.readouterr().err
 
 
 def test_unlabeled_images_train_without_knn_scores(pretrain, tmp_path, capsys):
@@ -59,7 +59,7 @@ def test_unlabeled_images_train_without_knn_scores(pretrain, tmp_path, capsys):
     printed = capsys.readouterr()
     assert len(list((tmp_path / "place" / "photos").iterdir())) == 1 and not (tmp_path / "cache" / "photos").exists()
     assert code is None and (run / "encoder.safetensors").exists()
-    assert "12 images to train on. Without labels there are no kNN scores." in printed.err
+    assert "12 training images. Without labels there are no kNN scores." in printed.err
     assert "no labeled test split" in printed.out
 
 

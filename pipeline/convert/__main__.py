@@ -208,7 +208,7 @@ def _report(shards: ShardSet | None, out: Path, split: str, count: int) -> None:
     train = out / "train"
     others = split != "train" and (train / "dataset.json").exists()
     if others and (shared := len(shared_images(shards, open_shards(str(train))))):
-        print(f"{shared} images of {shards.root} are in {train}, too.", file=sys.stderr)
+        print(f"{shared} images of {shards.root} are also in {train}.", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -172,16 +172,16 @@ def _size(size: int) -> str:
 def _counts(path: Path, splits: list[ShardSet]) -> list[str]:
     """Sentences on the numbers of images that are used, left out, and present more than once."""
     train, *tests = splits
-    kept = "".join(f" and {len(test):,} to evaluate with" for test in tests)
-    counts = [f"{len(train):,} images to train on{kept}."]
+    kept = "".join(f" and {len(test):,} evaluation images" for test in tests)
+    counts = [f"{len(train):,} training images{kept}."]
     if left_out := sum(shards.manifest["rejected"] for shards in splits):
-        counts.append(f"Left out because they cannot be used: {left_out:,} (rejected.csv).")
+        counts.append(f"Unreadable and left out: {left_out:,} (rejected.csv).")
     copies = sum(shards.manifest["statistics"]["duplicates"] for shards in splits)
     shared = sum(len(shared_images(test, train)) for test in tests)
     if copies:
         counts.append(f"{copies:,} are exact copies of others (duplicates.csv).")
     if shared:
-        counts.append(f"{shared:,} of those to evaluate with are also among those to train on.")
+        counts.append(f"{shared:,} evaluation images are also training images.")
     if copies or shared:
         command = f"python -m pipeline.convert folder {path} SHARDS --split auto --drop-duplicates"
         counts.append(f"`{command}` leaves copies out.")
@@ -214,15 +214,15 @@ def photo_sources(path: Path, listing: Listing | None = None, class_level: str |
     files = folders.pop("train", listing.files)
     train = _named(files, class_level, notes)
     if len(classes := _classes(train)) == 1:
-        notes.append(f"All labels would be {classes.pop()}, so there are none.")
+        notes.append(f"All labeled images are of class {classes.pop()}, so they count as unlabeled.")
         train = named(files, "none")
     parts = {"train": train}
     for split, files in folders.items():
         items = _named(files, class_level if classes else "none", notes)
         if foreign := sorted(_classes(items) - classes):
-            notes.append(f"Its {split} images are not used, because none to train on is of class {foreign[0]}.")
+            notes.append(f"The {split} images are not used because no training image is of class {foreign[0]}.")
         elif classes and not _classes(items):
-            notes.append(f"Its {split} images are not used, because they have no labels.")
+            notes.append(f"The {split} images are not used because they have no labels.")
         else:
             parts[split] = items
     if not classes:
@@ -232,7 +232,7 @@ def photo_sources(path: Path, listing: Listing | None = None, class_level: str |
         parts = {"train": [item for item, test in zip(train, kept, strict=True) if not test]}
         parts["test"] = [item for item, test in zip(train, kept, strict=True) if test]
         notes.append(
-            f"Those to evaluate with are a tenth of each class, at most about {MOST_HELD_OUT:,} in all, chosen by name."
+            f"The evaluation images are a tenth of each class (at most about {MOST_HELD_OUT:,} in all), chosen by name."
         )
     names = sorted(classes)
     return Photos({split: listing.source(items, split == "train", names) for split, items in parts.items()}, notes)
@@ -266,8 +266,8 @@ def _named(files: list[tuple[str, tuple]], class_level: str | None, notes: list[
         return named(files, class_level)
     except AmbiguousClasses:
         notes.append(
-            "Its nested folders do not tell what the classes are, so the images have no labels; `python -m "
-            "pipeline.convert folder` with --class-level first or last makes shards with labels."
+            "It is ambiguous which nested folders are the classes, so the images count as unlabeled; use `python -m "
+            "pipeline.convert folder` with --class-level first or last to label them."
         )
         return named(files, "none")
 

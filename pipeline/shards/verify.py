@@ -149,7 +149,7 @@ def _totals(shards: ShardSet, encoded_bytes: int, classes: np.ndarray, train: Sh
         f"({encoded_bytes / max(len(shards), 1) / 1e3:,.1f} kB each)",
         "classes": f"{len(classes)} with {min(classes):,} to {max(classes):,} images" if classes else "",
         **_measured(statistics),
-        "in train, too": "" if train is None else f"{len(shared_images(shards, train)):,} images, byte for byte",
+        "also in train": "" if train is None else f"{len(shared_images(shards, train)):,} images, byte for byte",
         "created by": ", ".join(f"{key} {value}" for key, value in manifest.get("made_by", {}).items()),
         "index": "" if shards.index_root == shards.root else shards.index_root,
     }.items():

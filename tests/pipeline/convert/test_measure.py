@@ -98,7 +98,7 @@ def test_images_of_both_splits_are_found_and_shown(images, tmp_path, capsys):
         "pipeline.convert", "folder", write_folder(tmp_path / "in", files | others), tmp_path / "out", "--split", "test"
     )
     assert (
-        result.returncode == 0 and f"2 images of {tmp_path}/out/test are in {tmp_path}/out/train, too." in result.stderr
+        result.returncode == 0 and f"2 images of {tmp_path}/out/test are also in {tmp_path}/out/train." in result.stderr
     )
     test = open_shards(str(tmp_path / "out" / "test"))
     pairs = shared_images(test, train)
@@ -108,7 +108,7 @@ def test_images_of_both_splits_are_found_and_shown(images, tmp_path, capsys):
     result = run_module("pipeline.shards", "show", tmp_path / "out")
     lines = [[cell.strip() for cell in line.split("│")] for line in result.stdout.splitlines()]
     rows = {line[1]: line[2] for line in reversed(lines) if len(line) > 3}
-    assert rows["in train, too"] == "2 images, byte for byte" and rows["copies"] == "4 images, byte for byte"
+    assert rows["also in train"] == "2 images, byte for byte" and rows["copies"] == "4 images, byte for byte"
     assert rows["classes"] == "3 with 8 to 12 images"
     values = ", ".join(f"{value:.4f}" for value in statistics(Path(train.root))["mean"])
     assert rows["mean"] == f"{values} (RGB in 0..1, 28 images)"
