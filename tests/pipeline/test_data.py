@@ -122,11 +122,9 @@ def test_the_first_use_tells_where_the_shards_are(tmp_path, config, folder, caps
     train, _ = open_data(str(folder), config)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and f"converting 32 images (0.1 MB) once, to {tmp_path}/cache" in lines[0]
-    assert re.search(
-        "(28|29) images to train on and (2|3) to evaluate with. Left out because they cannot be used: 1 .rejected.csv.",
-        lines[1],
-    )
-    assert "exact copies" in lines[1] or "also among those to train on" in lines[1]
+    assert re.search("(28|29) training images and (2|3) evaluation images[.]", lines[1])
+    assert "Unreadable and left out: 1 (rejected.csv)." in lines[1]
+    assert "exact copies" in lines[1] or "also training images" in lines[1]
     assert "--split auto --drop-duplicates` leaves copies out." in lines[1]
     assert lines[1].endswith(f"The shards are in {Path(train.root).parent}")
     open_data(str(folder), config)
@@ -254,10 +252,10 @@ def test_folders_named_like_splits_are_the_splits(tmp_path, names, used, unused,
 @pytest.mark.parametrize(
     ("files", "note"),
     [
-        ({"test/a.jpg": b"1", "test/b.jpg": b"2"}, "Its test images are not used, because they have no labels."),
+        ({"test/a.jpg": b"1", "test/b.jpg": b"2"}, "The test images are not used because they have no labels."),
         (
             {"test/class_0/a.jpg": b"1", "test/zebra/b.jpg": b"2"},
-            "Its test images are not used, because none to train on is of class zebra.",
+            "The test images are not used because no training image is of class zebra.",
         ),
     ],
 )
