@@ -31,7 +31,7 @@ from ..shards.dataset import ShardSet, open_shards
 from ..shards.duplicates import shared_images
 from ..shards.samples import add_image_extension
 from . import sources, textures
-from .duplicates import without_copies
+from .copies import without_copies
 from .folder import CLASS_LEVELS
 from .photos import photo_sources
 from .writer import SAMPLES_PER_SHARD, shards_written, write_split
