@@ -6,12 +6,13 @@
     CACHE/photos/<name>-<id>/<fingerprint>/done.json what was found, written last
 
 A conversion that was interrupted is resumed, unless the images have changed in the meantime. The shards of an older
-version are deleted as soon as no process reads them.
+version that no process reads are deleted before the next conversion.
 """
 
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import sys
 from array import array
@@ -183,7 +184,7 @@ def _counts(path: Path, splits: list[ShardSet]) -> list[str]:
     if shared:
         counts.append(f"{shared:,} evaluation images are also training images.")
     if copies or shared:
-        command = f"python -m pipeline.convert folder {path} SHARDS --split auto --drop-duplicates"
+        command = f"python -m pipeline.convert folder {shlex.quote(str(path))} SHARDS --split auto --drop-duplicates"
         counts.append(f"`{command}` leaves copies out.")
     return counts
 
@@ -227,13 +228,14 @@ def photo_sources(path: Path, listing: Listing | None = None, class_level: str |
             parts[split] = items
     if not classes:
         notes.append("Without labels there are no kNN scores.")
-    elif len(parts) == 1:
-        kept = held_out(train)
-        parts = {"train": [item for item, test in zip(train, kept, strict=True) if not test]}
-        parts["test"] = [item for item, test in zip(train, kept, strict=True) if test]
+    elif len(parts) == 1 and (kept := held_out(train)).any():
+        for split, wanted in ("train", False), ("test", True):
+            parts[split] = [item for item, test in zip(train, kept, strict=True) if test == wanted]
         notes.append(
             f"The evaluation images are a tenth of each class (at most about {MOST_HELD_OUT:,} in all), chosen by name."
         )
+    elif len(parts) == 1:
+        notes.append("No class has two images, so none are kept for evaluation.")
     names = sorted(classes)
     return Photos({split: listing.source(items, split == "train", names) for split, items in parts.items()}, notes)
 

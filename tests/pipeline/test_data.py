@@ -295,6 +295,12 @@ def test_without_labels_all_images_are_trained_on(tmp_path, case):
     assert notes[-1] == "Without labels there are no kNN scores."
 
 
+def test_classes_of_one_image_keep_it(tmp_path):
+    sources, notes = photo_sources(write_folder(tmp_path / "in", {f"{label}/{label}.jpg": b"" for label in "abc"}))
+    assert list(sources) == ["train"] and sources["train"].classes == ["a", "b", "c"]
+    assert notes == ["No class has two images, so none are kept for evaluation."]
+
+
 def test_a_tenth_of_each_class_is_kept_and_hardly_changes_with_more_images(monkeypatch):
     def items(counts: dict[str, int]) -> list:
         return [(label, f"{label}/{number}", ()) for label, count in counts.items() for number in range(count)]
