@@ -26,7 +26,7 @@ class StageConfig(LoopConfig):
     config: str = field(default="", metadata=MAY_CHANGE)
     """Run folder, or its config.json, whose options to use in place of a preset's, except --out and --resume."""
     data: str = field(default="", metadata=MAY_CHANGE)
-    """Shards: folder or URL with train/ (and test/ or val/), or one shard set; the textures preset renders its own."""
+    """Images (a folder, zip or tar, in class folders or not), or shards (a folder or URL); textures renders its own."""
     loader: LoaderConfig = field(default_factory=LoaderConfig, metadata=MAY_CHANGE)
     views: AugmentConfig = field(default_factory=AugmentConfig)
 

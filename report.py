@@ -104,7 +104,7 @@ def draw(run: RunRecord, folder: Path, runs: int, device: torch.device) -> RunPi
         views = AugmentConfig(**options)
     except TypeError as error:
         raise UserError(f"{folder} was written by another version ({error}); train again with this one.") from error
-    train, test = open_data(run.config["data"], LoaderConfig())
+    train, test = open_data(run.config["data"], LoaderConfig(cache_dir=run.config["loader"].get("cache_dir", "")))
     batches = partial(center_crop_batches, augment=views, config=LoaderConfig(), batch_size=256, device=device)
 
     encoder = load_encoder(folder / "encoder.safetensors").to(device).eval()

@@ -1,7 +1,11 @@
-"""The data of a run: the splits that `--data` names, or the built-in textures."""
+"""The data of a run: what `--data` names, shards or images, or the built-in textures."""
 
+from functools import partial
 from pathlib import Path
 
+import torch.distributed as dist
+
+from .convert.photos import convert_photos, is_photos
 from .convert.textures import ensure_textures
 from .loader.config import LoaderConfig
 from .shards.dataset import ShardSet, open_splits
@@ -14,17 +18,33 @@ TEXTURES = "data/textures"
 def open_data(data: str, config: LoaderConfig) -> tuple[ShardSet, ShardSet | None]:
     """Open the train split and, if there is one, the test (or val) split.
 
-    If a folder like hf://datasets/OWNER/NAME holds the tars of all splits, they are indexed on their first use.
+    Images are converted to shards in the cache, unless they are there already: see `pipeline.convert.photos`. If a
+    folder like hf://datasets/OWNER/NAME holds the tars of all splits, they are indexed on their first use.
 
     Args:
-        data: folder or URL of shards; "" for the built-in textures, rendered if they are missing.
-        config: tells how much disk space the cache of a remote set may take.
+        data: folder or URL of shards; folder, zip or tar of images; "" for the built-in textures, rendered if they are
+            missing.
+        config: tells where the cache is, and how much of it shards of a remote set may take.
 
     Raises:
-        UserError: the shards are missing or damaged.
+        UserError: the shards are missing or damaged, or the images can't be converted.
     """
+    cache = config.cache()
     if not data:
         ensure_textures(Path(TEXTURES))
-    cache = config.cache()
+    elif is_photos(data):
+        data = str(convert_photos(Path(data), cache, partial(same_for_all_ranks, data)))
     ensure_index(data or TEXTURES, cache)
     return open_splits(data or TEXTURES, cache)
+
+
+def same_for_all_ranks(name: str, value: str) -> str:
+    """The value that the first rank of this run passed for `name`.
+
+    Ranks that see different images would train on different batches without an error. This needs no collective call,
+    so a single rank may ask, too.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    store = dist.distributed_c10d._get_default_store()
+    return store.compare_set(f"streamclr/data/{name}", "", value).decode()

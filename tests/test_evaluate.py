@@ -395,7 +395,7 @@ def test_errors_are_one_sentence(run, data, run_here, tmp_path):
     assert "--mean is 128.0; it must be at most 1" in refused("knn", run, "--mean", 1, 128, 1)
     assert "There is no option '--workers' (did you mean --loader.workers?)" in refused("knn", run, "--workers", 2)
     assert "There is no command 'lineer' (did you mean linear?)" in refused("lineer", run)
-    assert "There is no encoder" in refused("knn")
+    assert "There is no run to evaluate" in refused("knn")
     assert "Error parsing --k" in refused("knn", run, "--k", "x")
     assert "--seeds is 0" in refused("linear", run, "--seeds", 0)
     assert "--held-out is 1.0" in refused("linear", run, "--held-out", 1)

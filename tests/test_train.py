@@ -270,7 +270,7 @@ def test_two_ranks_equal_one_process(run_here, data, tmp_path):
         (["--data", "DATA", "--optim.lr", "-1"], "--optim.lr is -1"),
         (["--data", "DATA", "--views.crop-area", "1.0", "0.1"], "--views.crop-area is 1.0 0.1"),
         (["--data", "DATA", "--batch-size", "16", "--encoder.name", "vit_tiny_patch16_224"], "--encoder.width 1"),
-        (["--data", "EMPTY"], "No shards at"),
+        (["--data", "EMPTY"], "No images in"),
     ],
 )
 def test_invalid_options_raise_one_sentence(run_here, data, tmp_path, arguments, message):

@@ -1,7 +1,7 @@
 """Convert image collections into shard sets.
 
     python -m pipeline.convert textures   OUT                           built-in data set
-    python -m pipeline.convert folder     SOURCE OUT [--split train]    class folders, or a tar of class folders
+    python -m pipeline.convert folder     SOURCE OUT [--split train]    class folders, or a tar or zip of them
     python -m pipeline.convert imagenet   ILSVRC2012_img_train.tar OUT  tar of class tars, read without unpacking
     python -m pipeline.convert imagenet   ILSVRC2012_img_val.tar OUT --labels ILSVRC2012_devkit_t12.tar.gz
     python -m pipeline.convert imagenet   FOLDER OUT                    train/<wnid>/*.JPEG and val/<wnid>/*.JPEG
@@ -29,13 +29,17 @@ from pathlib import Path
 from ..common import UserError, available_cores, check_range
 from ..images import QUALITY
 from ..shards.archives import one_line
-from ..shards.dataset import ShardSet
+from ..shards.dataset import ShardSet, open_shards
+from ..shards.duplicates import shared_images
 from ..shards.samples import add_image_extension
 from . import sources, textures
+from .copies import without_copies
 from .folder import CLASS_LEVELS
 from .huggingface import split_name
+from .photos import photo_sources
 from .writer import SAMPLES_PER_SHARD, shards_written, write_split
 
+AUTO = "auto"
 SHOWN = 10
 """Number of rejected images that are printed."""
 COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], dict[str, sources.Source]]]] = {
@@ -44,8 +48,8 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], dict[str, sources.
         lambda options: {split: sources.textures_source(split, options.seed) for split in textures.SPLITS},
     ),
     "folder": (
-        "class folders, or a tar of class folders",
-        lambda options: {options.split: sources.folder_source(options.path, options.class_level)},
+        "class folders, or a tar or zip of them",
+        lambda options: _folder_sources(options),
     ),
     "imagenet": (
         "ImageNet tars as distributed, or folders unpacked from them",
@@ -84,7 +88,8 @@ def main() -> None:
         check_range("--workers", arguments.workers, 1, math.inf)
         if arguments.short_side is not None:
             check_range("--short-side", arguments.short_side, 1, math.inf)
-        for split, source in _sources(arguments).items():
+        splits = _sources(arguments)
+        for split, source in (without_copies(splits) if arguments.drop_duplicates else splits).items():
             shards = write_split(
                 source,
                 arguments.out,
@@ -105,6 +110,14 @@ def main() -> None:
         sys.exit(130)
 
 
+def _folder_sources(options: argparse.Namespace) -> dict[str, sources.Source]:
+    if options.split != AUTO:
+        return {options.split: sources.folder_source(options.path, options.class_level)}
+    splits, notes = photo_sources(options.path, class_level=options.class_level)
+    print(*notes, sep="\n", file=sys.stderr)
+    return splits
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -120,7 +133,10 @@ def _parser() -> argparse.ArgumentParser:
         elif name != "textures":
             add("path", type=Path, metavar="source", help="folder or file to convert")
         add("out", type=Path, help="folder that will hold <split>/")
-        if name in ("folder", "webdataset"):
+        if name == "folder":
+            text = "name of the split (default: train); auto: folders called train and test or val are the splits, or "
+            add("--split", default="train", help=f"{text} a tenth of each class is kept as test, as train.py does")
+        elif name == "webdataset":
             add("--split", default="train", help="name of the split (default: train)")
         else:
             kind = split_name if name == "hf" else str
@@ -164,6 +180,12 @@ def _add_options(command: argparse.ArgumentParser) -> None:
         help="decode every image completely (JPEGs in gray) and leave out those that fail; --no-verify reads only "
         "headers, so that a truncated image is not noticed before training",
     )
+    add(
+        "--drop-duplicates",
+        action="store_true",
+        help="leave out exact copies of earlier images, and from train those of images of the other splits that this "
+        "command writes; reads the source twice",
+    )
     cores = available_cores()
     add("--workers", type=int, default=cores, help=f"number of processes (default: one per core, {cores} here)")
     add(
@@ -186,7 +208,7 @@ def _part(text: str) -> tuple[int, int]:
 def _sources(options: argparse.Namespace) -> dict[str, sources.Source]:
     """Map the requested splits to their sources."""
     found = COMMANDS[options.source][1](options)
-    if options.split is None:
+    if options.split in (None, AUTO):
         return found
     if options.split not in found:
         raise UserError(f"There is no split {options.split} in the source; use --split {' or '.join(found)}.")
@@ -204,10 +226,16 @@ def _report(shards: ShardSet | None, out: Path, split: str, count: int) -> None:
             print(f"left out {one_line(name)}: {reason}", file=sys.stderr)
     if rejected > SHOWN:
         print(f"... and {rejected - SHOWN} more; see {shards.root}/rejected.csv", file=sys.stderr)
+    copies = shards.manifest.get("statistics", {}).get("duplicates", 0)  # older versions did not count them
+    listed = f"; {copies} are exact copies of others, see {shards.root}/duplicates.csv" if copies else ""
     print(
         f"{shards.root}: {len(shards)} images of {len(shards.classes)} classes in "
-        f"{len(shards.manifest['shards'])} shards, {rejected} left out."
+        f"{len(shards.manifest['shards'])} shards, {rejected} left out{listed}."
     )
+    train = out / "train"
+    others = split != "train" and (train / "dataset.json").exists()
+    if others and (shared := len(shared_images(shards, open_shards(str(train))))):
+        print(f"{shared} images of {shards.root} are also in {train}.", file=sys.stderr)
 
 
 if __name__ == "__main__":

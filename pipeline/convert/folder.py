@@ -1,11 +1,13 @@
-"""Images in class folders, either in a folder on disk or in an uncompressed tar."""
+"""Images in class folders: in a folder on disk, in an uncompressed tar, or in a zip."""
 
 import errno
 import os
 import posixpath
 import sys
+import zipfile
 from array import array
-from collections.abc import Iterable, Iterator, MutableSequence
+from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -13,35 +15,78 @@ from pathlib import Path
 from ..common import UserError
 from ..shards.archives import TOO_LONG, clean_key, image_members, is_image, is_long, open_tar, refuse_url
 from .base import Item, Source, modified_ns, raise_if_gone, read_range
+from .zips import read_zipped, zip_images
 
 CLASS_LEVELS = ("first", "last", "none")
 
 
-def folder_source(path: Path, class_level: str | None = None) -> Source:
-    """Class folders below a folder or in an uncompressed tar.
+class AmbiguousClasses(UserError):
+    """Nested folders do not say which of them are the classes."""
 
-    Images at the top level have no class. Links are followed in a folder and refused in a tar.
+
+@dataclass(frozen=True)
+class Listing:
+    """Images below a folder or in an archive, in the order of a walk through the folder."""
+
+    name: str
+    files: list[tuple[str, tuple]]
+    """(POSIX path, address) of each image; an address ends with the size in bytes."""
+    read: Callable[..., bytes]
+    left_out: list[tuple[str, str]]
+    modified: Sequence[int]
+    """See `Source`."""
+
+    def source(self, items: list[Item], with_left_out: bool = True, classes: list[str] | None = None) -> Source:
+        """Source of some of the images, which lists the files that were left out or not."""
+        left_out = self.left_out if with_left_out else []
+        return Source(self.name, items, self.read, classes, left_out, modified=self.modified)
+
+
+def folder_source(path: Path, class_level: str | None = None) -> Source:
+    """Class folders below a folder, in an uncompressed tar, or in a zip.
+
+    Images at the top level have no class. Links are followed in a folder and refused in an archive. The same images
+    give the same shards in each form.
 
     Args:
-        path: folder or tar.
+        path: folder, tar or zip.
         class_level: see `named`.
 
     Raises:
-        UserError: the folder or tar does not exist, the tar is damaged or holds links or paths that lead out of it,
-            the classes are ambiguous, or two images have the same key.
+        UserError: as `list_images`; the classes are ambiguous, or two images have the same key.
+    """
+    listing = list_images(path)
+    return listing.source(named(listing.files, class_level))
+
+
+def list_images(path: Path) -> Listing:
+    """List the images in a folder, tar or zip.
+
+    Raises:
+        UserError: it does not exist, or can't be read; the archive is damaged, or holds links or paths that lead out
+            of it.
     """
     refuse_url(path)
     if not path.exists():
-        raise UserError(f"{path} does not exist; use the folder or tar that holds the images.")
+        raise UserError(f"{path} does not exist; use the folder, tar or zip that holds the images.")
     left_out: list[tuple[str, str]] = []
     if path.is_dir():
         modified = array("q")
-        items = named(_files_below(path, left_out, modified), class_level)
-        return Source(path.resolve().name, items, partial(read_file, path), left_out=left_out, modified=modified)
-    with open_tar(path) as tar:
-        files = ((member.name, (member.offset_data, member.size)) for member in image_members(tar, path, left_out))
-        items = named(files, class_level)
-    return Source(path.stem, items, partial(read_range, path), left_out=left_out, modified=modified_ns([path]))
+        files = list(files_below(path, left_out, modified))
+        return Listing(path.resolve().name, files, partial(read_file, path), left_out, modified)
+    if path.suffix.lower() == ".zip" or zipfile.is_zipfile(path):
+        files, read = zip_images(path, left_out), partial(read_zipped, path)
+    else:
+        with open_tar(path) as tar:
+            files = [(member.name, (member.offset_data, member.size)) for member in image_members(tar, path, left_out)]
+        read = partial(read_range, path)
+    files.sort(key=lambda file: parts_of(file[0]))
+    return Listing(path.stem, files, read, left_out, modified_ns([path]))
+
+
+def parts_of(name: str) -> list[str]:
+    """Folders and file of a POSIX path."""
+    return [part for part in name.split("/") if part not in ("", ".", "..")]
 
 
 def read_file(root: Path, name: str, size: int) -> bytes:
@@ -53,13 +98,16 @@ def read_file(root: Path, name: str, size: int) -> bytes:
         raise
 
 
-def _files_below(
+def files_below(
     folder: Path, left_out: list[tuple[str, str]], modified: MutableSequence[int]
 ) -> Iterator[tuple[str, tuple[str, int]]]:
     """Yield (relative path, (relative path, size in bytes)) of the images below a folder, in sorted order.
 
     Links are followed unless they lead back to a folder above them. `left_out` receives (name, reason) of images that
     cannot be used, `modified` the modification time (ns) of each image.
+
+    Raises:
+        UserError: a folder may not be listed.
     """
 
     def walk(at: str | Path, prefix: str, above: frozenset) -> Iterator[tuple[str, tuple[str, int]]]:
@@ -90,7 +138,12 @@ def _files_below(
             else:
                 left_out.append((name, "a link that leads nowhere, or not a plain file"))
 
-    return walk(folder, "", frozenset())
+    try:
+        yield from walk(folder, "", frozenset())
+    except PermissionError as error:
+        raise UserError(
+            f"{error.filename} can't be read ({error.strerror}); change its permissions, or move it out of {folder}."
+        ) from error
 
 
 def named(files: Iterable[tuple[str, tuple]], class_level: str | None = None) -> list[Item]:
@@ -110,7 +163,7 @@ def named(files: Iterable[tuple[str, tuple]], class_level: str | None = None) ->
     """
     items, folders = [], {}
     for name, address in files:
-        *parents, file = (part for part in clean_key(name).split("/") if part not in ("", ".", ".."))
+        *parents, file = parts_of(clean_key(name))
         folder = "/".join(parents)
         items.append((folders.setdefault(folder, folder), file, address))  # one string per folder saves memory
     classes = _classes_of_folders([folder for folder in folders if folder], class_level)
@@ -140,7 +193,7 @@ def _classes_of_folders(folders: list[str], level: str | None) -> dict[str, str]
     last = {folder: path[-1] for folder, path in paths.items()}
     if level is None and first != last and len(set(first.values())) < len(folders):
         one, other = next(pair for pair in pairwise(sorted(folders)) if first[pair[0]] == first[pair[1]])
-        raise UserError(
+        raise AmbiguousClasses(
             f"The class of the images in {one} and {other} is ambiguous; use `convert folder` with --class-level "
             "first, last or none."
         )

@@ -23,9 +23,10 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from ..common import UserError, file_sha256, progress_bar
-from ..images import DecodeError
+from ..images import DecodeError, decode
 from ..shards.format import Sample, index_name, shard_entry, write_shard
 from .base import Item
+from .measure import channel_moments
 
 REFRESH_S = 0.2
 
@@ -43,6 +44,8 @@ class ShardWriter:
     split: str
     plan: str
     """Digest of the plan; records of shards written under another plan are ignored."""
+    measured: int
+    """Number of images per shard, the first ones, whose colors are measured."""
 
     def _work(self, number: int, suffix: str) -> Path:
         return self.partial / "work" / f"{self.split}-{number:06d}.{suffix}"
@@ -58,7 +61,8 @@ class ShardWriter:
         try:
             entry = json.loads(self._work(number, "json").read_text())
             exists = tar.stat().st_size == entry["shard"]["bytes"] and index.exists()
-            return entry if exists and entry["plan"] == self.plan and isinstance(entry["rejected"], list) else None
+            valid = exists and entry["plan"] == self.plan and isinstance(entry["rejected"], list)
+            return entry if valid and isinstance(entry["moments"], list) else None
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 
@@ -83,7 +87,7 @@ class ShardWriter:
             OSError: the shard cannot be written.
             UserError: the source has disappeared.
         """
-        tar, rejected = self._work(number, "tar"), []
+        tar, rejected, moments = self._work(number, "tar"), [], []
         index, entry = tar.with_name(index_name(tar.name)), self._work(number, "json.writing")
         with suppress(Timeout), FileLock(self._work(number, "lock"), timeout=-1 if wait else 0):
             if self._is_intact(number):
@@ -92,8 +96,9 @@ class ShardWriter:
                 return
             self._work(number, "json").unlink(missing_ok=True)
             try:
-                shard = write_shard(tar.parent, tar.name, self._samples(items, rejected, tally))
-                entry.write_text(json.dumps({"plan": self.plan, "shard": shard, "rejected": rejected}))
+                shard = write_shard(tar.parent, tar.name, self._samples(items, rejected, moments, tally))
+                record = {"plan": self.plan, "shard": shard, "rejected": rejected, "moments": moments}
+                entry.write_text(json.dumps(record))
                 for file in index, tar:
                     os.replace(file, self.partial / "shards" / file.name)
                 os.replace(entry, self._work(number, "json"))  # last, because it marks the shard as finished
@@ -102,7 +107,9 @@ class ShardWriter:
                     for file in tar, index, entry:
                         file.unlink(missing_ok=True)
 
-    def _samples(self, items: list[Item], rejected: list[tuple[str, str]], tally: Callable) -> Iterator[Sample]:
+    def _samples(
+        self, items: list[Item], rejected: list[tuple[str, str]], moments: list[list[float]], tally: Callable
+    ) -> Iterator[Sample]:
         for label, key, address in items:
             encoded = b""
             try:
@@ -111,12 +118,21 @@ class ShardWriter:
             except (DecodeError, OSError) as error:
                 rejected.append((key, str(error)))
             else:
+                # a truncated image has no pixels; without verification it is stored all the same
+                if len(moments) < self.measured and (pixels := decode(stored)) is not None:
+                    moments.append(channel_moments(pixels))
                 yield Sample(key, form, stored, self.labels[label])
             tally(len(encoded))
 
 
 def write_shards(
-    writer: ShardWriter, tasks: list[tuple[int, list[Item]]], workers: int, title: str, wait_for_others: bool = False
+    writer: ShardWriter,
+    tasks: list[tuple[int, list[Item]]],
+    workers: int,
+    title: str,
+    *,
+    wait_for_others: bool = False,
+    threads: bool = False,
 ) -> None:
     """Write shards with several workers and a progress bar.
 
@@ -126,6 +142,7 @@ def write_shards(
         workers: number of processes; 1 uses a thread of the current process.
         title: text in front of the bar.
         wait_for_others: see `wait` in `ShardWriter.write`.
+        threads: use threads of the current process instead, which works in programs that cannot be imported.
 
     Raises:
         OSError: a shard cannot be written.
@@ -136,10 +153,11 @@ def write_shards(
     # spawned on every platform, because a forked copy of a process with threads may hang
     context = multiprocessing.get_context("spawn")
     shared = context.Array("q", 3)  # number of images, bytes, whether to stop
-    if min(workers, len(tasks)) == 1:
-        pool = ThreadPoolExecutor(1, initializer=_start_worker, initargs=(writer, shared))
+    workers = min(workers, len(tasks))
+    if threads or workers == 1:
+        pool = ThreadPoolExecutor(workers, initializer=_start_worker, initargs=(writer, shared))
     else:
-        pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _start_process, (writer, shared))
+        pool = ProcessPoolExecutor(workers, context, _start_process, (writer, shared))
     started, images = time.monotonic(), sum(len(items) for _, items in tasks)
     with pool, progress_bar(images, title, fields="{task.fields[rate]}", rate="") as update:
         try:

@@ -31,8 +31,10 @@ from ..common import UserError
 from ..images import QUALITY, prepare
 from ..philox import uniforms
 from ..shards.dataset import ShardSet, open_shards
+from ..shards.duplicates import identical, size_and_crc
 from ..shards.format import index_name, write_manifest
-from .base import Source
+from .base import Source, read_range
+from .measure import MEASURED_IMAGES, measure
 from .shard_writer import ShardWriter, write_shards
 
 SAMPLES_PER_SHARD = 1024
@@ -51,6 +53,7 @@ def write_split(
     short_side: int | None = None,
     quality: int = QUALITY,
     workers: int = 1,
+    threads: bool = False,
     part: tuple[int, int] = (1, 1),
 ) -> ShardSet | None:
     """Write OUT/<split>, or resume an interrupted call with the same arguments.
@@ -65,6 +68,7 @@ def write_split(
         samples_per_shard: number of source images per shard; unreadable ones are missing from the shard.
         verify, short_side, quality: see `pipeline.images.prepare`.
         workers: number of processes; 1 uses the current process.
+        threads: use threads instead of processes.
         part: (i, n) writes the i-th of n shares of the shards, i from 1. The call that finds all shards written
             verifies their checksums and completes the split.
 
@@ -96,17 +100,20 @@ def write_split(
             process = partial(prepare, verify=verify, short_side=short_side, quality=quality)
             labels = {name: number for number, name in enumerate(plan["classes"])} | {None: -1}
             digest = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
-            writer = ShardWriter(source.read, process, labels, unfinished, split, digest)
+            shards = -(-len(source.items) // samples_per_shard)
+            measured = -(-MEASURED_IMAGES // shards)
+            writer = ShardWriter(source.read, process, labels, unfinished, split, digest, measured)
             order = np.argsort(uniforms(seed, 0, np.arange(len(source.items)), WRITING_STREAM, 1)[:, 0], kind="stable")
             slices = (order[first : first + samples_per_shard] for first in range(0, len(order), samples_per_shard))
             tasks = [(number, [source.items[item] for item in chosen]) for number, chosen in enumerate(slices)]
-            write_shards(writer, tasks[part[0] - 1 :: part[1]], workers, f"{source.name} {split}")
+            write_shards(writer, tasks[part[0] - 1 :: part[1]], workers, f"{source.name} {split}", threads=threads)
             if all(writer.entry(number) for number, _ in tasks):
                 with FileLock(unfinished / "lock"):
                     if not target.exists():
                         # a crash or a failing disk may have damaged what other parts have written
                         others = [task for task in tasks if task[0] % part[1] != part[0] - 1]
-                        write_shards(writer, others, workers, f"{source.name} {split}: check", wait_for_others=True)
+                        title = f"{source.name} {split}: check"
+                        write_shards(writer, others, workers, title, wait_for_others=True, threads=threads)
                         _finish(target, unfinished, plan, source, [writer.entry(number) for number, _ in tasks])
     except OSError as error:
         if not target.exists():  # otherwise another process has just completed it
@@ -251,21 +258,60 @@ def _finish(
         name, reason = rejected[0]
         raise UserError(f"No image of {source.name} could be read ({name}: {reason}); use another source.")
     folder = unfinished / "shards"
-    counts = np.zeros(len(plan["classes"]), np.int64)
-    for tar in (entry["shard"]["file"] for entry in entries):
-        labels = np.load(folder / index_name(tar))["label"]
+    counts, parts = np.zeros(len(plan["classes"]), np.int64), []
+    for entry in entries:
+        tar, rows = entry["shard"]["file"], np.load(folder / index_name(entry["shard"]["file"]))
+        labels = rows["label"]
         counts += np.bincount(labels[labels >= 0], minlength=len(counts))
-        if not len(labels):  # many readers fail on an empty tar
+        if len(rows):
+            parts.append(rows)
+        else:  # many readers fail on an empty tar
             (folder / tar).unlink()
             (folder / index_name(tar)).unlink()
-    with open(folder / "rejected.csv", "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        csv.writer(file, lineterminator="\n").writerows([("name", "reason"), *rejected])
+    copies = _copies(folder, [shard["file"] for shard in shards], parts)
+    _write_csv(folder / "rejected.csv", [("name", "reason"), *rejected])
+    if copies:
+        _write_csv(folder / "duplicates.csv", [("name", "copy of"), *copies])
     manifest = {name: value for name, value in plan.items() if name != "modified_sha256"} | {
         "class_counts": counts.tolist(),
         "samples": sum(shard["samples"] for shard in shards),
         "rejected": len(rejected),
+        "statistics": {
+            **measure([row for entry in entries for row in entry["moments"]], parts),
+            "duplicates": len(copies),
+        },
         "shards": shards,
     }
     write_manifest(LocalFileSystem(), str(folder), manifest)
     os.replace(folder, target)
     shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _copies(folder: Path, tars: list[str], parts: list[np.ndarray]) -> list[tuple[str, str]]:
+    """(key, key of the first) of all images with the same bytes as an earlier one.
+
+    Args:
+        folder: folder of the tars.
+        tars: names of the tars.
+        parts: (n,) index rows of each.
+    """
+    starts = np.cumsum([0] + [len(rows) for rows in parts])
+
+    def row(position: int) -> tuple[str, np.void]:
+        shard = int(np.searchsorted(starts, position, side="right")) - 1
+        return tars[shard], parts[shard][position - starts[shard]]
+
+    def read(position: int) -> bytes:
+        tar, found = row(position)
+        return read_range(folder / tar, int(found["offset"]), int(found["size"]))
+
+    def key(position: int) -> str:
+        return row(position)[1]["key"].decode()
+
+    groups = identical(np.concatenate([size_and_crc(rows) for rows in parts]), read)
+    return [(key(copy), key(first)) for first, *copies in groups for copy in copies]
+
+
+def _write_csv(file: Path, rows: list[tuple[str, str]]) -> None:
+    with open(file, "w", newline="", encoding="utf-8", errors="backslashreplace") as out:
+        csv.writer(out, lineterminator="\n").writerows(rows)

@@ -22,7 +22,9 @@ class LoaderConfig:
     node_groups: int = 1
     """Number of node groups, each reading its own part of the shards in an epoch; for remote data on many nodes."""
     cache_gb: float = 50
-    """Disk space in GB for shards of a remote --data, in $STREAMCLR_CACHE or ~/.cache/streamclr; shared by ranks."""
+    """Disk space in GB for shards of a remote --data; shared by ranks."""
+    cache_dir: str = ""
+    """Folder for shards of a remote --data and of images; default: $STREAMCLR_CACHE or ~/.cache/streamclr."""
 
     def __post_init__(self) -> None:
         check_range("--loader.workers", self.workers, 0, 1024)
@@ -37,5 +39,5 @@ class LoaderConfig:
         return self.workers or available_cores()
 
     def cache(self) -> ShardCache:
-        """Create the cache for shards of remote sets."""
-        return ShardCache(limit_bytes=round(self.cache_gb * 1e9))
+        """Create the cache for shards of remote sets and of images."""
+        return ShardCache(self.cache_dir or None, limit_bytes=round(self.cache_gb * 1e9))

@@ -2,7 +2,7 @@
 
     python -m pipeline.shards index ROOT     index WebDataset tars that were not written by pipeline.convert
     python -m pipeline.shards verify ROOT    compare every file with its checksum
-    python -m pipeline.shards show ROOT      print classes and image sizes
+    python -m pipeline.shards show ROOT      print classes, image sizes, colors and copies
 
 If one folder, such as hf://datasets/OWNER/NAME, holds X-train-*.tar and X-validation-*.tar, each split is indexed.
 The index of such a split, and of a set in a read-only location such as an http:// address, is kept in the local cache

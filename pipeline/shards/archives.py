@@ -125,9 +125,14 @@ def _refuse_unsafe(member: tarfile.TarInfo, path: Path | str) -> None:
             f"{path} holds {member.name}, a link to {member.linkname}, and links in a tar are not followed: "
             "pack the files themselves with `tar --dereference --hard-dereference`."
         )
-    if member.name.startswith("/") or ".." in member.name.split("/"):
+    refuse_leading_out(member.name, path)
+
+
+def refuse_leading_out(name: str, path: Path | str) -> None:
+    """Refuse the archive `path` if the name of a member is absolute or leads to a folder above."""
+    if name.startswith("/") or re.match("[A-Za-z]:", name) or ".." in name.split("/"):
         raise UserError(
-            f"{path} holds {member.name}, a path that leads out of it: pack the folder again from inside, "
+            f"{path} holds {name}, a path that leads out of it: pack the folder again from inside, "
             "or download the archive from a trusted source."
         )
 

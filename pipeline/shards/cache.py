@@ -208,6 +208,11 @@ class ShardCache:
                 partial.touch()
             return excess <= 0
 
+    def leased(self) -> set[str]:
+        """What the leases of live processes hold."""
+        with self._locked("lock"):
+            return self._leased()
+
     def _leased(self) -> set[str]:
         """Checksums in the leases of live processes; removes those of ended ones; must be called under the lock."""
         leased: set[str] = set()

@@ -41,7 +41,7 @@ FILE_NAME = re.compile(r"(?!\.\.?$)[^/\\\0]+")
 ALL_TARS = "*.tar"
 SPLIT_TARS = {"train": "*-train-*.tar", "val": "*-validation-*.tar", "test": "*-test-*.tar"}
 """Split -> names of its tars in a folder that holds the tars of all splits."""
-OPTIONAL_KEYS = {"name": str, "split": str, "made_by": dict, "left_out": list, "rejected": int}
+OPTIONAL_KEYS = {"name": str, "split": str, "made_by": dict, "left_out": list, "rejected": int, "statistics": dict}
 
 
 @dataclass(frozen=True)

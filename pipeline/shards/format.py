@@ -24,6 +24,9 @@ READ_WHOLE = 16
 ROWS = 1 << 20
 """Index rows to process at a time, since an index may exceed the memory."""
 
+SHORT_SIDE_PX = np.array([0, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048])
+"""Lower bounds of the ranges in which short sides are counted."""
+
 
 def index_dtype(key_length: int) -> np.dtype:
     """Index row of one sample.
@@ -98,6 +101,16 @@ def npy_bytes(array: np.ndarray) -> bytes:
 def index_rows(rows: list[tuple]) -> np.ndarray:
     """(N,) array of `index_dtype`, with the key field as wide as the longest key."""
     return np.array(rows, index_dtype(max((len(row[0]) for row in rows), default=1)))
+
+
+def range_counts(values: np.ndarray, lowest: np.ndarray) -> np.ndarray:
+    """(R,) int64: how many of the values lie in each range, given the (R,) lower bounds of the ranges."""
+    return np.bincount(np.searchsorted(lowest, values, side="right") - 1, minlength=len(lowest))
+
+
+def short_side_counts(rows: np.ndarray) -> np.ndarray:
+    """Number of images in each range of `SHORT_SIDE_PX`, from (N,) index rows."""
+    return range_counts(np.minimum(rows["height"], rows["width"]), SHORT_SIDE_PX)
 
 
 def write_manifest(fs: AbstractFileSystem, path: str, manifest: dict[str, Any]) -> None:

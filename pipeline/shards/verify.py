@@ -4,7 +4,7 @@ import hashlib
 import zlib
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from fsspec.spec import AbstractFileSystem
@@ -14,12 +14,12 @@ from rich.table import Table
 from ..common import UserError
 from .cache import ShardCache
 from .dataset import ShardSet, folder_and_tars, label_fault, list_tars, open_shards, split_roots
-from .format import ROWS, index_name
+from .duplicates import shared_images
+from .format import ROWS, SHORT_SIDE_PX, index_name, range_counts, short_side_counts
 from .remote import filesystem
 
 SHOWN_ROWS = 20
 BAR_WIDTH = 40
-SHORT_SIDE_PX = np.array([0, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048])
 ENCODED_KB = np.array([0, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096])
 REMEDY = "copy it again or run `python -m pipeline.shards index`"
 
@@ -37,10 +37,12 @@ def verify(root: str) -> dict[str, list[str]]:
 
 def show(root: str) -> tuple[list[Table], list[str]]:
     """Tables of all splits of a folder, or of one shard set, and the problems of those that can't be opened."""
-    tables, problems = [], []
+    tables, problems, train = [], [], None
     for split in split_roots(root):
         try:
-            tables += summarize(open_shards(split))
+            shards = open_shards(split)
+            tables += summarize(shards, train)
+            train = train or shards
         except UserError as error:
             problems.append(str(error))
     return tables, problems
@@ -101,8 +103,12 @@ def _is_bad(file: BinaryIO, row: np.void) -> bool:
     return zlib.crc32(file.read(int(row["size"]))) != row["crc32"]
 
 
-def summarize(shards: ShardSet) -> list[Table]:
+def summarize(shards: ShardSet, train: ShardSet | None = None) -> list[Table]:
     """Tables of totals, class counts (largest and smallest), short sides and encoded sizes.
+
+    Args:
+        shards: the set.
+        train: train split of a test split, whose images are looked for in it.
 
     Raises:
         UserError: there are labels without a class.
@@ -115,24 +121,22 @@ def summarize(shards: ShardSet) -> list[Table]:
     for first in range(0, len(shards), ROWS):
         rows = shards.index[first : first + ROWS]
         classes += np.bincount(np.where(rows["label"] < 0, len(classes) - 1, rows["label"]), minlength=len(classes))
-        sides += _counts(np.minimum(rows["height"], rows["width"]), SHORT_SIDE_PX)
-        sizes += _counts(rows["size"] / 1000, ENCODED_KB)
+        sides += short_side_counts(rows)
+        sizes += range_counts(rows["size"] / 1000, ENCODED_KB)
         encoded_bytes += int(rows["size"].sum())
     order = np.argsort(-classes[:-1], kind="stable")
     return [
-        _totals(shards, encoded_bytes, int(classes[-1])),
+        _totals(shards, encoded_bytes, classes, train),
         _table("class", [shards.classes[label] for label in order], classes[order]),
         _histogram("short side, px", SHORT_SIDE_PX, sides),
         _histogram("encoded image, kB", ENCODED_KB, sizes),
     ]
 
 
-def _counts(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    return np.bincount(np.searchsorted(edges, values, side="right") - 1, minlength=len(edges))
-
-
-def _totals(shards: ShardSet, encoded_bytes: int, unlabeled: int) -> Table:
-    manifest = shards.manifest
+def _totals(shards: ShardSet, encoded_bytes: int, classes: np.ndarray, train: ShardSet | None) -> Table:
+    """Table of totals; the last of `classes` counts unlabeled images."""
+    manifest, statistics = shards.manifest, shards.manifest.get("statistics", {})
+    *classes, unlabeled = classes.tolist()
     left_out = manifest.get("rejected", len(manifest.get("left_out", [])))
     counts = np.diff(shards.shard_starts)
     tar_bytes = sum(shard["bytes"] for shard in manifest["shards"])
@@ -143,12 +147,25 @@ def _totals(shards: ShardSet, encoded_bytes: int, unlabeled: int) -> Table:
         "shards": f"{len(counts):,} with {counts.min():,} to {counts.max():,} images",
         "bytes": f"{tar_bytes / 1e9:,.3f} GB, of which {encoded_bytes / 1e9:,.3f} GB are images "
         f"({encoded_bytes / max(len(shards), 1) / 1e3:,.1f} kB each)",
+        "classes": f"{len(classes)} with {min(classes):,} to {max(classes):,} images" if classes else "",
+        **_measured(statistics),
+        "also in train": "" if train is None else f"{len(shared_images(shards, train)):,} images, byte for byte",
         "created by": ", ".join(f"{key} {value}" for key, value in manifest.get("made_by", {}).items()),
         "index": "" if shards.index_root == shards.root else shards.index_root,
     }.items():
         if value:
             table.add_row(name, escape(value))
     return table
+
+
+def _measured(statistics: dict[str, Any]) -> dict[str, str]:
+    """Rows of the statistics that the conversion stored; older versions stored none."""
+    rows = {"copies": f"{statistics['duplicates']:,} images, byte for byte" if "duplicates" in statistics else ""}
+    for name in "mean", "std":
+        if name in statistics:
+            values = ", ".join(f"{value:.4f}" for value in statistics[name])
+            rows[name] = f"{values} (RGB in 0..1, {statistics['measured_images']:,} images)"
+    return rows
 
 
 def _histogram(title: str, edges: np.ndarray, counts: np.ndarray) -> Table:
