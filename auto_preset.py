@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich import box
 from rich.table import Table
 
 from common import available_cores
 from config import DistillConfig, FinetuneConfig, PretrainConfig, StageConfig
-from engine.dry_run import duration
 from engine.session import computes_in_bf16
 from pipeline.shards.dataset import ShardSet, open_splits
 
@@ -293,8 +293,8 @@ def choose_classifier(config: FinetuneConfig, facts: Facts, fixed: Mapping[str, 
 
 def describe_data(choose: Choices, facts: Facts) -> None:
     """State the facts in the first row of the table."""
-    labels = f"{facts.labeled:,} labels of {facts.classes} classes" if facts.labeled else "no labels"
-    choose.reasons["data"] = f"{facts.images:,} images, {facts.side_px} px (shorter side), {labels}; {facts.machine}"
+    labels = f"labels: {facts.labeled:,}, classes: {facts.classes}"
+    choose.reasons["data"] = f"{facts.images:,} images of {facts.side_px} px, {labels}; {facts.machine}"
 
 
 def choose_view_size(choose: Choices, facts: Facts) -> int:
@@ -326,7 +326,7 @@ def choose_encoder(choose: Choices, facts: Facts, least_epochs: float, views: in
     fast_enough = (each for each in larger if fitting_epochs(config_with(*each), facts, views) >= least_epochs)
     width, stem = next(fast_enough, smallest)
     choose("encoder.name", "resnet18", "the smallest ResNet, for a CPU")
-    why = f"the largest that sees each image {least_epochs:.0f} times in {duration(CPU_TIME_S)}"
+    why = f"the largest that sees each image {least_epochs:.0f} times in {rounded(CPU_TIME_S)}"
     choose("encoder.width", width, "the smallest" if (width, stem) == smallest else why)
     choose("encoder.stem", stem, "small for views of up to 64 px" if stem == "auto" else "the faster one")
 
@@ -339,9 +339,9 @@ def choose_epochs(choose: Choices, facts: Facts, wanted: int, why: str, views: i
         return
     fitting = max(int(fitting_epochs(choose.config, facts, views)), 10)
     if fitting < wanted:
-        wanted, why = fitting, f"as many as take {duration(CPU_TIME_S)} on this CPU, but at least 10"
+        wanted, why = fitting, f"as many as take {rounded(CPU_TIME_S)} on this CPU, but at least 10"
     epochs, rate = choose("epochs", wanted, why), images_per_s(choose.config, facts, views)
-    time = f"about {duration(epochs * facts.images / rate)} of training at {rate:,.0f} images/s"
+    time = f"about {rounded(epochs * facts.images / rate)} of training at {rate:,.0f} images/s"
     choose.reasons[TIME] = f"{time}, estimated from an EPYC (Zen 5); --dry-run measures it"
 
 
@@ -380,6 +380,13 @@ def images_per_s(config: StageConfig, facts: Facts, views: int) -> float:
     return 1000 * facts.cores * facts.processes / (decode_ms + views * (view_ms + step_ms))
 
 
+def rounded(seconds: float) -> str:
+    """An estimated time, such as "8 min", "3.5 h" or "2.0 days"."""
+    if seconds < 2 * 3600:
+        return f"{max(math.ceil(seconds / 60), 1)} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+
+
 def fitting_epochs(config: StageConfig, facts: Facts, views: int) -> float:
     """Epochs that fit into `CPU_TIME_S`."""
     return CPU_TIME_S * images_per_s(config, facts, views) / facts.images
@@ -390,7 +397,7 @@ def fitting_epochs(config: StageConfig, facts: Facts, views: int) -> float:
 
 def choices_table(config: StageConfig) -> Table:
     """Every choice of `config` with its value and reason, to be printed."""
-    table = Table("option", "value", "reason", title="--preset auto", title_justify="left")
+    table = Table("option", "value", "reason", title="--preset auto", title_justify="left", box=box.SIMPLE)
     for option, reason in config.reasons.items():
         if option == TIME:
             table.add_row(TIME, "", reason)
