@@ -22,9 +22,9 @@ from pipeline.shards.dataset import ShardSet, open_splits
 
 SMALL_PX = 64
 """Largest views that get the small stem and the augmentation of small images."""
-CPU_TIME_S = 3600
-"""Time that a run on CPUs should take, unless ten epochs need more."""
-CPU_CORE_GMACS = {True: 90, False: 48}
+CPU_TIME_S, LEAST_EPOCHS = 3600, 10
+"""Time that a run on CPUs should take, unless so many epochs need more."""
+CPU_CORE_GMACS = {True: 90, False: 55}
 """Multiply-adds of convolutions per second and core in 1e9, in bf16 and fp32: ResNet-18 on an EPYC (Zen 5)."""
 NETWORKS = {  # of one view of 224 px, counted: GMAC of a forward pass, and MB in bf16 that autograd keeps of it
     "resnet18": (1.81, 11.9),
@@ -37,8 +37,8 @@ DEEP = ("resnet50", "resnet101", "resnet152")
 """Encoders that are trained as in the papers."""
 PASSES = ((10_000, 1000), (100_000, 500), (1_000_000, 200), (math.inf, 100))
 """Epochs of pretraining for fewer than so many images, where time does not limit them; 100 as in arXiv 2002.05709."""
-TIME = "expected time"
-"""Name of the row of the table that states how long a run takes."""
+DATA, TIME = "data set", "expected time"
+"""Rows of the table that are not options."""
 BLOCK = 4096
 """Rows of the index that are read at a time for the facts; large indexes are memory-mapped."""
 
@@ -170,7 +170,7 @@ def choose_pretraining(config: PretrainConfig, facts: Facts, fixed: Mapping[str,
     size = choose_view_size(choose, facts)
     small = size <= SMALL_PX
     limit, epochs = next((limit, epochs) for limit, epochs in PASSES if facts.images < limit)
-    choose_encoder(choose, facts, least_epochs=epochs / 20, views=2)
+    choose_encoder(choose, facts, max(epochs / 20, LEAST_EPOCHS), views=2)
     encoder = choose.config.encoder
     deep = encoder.name in DEEP
 
@@ -190,8 +190,8 @@ def choose_pretraining(config: PretrainConfig, facts: Facts, fixed: Mapping[str,
     batch = choose("batch_size", divisible(largest, facts.processes), why)
     if gpu and batch > fits * facts.processes:
         choose("micro_batch", max(fits // 8 * 8, 2), f"{memory}; the loss still sees the whole batch")
-    few = limit <= PASSES[-2][0]
-    choose_epochs(choose, facts, epochs, f"fewer than {limit:,} images" if few else "as in the paper", views=2)
+    why = "as in the paper" if epochs == 100 else f"fewer than {limit:,} images"
+    choose_epochs(choose, facts, epochs, why, views=2)
 
     if small:
         choose("views.crop_area", (0.2, 1.0), "measured on CIFAR-10: small images lose their content in smaller crops")
@@ -248,7 +248,7 @@ def choose_classifier(config: FinetuneConfig, facts: Facts, fixed: Mapping[str, 
         fraction = choose("labels.fraction", 1.0, "all labels of the data set")
         images = round(facts.labeled * fraction)
         epochs = 100 if images < 10_000 else 30
-    choose_encoder(choose, facts, least_epochs=epochs / 5, views=1)
+    choose_encoder(choose, facts, max(epochs / 5, LEAST_EPOCHS), views=1)
     encoder = choose.config.encoder
     deep = encoder.name in DEEP
 
@@ -262,7 +262,7 @@ def choose_classifier(config: FinetuneConfig, facts: Facts, fixed: Mapping[str, 
     if largest > images / 4:
         largest, why = max(images / 4, 2), "four steps an epoch"
     choose("batch_size", divisible(largest, facts.processes), why)
-    choose_epochs(choose, facts, epochs, f"{images:,} images", views=1)
+    choose_epochs(choose, facts, epochs, f"{'at least' if images >= 10_000 else 'fewer than'} 10,000 images", views=1)
 
     if not deep:
         base = 5e-4 if distills else 7.5e-4
@@ -294,7 +294,7 @@ def choose_classifier(config: FinetuneConfig, facts: Facts, fixed: Mapping[str, 
 def describe_data(choose: Choices, facts: Facts) -> None:
     """State the facts in the first row of the table."""
     labels = f"labels: {facts.labeled:,}, classes: {facts.classes}"
-    choose.reasons["data"] = f"{facts.images:,} images of {facts.side_px} px, {labels}; {facts.machine}"
+    choose.reasons[DATA] = f"{facts.images:,} images of {facts.side_px} px, {labels}; {facts.machine}"
 
 
 def choose_view_size(choose: Choices, facts: Facts) -> int:
@@ -307,25 +307,32 @@ def choose_view_size(choose: Choices, facts: Facts) -> int:
 
 def choose_encoder(choose: Choices, facts: Facts, least_epochs: float, views: int) -> None:
     """Encoder: by images and memory on a GPU; the largest that `CPU_TIME_S` allows for `least_epochs` on a CPU."""
-    if fixed := [option for option in choose.fixed if option.startswith("encoder.")]:
-        for option in fixed:  # an option of a network that was chosen for another reason may not fit it
-            choose(option, None, "")
-        return
     if facts.device == "cuda":
         many, memory = facts.images >= 100_000 and choose.config.views.size > SMALL_PX, f"{facts.memory_gb:.0f} GB"
         if many and facts.memory_gb >= 12:
             choose("encoder.name", "resnet50", "at least 100,000 images above 64 px: the encoder of the paper")
         else:
             choose("encoder.name", "resnet18", f"for a GPU of {memory}" if many else "few or small images")
-        return
+    else:
+        choose("encoder.name", "resnet18", "the smallest ResNet, for a CPU")
+    if part := [option for option in ("encoder.name", "encoder.width", "encoder.stem") if option in choose.fixed]:
+        for option in part:  # what is not given keeps its default, because it may not suit a given encoder
+            choose(option, None, "")
+    elif facts.device != "cuda":
+        choose_width(choose, facts, least_epochs, views)
 
-    def config_with(width: float, stem: str) -> StageConfig:
-        return replace(choose.config, encoder=replace(choose.config.encoder, name="resnet18", width=width, stem=stem))
 
-    *larger, smallest = ((1.0, "auto"), (0.5, "auto"), (0.25, "auto"), (0.25, "standard"))
-    fast_enough = (each for each in larger if fitting_epochs(config_with(*each), facts, views) >= least_epochs)
-    width, stem = next(fast_enough, smallest)
-    choose("encoder.name", "resnet18", "the smallest ResNet, for a CPU")
+def choose_width(choose: Choices, facts: Facts, least_epochs: float, views: int) -> None:
+    """The widest ResNet-18 that `CPU_TIME_S` allows for `least_epochs`; the last resort is the standard stem."""
+
+    def seen(width: float, stem: str) -> float:
+        encoder = replace(choose.config.encoder, width=width, stem=stem)
+        return fitting_epochs(replace(choose.config, encoder=encoder), facts, views)
+
+    networks = [(1.0, "auto"), (0.5, "auto"), (0.25, "auto")]
+    networks += [(0.25, "standard")] if choose.config.views.size <= SMALL_PX else []
+    *larger, smallest = networks
+    width, stem = next((each for each in larger if seen(*each) >= least_epochs), smallest)
     why = f"the largest that sees each image {least_epochs:.0f} times in {rounded(CPU_TIME_S)}"
     choose("encoder.width", width, "the smallest" if (width, stem) == smallest else why)
     choose("encoder.stem", stem, "small for views of up to 64 px" if stem == "auto" else "the faster one")
@@ -337,9 +344,9 @@ def choose_epochs(choose: Choices, facts: Facts, wanted: int, why: str, views: i
         choose("epochs", wanted, why)
         choose.reasons[TIME] = "not measured on a GPU yet; --dry-run measures it"
         return
-    fitting = max(int(fitting_epochs(choose.config, facts, views)), 10)
+    fitting = max(int(fitting_epochs(choose.config, facts, views)), LEAST_EPOCHS)
     if fitting < wanted:
-        wanted, why = fitting, f"as many as take {rounded(CPU_TIME_S)} on this CPU, but at least 10"
+        wanted, why = fitting, f"as many as take {rounded(CPU_TIME_S)} on this CPU, but at least {LEAST_EPOCHS}"
     epochs, rate = choose("epochs", wanted, why), images_per_s(choose.config, facts, views)
     time = f"about {rounded(epochs * facts.images / rate)} of training at {rate:,.0f} images/s"
     choose.reasons[TIME] = f"{time}, estimated from an EPYC (Zen 5); --dry-run measures it"
@@ -399,8 +406,8 @@ def choices_table(config: StageConfig) -> Table:
     """Every choice of `config` with its value and reason, to be printed."""
     table = Table("option", "value", "reason", title="--preset auto", title_justify="left", box=box.SIMPLE)
     for option, reason in config.reasons.items():
-        if option == TIME:
-            table.add_row(TIME, "", reason)
+        if option in (DATA, TIME):
+            table.add_row(option, "", reason)
             continue
         value = value_of(config, option)
         values = value if isinstance(value, tuple) else (value,)

@@ -291,7 +291,7 @@ def default_options(
     if name != "auto":
         return default, {}
     inherited = ["views.size", "views.mean", "views.std", "encoder.name", "encoder.width"]
-    return replace(default, encoder=encoder_of(Path(before))), dict.fromkeys(inherited, f"as in {before}")
+    return replace(default, encoder=encoder_of(Path(before))), dict.fromkeys(inherited, "as in the run to start from")
 
 
 def first_options(arguments: list[str]) -> dict[str, str | None]:

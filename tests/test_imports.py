@@ -7,19 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("pipeline", "model", "loss", "engine", "evaluation")
-ABOVE = {
-    "train",
-    "finetune",
-    "distill",
-    "evaluate",
-    "export",
-    "config",
-    "presets",
-    "auto_preset",
-    "options",
-    "bench",
-    "tests",
-}
+ABOVE = {"train", "finetune", "distill", "evaluate", "export", "config", "presets", "options", "bench", "tests"}
+ABOVE |= {"auto_preset"}
 PACKAGES = ("augment", "shards", "loader", "convert")
 """Packages of the pipeline, each with the ones it may import."""
 MAY_IMPORT = {"augment": set(), "shards": set(), "loader": {"shards", "augment"}, "convert": {"shards"}}
