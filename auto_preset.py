@@ -344,9 +344,11 @@ def choose_epochs(choose: Choices, facts: Facts, wanted: int, why: str, views: i
         choose("epochs", wanted, why)
         choose.reasons[TIME] = "not measured on a GPU yet; --dry-run measures it"
         return
-    fitting = max(int(fitting_epochs(choose.config, facts, views)), LEAST_EPOCHS)
-    if fitting < wanted:
-        wanted, why = fitting, f"as many as take {rounded(CPU_TIME_S)} on this CPU, but at least {LEAST_EPOCHS}"
+    fitting = int(fitting_epochs(choose.config, facts, views))
+    if LEAST_EPOCHS <= fitting < wanted:
+        wanted, why = fitting, f"as many as take {rounded(CPU_TIME_S)} on this CPU"
+    elif fitting < LEAST_EPOCHS < wanted:
+        wanted, why = LEAST_EPOCHS, "the fewest that are worth training"
     epochs, rate = choose("epochs", wanted, why), images_per_s(choose.config, facts, views)
     time = f"about {rounded(epochs * facts.images / rate)} of training at {rate:,.0f} images/s"
     choose.reasons[TIME] = f"{time}, estimated from an EPYC (Zen 5); --dry-run measures it"

@@ -315,13 +315,16 @@ def continued_run(chosen: dict[str, str | None]) -> Path | None:
     Raises:
         UserError: --resume names something other than a run or a checkpoint.
     """
-    if chosen["preset"] not in (None, "auto") or chosen["config"] or chosen["resume"] in ("", "none"):
+    out, resume = chosen["out"], chosen["resume"]
+    if chosen["preset"] not in (None, "auto") or chosen["config"] or resume in ("", "none"):
         return None
-    if chosen["resume"] != "auto":
-        file = checkpoint.find(Path(chosen["resume"])) / "record.json"
+    if resume != "auto":
+        file = checkpoint.find(Path(resume)) / "record.json"
+    elif out:
+        file = Path(out) / "config.json"
     else:
-        file = Path(chosen["out"] or ".") / "config.json"
-    return file if file.is_file() and read_options(file).get("preset") == "auto" else None
+        return None
+    return file if read_options(file).get("preset") == "auto" else None
 
 
 def read_options(file: Path) -> dict[str, Any]:
