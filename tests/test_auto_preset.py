@@ -102,9 +102,8 @@ def test_the_documentation_states_what_is_chosen(case):
     width = "" if encoder.width == 1 else f" x {encoder.width:g}"
     network = encoder.name.replace("resnet", "ResNet-") + width + (", standard stem" if encoder.stem != "auto" else "")
     batch = f"{config.batch_size}" + (f" in slices of {slices}" if slices else "")
-    rate = f"{optim.name.upper().replace('ADAMW', 'AdamW')} {optim.lr:g}" + (
-        " x sqrt(B)" if optim.scaling == "sqrt" else ""
-    )
+    name = {"adamw": "AdamW", "lars": "LARS"}[optim.name]
+    rate = f"{name} {optim.lr:g}" + (" x sqrt(B)" if optim.scaling == "sqrt" else "")
     temperature = f"{config.loss.temperature:g}"
     cells = [case, f"{config.views.size} px", network, batch, str(config.epochs), rate, temperature]
     assert f"| {' | '.join(cells)} |\n" in (ROOT / "docs" / "settings.md").read_text()
