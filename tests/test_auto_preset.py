@@ -111,7 +111,7 @@ def test_the_documentation_states_what_is_chosen(case):
 
 def test_augmentation_follows_the_size_of_the_views():
     small, large = (pretraining(CASES[name]).views for name in ("small images on a GPU", "photographs on eight GPUs"))
-    assert (small.crop_area, small.gray_p, small.jitter_strength, small.blur_p) == ((0.2, 1.0), 0.1, 0.5, 0.0)
+    assert (small.crop_area, small.gray_p, small.jitter_strength, small.blur_p) == ((0.2, 1.0), 0.2, 0.5, 0.0)
     assert (large.crop_area, large.gray_p, large.jitter_strength, large.blur_p) == ((0.08, 1.0), 0.2, 1.0, 0.5)
 
 
@@ -189,7 +189,7 @@ def test_the_table_shows_value_and_reason_of_each_choice(capsys):
     config = pretraining(CASES["small images on two cores"], epochs=3)
     Console(width=200).print(choices_table(config))
     printed = re.sub(" +", " ", capsys.readouterr().out)
-    assert "--views.size 32 the images have 32 px" in printed and "--views.crop-area 0.2 1 measured" in printed
+    assert "--views.size 32 the images have 32 px" in printed and "--views.crop-area 0.2 1 small images" in printed
     assert "--epochs 3 given" in printed and re.search(
         r"expected time about 4 min of training at \d+ images/s", printed
     )
@@ -302,7 +302,7 @@ def run(data, tmp_path_factory):
 def test_a_run_stores_the_reasons(run):
     record = json.loads((run / "config.json").read_text())
     assert record["preset"] == "auto" and record["reasons"]["views.size"] == "given"
-    assert record["reasons"]["loss.temperature"].startswith("measured")
+    assert record["reasons"]["loss.temperature"].startswith("used in")
 
 
 def test_a_run_that_continues_keeps_its_choices(run, data, monkeypatch, capsys):
