@@ -350,6 +350,6 @@ def train_in_rank(rank, world_size, data, out):
 
 
 def test_two_ranks_agree_although_their_machines_differ(data, tmp_path):
-    assert run_ranks(2, tmp_path, train_in_rank, data, tmp_path / "run") == [1, 2]
+    assert run_ranks(2, tmp_path, train_in_rank, data / "train", tmp_path / "run") == [1, 2]
     assert json.loads((tmp_path / "run" / "config.json").read_text())["epochs"] == 1
     assert (tmp_path / "run" / "encoder.safetensors").exists()
