@@ -6,6 +6,8 @@ Each part validates itself; a stage validates what depends on several of its par
 from dataclasses import dataclass, field, replace
 from typing import Self
 
+from tyro.conf import Fixed, Suppress
+
 from common import UserError, check_range
 from engine.checkpoint import MAY_CHANGE
 from engine.loop import MANY, LoopConfig
@@ -22,13 +24,15 @@ class StageConfig(LoopConfig):
     """Options that every stage has."""
 
     preset: str = "textures"
-    """Settings to start from; an unknown name prints the list. textures needs no data."""
+    """Settings to start from; an unknown name prints the list. Default: auto with --data, else textures."""
     config: str = field(default="", metadata=MAY_CHANGE)
     """Run folder, or its config.json, whose options to use in place of a preset's, except --out and --resume."""
     data: str = field(default="", metadata=MAY_CHANGE)
     """Images (a folder, zip or tar, in class folders or not), or shards (a folder or URL); textures renders its own."""
     loader: LoaderConfig = field(default_factory=LoaderConfig, metadata=MAY_CHANGE)
     views: AugmentConfig = field(default_factory=AugmentConfig)
+    reasons: Suppress[Fixed[dict]] = field(default_factory=dict, metadata=MAY_CHANGE)
+    """Not an option: why the auto preset chose each value, by option."""
 
     def check_complete(self) -> None:
         """Check what a preset leaves open; called once the command line has been read.

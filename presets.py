@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import re
 import shutil
 import textwrap
 from collections.abc import Callable
@@ -10,8 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
+from auto_preset import choices_table, choose_classifier, choose_pretraining, read_facts
 from common import UserError
 from config import DistillConfig, FinetuneConfig, PretrainConfig, StageConfig
+from engine import checkpoint
 from engine.optim import OptimConfig
 from evaluation.evaluator import EvalConfig
 from loss import LossConfig
@@ -20,9 +26,18 @@ from options import as_arguments, nearest, option_names, parse_options
 from pipeline.augment import AugmentConfig
 from pipeline.loader.subsets import LabelsConfig
 
-NOT_REUSED = {"out", "resume", "config", "timm_name", "timm_kwargs"}
+NOT_REUSED = {"out", "resume", "config", "reasons", "timm_name", "timm_kwargs"}
 """Entries of a config.json that belong to one run only, or are not options."""
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+
+
+def auto() -> PretrainConfig:
+    """Settings chosen for the images and the machine; every run prints them with their reasons.
+
+    Command: `accelerate launch train.py --data SHARDS`. Cost: on CPUs about an hour, or ten epochs; the run states the
+    time that it expects. Accuracy: see docs/settings.md.
+    """
+    return PretrainConfig(preset="auto")
 
 
 def textures() -> PretrainConfig:
@@ -106,6 +121,14 @@ def crop_and_flip(size: int, crop_area: tuple[float, float] = (0.08, 1.0)) -> Au
     return AugmentConfig(size, crop_area, jitter_p=0.0, gray_p=0.0, blur_p=0.0)
 
 
+def auto_fine_tune() -> FinetuneConfig:
+    """Settings chosen for the labels and the machine, with the views and the encoder of the run to start from.
+
+    Command: `accelerate launch finetune.py --start.run RUN`. Cost and accuracy: not measured.
+    """
+    return FinetuneConfig(preset="auto", views=crop_and_flip(224))
+
+
 def fine_tune_textures() -> FinetuneConfig:
     """A tenth of the labels of the built-in textures.
 
@@ -159,6 +182,14 @@ def fine_tune_v2(percent: int) -> FinetuneConfig:
     )
 
 
+def auto_distill() -> DistillConfig:
+    """Settings chosen for the images and the machine; the student has the teacher's architecture.
+
+    Command: `accelerate launch distill.py --teacher RUN`. Cost and accuracy: not measured.
+    """
+    return DistillConfig(preset="auto", views=crop_and_flip(224))
+
+
 def distill_textures() -> DistillConfig:
     """All images of the built-in textures, without labels.
 
@@ -192,22 +223,24 @@ def distill_v2() -> DistillConfig:
     )
 
 
-PRETRAIN = {"textures": textures, "cifar10": cifar10, "stl10": stl10, "imagenet": imagenet}
+PRETRAIN = {"auto": auto, "textures": textures, "cifar10": cifar10, "stl10": stl10, "imagenet": imagenet}
 FINETUNE = {
+    "auto": auto_fine_tune,
     "textures": fine_tune_textures,
     "v1-1": partial(fine_tune_v1, 1),
     "v1-10": partial(fine_tune_v1, 10),
     "v2-1": partial(fine_tune_v2, 1),
     "v2-10": partial(fine_tune_v2, 10),
 }
-DISTILL = {"textures": distill_textures, "v2": distill_v2}
+DISTILL = {"auto": auto_distill, "textures": distill_textures, "v2": distill_v2}
 
 
 def parse(presets: dict[str, Callable[[], StageConfig]], arguments: list[str], prog: str) -> Any:
     """Read a command line: the preset or the configuration of another run, then the options that override it.
 
     A stage that starts from another run sees the same images: that run's --data and --views.size, mean and std are the
-    defaults.
+    defaults. The preset "auto", the default with --data, reads the index of the data to choose the other options; a run
+    that continues keeps what was chosen at its start.
 
     Args:
         presets: name -> preset of the stage.
@@ -218,33 +251,89 @@ def parse(presets: dict[str, Callable[[], StageConfig]], arguments: list[str], p
         The configuration, of the type that the presets return.
 
     Raises:
-        UserError: unknown preset or option, or a value that is out of range.
+        UserError: unknown preset or option, a value that is out of range, or data that "auto" cannot read.
     """
     chosen = first_options(arguments)
-    if chosen["config"]:
-        if chosen["preset"] is not None:
-            raise UserError("--preset and --config both set every option; use one of them.")
-        arguments = [*config_arguments(Path(chosen["config"]), presets, prog), *arguments]
+    if chosen["config"] and chosen["preset"] is not None:
+        raise UserError("--preset and --config both set every option; use one of them.")
+    given, continued = dict.fromkeys(named_options(arguments), "given"), continued_run(chosen)
+    if source := chosen["config"] or continued:
+        arguments = [*config_arguments(Path(source), presets, prog), *arguments]
         chosen = first_options(arguments)
-    name = "textures" if chosen["preset"] is None else chosen["preset"]
+    default, inherited = default_options(presets, chosen)
+    config = parse_options(default, arguments, prog, f"{type(default).__doc__}\n\n{describe(presets)}")
+    config.check_complete()
+    if continued:
+        config = replace(config, reasons=read_options(continued).get("reasons", {}))
+    elif config.preset == "auto" and not source:
+        choose = choose_pretraining if presets is PRETRAIN else choose_classifier
+        config = choose(config, read_facts(config), inherited | given)
+    if config.reasons and os.environ.get("RANK", "0") == "0":
+        Console().print(choices_table(config))
+    return config
+
+
+def default_options(
+    presets: dict[str, Callable[[], StageConfig]], chosen: dict[str, str | None]
+) -> tuple[StageConfig, dict[str, str]]:
+    """The preset with the images of the run to start from, and why the preset "auto" keeps some of its options."""
+    before = "" if presets is PRETRAIN else chosen["teacher"] or chosen["start.run"]
+    data, views = images_of(Path(before)) if before else ("", {})
+    name = chosen["preset"]
+    if name is None:
+        name = "auto" if chosen["data"] or data else "textures"
     if name not in presets:
         raise UserError(f"There is no preset {name!r}{nearest(name, presets)}; use one of {', '.join(presets)}.")
     default = presets[name]()
-    before = chosen["teacher"] or chosen["start.run"]
-    if before and not isinstance(default, PretrainConfig):
-        data, views = images_of(Path(before))
-        default = replace(default, data=data, views=replace(default.views, **views))
-    config = parse_options(default, arguments, prog, f"{type(default).__doc__}\n\n{describe(presets)}")
-    config.check_complete()
-    return config
+    if not before:
+        return default, {}
+    default = replace(default, data=data, views=replace(default.views, **views))
+    if name != "auto":
+        return default, {}
+    inherited = ["views.size", "views.mean", "views.std", "encoder.name", "encoder.width"]
+    return replace(default, encoder=encoder_of(Path(before))), dict.fromkeys(inherited, "as in the run to start from")
 
 
 def first_options(arguments: list[str]) -> dict[str, str | None]:
     """Options that decide about the defaults of all others."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for option, default in (("--preset", None), ("--config", ""), ("--teacher", ""), ("--start.run", "")):
-        first.add_argument(option, default=default, nargs="?", const="")
+    defaults = {"preset": None, "config": "", "teacher": "", "start.run": "", "data": "", "out": "", "resume": "auto"}
+    for option, default in defaults.items():
+        first.add_argument(f"--{option}", default=default, nargs="?", const="")
     return vars(first.parse_known_args(arguments)[0])
+
+
+def named_options(arguments: list[str]) -> list[str]:
+    """Options that a command line sets, as in "views.size"."""
+    names = (argument.partition("=")[0].replace("-", "_") for argument in arguments if argument.startswith("--"))
+    return [re.sub(r"(^|\.)no_", r"\1", name.removeprefix("__")) for name in names]
+
+
+def continued_run(chosen: dict[str, str | None]) -> Path | None:
+    """Options of the run that this command continues, if the preset "auto" chose them and no other preset is set.
+
+    Raises:
+        UserError: --resume names something other than a run or a checkpoint.
+    """
+    out, resume = chosen["out"], chosen["resume"]
+    if chosen["preset"] not in (None, "auto") or chosen["config"] or resume in ("", "none"):
+        return None
+    if resume != "auto":
+        file = checkpoint.find(Path(resume)) / "record.json"
+    elif out:
+        file = Path(out) / "config.json"
+    else:
+        return None
+    return file if read_options(file).get("preset") == "auto" else None
+
+
+def read_options(file: Path) -> dict[str, Any]:
+    """Options in the config.json of a run or in the record.json of a checkpoint; empty if it holds none."""
+    try:
+        record = json.loads(file.read_text())
+        return dict(record["config"] if file.name == "record.json" else record)
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def config_arguments(path: Path, presets: dict[str, Callable[[], StageConfig]], prog: str) -> list[str]:
@@ -256,6 +345,7 @@ def config_arguments(path: Path, presets: dict[str, Callable[[], StageConfig]], 
     path = path / "config.json" if path.is_dir() else path
     try:
         record = json.loads(path.read_text())
+        record = record["config"] if path.name == "record.json" else record
         stored = {name: value for name, value in record.items() if name not in NOT_REUSED}
         if stored["preset"] not in presets:
             raise KeyError("preset")
@@ -295,3 +385,20 @@ def images_of(run: Path) -> tuple[str, dict[str, Any]]:
         return data, {"size": views["size"], "mean": tuple(views["mean"]), "std": tuple(views["std"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{run} is not the folder of a run: its config.json can't be read ({error!r}).") from error
+
+
+def encoder_of(run: Path) -> EncoderConfig:
+    """Encoder of a run, which the options of a fine-tuning need not state.
+
+    Raises:
+        UserError: its config.json does not name one.
+    """
+    try:
+        record = json.loads((run / "config.json").read_text())
+        name, kwargs = record["timm_name"].removeprefix("simclr_"), record["timm_kwargs"]
+        stem = "small" if kwargs.get("small_stem") else "standard"
+        return EncoderConfig(name, stem, kwargs.get("width", 1.0), kwargs.get("selective_kernels", False))
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{run} is not the folder of a run that names its encoder ({error!r}); use another, or --preset."
+        ) from error

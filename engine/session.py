@@ -6,7 +6,7 @@ import time
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .common import UserError, available_cores
 from .run_folder import run_folder
 
+T = TypeVar("T")
 RANK_TIMEOUT = timedelta(hours=2)
 """How long ranks wait for each other before the run fails. NCCL's default of ten minutes is shorter than what one rank
 may need for a checkpoint on slow storage or a shard from a slow server, while the others are in the next collective."""
@@ -147,6 +148,10 @@ class Session:
     def no_sync(self, module: nn.Module) -> AbstractContextManager:
         """Context in which backward passes through `module` do not average gradients over ranks."""
         return self.accelerator.no_sync(module)
+
+    def from_rank_0(self, value: T) -> T:
+        """The object that rank 0 passes, on every rank: what ranks choose by their own hardware must not differ."""
+        return broadcast_object_list([value])[0]
 
     def gather(self, x: Tensor) -> Tensor:
         """(n, ...) of each rank -> (world_size * n, ...), rank-major, on every rank."""

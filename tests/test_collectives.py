@@ -19,7 +19,7 @@ from tests.ranks import run_ranks
 from tests.small_sets import texture_shards
 
 COMMON = "--encoder.name test_resnet --encoder.width 1 --precision fp32 --batch-size 16 --epochs 2 --log-every 2"
-COMMON += " --checkpoint.every-steps 3"
+COMMON += " --checkpoint.every-steps 3 --preset textures"
 STAGES = {  # two steps, a metrics row and a validation per epoch, and a checkpoint after three steps
     "train": (train.pretrain, PRETRAIN, "--eval.no-baselines --eval.knn-every 1"),
     "slices": (train.pretrain, PRETRAIN, "--eval.no-baselines --eval.knn-every 1 --micro-batch 4"),

@@ -20,7 +20,7 @@ from tests.small_sets import texture_shards
 
 SCRIPTS = {"train.py": (PRETRAIN, train.pretrain), "finetune.py": (FINETUNE, finetune.finetune)}
 SCRIPTS["distill.py"] = (DISTILL, distill.distill)
-SMALL = ["--batch-size", "16", "--encoder.width", "0.125", "--precision", "fp32", "--no-report"]
+SMALL = ["--preset", "textures", "--batch-size", "16", "--encoder.width", "0.125", "--precision", "fp32", "--no-report"]
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,9 @@ def read(script: str, *arguments: str) -> StageConfig:
 @pytest.fixture
 def run_folder(tmp_path):
     """A folder with the config.json of a run, for --teacher."""
-    (tmp_path / "config.json").write_text('{"data": "x", "views": {"size": 32, "mean": [0, 0, 0], "std": [1, 1, 1]}}')
+    record = {"data": "x", "views": {"size": 32, "mean": [0, 0, 0], "std": [1, 1, 1]}}
+    record |= {"timm_name": "simclr_resnet18", "timm_kwargs": {"num_classes": 0, "width": 0.5}}
+    (tmp_path / "config.json").write_text(json.dumps(record))
     return tmp_path
 
 
@@ -44,8 +46,12 @@ def run_folder(tmp_path):
         ("distill.py", "--teacher RUN --temperatur 1", "did you mean --temperature?); see distill.py --help."),
         ("train.py", "--zzz", "There is no option '--zzz'; see train.py --help."),
         ("train.py", "finetune", "There is no option 'finetune'"),
-        ("train.py", "--preset cifar", "no preset 'cifar' (did you mean cifar10?); use one of textures, cifar10,"),
-        ("train.py", "--preset", "There is no preset ''; use one of textures, cifar10, stl10, imagenet."),
+        (
+            "train.py",
+            "--preset cifar",
+            "no preset 'cifar' (did you mean cifar10?); use one of auto, textures, ",
+        ),
+        ("train.py", "--preset", "There is no preset ''; use one of auto, textures, cifar10, stl10, imagenet."),
         ("finetune.py", "--preset v2-2", "There is no preset 'v2-2' (did you mean v2-1?)"),
         ("train.py", "--epochs 1.5", "Error parsing --epochs: invalid literal for int()"),
         ("train.py", "--precision fp16", "Invalid choice 'fp16' for argument '--precision'; expected one of ('auto', "),
@@ -212,7 +218,7 @@ def test_bounds_named_by_an_error_are_valid(stage):
 
 @pytest.mark.parametrize(("script", "value"), [("train.py", "-7"), ("distill.py", "9" * 40)])
 def test_numbers_are_validated_on_the_command_line(script, value, run_folder):
-    start = ["--teacher", str(run_folder)] if script == "distill.py" else []
+    start = ["--teacher", str(run_folder), "--preset", "textures"] if script == "distill.py" else []
     for option, part, field, _ in numbers(read(script, *start)):
         if not isinstance(getattr(part, field), tuple) and (option != "--views.size" or value[0] == "-"):
             with pytest.raises(UserError, match=re.escape(option)):
@@ -235,7 +241,7 @@ def test_folder_without_a_valid_config_is_refused(tmp_path, content):
 
 def test_teacher_may_move_between_start_and_resume(run_folder):
     """Its path may change, because the checkpoint holds a checksum of its weights."""
-    config = read("distill.py", "--teacher", str(run_folder))
+    config = read("distill.py", "--preset", "textures", "--teacher", str(run_folder))
     saved = {**json.loads(json.dumps(asdict(config))), "teacher": "elsewhere"}
     check_same_run(config, saved)
     with pytest.raises(UserError, match=r"--temperature 3 \(now 0\.1\)"):
@@ -290,9 +296,9 @@ def test_heads_temperatures_and_labels_of_the_presets():
     assert (imagenet.loss.temperature, cifar.loss.temperature) == (0.1, 0.5)
     assert (cifar.encoder.name, cifar.head.hidden, cifar.head.out) == ("resnet18", 512, 128)
     from_layer = {name: preset().start.from_layer for name, preset in FINETUNE.items()}
-    assert from_layer == {"textures": 0, "v1-1": 0, "v1-10": 0, "v2-1": 1, "v2-10": 1}
+    assert from_layer == {"auto": 0, "textures": 0, "v1-1": 0, "v1-10": 0, "v2-1": 1, "v2-10": 1}
     fraction = {name: preset().labels.fraction for name, preset in FINETUNE.items()}
-    assert fraction == {"textures": 0.1, "v1-1": 0.01, "v1-10": 0.1, "v2-1": 0.01, "v2-10": 0.1}
+    assert fraction == {"auto": 1, "textures": 0.1, "v1-1": 0.01, "v1-10": 0.1, "v2-1": 0.01, "v2-10": 0.1}
     student = DISTILL["v2"]()
     assert student.temperature == 1.0 and student.labeled_share == 0
 

@@ -81,7 +81,7 @@ def teacher(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher")
     classifier, spec = start_classifier(StartConfig(), EncoderConfig("test_resnet"), 32, 10)
     save_classifier(classifier, spec, sorted(textures.CLASSES), folder / "model.safetensors")
-    config = parse(FINETUNE, ["--data", str(data)], prog="finetune.py")
+    config = parse(FINETUNE, ["--preset", "textures", "--data", str(data)], prog="finetune.py")
     (folder / "config.json").write_text(json.dumps(asdict(config)))
     return folder
 
@@ -92,7 +92,8 @@ def run(data, tmp_path, monkeypatch):
 
     def run_stage(name, *options, ranks=1):
         script, stage, presets = STAGES[name]
-        arguments = ["--data", data, "--out", tmp_path / "run", "--batch-size", 16, "--log-every", LOG_EVERY]
+        arguments = ["--preset", "textures", "--data", data, "--out", tmp_path / "run"]
+        arguments += ["--batch-size", 16, "--log-every", LOG_EVERY]
         config = parse(presets, list(map(str, [*arguments, *ENCODER, *options])), prog=f"{name}.py")
         AcceleratorState._reset_state(reset_partial_state=True)
         if ranks > 1:

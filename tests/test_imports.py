@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = ("pipeline", "model", "loss", "engine", "evaluation")
 ABOVE = {"train", "finetune", "distill", "evaluate", "export", "report", "config", "presets", "options", "bench"}
-ABOVE |= {"examples", "tests"}
+ABOVE |= {"auto_preset", "examples", "tests"}
 PACKAGES = ("augment", "shards", "loader", "convert")
 """Packages of the pipeline, each with the ones it may import."""
 MAY_IMPORT = {"augment": set(), "shards": set(), "loader": {"shards", "augment"}, "convert": {"shards"}}

@@ -19,6 +19,8 @@ from tests.small_sets import texture_shards
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = [
+    "--preset",
+    "textures",
     "--no-report",
     "--encoder.width",
     "0.125",

@@ -32,7 +32,7 @@ ROWS = [
 RESULTS = [{"features": name, "step": step, "knn_top1": 0.5, "linear_top1": 0.6}
            for name, step in (("untrained", 0), ("trained", 10))]  # fmt: skip
 SHORT = ["--epochs", "1", "--batch-size", "16", "--encoder.width", "0.125", "--head.hidden", "32", "--head.out", "16"]
-SHORT += ["--eval.no-baselines"]
+SHORT += ["--eval.no-baselines", "--preset", "textures"]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 

@@ -22,7 +22,7 @@ from pipeline.convert.writer import write_split
 from presets import DISTILL, FINETUNE, PRETRAIN, parse
 from tests.small_sets import texture_shards
 
-SMALL = ["--no-report", "--batch-size", "16", "--log-every", "1", "--precision", "fp32"]
+SMALL = ["--no-report", "--batch-size", "16", "--log-every", "1", "--precision", "fp32", "--preset", "textures"]
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,7 @@ def test_fine_tuning_resumes_bit_for_bit(run, pretrained, tmp_path):
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
-        (finetune, "--preset v3", "no preset 'v3'; use one of textures, v1-1, v1-10, v2-1, v2-10"),
+        (finetune, "--preset v3", "no preset 'v3'; use one of auto, textures, v1-1, v1-10, v2-1, v2-10"),
         (finetune, "--start.run nowhere", "nowhere is not the folder of a run"),
         (finetune, "--data DATA --labels.fraction 0", "--labels.fraction is 0.0; use a fraction above 0"),
         (finetune, "--data DATA --start.from-layer 1", "random weights have no projection head"),
@@ -208,6 +208,8 @@ def test_invalid_options_raise_one_sentence(pretrained, data, tmp_path, monkeypa
     AcceleratorState._reset_state(reset_partial_state=True)
     words = [places.get(word, word) for word in arguments.split()]
     monkeypatch.setattr(sys, "argv", [script.__file__, *words, "--out", str(out), "--batch-size", "16"])
+    if "--preset" not in words:
+        sys.argv += ["--preset", "textures"]
     with pytest.raises(SystemExit) as stopped:
         script.main()
     assert message in str(stopped.value) and "\n" not in str(stopped.value)

@@ -33,7 +33,8 @@ from pipeline.convert.writer import write_split
 from tests.small_sets import remove_labels, texture_shards
 
 ROOT = Path(__file__).parents[1]
-SHORT = ["--no-report", "--head.hidden", "32", "--head.out", "16", "--batch-size", "16", "--log-every", "1"]
+SHORT = ["--preset", "textures", "--no-report", "--head.hidden", "32", "--head.out", "16", "--batch-size", "16"]
+SHORT += ["--log-every", "1"]
 SMALL = ["--encoder.width", "0.125", *SHORT]
 ROW = {"step", "epoch", "loss", "lr", "probe_top1", "gradient_norm", "images_per_s", "data_wait_ms", "step_ms"}
 ROW |= {"replaced_images", "skipped_steps"}
@@ -269,7 +270,7 @@ def test_two_ranks_equal_one_process(run_here, data, tmp_path):
         (["--data", "DATA", "--seed", "-1"], "--seed is -1"),
         (["--data", "DATA", "--optim.lr", "-1"], "--optim.lr is -1"),
         (["--data", "DATA", "--views.crop-area", "1.0", "0.1"], "--views.crop-area is 1.0 0.1"),
-        (["--data", "DATA", "--batch-size", "16", "--encoder.name", "vit_tiny_patch16_224"], "--encoder.width 1"),
+        (["--preset", "textures", "--batch-size", "16", "--encoder.name", "vit_tiny_patch16_224"], "--encoder.width 1"),
         (["--data", "EMPTY"], "No images in"),
     ],
 )
