@@ -52,12 +52,13 @@ def test_only_the_next_block_is_fetched_ahead(local, tmp_path):
         upcoming = sampler.upcoming_shards(0, 0, 0)
         reader.prefetch(upcoming)
         reader.read(sampler.batch(0, 0))
-        deadline = time.monotonic() + 10
-        while len(cached_files(reader.cache)) < 1 + 8 and time.monotonic() < deadline:
+        expected = {local.manifest["shards"][shard]["file"] for shard in upcoming}
+        deadline = time.monotonic() + 60
+        while not expected <= {name for name, _ in server.requests} and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(0.05)  # time for an unwanted fetch to start
         fetched = {name for name, _ in server.requests if name.endswith(".tar")}
-        assert fetched == {local.manifest["shards"][shard]["file"] for shard in upcoming} and len(fetched) == 8
+        assert fetched == expected and len(fetched) == 8
         reader.close()
 
 
