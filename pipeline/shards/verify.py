@@ -135,12 +135,13 @@ def _totals(shards: ShardSet, encoded_bytes: int, unlabeled: int) -> Table:
     manifest = shards.manifest
     left_out = manifest.get("rejected", len(manifest.get("left_out", [])))
     counts = np.diff(shards.shard_starts)
+    per_shard = " to ".join(f"{count:,}" for count in sorted({counts.min(), counts.max()}))
     tar_bytes = sum(shard["bytes"] for shard in manifest["shards"])
     table = Table("shard set", escape(shards.root))
     for name, value in {
-        "name": " ".join(filter(None, (manifest.get("name"), manifest.get("split")))),
+        "name": " ".join(dict.fromkeys(filter(None, (manifest.get("name"), manifest.get("split"))))),
         "images": f"{len(shards):,}, {unlabeled:,} of them unlabeled; {left_out:,} were left out",
-        "shards": f"{len(counts):,} with {counts.min():,} to {counts.max():,} images",
+        "shards": f"{len(counts):,} with {per_shard} images",
         "bytes": f"{tar_bytes / 1e9:,.3f} GB, of which {encoded_bytes / 1e9:,.3f} GB are images "
         f"({encoded_bytes / max(len(shards), 1) / 1e3:,.1f} kB each)",
         "created by": ", ".join(f"{key} {value}" for key, value in manifest.get("made_by", {}).items()),
