@@ -152,8 +152,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _unknown(option: str, arguments: argparse.Namespace) -> str:
     """Reason that refuses an option, with the most similar one of the source."""
+    option = option.split("=")[0]
     names = [f"--{name.replace('_', '-')}" for name in vars(arguments) if name not in ("source", "path", "out")]
-    found = difflib.get_close_matches(option.split("=")[0], names, n=1)
+    found = difflib.get_close_matches(option, names, n=1)
     hint = f" (did you mean {found[0]}?)" if found else ""
     return f"{arguments.source} has no option {option!r}{hint}; see {arguments.source} --help"
 
