@@ -134,9 +134,8 @@ def test_the_progress_bar_moves_with_every_step_and_shows_a_loss_once_there_is_o
     train(loop, model)
     assert [values["completed"] for values in updates if "completed" in values] == list(range(1, 13))
     shown = [values["row"] for values in updates if "row" in values]
-    assert (
-        shown[0] == "" and len(shown) == 3 and all(re.match("  loss [0-9.]+  [0-9,]+ images/s", x) for x in shown[1:])
-    )
+    assert shown[0] == "" and len(shown) == 3
+    assert all(re.match("  loss [0-9.]+  [0-9,]+ images/s", row) for row in shown[1:])
 
 
 @pytest.mark.parametrize(("capable", "advice"), [(True, "--precision auto"), (False, "hardware that computes in bf16")])

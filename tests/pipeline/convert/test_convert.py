@@ -387,13 +387,11 @@ def test_shards_are_identical_to_those_of_tarfile(tmp_path):
 
 @pytest.mark.parametrize(
     ("option", "hint"),
-    [("--splt", "did you mean --split?"), ("--wokers=2", "did you mean --workers?"), ("--zzz", "'; see")],
+    [("--splt", " (did you mean --split?)"), ("--wokers=2", " (did you mean --workers?)"), ("--zzz", "")],
 )
 def test_a_mistyped_option_names_the_one_that_was_meant(option, hint, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["convert", "folder", "photos", "shards", option, "test"])
     with pytest.raises(SystemExit):
         convert.main()
-    printed = capsys.readouterr().err
-    assert (
-        f"folder has no option '{option.split('=')[0]}'" in printed and hint in printed and "folder --help" in printed
-    )
+    name = option.split("=")[0]
+    assert f"folder has no option '{name}'{hint}; see folder --help" in capsys.readouterr().err
