@@ -67,7 +67,8 @@ def plain(reason: str) -> str:
         kind = "a whole number" if "int" in number[2] else "a number"
         return f"{number[1]} is {number[3]!r}; it must be {kind}"
     if values := re.match(r"Error parsing (\S+): Could not find valid parse for arguments: \[(.*)\]$", reason):
-        return f"{values[1]} can't be {values[2]} (arguments that belong to no option go before it)"
+        hint = " (arguments that belong to no option go before it)" if "," in values[2] else ""
+        return f"{values[1]} can't be {values[2]}{hint}"
     return reason
 
 
