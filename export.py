@@ -7,23 +7,26 @@
 RUN is a run folder, or an encoder.safetensors.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
+from common import UserError
 from engine.processes import ending_together
 from model.export import export_encoder
+from options import parse_options
 
 
 @dataclass(frozen=True)
 class ExportConfig:
     """Export a trained encoder for other libraries."""
 
-    source: tyro.conf.Positional[Path]
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = ""
     """Run folder, or its encoder.safetensors."""
-    out: tyro.conf.Positional[Path]
+    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = ""
     """New .safetensors file; for huggingface a new folder."""
     format: Literal["timm", "torchvision", "huggingface"] = "timm"
     """timm, torchvision: a state dict. huggingface: a folder with config.json, weights and model card."""
@@ -31,8 +34,10 @@ class ExportConfig:
 
 def main() -> None:
     with ending_together():
-        config = tyro.cli(ExportConfig, prog="export.py")
-        spec = export_encoder(config.source, config.out, config.format)
+        config = parse_options(ExportConfig(), sys.argv[1:], prog="export.py", description=__doc__)
+        if not (config.source and config.out):
+            raise UserError("There is no encoder or no file to write; use export.py RUN OUT, see export.py --help.")
+        spec = export_encoder(Path(config.source), Path(config.out), config.format)
     print(f"{config.format}: {config.out}")
     if spec.needs_streamclr:
         print(f"To let timm load {spec.name}, `pip install streamclr` and `import streamclr.model` first.")

@@ -47,15 +47,29 @@ def parse_options(default: Any, arguments: list[str], prog: str, description: st
         # a box with a title, the reason, a rule and the option's help; drawn in ASCII, or colored, as the terminal is
         parts = re.split("─{2,}|-{8,}", re.sub(r"\x1b\[[\d;]*m|[│╭╮╰╯]", "", printed.getvalue()))
         reason = " ".join("".join(parts[1:2] or parts).split())
-        reason = (reason[:1].upper() + reason[1:]).replace(". Expected", "; expected").rstrip(".")
+        reason = plain((reason[:1].upper() + reason[1:]).replace(". Expected", "; expected").rstrip("."))
         if choice := re.match(r"Invalid choice '(.*?)' .*expected one of \((.*)\)", reason):
             reason += nearest(choice[1], re.findall(r"'(.*?)'", choice[2]))
         raise UserError(f"{reason}; see {prog} --help.") from None
     if unknown:
         option = unknown[0].split("=")[0]
+        if not option.startswith("-"):
+            raise UserError(f"{option!r} is neither an option nor the value of one; see {prog} --help.")
         hint = nearest(option, option_names(asdict(default)))
         raise UserError(f"There is no option {option!r}{hint}; see {prog} --help.")
     return options
+
+
+def plain(reason: str) -> str:
+    """tyro's reason in words that do not assume Python."""
+    reason = reason.replace("expected 1 values", "expected 1 value")
+    if number := re.match(r"Error parsing (\S+): (invalid literal for int|could not convert).*?: '(.*)'$", reason):
+        kind = "a whole number" if "int" in number[2] else "a number"
+        return f"{number[1]} is {number[3]!r}; it must be {kind}"
+    if values := re.match(r"Error parsing (\S+): Could not find valid parse for arguments: \[(.*)\]$", reason):
+        hint = " (arguments that belong to no option go before it)" if "," in values[2] else ""
+        return f"{values[1]} can't be {values[2]}{hint}"
+    return reason
 
 
 def option_names(options: dict[str, Any], prefix: str = "") -> list[str]:
@@ -88,7 +102,8 @@ def as_arguments(options: dict[str, Any], prefix: str = "") -> list[str]:
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """Hint at the valid name that is most similar to a mistyped one, such as " (did you mean --optim.lr?)", or ""."""
-    name = name.lower()
-    within = [other for other in names if other.rpartition(".")[2] == name.lstrip("-")]  # --lr for --optim.lr
-    found = within or difflib.get_close_matches(name, names, n=1)
-    return f" (did you mean {found[0]}?)" if found else ""
+    names, bare = {other.lstrip("-"): other for other in names}, name.lower().lstrip("-")
+    # --lr for --optim.lr; --encoder for --encoder.name, the first option of its group
+    within = [other for other in names if other.rpartition(".")[2] == bare or other.startswith(f"{bare}.")]
+    found = within or difflib.get_close_matches(bare, names, n=1)  # without dashes, which all options share
+    return f" (did you mean {names[found[0]]}?)" if found else ""

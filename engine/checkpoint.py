@@ -220,8 +220,14 @@ def load_state_tensors(tensors: dict[str, Tensor], module: nn.Module, optimizers
                     state[field] = torch.empty_like(parameter).copy_(value)
 
 
+MESSAGE = b"\nSaving, then stopping; another signal stops at once without saving.\n"
+
+
 class StopSignal:
-    """Context in which SIGTERM and Ctrl-C only set `received`, so that the step completes; a second one stops now."""
+    """Context in which SIGTERM and Ctrl-C only set `received`, so that the step completes; a second one stops now.
+
+    Rank 0 says so at once, because a step may take long and the shell's prompt may already be back.
+    """
 
     def __enter__(self) -> "StopSignal":
         self.received = False
@@ -230,6 +236,8 @@ class StopSignal:
 
     def _receive(self, number: int, _frame: object) -> None:
         self.received = True
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, MESSAGE)  # print is not allowed to be entered twice, and a signal may interrupt one
         signal.signal(number, self._previous[number])
 
     def __exit__(self, *_: object) -> None:

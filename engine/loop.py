@@ -36,11 +36,11 @@ from .metrics import RunningMeans, StepTimer, communication_s, divide_pairs, ver
 from .nonfinite import CollapseWatch, NonFiniteGuard
 from .optim import OptimConfig
 from .run_folder import start_run
-from .session import Session
+from .session import Session, computes_in_bf16
 from .trackers import Trackers, choose_trackers, scalars
 
-PROGRESS = "epoch {task.fields[epoch]}  loss {task.fields[loss]:.3f}{task.fields[scores]}  "
-PROGRESS += "{task.fields[images_per_s]:,.0f} images/s"
+PROGRESS = "epoch {task.fields[epoch]}{task.fields[row]}"
+"""Fields of the progress bar; `row` shows the newest metrics row and is empty before the first."""
 MANY = 10**9
 """Upper bound of counts: larger than any that makes sense, small enough for every library it reaches."""
 
@@ -153,6 +153,7 @@ class TrainingLoop:
         self.total_steps = config.epochs * len(loader)
         self.dry_run = DryRun(self.module, session.device, len(loader), config.epochs) if config.dry_run else None
         self.global_step, self.results, self.replaced_images = 0, {}, 0
+        self.scores, self.announced_epoch = "", 0
         self.validation_due = self.save_due = self.stopping = self.stopped = False
         self.saved_at_s = time.monotonic()
         if session.resume_from is not None:
@@ -167,8 +168,7 @@ class TrainingLoop:
             session.barrier()  # the run folder exists before any rank writes into it
             self._announce()
             self.signal = contexts.enter_context(StopSignal())
-            values = {"epoch": 0, "loss": math.nan, "images_per_s": 0, "scores": ""}
-            bar = progress_bar(self.total_steps, fields=PROGRESS, shown=session.is_main, **values)
+            bar = progress_bar(self.total_steps, fields=PROGRESS, shown=session.is_main, epoch=1, row="")
             self.update_progress = contexts.enter_context(bar)
             if self.instruments:
                 hooks = self.module.register_forward_pre_hook, self.module.register_forward_hook
@@ -258,6 +258,7 @@ class TrainingLoop:
         self.stopping = self.signal.received and self.session.world_size == 1  # several ranks agree in `_write_row`
         if step % config.log_every == 0 or step == self.total_steps or validates:
             self._write_row()
+        self.update_progress(completed=step, epoch=self.epoch)
         if self.dry_run:
             self.stopping, self.validation_due = self.dry_run.step(), False
         elif self.stopping and self.validation_due:
@@ -285,13 +286,21 @@ class TrainingLoop:
         if session.is_main:
             self.metrics.write(**self.row)
             self.trackers.log(self.global_step, scalars(self.row))
-            shown = {name: self.row[name] for name in ("epoch", "loss", "images_per_s")}
-            self.update_progress(completed=self.global_step, **shown)
+            self._show_row()
         if self.collapse.collapsed(self.global_step, self.row["loss"]):
             session.log(
                 f"The loss stays at {self.row['loss']:.4f}, its value when the network maps all images to the same "
                 "output (collapse); lower --optim.lr or raise --optim.warmup-epochs."
             )
+
+    def _show_row(self) -> None:
+        """Show the row in the progress bar; where there is no terminal for it, print the first row of each epoch."""
+        loss, speed = f"loss {self.row['loss']:.3f}", f"{self.row['images_per_s']:,.0f} images/s"
+        self.update_progress(row=f"  {loss}{self.scores}  {speed}")
+        hidden = not (self.session.console.is_terminal or self.dry_run or self.validation_due)
+        if hidden and self.epoch > self.announced_epoch:
+            self.announced_epoch = self.epoch
+            self.session.log(f"epoch {self.epoch}, step {self.global_step} of {self.total_steps}: {loss}, {speed}")
 
     def log(self, **scores: float) -> None:
         """Write the scores of a validation to metrics.jsonl and print them."""
@@ -299,7 +308,7 @@ class TrainingLoop:
             self.metrics.write(step=self.global_step, epoch=self.epoch, **scores)
             self.trackers.log(self.global_step, scores)
         shown = [f"{name.removesuffix('_top1')} {score:.3f}" for name, score in scores.items()]
-        self.update_progress(scores="".join(f"  {score}" for score in shown))
+        self.scores = "".join(f"  {score}" for score in shown)
         self.session.log(f"epoch {self.epoch}: loss {self.row['loss']:.3f}, {', '.join(shown)}")
         self.timer.pause()  # validation is not part of the training speed
 
@@ -341,6 +350,8 @@ class TrainingLoop:
             images_per_s, waiting = timer.summary(config.batch_size)
             communicating = communication_s(self.model) * timer.total_steps / timer.total_s
             faster = "faster hardware" if session.bf16 else "hardware that computes in bf16"
+            if not session.bf16 and computes_in_bf16(session.device):
+                faster = "--precision auto"
             if session.device.type == "cuda" and not config.compile:
                 faster = "--compile"  # on CPUs it was slower in bf16 in every measurement
             decimals = 0 if images_per_s >= 10 else 1  # a large network on a CPU encodes a few images per second

@@ -41,7 +41,8 @@ def read_weights(path: Path, kind: str) -> tuple[dict[str, str], dict[str, Tenso
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"There is no file {path}; use {KINDS[kind]} written by StreamCLR.")
+        script = "finetune.py or distill.py" if kind == "classes" else "StreamCLR"
+        raise UserError(f"There is no file {path}; use {KINDS[kind]} written by {script}.")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

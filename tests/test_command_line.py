@@ -99,9 +99,8 @@ def test_the_progress_bar_fits_the_terminal(columns, monkeypatch, capsys):
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("TTY_COMPATIBLE", "1")  # for rich, which otherwise asks the pipe
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    values = {"epoch": 12, "loss": 4.123, "images_per_s": 2345, "scores": "  knn 0.512"}
-    with progress_bar(1000, fields=PROGRESS, **values) as update:
-        update(completed=300)
+    with progress_bar(1000, fields=PROGRESS, epoch=1, row="") as update:
+        update(completed=300, epoch=12, row="  loss 4.123  knn 0.512  2,345 images/s")
     printed = capsys.readouterr().err
     lines = [re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", line) for line in re.split(r"[\r\n]", printed)]
     assert max(map(len, lines)) <= columns and re.search(r"\x1b\[[34]\dm", printed) is None

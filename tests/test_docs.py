@@ -27,6 +27,7 @@ from accelerate.state import AcceleratorState
 import evaluate
 import export
 import presets
+from options import parse_options
 from pipeline.augment.__main__ import PreviewConfig
 from pipeline.convert import textures
 from presets import DISTILL, FINETUNE, PRETRAIN
@@ -97,14 +98,21 @@ class OptionsRead(Exception):
 
 def read_with_argparse(module: str, arguments: list[str]) -> None:
     """Start a program that uses argparse, up to the point where its options are read."""
-    parse_args = argparse.ArgumentParser.parse_args
+    parse_known_args = argparse.ArgumentParser.parse_known_args  # parse_args and subcommands call it, too
+    inner = False
 
     def stop(parser, *args, **options):
-        parse_args(parser, *args, **options)
+        nonlocal inner
+        if inner:
+            return parse_known_args(parser, *args, **options)
+        inner = True
+        _, unknown = parse_known_args(parser, *args, **options)
+        if unknown:
+            parser.error(f"unrecognized arguments: {unknown}")
         raise OptionsRead
 
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(OptionsRead):
-        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", stop)
         patch.setattr(sys, "argv", [module, *arguments])
         runpy.run_module(module, run_name="__main__")
 
@@ -114,7 +122,7 @@ PARSERS = {
     "finetune.py": partial(presets.parse, FINETUNE, prog="finetune.py"),
     "distill.py": partial(presets.parse, DISTILL, prog="distill.py"),
     "evaluate.py": evaluate.parse,
-    "export.py": lambda arguments: tyro.cli(export.ExportConfig, args=arguments),
+    "export.py": partial(parse_options, export.ExportConfig(), prog="export.py"),
     "pipeline.augment": lambda arguments: tyro.extras.subcommand_cli_from_dict(
         {"preview": PreviewConfig}, args=arguments
     ),

@@ -28,6 +28,10 @@ POINTS = 1000
 LARGEST_MATRIX = 50
 """Most classes of a confusion matrix that is drawn."""
 COLORS = Category10[10]
+LEGEND_COLUMNS, LEGEND_ROW = 3, 24
+"""Columns of a legend outside of its figure, and height of a row in pixels."""
+CLEAR = {"background_fill_color": None, "border_fill_color": None}
+"""Figures show the page's color: Bokeh never clears the outermost pixels of what it first draws."""
 
 
 def curves(runs: Sequence[RunRecord]) -> dict[str, figure]:
@@ -39,7 +43,7 @@ def curves(runs: Sequence[RunRecord]) -> dict[str, figure]:
             continue
         log = metric == "gradient_norm" and all((values[np.isfinite(values)] > 0).all() for _, _, values in lines)
         plot = figure(height=260, sizing_mode="stretch_width", tools="pan,xwheel_zoom,box_zoom,reset", title=title,
-                      x_axis_label="epoch", y_axis_type="log" if log else "linear")  # fmt: skip
+                      x_axis_label="epoch", y_axis_type="log" if log else "linear", **CLEAR)  # fmt: skip
         plot.toolbar.logo, plot.toolbar.autohide = None, True
         for number, (run, epochs, values) in enumerate(lines):
             style = {"color": COLORS[number % 10], "line_dash": "solid" if number < 10 else "dashed", "line_width": 2}
@@ -51,7 +55,9 @@ def curves(runs: Sequence[RunRecord]) -> dict[str, figure]:
                 plot.scatter("epoch", "value", source=source, size=7, color=style["color"])
         plot.add_tools(HoverTool(tooltips=[("run", "@run"), ("epoch", "@epoch{0.0}"), (title, "@value{0.0000}")]))
         if len(runs) > 1:
-            plot.legend.click_policy, plot.legend.label_text_font_size = "hide", "11px"
+            plot.legend.click_policy = "hide"
+            legend_outside(plot, "above")
+            plot.height += LEGEND_ROW * math.ceil(len(runs) / LEGEND_COLUMNS)
         figures[title] = plot
     return figures
 
@@ -100,7 +106,8 @@ def embedding_map(points: np.ndarray, pictures: Sequence[str], labels: Sequence[
         },
         name="map",
     )
-    plot = figure(height=520, sizing_mode="stretch_width", tools="pan,wheel_zoom,reset", match_aspect=True)
+    plot = figure(height=520, sizing_mode="stretch_width", tools="pan,wheel_zoom,reset", match_aspect=True,
+                  **CLEAR)  # fmt: skip
     plot.toolbar.logo, plot.axis.visible, plot.grid.visible = None, False, False
     grouped = {"legend_field": "label"} if 1 < len(names) <= 12 else {}
     plot.scatter("x", "y", source=source, size=8, color="color", alpha=0.8, selection_line_color="black",
@@ -108,11 +115,16 @@ def embedding_map(points: np.ndarray, pictures: Sequence[str], labels: Sequence[
     tooltip = '<div class="tip"><img src="@picture" alt=""><div>@label</div></div>'
     plot.add_tools(HoverTool(tooltips=tooltip))
     if grouped:
-        legend = plot.legend[0]
-        plot.add_layout(legend, "below")
-        legend.orientation, legend.nrows, legend.ncols = "horizontal", "auto", 3
-        legend.label_text_font_size, legend.location, legend.border_line_color = "11px", "left", None
+        legend_outside(plot, "below")
     return plot
+
+
+def legend_outside(plot: figure, place: str) -> None:
+    """Move the legend out of the frame, "above" or "below", where it hides no data."""
+    legend = plot.legend[0]
+    plot.add_layout(legend, place)
+    legend.orientation, legend.nrows, legend.ncols = "horizontal", "auto", LEGEND_COLUMNS
+    legend.label_text_font_size, legend.location, legend.border_line_color = "11px", "left", None
 
 
 def confusion_matrix(confusion: np.ndarray, classes: Sequence[str]) -> figure | None:
@@ -136,8 +148,9 @@ def confusion_matrix(confusion: np.ndarray, classes: Sequence[str]) -> figure | 
             "count": confusion.ravel(),
         }
     )
-    plot = figure(x_range=names, y_range=names[::-1], height=max(300, min(700, 24 * count + 120)), tools="",
-                  sizing_mode="stretch_width", x_axis_label="predicted", y_axis_label="true")  # fmt: skip
+    plot = figure(x_range=names, y_range=names[::-1], height=min(760, 24 * count + 260), tools="",
+                  toolbar_location=None, sizing_mode="stretch_width", max_width=48 * count + 260,
+                  x_axis_label="predicted", y_axis_label="true", **CLEAR)  # fmt: skip
     mapper = LinearColorMapper(palette=Viridis256, low=0, high=1)
     plot.rect("predicted", "true", 1, 1, source=source, fill_color={"field": "share", "transform": mapper},
               line_color=None)  # fmt: skip

@@ -20,6 +20,7 @@ OUT/<split>/rejected.csv.
 
 import argparse
 import csv
+import difflib
 import math
 import sys
 from collections.abc import Callable
@@ -80,7 +81,10 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], dict[str, sources.
 
 
 def main() -> None:
-    arguments = _parser().parse_args()
+    parser = _parser()
+    arguments, unknown = parser.parse_known_args()
+    if unknown:
+        parser.error(_unknown(unknown[0], arguments))
     try:
         check_range("--seed", arguments.seed, 0, 2**64 - 1)
         check_range("--shard-size", arguments.shard_size, 1, math.inf)
@@ -160,6 +164,15 @@ def _parser() -> argparse.ArgumentParser:
             add("--streaming", action="store_true", help=text)
         _add_options(command)
     return parser
+
+
+def _unknown(option: str, arguments: argparse.Namespace) -> str:
+    """Reason that refuses an option, with the most similar one of the source."""
+    option = option.split("=")[0]
+    names = [f"--{name.replace('_', '-')}" for name in vars(arguments) if name not in ("source", "path", "out")]
+    found = difflib.get_close_matches(option, names, n=1)
+    hint = f" (did you mean {found[0]}?)" if found else ""
+    return f"{arguments.source} has no option {option!r}{hint}; see {arguments.source} --help"
 
 
 def _add_options(command: argparse.ArgumentParser) -> None:

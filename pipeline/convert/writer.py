@@ -185,7 +185,7 @@ def _begin(target: Path, unfinished: Path, plan: dict[str, Any], source: Source)
     except UserError:
         found = {}
     if difference := _difference(plan, found):
-        raise UserError(f"{target} exists already ({difference}); delete it or use another folder.")
+        raise UserError(f"{target} exists already ({difference}); delete it or use another folder or --split.")
     shutil.rmtree(unfinished, ignore_errors=True)
     return False
 

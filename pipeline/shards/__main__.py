@@ -47,7 +47,8 @@ def main() -> None:
             sys.exit("\n".join(chain(*found.values())) or None)
         else:
             tables, problems = show(arguments.root)
-            Console().print(*tables, sep="\n")
+            for table in tables:
+                Console().print(table)
             sys.exit("\n".join(problems) or None)
     except KeyboardInterrupt:
         sys.exit(130)

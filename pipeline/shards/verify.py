@@ -139,12 +139,13 @@ def _totals(shards: ShardSet, encoded_bytes: int, classes: np.ndarray, train: Sh
     *classes, unlabeled = classes.tolist()
     left_out = manifest.get("rejected", len(manifest.get("left_out", [])))
     counts = np.diff(shards.shard_starts)
+    per_shard = " to ".join(f"{count:,}" for count in sorted({counts.min(), counts.max()}))
     tar_bytes = sum(shard["bytes"] for shard in manifest["shards"])
     table = Table("shard set", escape(shards.root))
     for name, value in {
-        "name": " ".join(filter(None, (manifest.get("name"), manifest.get("split")))),
+        "name": " ".join(dict.fromkeys(filter(None, (manifest.get("name"), manifest.get("split"))))),
         "images": f"{len(shards):,}, {unlabeled:,} of them unlabeled; {left_out:,} were left out",
-        "shards": f"{len(counts):,} with {counts.min():,} to {counts.max():,} images",
+        "shards": f"{len(counts):,} with {per_shard} images",
         "bytes": f"{tar_bytes / 1e9:,.3f} GB, of which {encoded_bytes / 1e9:,.3f} GB are images "
         f"({encoded_bytes / max(len(shards), 1) / 1e3:,.1f} kB each)",
         "classes": f"{len(classes)} with {min(classes):,} to {max(classes):,} images" if classes else "",

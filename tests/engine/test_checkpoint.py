@@ -218,3 +218,11 @@ def test_first_signal_is_recorded_and_the_second_one_interrupts(ctrl_c):
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
+def test_a_signal_is_acknowledged_at_once_by_rank_0(ctrl_c, monkeypatch, capfd, rank, lines):
+    monkeypatch.setenv("RANK", rank)
+    with StopSignal():
+        signal.raise_signal(signal.SIGINT)
+        assert capfd.readouterr().err.count("Saving, then stopping; another signal stops at once") == lines

@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 import signal
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -110,6 +112,39 @@ def test_loop_runs_every_epoch_and_writes_rows(create, tmp_path):
         assert row["loss"] == pytest.approx(sum(losses[row["step"] - 2 : row["step"]]) / 2), "mean since the last row"
         assert row["lr"] == pytest.approx(0.1 / row["step"])
     assert json.loads((tmp_path / "run" / "config.json").read_text())["epochs"] == 3
+
+
+def test_without_a_terminal_every_epoch_prints_a_line(create, capsys):
+    loop, model, _ = create(log_every=1)
+    train(loop, model)
+    printed = re.findall(r"^\d\d:\d\d:\d\d (epoch .*)$", capsys.readouterr().out, re.MULTILINE)
+    assert [line.split(":")[0] for line in printed] == [f"epoch {n + 1}, step {4 * n + 1} of 12" for n in range(3)]
+
+
+def test_the_progress_bar_moves_with_every_step_and_shows_a_loss_once_there_is_one(create, monkeypatch):
+    updates = []
+
+    @contextmanager
+    def recorded(total, fields, shown, **values):
+        updates.append(values)
+        yield lambda **values: updates.append(values)
+
+    monkeypatch.setattr("engine.loop.progress_bar", recorded)
+    loop, model, _ = create(log_every=6)
+    train(loop, model)
+    assert [values["completed"] for values in updates if "completed" in values] == list(range(1, 13))
+    shown = [values["row"] for values in updates if "row" in values]
+    assert shown[0] == "" and len(shown) == 3
+    assert all(re.match("  loss [0-9.]+  [0-9,]+ images/s", row) for row in shown[1:])
+
+
+@pytest.mark.parametrize(("capable", "advice"), [(True, "--precision auto"), (False, "hardware that computes in bf16")])
+def test_a_run_in_fp32_is_told_how_bf16_is_available(create, monkeypatch, capable, advice):
+    monkeypatch.setattr("engine.loop.computes_in_bf16", lambda device: capable)
+    loop, model, _ = create()
+    train(loop, model)
+    monkeypatch.setattr(loop.timer, "summary", lambda batch_size: (100.0, 0.0))  # nothing waits for data
+    assert loop._summary()["sentences"][1].endswith(f"{advice} would help.")
 
 
 def test_validation_is_due_at_the_end_of_epochs_except_the_last(create, tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from common import UserError
+from pipeline.convert import __main__ as convert
 from pipeline.convert import textures
 from pipeline.convert.folder import CLASS_LEVELS, folder_source, named
 from pipeline.convert.imagenet import imagenet_sources
@@ -277,6 +278,7 @@ def test_splits_with_other_classes_are_refused(tmp_path):
 ENSURE = """
 import sys
 from pathlib import Path
+from pipeline.convert import __main__ as convert
 from pipeline.convert import textures
 textures.SPLITS = {"train": 60, "test": 20}
 render = textures.render
@@ -381,3 +383,15 @@ def test_shards_are_identical_to_those_of_tarfile(tmp_path):
     ours = (tmp_path / "ours.tar").read_bytes()
     assert ours == (tmp_path / "theirs.tar").read_bytes()
     assert (entry["bytes"], entry["sha256"]) == (len(ours), hashlib.sha256(ours).hexdigest())
+
+
+@pytest.mark.parametrize(
+    ("option", "hint"),
+    [("--splt", " (did you mean --split?)"), ("--wokers=2", " (did you mean --workers?)"), ("--zzz", "")],
+)
+def test_a_mistyped_option_names_the_one_that_was_meant(option, hint, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["convert", "folder", "photos", "shards", option, "test"])
+    with pytest.raises(SystemExit):
+        convert.main()
+    name = option.split("=")[0]
+    assert f"folder has no option '{name}'{hint}; see folder --help" in capsys.readouterr().err
