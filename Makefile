@@ -18,8 +18,9 @@ demo: .venv/installed
 demo-v2: .venv/installed
 	$(BIN)/python -m bench.demo_v2
 
+# two processes of one thread each; a file's tests share their fixtures, so they stay together
 test: .venv/installed browser
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 # for the tests of report.html; elsewhere than on Debian they are skipped without Chromium
 browser:

@@ -351,7 +351,7 @@ def config_arguments(path: Path, presets: dict[str, Callable[[], StageConfig]], 
             raise KeyError("preset")
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(
-            f"{path} is not the configuration of a run of {prog} ({error!r}); use another --config."
+            f"{path} is not the configuration of a run of {prog} ({getattr(error, 'strerror', None) or error}); use another --config."
         ) from error
     known = set(option_names(asdict(presets[stored["preset"]]())))
     if foreign := [name for name in option_names(stored) if name not in known]:
@@ -384,7 +384,10 @@ def images_of(run: Path) -> tuple[str, dict[str, Any]]:
         data, views = record["data"], record["views"]
         return data, {"size": views["size"], "mean": tuple(views["mean"]), "std": tuple(views["std"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run} is not the folder of a run: its config.json can't be read ({error!r}).") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{run} is not the folder of a run ({reason}); use the folder that a run ended with."
+        ) from error
 
 
 def encoder_of(run: Path) -> EncoderConfig:
