@@ -350,8 +350,9 @@ def config_arguments(path: Path, presets: dict[str, Callable[[], StageConfig]], 
         if stored["preset"] not in presets:
             raise KeyError("preset")
     except (OSError, ValueError, KeyError, AttributeError) as error:
+        reason = getattr(error, "strerror", None) or repr(error)
         raise UserError(
-            f"{path} is not the configuration of a run of {prog} ({getattr(error, 'strerror', None) or error}); use another --config."
+            f"{path} is not the configuration of a run of {prog} ({reason}); use another --config."
         ) from error
     known = set(option_names(asdict(presets[stored["preset"]]())))
     if foreign := [name for name in option_names(stored) if name not in known]:
