@@ -6,8 +6,6 @@ Each part validates itself; a stage validates what depends on several of its par
 from dataclasses import dataclass, field, replace
 from typing import Self
 
-from tyro.conf import Fixed, Suppress
-
 from common import UserError, check_range
 from engine.checkpoint import MAY_CHANGE
 from engine.loop import MANY, LoopConfig
@@ -17,6 +15,13 @@ from model import EncoderConfig, HeadConfig, StartConfig
 from pipeline.augment.config import AugmentConfig
 from pipeline.loader.config import LoaderConfig
 from pipeline.loader.subsets import LabelsConfig
+
+try:
+    from tyro.conf import Fixed, Suppress
+
+    Hidden = Suppress[Fixed[dict]]
+except ModuleNotFoundError:  # configurations that are built in Python do not need it
+    Hidden = dict
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class StageConfig(LoopConfig):
     """Images (a folder, zip or tar, in class folders or not), or shards (a folder or URL); textures renders its own."""
     loader: LoaderConfig = field(default_factory=LoaderConfig, metadata=MAY_CHANGE)
     views: AugmentConfig = field(default_factory=AugmentConfig)
-    reasons: Suppress[Fixed[dict]] = field(default_factory=dict, metadata=MAY_CHANGE)
+    reasons: Hidden = field(default_factory=dict, metadata=MAY_CHANGE)
     """Not an option: why the auto preset chose each value, by option."""
 
     def check_complete(self) -> None:

@@ -50,7 +50,11 @@ def run(data, tmp_path_factory):
     threads, out = torch.get_num_threads(), tmp_path_factory.mktemp("runs") / "run"
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        train.pretrain(parse(PRETRAIN, ["--data", f"{data}/shards", "--out", str(out), *RUN], prog="train.py"))
+        train.pretrain(
+            parse(
+                PRETRAIN, ["--preset", "textures", "--data", f"{data}/shards", "--out", str(out), *RUN], prog="train.py"
+            )
+        )
     finally:
         run_lock.release_all()
         AcceleratorState._reset_state(reset_partial_state=True)
