@@ -27,6 +27,7 @@ from accelerate.state import AcceleratorState
 import evaluate
 import export
 import presets
+from auto_preset import Facts
 from options import parse_options
 from pipeline.augment.__main__ import PreviewConfig
 from pipeline.convert import textures
@@ -186,6 +187,10 @@ def unexplained(page: Path) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_is_valid_or_marked(page, earlier_runs, monkeypatch, capsys):
     monkeypatch.chdir(earlier_runs)
+    photos = Facts(
+        images=5000, side_px=96, megapixels=0.01, labeled=5000, classes=10, device="cpu", memory_gb=16, bf16=False
+    )
+    monkeypatch.setattr(presets, "read_facts", lambda config: photos)  # the preset "auto" would open the data
     assert unexplained(page) == []
 
 
