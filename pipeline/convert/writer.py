@@ -121,7 +121,11 @@ def write_split(
                 f"{out} can't be written ({error.strerror or error}); free some space or use a folder with write "
                 "permission, and run the same command again, which keeps the finished shards."
             ) from error
-    return open_shards(str(target)) if target.exists() else None
+    if not target.exists():
+        return None
+    # a process that waited for the lock while another completed the split has created its folder again
+    shutil.rmtree(unfinished, ignore_errors=True)
+    return open_shards(str(target))
 
 
 def shards_written(out: Path, split: str) -> int:
