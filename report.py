@@ -38,7 +38,7 @@ VIEW_SIDE, PICTURE_SIDE = 160, 48
 MOST_RUNS = 20
 """Runs on a page, which keeps it below 10 MB."""
 ALONE = SimpleNamespace(rank=0, world_size=1, gather=lambda x: x)
-"""Session of `embed`: a report is made by one rank."""
+"""Stand-in for a session of one rank, for `embed`."""
 
 
 def write_report(folders: Sequence[Path], out: Path, device: torch.device) -> None:

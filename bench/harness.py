@@ -4,9 +4,7 @@ import csv
 import datetime
 import math
 import platform
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -80,20 +78,6 @@ def calls_per_turn(function: Callable[[], object], device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return min(1000, max(1, math.ceil(TURN_S / seconds_per_call(function, 1, device))))
-
-
-def peak_resident_mb() -> float:
-    """Peak resident memory of this process in MB.
-
-    getrusage's ru_maxrss is only a fallback: on Linux it starts at the peak of the parent process.
-    """
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
-    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024 / 1e6
 
 
 def percentiles_ms(seconds: list[float]) -> dict[str, float]:

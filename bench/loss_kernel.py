@@ -26,9 +26,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.harness import environment, interleave, peak_resident_mb, percentiles_ms, read_rows, write_rows
+from bench.harness import environment, interleave, percentiles_ms, read_rows, write_rows
 from bench.implementations import Implementation, implementations, projections
 from bench.rates import Work, exponentials, matrix_product
+from engine.environment import peak_resident_mb
 from loss import nt_xent
 
 TEMPERATURE = 0.1

@@ -25,9 +25,9 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 import train
-from bench.harness import peak_resident_mb
 from bench.implementations import dense
 from config import PretrainConfig
+from engine.environment import peak_resident_mb
 from engine.loop import Instruments
 from model import create_encoder, encoder_spec, feature_dim, projection_head
 from presets import PRETRAIN, parse

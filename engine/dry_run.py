@@ -1,12 +1,12 @@
 """What a run would cost, measured on its first steps."""
 
-import resource
-import sys
 import time
 
 import torch
 from rich.table import Table
 from torch import nn
+
+from .environment import peak_resident_mb
 
 STEPS = 6
 """Steps of a dry run. The first one fills buffers, and compiles, so it is not timed."""
@@ -52,8 +52,7 @@ class DryRun:
         """Largest memory so far: allocated on the GPU, or resident on the CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 1e6
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+        return peak_resident_mb()
 
 
 def duration(seconds: float) -> str:

@@ -1,6 +1,8 @@
 """What a run or a benchmark was measured on: hardware and versions."""
 
 import platform
+import resource
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -44,3 +46,17 @@ def device_name(device: torch.device) -> str:
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     kind = f"family {fields.get('cpu family', '?')} model {fields.get('model', '?')}"
     return f"{fields.get('model name', platform.machine())} {kind}"
+
+
+def peak_resident_mb() -> float:
+    """Peak resident memory of this process in MB.
+
+    getrusage's ru_maxrss is only a fallback: on Linux it starts at the peak of the parent process.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024 / 1e6

@@ -12,7 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.gpu.checks import Case, Check, Measurement, Setup, imports
 from bench.gpu.training import SHARDS, quiet
-from bench.harness import peak_resident_mb, percentiles_ms
+from bench.harness import percentiles_ms
+from engine.environment import peak_resident_mb
 
 PRECISION = "bf16"
 

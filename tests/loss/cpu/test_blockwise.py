@@ -61,7 +61,7 @@ def test_operators_pass_opcheck():
 # The small warm-up loads torch's code and allocates the GEMM workspaces of its threads.
 PEAK_SCRIPT = """
 import sys, torch
-from bench.harness import peak_resident_mb
+from engine.environment import peak_resident_mb
 from loss import nt_xent
 m = int(sys.argv[1])
 z = torch.randn(m, 64, requires_grad=True)

@@ -53,7 +53,7 @@ class LiveBatches:
 
 @pytest.mark.parametrize("ahead", [0, 1, 2, 4])
 def test_batches_in_memory(shards, ahead):
-    """While a step runs, `ahead` batches beside its own are prepared; one more exists when it takes the next."""
+    """While a step runs, `ahead` more batches are prepared; one more exists when the step takes the next."""
     whole, live = loader(shards, prefetch=ahead), LiveBatches()
     whole.prefetcher.backend = live.counting(whole.prefetcher.backend)
     steps = (batch for _ in range(3) for batch in whole)
