@@ -31,6 +31,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from ..common import UserError
+from ..pixel_format import PixelFormat
 from .cache import ShardCache
 from .format import FORMAT, READ_WHOLE, ROWS, index_dtype, index_name
 from .remote import HUB, PERMANENT_ERRORS, RetryPolicy, filesystem, is_local, read_file, unreadable, with_retries
@@ -64,6 +65,11 @@ class ShardSet:
     def classes(self) -> list[str]:
         """Class names by class number."""
         return self.manifest["classes"]
+
+    @property
+    def pixel_format(self) -> PixelFormat:
+        """Channels and bits of all images; 8-bit RGB in sets written by versions that knew no other."""
+        return PixelFormat(**self.manifest.get("pixels", {}))
 
     @property
     def checksum(self) -> str:
