@@ -22,6 +22,8 @@ def run_ranks(world_size, folder, body, *arguments):
 def _in_rank(rank, world_size, folder, environment, body, arguments):
     os.environ.clear()
     os.environ.update(environment)  # which may differ from that of the first fork
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}  # for Session
+    os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
     dist.set_debug_level_from_env()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
