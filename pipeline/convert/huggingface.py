@@ -15,7 +15,8 @@ import fsspec
 import numpy as np
 
 from ..common import UserError, available_cores, progress_bar
-from ..images import QUALITY, DecodeError, prepare
+from ..images import DecodeError
+from ..prepare import QUALITY, prepare
 from ..shards.samples import CLASS_LIMIT, NO_CLASS
 from .base import Source, modified_ns, read_range
 
@@ -65,7 +66,7 @@ def huggingface_sources(
         streaming: read the rows once in order and store the images in the folder for temporary files, instead of
             preparing Arrow files in the cache of `datasets`, from which rows are read in any order. Folders written
             by `save_to_disk` hold Arrow files already and are always read in place.
-        short_side, quality: see `pipeline.images.prepare`; shrinks streamed images before they are stored.
+        short_side, quality: see `pipeline.prepare.prepare`; shrinks streamed images before they are stored.
 
     Raises:
         UserError: `datasets` is not installed; the data set can't be found, reached or read; a column can't be chosen;
@@ -260,7 +261,7 @@ def _streamed(
     def fetch(row: dict[str, Any]) -> bytes:
         try:
             encoded = _encoded(row[image])
-            return encoded if short_side is None else prepare(encoded, False, short_side, quality)[1]
+            return encoded if short_side is None else prepare(encoded, False, short_side, quality).encoded
         except FileNotFoundError:  # a row that refers to a missing file; the writer rejects what is stored instead
             return b""
         except DecodeError:

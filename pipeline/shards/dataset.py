@@ -30,8 +30,9 @@ import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
+from ..arrays import MOST_CHANNELS
 from ..common import UserError
-from ..pixel_format import PixelFormat
+from ..pixel_format import RGB8, PixelFormat
 from .cache import ShardCache
 from .format import FORMAT, READ_WHOLE, ROWS, index_dtype, index_name
 from .remote import HUB, PERMANENT_ERRORS, RetryPolicy, filesystem, is_local, read_file, unreadable, with_retries
@@ -177,6 +178,11 @@ def _parsed(content: bytes) -> dict[str, Any]:
         sized = isinstance(index, dict) and type(index.get("bytes")) is int and type(index.get("sha256")) is str
         if not sized or type(manifest.get("samples")) is not int:
             raise ValueError("no sizes and checksum of the index")
+    pixels = manifest.get("pixels", RGB8._asdict())
+    if not isinstance(pixels, dict) or pixels not in [
+        PixelFormat(channels, bits)._asdict() for channels in range(1, MOST_CHANNELS + 1) for bits in (8, 16)
+    ]:
+        raise ValueError("no valid 'pixels'")
     if wrong := [key for key, kind in OPTIONAL_KEYS.items() if not isinstance(manifest.get(key), kind | None)]:
         raise ValueError(f"{wrong[0]!r} has the wrong type")
     return manifest
