@@ -37,7 +37,7 @@ from ..prepare import QUALITY, prepare, read_format
 from ..shards.dataset import ShardSet, open_shards
 from ..shards.duplicates import identical, size_and_crc
 from ..shards.format import index_name, write_manifest
-from ..shards.measure import MEASURED_IMAGES, measure, mixed_formats
+from ..shards.measure import MEASURED_IMAGES, measure, mixed_formats, short_sides
 from .base import Source, read_range
 from .shard_writer import MixedFormats, ShardWriter, write_shards
 
@@ -132,7 +132,7 @@ def write_split(
         if part == (1, 1):
             shutil.rmtree(unfinished, ignore_errors=True)
         counts = _count_formats(source, f"{source.name} {split}: count", reading)
-        raise mixed_formats(source.name, counts) from error
+        raise mixed_formats(source.name, counts, "pipeline.convert") from error
     except OSError as error:
         if not target.exists():  # otherwise another process has just completed it
             raise UserError(
@@ -315,7 +315,8 @@ def _finish(
         "rejected": len(rejected),
         "pixels": pixel_format._asdict(),
         "statistics": {
-            **measure([row for entry in entries for row in entry["moments"]], parts, pixel_format),
+            **measure([row for entry in entries for row in entry["moments"]], pixel_format),
+            "short_side_px": short_sides(parts),
             "duplicates": len(copies),
         },
         "shards": shards,

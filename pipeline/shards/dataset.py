@@ -311,7 +311,7 @@ def open_splits(root: str, cache: ShardCache | None = None) -> tuple[ShardSet, S
     preferred, since published test splits often lack labels.
 
     Raises:
-        UserError: as `open_shards`, and if the classes of the splits differ.
+        UserError: as `open_shards`, and if the classes, channels or bits of the splits differ.
     """
     cache = cache or ShardCache()
     roots = split_roots(root, cache)
@@ -321,6 +321,11 @@ def open_splits(root: str, cache: ShardCache | None = None) -> tuple[ShardSet, S
     test = open_shards(roots[1], cache)
     if test.classes != train.classes:
         raise UserError(f"{roots[1]} has other classes than {roots[0]}; convert both again.")
+    if test.pixel_format != train.pixel_format:
+        raise UserError(
+            f"The images of {roots[1]} are {test.pixel_format}, but those of {roots[0]} are {train.pixel_format}; "
+            "convert both from images of one kind, or with --bits 8."
+        )
     return train, test
 
 

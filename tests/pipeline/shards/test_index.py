@@ -13,7 +13,7 @@ import webdataset
 
 from common import UserError
 from pipeline.convert.sources import folder_source, webdataset_source
-from pipeline.images import inspect
+from pipeline.prepare import prepare
 from pipeline.shards.dataset import open_shards, open_splits
 from pipeline.shards.index import index_shards
 from pipeline.shards.reader import Reader
@@ -216,13 +216,13 @@ def test_failed_indexing_keeps_the_old_index(original, tmp_path, monkeypatch, fa
         write_tar(root / "z.tar", {"x.jpg": image})
         calls = []
 
-        def interrupted(path):
-            calls.append(path)
+        def interrupted(encoded, **options):
+            calls.append(encoded)
             if len(calls) == 3:
                 raise KeyboardInterrupt
-            return inspect(path)
+            return prepare(encoded, **options)
 
-        monkeypatch.setattr("pipeline.shards.index.inspect", interrupted)
+        monkeypatch.setattr("pipeline.shards.index.prepare", interrupted)
     with pytest.raises((UserError, KeyboardInterrupt), match=FAULTS[fault]):
         index_shards(str(root))
     assert {file.name: file.read_bytes() for file in root.iterdir() if file.name != "z.tar"} == before
