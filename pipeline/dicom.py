@@ -13,6 +13,7 @@ Other images, among them those with several frames (C.7.6.6), are refused. Windo
 """
 
 import io
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +24,9 @@ from .pixel_format import RGB8, DeepImage, PixelFormat
 
 if TYPE_CHECKING:
     from pydicom import Dataset
+
+# pydicom warns about nonstandard values in headers, most of which have nothing to do with the pixels
+warnings.filterwarnings("ignore", module="pydicom")
 
 PREAMBLE, MARK = 128, b"DICM"
 HU_OFFSET = 1024

@@ -141,7 +141,7 @@ def _decode_by_pillow(encoded: bytes) -> np.ndarray | None:
     try:
         with open_unrotated(encoded) as image:
             if image.mode.startswith("I;16"):
-                levels = (np.asarray(image) >> 8).astype(np.uint8)  # Pillow would clip at 255
+                levels = (np.asarray(image.copy()) >> 8).astype(np.uint8)  # Pillow would clip at 255
                 return cv2.cvtColor(levels, cv2.COLOR_GRAY2RGB)
             if image.mode in ("I", "F"):  # 32-bit integers or floats, whose white level is unknown
                 return None
@@ -151,7 +151,10 @@ def _decode_by_pillow(encoded: bytes) -> np.ndarray | None:
 
 
 def open_unrotated(encoded: bytes, page: int = 0) -> Image.Image:
-    """Open a TIFF or JPEG with Pillow such that its orientation tag is ignored; raises many exception types."""
+    """Open a TIFF or JPEG with Pillow such that its orientation tag is ignored; raises many exception types.
+
+    The image's size is still that after rotation; its copies and conversions have the right one.
+    """
     image = Image.open(io.BytesIO(encoded), formats=["TIFF", "JPEG"])
     if page:
         image.seek(page)

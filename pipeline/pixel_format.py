@@ -12,6 +12,7 @@ from .images import PNG_MARK, TIFF_MARKS, DecodeError, decode, open_unrotated
 
 WHITE_IS_ZERO = 0
 """Photometric interpretation of inverted TIFFs (TIFF 6.0, section 8), which Pillow inverts only at 8 bits."""
+DAMAGED_TIFF = "a damaged or truncated TIFF, or one of an unusual kind"
 PNG_GRAY = (0, 4)
 """PNG color types of one channel, without and with alpha (section 11.2.1 of the PNG specification)."""
 
@@ -109,13 +110,10 @@ def gray16_pixels(encoded: bytes, page: int = 0) -> np.ndarray:
     """
     try:
         with open_unrotated(encoded, page) as image:
-            deep, inverted = (
-                image.mode.startswith("I;16"),
-                image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO,
-            )
-            pixels = np.asarray(image)[..., None].astype(np.uint16) if deep else None
+            inverted = image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO
+            pixels = np.asarray(image.copy())[..., None].astype(np.uint16) if image.mode.startswith("I;16") else None
     except Exception as error:  # Pillow raises many exception types for damaged files
-        raise DecodeError("a damaged or truncated TIFF") from error
+        raise DecodeError(DAMAGED_TIFF) from error
     if pixels is None:
-        raise DecodeError("a TIFF of another kind than one channel of 16 bits")
+        raise DecodeError(DAMAGED_TIFF)
     return 65535 - pixels if inverted else pixels

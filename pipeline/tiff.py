@@ -7,6 +7,7 @@ so these are read by the package tifffile.
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -25,12 +26,11 @@ from PIL.TiffImagePlugin import (
 from .arrays import MOST_CHANNELS
 from .common import UserError
 from .images import LARGEST_PIXELS, TOO_LARGE, DecodeError, open_unrotated, tiff_checksums_agree
-from .pixel_format import DeepImage, PixelFormat, gray16_pixels
+from .pixel_format import DAMAGED_TIFF, DeepImage, PixelFormat, gray16_pixels
 
 UNSIGNED, RGB, ALPHA, BIG_TIFF = 1, 2, (1, 2), 43
 """Values of SampleFormat, PhotometricInterpretation and ExtraSamples (TIFF 6.0, sections 8 and 19), and the version."""
 TAGS = (IMAGELENGTH, IMAGEWIDTH, SAMPLESPERPIXEL, BITSPERSAMPLE, SAMPLEFORMAT, PHOTOMETRIC_INTERPRETATION, EXTRASAMPLES)
-DAMAGED = "a damaged or truncated TIFF, or one of an unusual kind"
 
 
 def open_tiff(encoded: bytes, bits: int | None = None, pages_as_channels: bool = False) -> DeepImage | None:
@@ -78,16 +78,34 @@ def _damage() -> Iterator[None]:
         raise
     except Exception as error:
         missing = f" ({error})" if "imagecodecs" in str(error) else ""
-        raise DecodeError(DAMAGED + missing) from error
+        raise DecodeError(DAMAGED_TIFF + missing) from error
+
+
+def _pages(encoded: bytes) -> Iterator[ImageFileDirectory_v2]:
+    """Tags of each page, valid until the next. Pillow opens only pages that it can decode, and skips truncated ones.
+
+    Raises:
+        DecodeError: the list of tags leads out of the file.
+    """
+    file = io.BytesIO(encoded)
+    big = encoded[2] == BIG_TIFF
+    tags = ImageFileDirectory_v2(file.read(16 if big else 8))
+    count_bytes, entry_bytes, next_bytes = (8, 20, 8) if big else (2, 12, 4)
+    at = tags.next
+    while at:
+        entries = int.from_bytes(encoded[at : at + count_bytes], "little" if encoded.startswith(b"II") else "big")
+        if at + count_bytes + entries * entry_bytes + next_bytes > len(encoded):
+            raise DecodeError(DAMAGED_TIFF)
+        file.seek(at)
+        tags.load(file)
+        yield tags
+        at = tags.next
 
 
 def _tags(encoded: bytes) -> dict[int, Any]:
-    """Tags of the first page, {} if they can't be read; Pillow opens only files whose pixels it can read."""
-    file = io.BytesIO(encoded)
+    """Tags of the first page, {} if they can't be read."""
     try:
-        tags = ImageFileDirectory_v2(file.read(16 if encoded[2:4].strip(b"\0") == bytes([BIG_TIFF]) else 8))
-        file.seek(tags.next)
-        tags.load(file)
+        tags = next(_pages(encoded))
         return {tag: tags[tag] for tag in TAGS if tag in tags}
     except Exception:  # see _damage
         return {}
@@ -104,17 +122,18 @@ def _opens(encoded: bytes) -> bool:
 def _verified_gray16(encoded: bytes) -> np.ndarray:
     pixels = gray16_pixels(encoded)
     if not tiff_checksums_agree(encoded):
-        raise DecodeError(DAMAGED)
+        raise DecodeError(DAMAGED_TIFF)
     return pixels
 
 
 def _open_pages(encoded: bytes) -> DeepImage:
+    with _damage():
+        count = sum(1 for _ in islice(_pages(encoded), MOST_CHANNELS + 1))
+    if count > MOST_CHANNELS:
+        raise DecodeError(f"more than {MOST_CHANNELS} pages; images may have at most {MOST_CHANNELS} channels")
     with _damage(), Image.open(io.BytesIO(encoded), formats=["TIFF"]) as image:
-        pages = image.n_frames
-        if pages > MOST_CHANNELS:
-            raise DecodeError(f"{pages} pages; images may have at most {MOST_CHANNELS} channels")
         kinds = []
-        for page in range(pages):
+        for page in range(count):
             image.seek(page)
             kinds.append((image.mode, image.tag_v2[IMAGELENGTH], image.tag_v2[IMAGEWIDTH]))
     mode, height, width = kinds[0]
@@ -124,17 +143,17 @@ def _open_pages(encoded: bytes) -> DeepImage:
         raise DecodeError(f"page {different + 1} differs from the first one in size or depth")
 
     def read() -> np.ndarray:
-        return np.concatenate([_page(encoded, page) for page in range(pages)], 2)
+        return np.concatenate([_page(encoded, page) for page in range(count)], 2)
 
-    return DeepImage(PixelFormat(pages, 8 if mode == "L" else 16), height, width, "", read)
+    return DeepImage(PixelFormat(count, 8 if mode == "L" else 16), height, width, "", read)
 
 
 def _page(encoded: bytes, page: int) -> np.ndarray:
     """(H, W, 1) uint8 or uint16."""
     with _damage(), open_unrotated(encoded, page) as image:
-        pixels = np.asarray(image)[..., None] if image.mode == "L" else gray16_pixels(encoded, page)
+        pixels = np.asarray(image.copy())[..., None] if image.mode == "L" else gray16_pixels(encoded, page)
     if not tiff_checksums_agree(encoded, page):
-        raise DecodeError(DAMAGED)
+        raise DecodeError(DAMAGED_TIFF)
     return pixels
 
 
