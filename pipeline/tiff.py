@@ -34,7 +34,7 @@ TAGS = (IMAGELENGTH, IMAGEWIDTH, SAMPLESPERPIXEL, BITSPERSAMPLE, SAMPLEFORMAT, P
 
 
 def open_tiff(encoded: bytes, bits: int | None = None, pages_as_channels: bool = False) -> DeepImage | None:
-    """Describe a TIFF from its header; None for one that `pipeline.images.decode` decodes, or that is damaged.
+    """Describe a TIFF from its header; None for one that `pipeline.images.decode` decodes, or that is no TIFF.
 
     Alpha is dropped, as far as ExtraSamples declares it, or four samples are RGB without such a declaration.
 
@@ -44,7 +44,7 @@ def open_tiff(encoded: bytes, bits: int | None = None, pages_as_channels: bool =
         pages_as_channels: whether each page is a channel, instead of using the first page.
 
     Raises:
-        DecodeError: the pages are not alike, or there are more than 16 channels.
+        DecodeError: the header is truncated, the pages are not alike, or there are more than 16 channels.
         UserError: the package tifffile is required, but not installed.
     """
     if pages_as_channels:
@@ -103,10 +103,12 @@ def _pages(encoded: bytes) -> Iterator[ImageFileDirectory_v2]:
 
 
 def _tags(encoded: bytes) -> dict[int, Any]:
-    """Tags of the first page, {} if they can't be read."""
+    """Tags of the first page, {} if they can't be read; raises DecodeError if they are truncated."""
     try:
         tags = next(_pages(encoded))
         return {tag: tags[tag] for tag in TAGS if tag in tags}
+    except DecodeError:
+        raise
     except Exception:  # see _damage
         return {}
 
