@@ -1,6 +1,6 @@
 """The shard set: plain WebDataset tars, one index per tar, and a `dataset.json` that is written last.
 
-    ROOT/dataset.json            name, split, classes, counts, checksums, creation options
+    ROOT/dataset.json            name, split, classes, counts, channels, bits, checksums, creation options
     ROOT/train-000000.tar        <key>.jpg and <key>.cls pairs, compatible with the webdataset library
     ROOT/train-000000.index.npy  one `index_dtype` row per sample, so that any sample is one read at a known offset
     ROOT/index.npy               the rows of all shards, in sets of more than `READ_WHOLE`; memory-mapped
