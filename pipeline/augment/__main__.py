@@ -86,6 +86,7 @@ def contact_sheet(
     Raises:
         UserError: unknown backend, or an image can't be read or decoded.
     """
+    config = config.for_images(shards.pixel_format, shards.manifest.get("statistics", {}))
     chosen = np.arange(min(samples, len(shards)))
     encoded, rows = Reader(shards)(chosen), shards.index[chosen]
     params = draw_params(config, seed, 0, chosen, rows["height"], rows["width"])

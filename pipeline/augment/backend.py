@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..common import UserError
+from ..pixel_format import RGB8, PixelFormat
 from .config import AugmentConfig
 from .params import AugmentParams
 
@@ -24,7 +25,7 @@ class Backend(Protocol):
         """Augment V views of n encoded images.
 
         Returns:
-            (V n, 3, S, S) on the backend's device, channels-last, normalized; row v n + i is view v of image i. The
+            (V n, C, S, S) on the backend's device, channels-last, normalized; row v n + i is view v of image i. The
             values are float32, or the same rounded to bfloat16, as chosen when the backend was created. On a GPU the
             views are ordered on the current CUDA stream, and the host does not wait for them.
 
@@ -103,23 +104,25 @@ def create_backend(
     views: int,
     workers: int,
     dtype: torch.dtype = torch.float32,
+    pixel_format: PixelFormat = RGB8,
 ) -> Backend:
     """Create a backend; only its own library is imported, so the others need not be installed.
 
     Args:
         name: one of `BACKENDS`.
-        config: augmentation options.
+        config: augmentation options; a mean or std that nobody set is ImageNet's (see `AugmentConfig.for_images`).
         device: device of the views.
         batch_size: largest number of images per call.
         views: V, number of views per image.
         workers: number of threads on the host.
         dtype: of the views, float32 or bfloat16.
+        pixel_format: format of the images.
 
     Raises:
-        UserError: unknown backend, or its library is not installed.
+        UserError: unknown backend, its library is not installed, or it does not support the format.
     """
     name = choose_backend(name, device, config.size, workers).name
-    options = (config, device, batch_size, views, workers, dtype)
+    options = (config.for_images(pixel_format, {}), device, batch_size, views, workers, dtype)
     if name == "dali":
         from .dali import DaliBackend
 
