@@ -47,7 +47,9 @@ class BackendChoice(NamedTuple):
         return f"{self.name} ({self.reason})" if self.reason else self.name
 
 
-def choose_backend(name: str, device: torch.device, size: int, threads: int) -> BackendChoice:
+def choose_backend(
+    name: str, device: torch.device, size: int, threads: int, pixel_format: PixelFormat = RGB8
+) -> BackendChoice:
     """Resolve "auto" by what limits each backend.
 
     On a CPU, OpenCV is the fastest in every measurement (bench/results/pipeline.csv). On a GPU nothing has been
@@ -65,6 +67,7 @@ def choose_backend(name: str, device: torch.device, size: int, threads: int) -> 
         device: device of the views.
         size: side of a view in pixels.
         threads: number of threads of this process on the host.
+        pixel_format: format of the images; only OpenCV supports others than 8-bit RGB.
 
     Raises:
         UserError: unknown backend.
@@ -75,6 +78,8 @@ def choose_backend(name: str, device: torch.device, size: int, threads: int) -> 
         return BackendChoice(name)
     if device.type == "cpu":
         return BackendChoice("opencv", "the fastest on a CPU")
+    if pixel_format != RGB8:
+        return BackendChoice("opencv", f"the only one for images of this kind: {pixel_format}")
     dali = device.type == "cuda" and _dali_loads()
     if size <= SMALL_VIEW:
         small = f"views of {size} px"
@@ -121,8 +126,8 @@ def create_backend(
     Raises:
         UserError: unknown backend, its library is not installed, or it does not support the format.
     """
-    name = choose_backend(name, device, config.size, workers).name
-    options = (config.for_images(pixel_format, {}), device, batch_size, views, workers, dtype)
+    name = choose_backend(name, device, config.size, workers, pixel_format).name
+    options = (config.for_images(pixel_format, {}), device, batch_size, views, workers, dtype, pixel_format)
     if name == "dali":
         from .dali import DaliBackend
 

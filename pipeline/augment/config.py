@@ -28,13 +28,13 @@ class AugmentConfig:
     flip_p: float = 0.5
     """Probability of a horizontal flip."""
     jitter_p: float = 0.8
-    """Probability of color jitter."""
+    """Probability of color jitter; for images that are not RGB, of brightness and contrast alone."""
     jitter_strength: float = 1.0
     """Strength s of color jitter: brightness, contrast and saturation vary by up to 0.8 s, hue by up to 0.2 s turns."""
     jitter: Jitter = "exact"
     """exact: operations in random order, clipped after each, hue in HSV. affine: one linear map of colors, faster."""
     gray_p: float = 0.2
-    """Probability of conversion to grayscale."""
+    """Probability of conversion to grayscale (RGB images)."""
     blur_p: float = 0.5
     """Probability of Gaussian blur."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
