@@ -21,6 +21,7 @@ from common import UserError
 from model.export import TORCHVISION, export_encoder, torchvision_state
 from pipeline.augment.config import AugmentConfig
 from pipeline.augment.params import center_crop
+from pipeline.pixel_format import PixelFormat
 from tests.model.networks import MEAN, STD, spec, write_run, write_small_run
 
 ROOT = Path(__file__).parents[2]
@@ -85,6 +86,19 @@ def test_timm_opens_the_huggingface_folder(tmp_path, name, size, width, selectiv
     assert tuple(transform["mean"]) == MEAN and tuple(transform["std"]) == STD
     window = center_crop(AugmentConfig(size=size), np.array([1000]), np.array([1500])).crop[0, 0, 2] / 1000
     assert transform["crop_pct"] == window, "the center crop of the evaluation"
+
+
+def test_timm_adapts_the_first_convolution_to_other_channels(tmp_path):
+    """timm repeats or truncates the weights of the eight channels and scales their sum (`adapt_input_conv`)."""
+    eight = model.encoder_spec(model.EncoderConfig("resnet18", width=0.125), 32, 8)
+    encoder = write_run(tmp_path / "run", eight, 32, pixels=PixelFormat(8, 16))
+    export_encoder(tmp_path / "run", tmp_path / "out", "huggingface")
+    place, x = f"local-dir:{tmp_path / 'out'}", torch.randn(2, 8, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(timm.create_model(place, pretrained=True, num_classes=0).eval()(x), encoder(x))
+    gray = timm.create_model(place, pretrained=True, num_classes=0, in_chans=1)
+    expected = encoder.conv1.weight.sum(1, keepdim=True)
+    torch.testing.assert_close(gray.conv1.weight, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("selective_kernels", [False, True])
@@ -192,6 +206,8 @@ def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch):
     [
         ("views", "size", "32"),
         ("views", "mean", [0.5, 0.5]),
+        (None, "pixels", {"channels": 1, "bits": 16}),
+        (None, "pixels", {"channels": 3}),
         ("views", "std", [0.5, 0.5, 0]),
         (None, "views", None),
         (None, "optim", 3),
