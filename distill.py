@@ -62,11 +62,6 @@ def distill(config: DistillConfig, instruments: Instruments | None = None) -> No
     train, test = open_data(config.data, config.loader)
     views = config.views.for_images(train.pixel_format, train.manifest.get("statistics", {}))
     config = replace(config, views=views)
-    if train.pixel_format.channels != channels:
-        raise UserError(
-            f"The teacher in {config.teacher} takes images with {channels} channels, but those of {train.root} have "
-            f"{train.pixel_format.channels}; use --data with images like those that it was trained on."
-        )
     reading = {"device": session.device, "dtype": session.dtype, "bad_samples_file": session.out / "bad_samples.jsonl"}
     loader = ViewLoader(
         train,
@@ -80,6 +75,11 @@ def distill(config: DistillConfig, instruments: Instruments | None = None) -> No
         views_per_image=1,
         **reading,
     )
+    if train.pixel_format.channels != channels:
+        raise UserError(
+            f"The teacher in {config.teacher} takes images with {channels} channels, but those of {train.root} have "
+            f"{train.pixel_format.channels}; use --data with images like those that it was trained on."
+        )
     uses_label = np.zeros(len(train), dtype=bool)
     if config.labeled_share:
         if list(train.classes) != classes:
