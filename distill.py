@@ -77,8 +77,8 @@ def distill(config: DistillConfig, instruments: Instruments | None = None) -> No
     )
     if train.pixel_format.channels != channels:
         raise UserError(
-            f"The teacher in {config.teacher} takes images with {channels} channels, but those of {train.root} have "
-            f"{train.pixel_format.channels}; use --data with images like those that it was trained on."
+            f"The teacher in {config.teacher} takes {channels}-channel images, but {train.root} has "
+            f"{train.pixel_format.channels}-channel images; use --data with images like those that it was trained on."
         )
     uses_label = np.zeros(len(train), dtype=bool)
     if config.labeled_share:

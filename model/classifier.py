@@ -134,8 +134,8 @@ def start_classifier(
         spec, network = read_spec(file), load_encoder(file)
         if spec.channels != channels:
             raise UserError(
-                f"The encoder in {start.run} takes images with {spec.channels} channels, but those of the data have "
-                f"{channels}; use --data with images like those that it was trained on, or another --start.run."
+                f"The encoder in {start.run} takes {spec.channels}-channel images, but the data has {channels}-channel "
+                "images; use --data with images like those that it was trained on, or another --start.run."
             )
         head = load_head(Path(start.run) / "head.safetensors") if start.from_layer else None
     return create_classifier(network, head, start.from_layer, feature_dim(network, image_size, channels), classes), spec
