@@ -113,7 +113,7 @@ def test_huggingface_folder_as_start_of_a_classifier(tmp_path, selective_kernels
 
 
 def test_code_of_the_model_card_works_without_the_checkout(tmp_path):
-    """The installed package consists of the same files under the name `streamclr`; timm's own encoders do not need it."""
+    """The installed package has the same files under the name `streamclr`; encoders of timm do not need it."""
     (tmp_path / "streamclr").mkdir()
     for file in ("common.py", "model"):
         (tmp_path / "streamclr" / file).symlink_to(ROOT / file)
