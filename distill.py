@@ -154,7 +154,7 @@ def visible_labels(label: torch.Tensor, uses_label: torch.Tensor) -> torch.Tenso
 def check_normalization(config: DistillConfig) -> None:
     """Refuse a normalization other than the teacher's: the frozen teacher would only be wrong about such views."""
     for name, value in images_of(Path(config.teacher))[1].items():
-        if name != "size" and tuple(getattr(config.views, name)) != value:
+        if name != "size" and getattr(config.views, name) != value:
             shown = " ".join(map(str, value))
             raise UserError(f"The teacher in {config.teacher} was trained with --views.{name} {shown}; use the same.")
 
