@@ -194,7 +194,8 @@ def evaluate(options: Knn | Linear | Embed) -> None:
     made_from = {"encoder_sha256": file_sha256(target.encoder), "precision": "bf16" if session.bf16 else "fp32"}
     made_from |= {"size": views.size, "mean": views.mean, "std": views.std, "device": session.device.type}
     made_from["pixels"] = expected  # the shards of a conversion with --bits 8 may be the same files
-    backend = choose_backend(options.loader.backend, session.device, views.size, options.loader.threads).name
+    backend, threads = options.loader.backend, options.loader.threads
+    backend = choose_backend(backend, session.device, views.size, threads, expected).name
     decoder = import_module({"opencv": "cv2", "dali": "nvidia.dali", "kornia": "kornia"}[backend])
     made_from |= {"backend": backend, decoder.__name__: decoder.__version__, "torch": torch.__version__}
     made_from |= {"timm": timm.__version__, "code_sha256": code_checksum(pipeline, model)}
