@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from .common import UserError
 from .convert.photos import convert_photos, is_photos
 from .convert.textures import ensure_textures
 from .loader.config import LoaderConfig
@@ -28,7 +27,7 @@ def open_data(data: str, config: LoaderConfig) -> tuple[ShardSet, ShardSet | Non
         config: tells where the cache is, and how much of it shards of a remote set may take.
 
     Raises:
-        UserError: the shards are missing or damaged, the images can't be converted, or the splits differ in format.
+        UserError: the shards are missing or damaged, or the images can't be converted.
     """
     cache = config.cache()
     if not data:
@@ -36,13 +35,7 @@ def open_data(data: str, config: LoaderConfig) -> tuple[ShardSet, ShardSet | Non
     elif is_photos(data):
         data = str(convert_photos(Path(data), cache, partial(same_for_all_ranks, data)))
     ensure_index(data or TEXTURES, cache)
-    train, test = open_splits(data or TEXTURES, cache)
-    if test is not None and test.pixel_format != train.pixel_format:
-        raise UserError(
-            f"The images of {train.root} are {train.pixel_format}, but those of {test.root} are {test.pixel_format}; "
-            "convert both splits with the same options."
-        )
-    return train, test
+    return open_splits(data or TEXTURES, cache)
 
 
 def same_for_all_ranks(name: str, value: str) -> str:

@@ -25,8 +25,6 @@ from engine import run_lock, session
 from model.export import export_encoder
 from pipeline.augment.config import AugmentConfig
 from pipeline.convert import __main__ as convert
-from pipeline.data import open_data
-from pipeline.loader import LoaderConfig
 from pipeline.pixel_format import decode_pixels
 from pipeline.shards.dataset import open_shards
 from pipeline.shards.reader import Reader
@@ -217,13 +215,6 @@ def test_eight_channels_from_training_to_export(run, bands, evaluated, tmp_path)
     loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, num_classes=0).eval()
     x = torch.randn(2, 8, 24, 24)
     assert torch.equal(loaded(x), model.load_encoder(bands / "encoder.safetensors")(x))
-
-
-def test_splits_of_two_formats_are_refused(sets, tmp_path):
-    for split, data in ("train", "gray16"), ("test", "gray8"):
-        (tmp_path / split).symlink_to(sets / data / split)
-    with pytest.raises(UserError, match=r"train are gray, 16 bits, but those of .*test are RGB, 8 bits; convert both"):
-        open_data(str(tmp_path), LoaderConfig())
 
 
 def test_images_of_another_format_are_refused(run, sets, scans, bands, tuned, evaluated):
