@@ -19,6 +19,7 @@ from common import available_cores
 from config import DistillConfig, FinetuneConfig, PretrainConfig, StageConfig
 from engine.session import computes_in_bf16
 from pipeline.data import open_data
+from pipeline.pixel_format import RGB8, PixelFormat
 from pipeline.shards.dataset import ShardSet
 
 SMALL_PX = 64
@@ -66,6 +67,8 @@ class Facts:
     cores: int = 1
     """CPU cores per process."""
     processes: int = 1
+    pixels: PixelFormat = RGB8
+    """Channels and bits of the images."""
 
     @property
     def machine(self) -> str:
@@ -102,6 +105,7 @@ def read_facts(config: StageConfig) -> Facts:
         bf16=config.precision == "bf16" or (config.precision == "auto" and computes_in_bf16(device)),
         cores=available_cores(),
         processes=int(os.environ.get("WORLD_SIZE", "1")),
+        pixels=train.pixel_format,
     )
 
 
@@ -204,6 +208,8 @@ def choose_pretraining(config: PretrainConfig, facts: Facts, fixed: Mapping[str,
         choose("views.gray_p", 0.2, "as in the paper")
         choose("views.jitter_strength", 1.0, "as in the paper")
         choose("views.blur_p", 0.5, "as in the paper")
+    if facts.pixels.channels != 3:
+        choose("views.gray_p", 0.0, f"{facts.pixels}: no colors, so jitter changes brightness and contrast only")
 
     features = round((2048 if deep else 512) * encoder.width)
     choose("head.hidden", features, "width of the encoder's features")
@@ -295,7 +301,7 @@ def choose_classifier(config: FinetuneConfig, facts: Facts, fixed: Mapping[str, 
 def describe_data(choose: Choices, facts: Facts) -> None:
     """State the facts in the first row of the table."""
     labels = f"labels: {facts.labeled:,}, classes: {facts.classes}"
-    choose.reasons[DATA] = f"{facts.images:,} images of {facts.side_px} px, {labels}; {facts.machine}"
+    choose.reasons[DATA] = f"{facts.images:,} images of {facts.side_px} px ({facts.pixels}), {labels}; {facts.machine}"
 
 
 def choose_view_size(choose: Choices, facts: Facts) -> int:

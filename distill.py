@@ -38,7 +38,8 @@ from model import (
 from pipeline.data import open_data
 from pipeline.loader import ViewLoader, center_crop_batches
 from pipeline.loader.subsets import labeled_subset
-from presets import DISTILL, images_of, parse
+from pipeline.pictures import to_pictures
+from presets import DISTILL, channels_of, images_of, parse
 from report import report_run
 
 
@@ -53,7 +54,8 @@ def distill(config: DistillConfig, instruments: Instruments | None = None) -> No
     check_normalization(config)
     weights = Path(config.teacher) / "model.safetensors"
     teacher, classes = load_classifier(weights)
-    feature_dim(teacher.encoder, config.views.size)  # refuses a view size that the teacher cannot take
+    channels = channels_of(Path(config.teacher))
+    feature_dim(teacher.encoder, config.views.size, channels)  # refuses a view size that the teacher cannot take
     teacher = teacher.eval().requires_grad_(False).to(session.device, memory_format=torch.channels_last)
 
     # Data: all images -> one augmented view each, and which of their labels may be used.
@@ -73,6 +75,11 @@ def distill(config: DistillConfig, instruments: Instruments | None = None) -> No
         views_per_image=1,
         **reading,
     )
+    if train.pixel_format.channels != channels:
+        raise UserError(
+            f"The teacher in {config.teacher} takes {channels}-channel images, but {train.root} has "
+            f"{train.pixel_format.channels}-channel images; use --data with images like those that it was trained on."
+        )
     uses_label = np.zeros(len(train), dtype=bool)
     if config.labeled_share:
         if list(train.classes) != classes:
@@ -81,7 +88,7 @@ def distill(config: DistillConfig, instruments: Instruments | None = None) -> No
     uses_label = torch.from_numpy(uses_label)
 
     # Student
-    student, spec = start_classifier(config.start, config.encoder, config.views.size, len(classes))
+    student, spec = start_classifier(config.start, config.encoder, config.views.size, len(classes), channels)
     student = session.to_device(synchronize_batchnorm(student))
     model = session.distribute(student)
 
@@ -104,15 +111,15 @@ def distill(config: DistillConfig, instruments: Instruments | None = None) -> No
         schedule,
         validate_every=config.validate_every if len(tested) else 0,
         inputs={"--teacher": file_sha256(weights), "--labels": used_labels},
-        about={"timm_name": spec[0], "timm_kwargs": spec[1]},
-        draw_views=partial(view_sheet, mean=config.views.mean, std=config.views.std),
+        about={"timm_name": spec[0], "timm_kwargs": spec[1], "pixels": train.pixel_format._asdict()},
+        draw_views=partial(view_sheet, draw=partial(to_pictures, pixel_format=train.pixel_format, augment=views)),
         instruments=instruments,
     ) as loop:
         if not len(tested):
             session.print("There is no labeled test split of the same classes next to the train split: no test scores.")
         elif not loop.results and not config.dry_run:
             loop.add_result("teacher", **evaluate_classifier(teacher, batches, tested, session))
-        for batch in loop:  # views (B, 3, S, S), label (B,), index (B,)
+        for batch in loop:  # views (B, C, S, S), label (B,), index (B,)
             with session.autocast():
                 with torch.no_grad():
                     target = teacher(batch.views)  # (B, classes), for the views that the student sees

@@ -41,8 +41,10 @@ from evaluation.target import find_target
 from options import nearest, parse_options
 from pipeline.augment import AugmentConfig
 from pipeline.augment.backend import choose_backend
+from pipeline.augment.config import SMALLEST_STD
 from pipeline.data import open_data
 from pipeline.loader import LoaderConfig, ViewLoader, center_crop_batches
+from pipeline.pixel_format import PixelFormat
 from pipeline.shards.cache import ShardCache
 from report import write_report
 
@@ -61,10 +63,10 @@ class EvalOptions:
     """Shards: a folder or URL with train/ and test/ (or val/). Default: those of the run."""
     size: int | None = None
     """Side of the views in pixels. Default of this, --mean and --std: those of the run."""
-    mean: tuple[float, float, float] | None = None
-    """Subtracted per channel (RGB, image in 0..1)."""
-    std: tuple[float, float, float] | None = None
-    """Divided by per channel."""
+    mean: tuple[float, ...] | None = None
+    """Subtracted, per channel or one for all (image in 0..1)."""
+    std: tuple[float, ...] | None = None
+    """Divided by, per channel or one for all."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Precision of the encoder. auto: bf16 where the hardware supports it."""
     cache: bool = True
@@ -79,7 +81,7 @@ class EvalOptions:
         for value in self.mean or ():
             check_range("--mean", value, 0, 1)
         for value in self.std or ():
-            check_range("--std", value, 0.001, 1)
+            check_range("--std", value, SMALLEST_STD, 1)
 
 
 @dataclass(frozen=True)
@@ -150,11 +152,15 @@ def evaluate(options: Knn | Linear | Embed) -> None:
     session = Session(options.precision)
     name = type(options).__name__.lower() + (f"-{options.protocol}" if isinstance(options, Linear) else "")
 
-    # Encoder: views (B, 3, S, S) -> h (B, D), frozen.
+    # Encoder: views (B, C, S, S) -> h (B, D), frozen.
     target = find_target(options.run, options.data, size=options.size, mean=options.mean, std=options.std)
     encoder, views = model.load_encoder(target.encoder), AugmentConfig(**target.views)
+    channels = model.read_spec(target.encoder).channels
+    for option in ("mean", "std"):
+        if len(getattr(views, option)) not in (1, channels):
+            raise UserError(f"--{option} must be one number, or {channels}: one for each channel of the encoder.")
     try:
-        width = model.feature_dim(encoder, views.size)
+        width = model.feature_dim(encoder, views.size, channels)
     except UserError as error:  # which names the option of train.py
         raise UserError(f"The encoder can't take views of {views.size} px; use another --size.") from error
     encoder = session.to_device(encoder.eval())
@@ -165,6 +171,13 @@ def evaluate(options: Knn | Linear | Embed) -> None:
 
     # Data: the images of each split, as center crops.
     train, test = open_data(target.data, options.loader)
+    expected = PixelFormat(**target.pixels) if target.pixels else train.pixel_format._replace(channels=channels)
+    if train.pixel_format != expected:
+        raise UserError(
+            f"The images of {train.root} are {train.pixel_format}, but those that the encoder takes are {expected}; "
+            "use --data with such images."
+        )
+    views = views.for_images(expected, {})
     splits = eval_splits(train, test, labeled=not isinstance(options, Embed))
     classes, k = len(train.classes), getattr(options, "k", ()) or (target.k,)
     if isinstance(options, Knn) and max(k) > (bank := len(splits[0].samples)):
@@ -180,7 +193,9 @@ def evaluate(options: Knn | Linear | Embed) -> None:
     # Record: what is evaluated and how; `made_from` is everything besides the images that determines the features.
     made_from = {"encoder_sha256": file_sha256(target.encoder), "precision": "bf16" if session.bf16 else "fp32"}
     made_from |= {"size": views.size, "mean": views.mean, "std": views.std, "device": session.device.type}
-    backend = choose_backend(options.loader.backend, session.device, views.size, options.loader.threads).name
+    made_from["pixels"] = expected  # the shards of a conversion with --bits 8 may be the same files
+    backend, threads = options.loader.backend, options.loader.threads
+    backend = choose_backend(backend, session.device, views.size, threads, expected).name
     decoder = import_module({"opencv": "cv2", "dali": "nvidia.dali", "kornia": "kornia"}[backend])
     made_from |= {"backend": backend, decoder.__name__: decoder.__version__, "torch": torch.__version__}
     made_from |= {"timm": timm.__version__, "code_sha256": code_checksum(pipeline, model)}

@@ -29,6 +29,7 @@ from model import save_classifier, save_encoder, start_classifier, synchronize_b
 from pipeline.data import open_data
 from pipeline.loader import ViewLoader, center_crop_batches
 from pipeline.loader.subsets import labeled_subset
+from pipeline.pictures import to_pictures
 from presets import FINETUNE, parse
 from report import report_run
 
@@ -64,7 +65,8 @@ def finetune(config: FinetuneConfig, instruments: Instruments | None = None) -> 
     )
 
     # Model: view -> h, or a layer of the projection head -> logits.
-    classifier, spec = start_classifier(config.start, config.encoder, config.views.size, len(classes))
+    channels = train.pixel_format.channels
+    classifier, spec = start_classifier(config.start, config.encoder, config.views.size, len(classes), channels)
     classifier = session.to_device(synchronize_batchnorm(classifier))
     model = session.distribute(classifier)
 
@@ -86,13 +88,13 @@ def finetune(config: FinetuneConfig, instruments: Instruments | None = None) -> 
         schedule,
         validate_every=config.validate_every if len(tested) else 0,
         collapse_loss=math.log(len(classes)),
-        about={"timm_name": spec[0], "timm_kwargs": spec[1]},
-        draw_views=partial(view_sheet, mean=config.views.mean, std=config.views.std),
+        about={"timm_name": spec[0], "timm_kwargs": spec[1], "pixels": train.pixel_format._asdict()},
+        draw_views=partial(view_sheet, draw=partial(to_pictures, pixel_format=train.pixel_format, augment=views)),
         instruments=instruments,
     ) as loop:
         if not len(tested):
             session.print("There is no labeled test split of the same classes next to the train split: no test scores.")
-        for batch in loop:  # views (B, 3, S, S), label (B,)
+        for batch in loop:  # views (B, C, S, S), label (B,)
             with session.autocast():
                 logits = model(batch.views)  # (B, classes)
             loss = cross_entropy(logits.float(), batch.label)

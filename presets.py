@@ -26,7 +26,7 @@ from options import as_arguments, nearest, option_names, parse_options
 from pipeline.augment import AugmentConfig
 from pipeline.loader.subsets import LabelsConfig
 
-NOT_REUSED = {"out", "resume", "config", "reasons", "timm_name", "timm_kwargs"}
+NOT_REUSED = {"out", "resume", "config", "reasons", "timm_name", "timm_kwargs", "pixels"}
 """Entries of a config.json that belong to one run only, or are not options."""
 
 
@@ -388,6 +388,11 @@ def images_of(run: Path) -> tuple[str, dict[str, Any]]:
         raise UserError(
             f"{run} is not the folder of a run ({reason}); use the folder that a run ended with."
         ) from error
+
+
+def channels_of(run: Path) -> int:
+    """Channels of the images of a run; 3 in runs of versions that knew no others."""
+    return read_options(run / "config.json").get("pixels", {}).get("channels", 3)
 
 
 def encoder_of(run: Path) -> EncoderConfig:

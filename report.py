@@ -18,15 +18,16 @@ from engine.session import Session
 from evaluation.features import embed
 from evaluation.knn import nearest
 from evaluation.report.page import Neighbor, RunPictures, write_page
-from evaluation.report.pictures import data_uri, to_images
+from evaluation.report.pictures import data_uri
 from evaluation.report.record import RunRecord, read_run
 from evaluation.report.representation import plane, rankme
 from evaluation.sgd_probe import linear_predictions
 from model import load_classifier, load_encoder
 from pipeline.augment.config import AugmentConfig
 from pipeline.data import open_data
-from pipeline.images import decode
 from pipeline.loader import LoaderConfig, ViewLoader, center_crop_batches
+from pipeline.pictures import to_pictures
+from pipeline.pixel_format import PixelFormat, decode_pixels
 from pipeline.shards.dataset import ShardSet
 from pipeline.shards.reader import Reader
 
@@ -153,7 +154,8 @@ def center_crops(
     """Center crops of samples ((n,) int64, distinct), each (S, S, 3) uint8."""
     found = {}
     for batch in batches(shards, samples=samples):
-        found |= zip(batch.index.tolist(), to_images(batch.views, views.mean, views.std), strict=True)
+        pictures = to_pictures(batch.views, shards.pixel_format, views).cpu().numpy()
+        found |= zip(batch.index.tolist(), pictures, strict=True)
     return found
 
 
@@ -169,12 +171,19 @@ def view_pairs(
         batch = next(iter(loader))
     finally:
         loader.close()
-    images = to_images(batch.views, views.mean, views.std)
-    originals = map(decode, Reader(shards)(batch.index.numpy()))
+    pairs = batch.views.unflatten(0, (2, -1)).transpose(0, 1)  # (n, 2, C, S, S)
+    pairs = to_pictures(pairs, shards.pixel_format, views).cpu().numpy()
+    originals = [original(encoded, shards.pixel_format) for encoded in Reader(shards)(batch.index.numpy())]
     return [
-        (data_uri(original, VIEW_SIDE), data_uri(first, VIEW_SIDE), data_uri(second, VIEW_SIDE))
-        for original, first, second in zip(originals, *np.split(images, 2), strict=True)
+        tuple(data_uri(picture, VIEW_SIDE) for picture in (whole, *pair))
+        for whole, pair in zip(originals, pairs, strict=True)
     ]
+
+
+def original(encoded: bytes, pixel_format: PixelFormat) -> np.ndarray:
+    """Picture of an image, (H, W, 3) uint8."""
+    pixels = torch.from_numpy(decode_pixels(encoded, pixel_format))  # (H, W, C)
+    return to_pictures(pixels.permute(2, 0, 1)[None], pixel_format)[0].numpy()
 
 
 def neighbors(

@@ -41,6 +41,7 @@ from model import (
 )
 from pipeline.data import open_data
 from pipeline.loader import ViewLoader, center_crop_batches
+from pipeline.pictures import to_pictures
 from presets import PRETRAIN, parse
 from report import report_run
 
@@ -76,6 +77,9 @@ def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> 
     )
 
     # Model: views -> h -> z, and a linear probe on detached h.
+    if (channels := train.pixel_format.channels) != 3:
+        spec = encoder_spec(config.encoder, config.views.size, channels)
+        encoder = create_encoder(spec)
     head = projection_head(config.head, features)
     simclr = SimCLR(encoder, head, features, classes=len(train.classes))
     simclr = session.to_device(synchronize_batchnorm(simclr))
@@ -96,7 +100,7 @@ def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> 
         evaluate = Evaluator(*labeled, batches, session, config.eval)
 
     def forward_features(views: Tensor) -> Tensor:
-        """(B, 3, S, S) -> h (B, features), in evaluation mode."""
+        """(B, C, S, S) -> h (B, features), in evaluation mode."""
         simclr.eval()
         with session.autocast():
             h = simclr.encoder(views)
@@ -113,8 +117,8 @@ def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> 
         schedule,
         validate_every=config.eval.knn_every if evaluate else 0,
         collapse_loss=math.log(2 * config.batch_size - 1),  # all 2B - 1 candidates are equally similar
-        about={"timm_name": spec[0], "timm_kwargs": spec[1]},
-        draw_views=partial(view_sheet, mean=config.views.mean, std=config.views.std),
+        about={"timm_name": spec[0], "timm_kwargs": spec[1], "pixels": train.pixel_format._asdict()},
+        draw_views=partial(view_sheet, draw=partial(to_pictures, pixel_format=train.pixel_format, augment=views)),
         instruments=instruments,
     ) as loop:
         if evaluate is None:
@@ -123,7 +127,7 @@ def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> 
             loop.add_result("raw pixels", **evaluate(raw_pixels))
             loop.add_result("untrained", **evaluate(forward_features))
 
-        for batch in loop:  # views (2B, 3, S, S), label (B,)
+        for batch in loop:  # views (2B, C, S, S), label (B,)
             probe = partial(probe_objective, label=batch.label)
             if 0 < config.micro_batch < len(batch.label):
                 loss, top1 = cached_backward(

@@ -11,13 +11,12 @@ Everything stays in the run folder unless the user is logged in to W&B or MLFLOW
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .common import UserError
@@ -228,17 +227,15 @@ def flatten(options: dict[str, Any], prefix: str = "") -> dict[str, bool | int |
     return flat
 
 
-def view_sheet(batch: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+def view_sheet(batch: Any, draw: Callable[[Tensor], Tensor]) -> Tensor:
     """Picture of the first images of a batch: a column for each image, a row for each of its views.
 
     Args:
-        batch: batch of a view loader; `views` (V * B, 3, S, S), `label` (B,).
-        mean, std: normalization of the views.
+        batch: batch of a view loader; `views` (V * B, C, S, S), `label` (B,).
+        draw: views (n, V, C, S, S) -> pictures (n, V, S, S, 3) uint8.
 
     Returns:
         (V * S, n * S, 3) uint8 on the device of the batch, which is not waited for.
     """
-    views = batch.views.unflatten(0, (-1, len(batch.label)))[:, :IMAGES].float()  # (V, n, 3, S, S)
-    levels = [views[:, :, channel] * std[channel] + mean[channel] for channel in range(3)]
-    levels = (255 * torch.stack(levels, -1)).round().clamp(0, 255).to(torch.uint8)  # (V, n, S, S, 3)
-    return levels.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+    views = batch.views.unflatten(0, (-1, len(batch.label)))[:, :IMAGES]  # (V, n, C, S, S)
+    return draw(views.transpose(0, 1)).permute(1, 2, 0, 3, 4).flatten(2, 3).flatten(0, 1)

@@ -28,7 +28,7 @@ def evaluate_classifier(
     """Accuracies `top1` and `top5` of a classifier; the ranks share the work and return the same values.
 
     Args:
-        classifier: (B, 3, S, S) -> logits (B, classes); in evaluation mode during the call.
+        classifier: (B, C, S, S) -> logits (B, classes); in evaluation mode during the call.
         batches: called with samples=...; yields batches of their center crops.
         samples: (n,) int64, positions of labeled samples in the shard set; not empty.
         session: see `evaluation.features.embed`.

@@ -48,7 +48,7 @@ class Evaluator:
         """Compute `knn_top1` and, unless `linear` is False, `linear_top1` of features.
 
         Args:
-            function: views (B, 3, S, S) -> features (B, D).
+            function: views (B, C, S, S) -> features (B, D).
         """
         bank, query = self._features(function, *self.train), self._features(function, *self.test)
         scores = {"knn_top1": knn_top1(*bank, *query, k=self.config.k)}

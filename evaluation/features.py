@@ -22,8 +22,8 @@ def embed(
     number of ranks.
 
     Args:
-        function: (B, 3, S, S) -> (B, D); an encoder in evaluation mode, or `raw_pixels`.
-        batches: called with samples=...; yields batches with `views` (B, 3, S, S), `label` (B,) and `index` (B,), in
+        function: (B, C, S, S) -> (B, D); an encoder in evaluation mode, or `raw_pixels`.
+        batches: called with samples=...; yields batches with `views` (B, C, S, S), `label` (B,) and `index` (B,), in
             the order of `samples`.
         samples: (N,) int64, positions in the shard set.
         session: has `rank`, `world_size` and `gather`, which maps (n, ...) of each rank to (world_size * n, ...),
@@ -50,5 +50,5 @@ def _interleave(gathered: Tensor, world_size: int) -> Tensor:
 
 
 def raw_pixels(views: Tensor) -> Tensor:
-    """Baseline without learning: views (B, 3, S, S), averaged down to at most 32 px, as features (B, 3 * 32 * 32)."""
+    """Baseline without learning: views (B, C, S, S), averaged down to at most 32 px, as features (B, C * 32 * 32)."""
     return adaptive_avg_pool2d(views.float(), min(32, views.shape[-1])).flatten(1)

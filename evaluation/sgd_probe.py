@@ -58,9 +58,9 @@ def simclr_protocol(
     """Linear evaluation by SGD on randomly cropped and flipped views, once per seed, trained by all ranks together.
 
     Args:
-        forward_features: (B, 3, S, S) -> h (B, D), with a frozen encoder in evaluation mode.
+        forward_features: (B, C, S, S) -> h (B, D), with a frozen encoder in evaluation mode.
         create_loader: called with seed=...; each iteration over the loader yields one epoch of this rank's batches,
-            with `views` (B, 3, S, S) and `label` (B,); its length is the number of steps per epoch.
+            with `views` (B, C, S, S) and `label` (B,); its length is the number of steps per epoch.
         test: features (M, D) and labels (M,) of the test split on rank 0; None on other ranks.
         session: has `rank`, `device` and `mean`, which maps a tensor of each rank to the mean over ranks.
         feature_dim: D.

@@ -64,7 +64,7 @@ class FeatureStore:
     """
 
     session: Any  # has `rank`, `world_size`, `device`, `gather`, `sum` and `print`
-    forward_features: Callable[[Tensor], Tensor]  # (B, 3, S, S) -> h (B, D), by the frozen encoder
+    forward_features: Callable[[Tensor], Tensor]  # (B, C, S, S) -> h (B, D), by the frozen encoder
     batches: Callable[..., Iterable]  # called with (shard set, samples=...); yields batches of their center crops
     batch_size: int  # images per batch of `batches`
     made_from: dict[str, Any]  # everything besides the images that determines the features

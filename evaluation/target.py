@@ -20,6 +20,7 @@ class EvalTarget:
     views: dict[str, Any]  # options of the views: size, mean and std; for a run also how it crops
     data: str  # shards; "" for the built-in textures
     k: int  # number of neighbors in the run's own kNN evaluation
+    pixels: dict[str, int] | None = None  # channels and bits of the run's images; None for an encoder file
 
 
 def find_target(run: str, data: str = "", **views: Any) -> EvalTarget:
@@ -64,10 +65,11 @@ def _of_run(folder: Path, data: str, views: dict[str, Any]) -> EvalTarget:
         data = data or config["data"]
         if not data and config.get("preset") != "textures":
             raise KeyError("data")
-        k = config.get("eval", {}).get("k", 20)
+        k, pixels = config.get("eval", {}).get("k", 20), config.get("pixels", {"channels": 3, "bits": 8})
         if not isinstance(data, str):
             raise ValueError(f"data is {data}")
-        for name, count in {"mean": 3, "std": 3, "crop_area": 2, "crop_aspect": 2}.items():
+        channels = pixels["channels"]
+        for name, count in {"mean": channels, "std": channels, "crop_area": 2, "crop_aspect": 2}.items():
             found[name] = tuple(found[name])
             if len(found[name]) != count or not all(map(math.isfinite, found[name])):
                 raise ValueError(f"views.{name} is {found[name]}")
@@ -79,4 +81,4 @@ def _of_run(folder: Path, data: str, views: dict[str, Any]) -> EvalTarget:
             f"{folder}/config.json is missing or incomplete ({error}); use {encoder} with --data --size --mean --std "
             "instead."
         ) from error
-    return EvalTarget(encoder, folder, found | views, data, k)
+    return EvalTarget(encoder, folder, found | views, data, k, pixels)

@@ -43,7 +43,7 @@ class Classifier(nn.Module):
     """Images -> logits; build it with `create_classifier`, `start_classifier` or `load_classifier`.
 
     Attributes:
-        encoder: (N, 3, H, W) -> h (N, features).
+        encoder: (N, C, H, W) -> h (N, features).
         head: first layers of a projection head; empty for fine-tuning from h.
         fc: linear classification layer.
         kept: `head_spec` of the whole head, and under "layers" how many of its layers are kept; None if none are.
@@ -54,7 +54,7 @@ class Classifier(nn.Module):
         self.encoder, self.head, self.fc, self.kept = encoder, head, fc, kept
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) -> logits (N, classes)."""
+        """(N, C, H, W) -> logits (N, classes)."""
         h = self.encoder(images)  # (N, features)
         x = self.head(h)  # (N, width of the last kept layer)
         # bf16 has 8 significant bits: logits of different classes would tie, and a temperature of 0.1 would magnify the
@@ -73,7 +73,7 @@ def create_classifier(
     the scale of the features.
 
     Args:
-        encoder: (N, 3, H, W) -> h (N, features), pretrained or not.
+        encoder: (N, C, H, W) -> h (N, features), pretrained or not.
         head: the encoder's projection head; None if none of its layers are kept.
         from_layer: number of layers of the head to keep, each with its batch norm and ReLU: 0 fine-tunes from h, 1 is
             SimCLR v2's choice.
@@ -108,7 +108,7 @@ def create_classifier(
 
 
 def start_classifier(
-    start: StartConfig, encoder: EncoderConfig, image_size: int, classes: int
+    start: StartConfig, encoder: EncoderConfig, image_size: int, classes: int, channels: int = 3
 ) -> tuple[Classifier, EncoderSpec]:
     """Build the classifier that a fine-tuning or distillation starts from, in training mode.
 
@@ -117,21 +117,28 @@ def start_classifier(
         encoder: architecture for random weights; ignored with a pretraining run.
         image_size: side of a view in pixels.
         classes: number of classes.
+        channels: channels of the images.
 
     Returns:
         The classifier, and the spec of its encoder.
 
     Raises:
-        UserError: the run is not finished, has fewer layers in its head, or its encoder does not accept such views.
+        UserError: the run is not finished, has fewer layers in its head, or its encoder does not accept such views or
+            images of so many channels.
     """
     if not start.run:
-        spec = encoder_spec(encoder, image_size)
+        spec = encoder_spec(encoder, image_size, channels)
         network, head = create_encoder(spec), None
     else:
         file = Path(start.run) / "encoder.safetensors"
         spec, network = read_spec(file), load_encoder(file)
+        if spec.channels != channels:
+            raise UserError(
+                f"The encoder in {start.run} takes {spec.channels}-channel images, but the data has {channels}-channel "
+                "images; use --data with images like those that it was trained on, or another --start.run."
+            )
         head = load_head(Path(start.run) / "head.safetensors") if start.from_layer else None
-    return create_classifier(network, head, start.from_layer, feature_dim(network, image_size), classes), spec
+    return create_classifier(network, head, start.from_layer, feature_dim(network, image_size, channels), classes), spec
 
 
 def save_classifier(classifier: Classifier, spec: EncoderSpec, classes: list[str], path: Path) -> None:

@@ -61,6 +61,11 @@ class EncoderSpec(NamedTuple):
         """Whether timm knows the architecture only after this package has been imported."""
         return self.name.startswith(PREFIX)
 
+    @property
+    def channels(self) -> int:
+        """Channels of the images that the encoder takes."""
+        return self.kwargs.get("in_chans", 3)
+
 
 def _simclr_resnet(base: str, small_stem: bool, width: float, selective_kernels: bool, **kwargs) -> nn.Module:
     # even counts, because timm's deep stem ends with twice stem_width channels
@@ -108,13 +113,14 @@ for _base in RESNETS:
         _register(_base)
 
 
-def encoder_spec(config: EncoderConfig, image_size: int) -> EncoderSpec:
+def encoder_spec(config: EncoderConfig, image_size: int, channels: int = 3) -> EncoderSpec:
     """Translate an encoder configuration into arguments of `timm.create_model`.
 
     Args:
         config: encoder configuration; the names simclr_resnet* and resnet* are equivalent, since stem, width and
             selective kernels decide between them.
         image_size: side of a view in pixels.
+        channels: channels of the images.
 
     Raises:
         UserError: timm has no such model, the name contains a pretrained tag, or the model does not support the
@@ -145,8 +151,8 @@ def encoder_spec(config: EncoderConfig, image_size: int) -> EncoderSpec:
             kwargs["width"] = config.width
         if config.selective_kernels:
             kwargs["selective_kernels"] = True
-        return EncoderSpec(PREFIX + name if len(kwargs) > 1 else name, kwargs)
-    if config.width != 1 or config.stem == "small":
+        name = PREFIX + name if len(kwargs) > 1 else name
+    elif config.width != 1 or config.stem == "small":
         raise UserError(
             f"{name} supports neither a width multiplier nor SimCLR's small stem, which are for {', '.join(RESNETS)}; "
             "set --encoder.width 1 --encoder.stem auto (a preset may set others)."
@@ -154,11 +160,13 @@ def encoder_spec(config: EncoderConfig, image_size: int) -> EncoderSpec:
     pretrained_cfg = timm.get_pretrained_cfg(name)
     if pretrained_cfg is not None and pretrained_cfg.fixed_input_size:  # a ViT: position embeddings have a fixed size
         kwargs["img_size"] = image_size
+    if channels != 3:
+        kwargs["in_chans"] = channels
     return EncoderSpec(name, kwargs)
 
 
 def create_encoder(spec: EncoderSpec) -> nn.Module:
-    """Build an encoder with random weights: (N, 3, H, W) -> pooled features h (N, features).
+    """Build an encoder with random weights: (N, C, H, W) -> pooled features h (N, features).
 
     Raises:
         UserError: timm cannot build it.
@@ -172,7 +180,7 @@ def create_encoder(spec: EncoderSpec) -> nn.Module:
         ) from error
 
 
-def feature_dim(encoder: nn.Module, image_size: int) -> int:
+def feature_dim(encoder: nn.Module, image_size: int, channels: int = 3) -> int:
     """Number of features of h for views of `image_size` pixels, measured by encoding two black images.
 
     timm's `num_features` is wrong for models that project the pooled features to another width.
@@ -184,7 +192,7 @@ def feature_dim(encoder: nn.Module, image_size: int) -> int:
     encoder.eval()
     try:
         with torch.no_grad():
-            h = encoder(torch.zeros(2, 3, image_size, image_size))
+            h = encoder(torch.zeros(2, channels, image_size, image_size))
     except Exception as error:  # timm's models raise errors of many types
         raise UserError(
             f"The encoder can't take views of {image_size} px ({_first_line(error)}); change --views.size or "

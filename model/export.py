@@ -105,7 +105,7 @@ def huggingface_config(encoder: nn.Module, spec: EncoderSpec, config: dict[str, 
         "num_features": encoder.num_features,
         "model_args": {key: value for key, value in kwargs.items() if key != "num_classes"},
         "pretrained_cfg": {
-            "input_size": [3, size, size],
+            "input_size": [spec.channels, size, size],  # timm adapts the first convolution from it to other in_chans
             "fixed_input_size": bool(base and base.fixed_input_size),
             "interpolation": "bicubic",
             "crop_pct": 1.0 if size <= 64 else 224 / 256,  # as `pipeline.augment.params.center_crop`

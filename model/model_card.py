@@ -31,7 +31,9 @@ def read_run_config(run: Path) -> dict[str, Any]:
     try:
         config = json.loads((run / "config.json").read_text(encoding="utf-8"))
         size, mean, std = (config["views"][key] for key in ("size", "mean", "std"))
-        valid = type(size) is int and size > 0 and len(mean) == len(std) == 3 and min(std) > 0
+        pixels = config.setdefault("pixels", {"channels": 3, "bits": 8})  # runs of older versions do not state it
+        valid = type(size) is int and size > 0 and len(mean) == len(std) == pixels["channels"] and min(std) > 0
+        valid = valid and pixels["bits"] in (8, 16)
         if not (valid and all(map(math.isfinite, [*mean, *std]))):
             raise ValueError(f"views.size {size}, mean {mean}, std {std}")
         for name, kind in {"data": str, **dict.fromkeys((*PARTS, "start", "labels"), dict)}.items():
@@ -55,9 +57,7 @@ def model_card(title: str, spec: EncoderSpec, config: dict[str, Any], encoder_fi
         encoder_file: exported encoder.safetensors, in the run folder.
     """
     name, kwargs = spec
-    size, run = config["views"]["size"], encoder_file.parent
-    registration = f"import streamclr.model  # pip install streamclr: it registers {name} with timm\n"
-    place = json.dumps(f"local-dir:{title}", ensure_ascii=False)  # also a valid Python string literal
+    run = encoder_file.parent
     options = "\n".join(f"| {key} | {_escape(value)} |" for key, value in _options(config).items())
     scores = _score_tables(final_scores(run), evaluation_scores(run, encoder_file), "labels" in config)
     return f"""---
@@ -73,13 +73,7 @@ tags:
 An image encoder, `{name}` with `{kwargs}`, {training_sentence(config)}, with StreamCLR.
 It maps images to features; it has no classifier.
 
-```python
-import timm
-{registration if spec.needs_streamclr else ""}
-encoder = timm.create_model({place}, pretrained=True, num_classes=0).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(encoder))
-h = encoder(transform(image).unsqueeze(0))  # (1, 3, {size}, {size}) -> (1, features)
-```
+{_usage(title, spec, config)}
 
 ## Data
 
@@ -95,6 +89,38 @@ h = encoder(transform(image).unsqueeze(0))  # (1, 3, {size}, {size}) -> (1, feat
 
 {scores}
 """
+
+
+def _usage(title: str, spec: EncoderSpec, config: dict[str, Any]) -> str:
+    """Markdown with the code that loads the encoder and maps an image to features."""
+    registration = f"import streamclr.model  # pip install streamclr: it registers {spec.name} with timm\n"
+    place = json.dumps(f"local-dir:{title}", ensure_ascii=False)  # also a valid Python string literal
+    size, (channels, bits) = config["views"]["size"], (config["pixels"][key] for key in ("channels", "bits"))
+    load = f"""import timm
+{registration if spec.needs_streamclr else ""}
+encoder = timm.create_model({place}, pretrained=True, num_classes=0).eval()"""
+    if (channels, bits) == (3, 8):
+        return f"""```python
+{load}
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(encoder))
+h = encoder(transform(image).unsqueeze(0))  # (1, 3, {size}, {size}) -> (1, features)
+```"""
+    axis = {(1, 16): "None", (3, 16): "::-1"}.get((channels, bits))  # of a PNG; other formats are stored as arrays
+    read = f"cv2.imread(FILE, cv2.IMREAD_UNCHANGED)[..., {axis}]" if axis else "np.load(FILE)"
+    return f"""timm's transforms are for 8-bit RGB images, so this code prepares the image itself: `pixels`, an array of
+shape (H, W, {channels}) and dtype uint{bits}, such as `{read}`.
+
+```python
+import torch
+{load}
+from torchvision.transforms.v2.functional import InterpolationMode, center_crop, resize
+
+config = encoder.pretrained_cfg
+mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
+x = torch.tensor(pixels.astype("float32") / {2**bits - 1}).permute(2, 0, 1)  # ({channels}, H, W) in 0..1
+x = resize(x, [round({size} / config["crop_pct"])], InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
+h = encoder(((center_crop(x, [{size}]) - mean) / std).unsqueeze(0))  # (1, {channels}, {size}, {size}) -> (1, features)
+```"""
 
 
 def _options(config: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ class SimCLR(nn.Module):
     """Encoder f, projection head g (arXiv 2002.05709, figure 2) and an online linear probe.
 
     Args:
-        encoder: (N, 3, H, W) -> h (N, features).
+        encoder: (N, C, H, W) -> h (N, features).
         head: h (N, features) -> z (N, out).
         features: width of h.
         classes: number of classes of the probe; 0 for no probe.
@@ -23,7 +23,7 @@ class SimCLR(nn.Module):
         """Encode and project both views of every image in one pass, so that batch norm sees them together.
 
         Args:
-            views: (2B, 3, H, W).
+            views: (2B, C, H, W).
 
         Returns:
             z (2B, out), and the probe's logits (2B, classes) or None. The probe reads a detached h: it learns from the

@@ -21,6 +21,7 @@ from model.encoder import EncoderConfig
 from pipeline.convert import textures
 from pipeline.convert.sources import folder_source
 from pipeline.convert.writer import write_split
+from pipeline.pixel_format import PixelFormat
 from presets import DISTILL, FINETUNE, PRETRAIN, encoder_of, parse
 from tests.ranks import run_ranks
 from tests.small_sets import remove_labels, texture_shards
@@ -112,6 +113,16 @@ def test_augmentation_follows_the_size_of_the_views():
     small, large = (pretraining(CASES[name]).views for name in ("small images on a GPU", "photographs on eight GPUs"))
     assert (small.crop_area, small.gray_p, small.jitter_strength, small.blur_p) == ((0.2, 1.0), 0.2, 0.5, 0.0)
     assert (large.crop_area, large.gray_p, large.jitter_strength, large.blur_p) == ((0.08, 1.0), 0.2, 1.0, 0.5)
+
+
+def test_grayscale_and_hue_need_colors():
+    facts = replace(CASES["scans on a laptop"], pixels=PixelFormat(1, 16))
+    config = pretraining(facts)
+    assert config.views.gray_p == 0 and "brightness and contrast only" in config.reasons["views.gray_p"]
+    assert "512 px (gray, 16 bits)" in config.reasons[auto_preset.DATA]
+    assert replace(config, views=replace(config.views, gray_p=0.2), reasons={}) == replace(
+        pretraining(CASES["scans on a laptop"]), reasons={}
+    ), "nothing else changes"
 
 
 def test_scores_need_two_labeled_classes():

@@ -5,7 +5,6 @@ import io
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
 QUALITY = 85
 
@@ -21,9 +20,3 @@ def data_uri(image: np.ndarray, side: int) -> str:
     encoded = io.BytesIO()
     picture.save(encoded, "WEBP", quality=QUALITY)
     return "data:image/webp;base64," + base64.b64encode(encoded.getvalue()).decode()
-
-
-def to_images(views: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    """Undo the normalization: views (n, 3, S, S) -> (n, S, S, 3) uint8."""
-    levels = views.detach().float().cpu().permute(0, 2, 3, 1).numpy() * np.array(std) + np.array(mean)
-    return np.clip(np.rint(levels * 255), 0, 255).astype(np.uint8)

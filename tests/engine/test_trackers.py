@@ -389,11 +389,9 @@ def test_options_are_flattened_under_their_names():
 
 
 def test_sheet_has_a_column_for_each_image_and_a_row_for_each_view():
-    mean, std = (0.5, 0.4, 0.3), (0.25, 0.2, 0.1)
-    levels = torch.arange(2 * 10 * 3).reshape(20, 3, 1, 1) * 4.0 / 255  # views of image i at rows i and 10 + i
-    levels = levels.expand(-1, -1, 2, 2)
-    views = (levels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
-    sheet = view_sheet(SimpleNamespace(views=views, label=torch.zeros(10)), mean, std)
+    levels = torch.arange(2 * 10 * 3).reshape(20, 3, 1, 1) * 4  # views of image i at rows i and 10 + i
+    views = levels.to(torch.uint8).expand(-1, -1, 2, 2)
+    sheet = view_sheet(SimpleNamespace(views=views, label=torch.zeros(10)), lambda views: views.movedim(2, -1))
     assert sheet.shape == (2 * 2, 8 * 2, 3) and sheet.dtype == torch.uint8
     for view in range(2):
         for image in range(8):

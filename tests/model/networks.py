@@ -10,6 +10,7 @@ from torch import nn
 from config import PretrainConfig, StageConfig
 from model import EncoderConfig, EncoderSpec, create_encoder, encoder_spec, save_encoder
 from pipeline.augment.config import AugmentConfig
+from pipeline.pixel_format import PixelFormat
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
@@ -27,15 +28,25 @@ def randomize_batchnorm(*modules: nn.Module) -> None:
                 nn.init.uniform_(tensor, 0.5, 1.5)
 
 
-def write_run(folder: Path, spec: EncoderSpec, size: int, stage: type[StageConfig] = PretrainConfig, **options):
+def write_run(
+    folder: Path,
+    spec: EncoderSpec,
+    size: int,
+    stage: type[StageConfig] = PretrainConfig,
+    pixels: PixelFormat | None = None,
+    **options,
+):
     """Write config.json and encoder.safetensors of a run folder; returns the encoder in evaluation mode."""
     torch.manual_seed(0)
     encoder = create_encoder(spec)
     randomize_batchnorm(encoder)
     folder.mkdir()
     save_encoder(encoder, spec, folder / "encoder.safetensors")
-    config = stage(views=AugmentConfig(size=size, mean=MEAN, std=STD), **options)
+    mean, std = (MEAN, STD) if pixels is None else (MEAN[:1] * pixels.channels, STD[:1] * pixels.channels)
+    config = stage(views=AugmentConfig(size=size, mean=mean, std=std), **options)
     record = {**dataclasses.asdict(config), "timm_name": spec.name, "timm_kwargs": spec.kwargs}
+    if pixels:  # older versions did not write it
+        record["pixels"] = pixels._asdict()
     (folder / "config.json").write_text(json.dumps(record))
     return encoder.eval()
 

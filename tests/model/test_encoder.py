@@ -122,6 +122,31 @@ def test_feature_dim_is_the_width_of_the_output(name, size):
     assert model.feature_dim(encoder.eval(), size) == features and not encoder.training
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "options", "first"),
+    [
+        ("resnet18", 96, {"width": 0.125}, "conv1.weight"),
+        ("resnet18", 32, {"width": 0.125}, "conv1.weight"),
+        ("resnet50", 96, {"width": 0.125, "selective_kernels": True}, "conv1.0.weight"),
+        ("vit_tiny_patch16_224", 32, {}, "patch_embed.proj.weight"),
+    ],
+)
+def test_the_first_layer_takes_the_channels_of_the_images(tmp_path, name, size, options, first):
+    """Everything else is that of the encoder for RGB images, whose arguments and weights stay as they were."""
+    rgb, wide = (model.encoder_spec(model.EncoderConfig(name, **options), size, channels) for channels in (3, 8))
+    assert "in_chans" not in rgb.kwargs and wide == (rgb.name, {**rgb.kwargs, "in_chans": 8}) and wide.channels == 8
+    encoder, plain = model.create_encoder(wide), model.create_encoder(rgb).state_dict()
+    assert encoder.state_dict()[first].shape[1] == 8
+    assert {key: value.shape for key, value in encoder.state_dict().items() if key != first} == {
+        key: value.shape for key, value in plain.items() if key != first
+    }
+    model.save_encoder(encoder, wide, tmp_path / "encoder.safetensors")
+    x, loaded = torch.randn(2, 8, size, size), model.load_encoder(tmp_path / "encoder.safetensors")
+    with torch.no_grad():
+        assert torch.equal(loaded(x), encoder.eval()(x))
+    assert model.feature_dim(loaded, size, 8) == loaded(x).shape[1]
+
+
 def test_views_too_small_for_an_encoder():
     encoder = model.create_encoder(model.EncoderSpec("inception_v3", {"num_classes": 0}))
     with pytest.raises(UserError, match=r"can't take views of 32 px \(.*change --views.size"):

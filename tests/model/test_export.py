@@ -21,6 +21,7 @@ from common import UserError
 from model.export import TORCHVISION, export_encoder, torchvision_state
 from pipeline.augment.config import AugmentConfig
 from pipeline.augment.params import center_crop
+from pipeline.pixel_format import PixelFormat
 from tests.model.networks import MEAN, STD, spec, write_run, write_small_run
 
 ROOT = Path(__file__).parents[2]
@@ -87,6 +88,19 @@ def test_timm_opens_the_huggingface_folder(tmp_path, name, size, width, selectiv
     assert transform["crop_pct"] == window, "the center crop of the evaluation"
 
 
+def test_timm_adapts_the_first_convolution_to_other_channels(tmp_path):
+    """timm repeats or truncates the weights of the eight channels and scales their sum (`adapt_input_conv`)."""
+    eight = model.encoder_spec(model.EncoderConfig("resnet18", width=0.125), 32, 8)
+    encoder = write_run(tmp_path / "run", eight, 32, pixels=PixelFormat(8, 16))
+    export_encoder(tmp_path / "run", tmp_path / "out", "huggingface")
+    place, x = f"local-dir:{tmp_path / 'out'}", torch.randn(2, 8, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(timm.create_model(place, pretrained=True, num_classes=0).eval()(x), encoder(x))
+    gray = timm.create_model(place, pretrained=True, num_classes=0, in_chans=1)
+    expected = encoder.conv1.weight.sum(1, keepdim=True)
+    torch.testing.assert_close(gray.conv1.weight, expected, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("selective_kernels", [False, True])
 def test_huggingface_folder_as_start_of_a_classifier(tmp_path, selective_kernels):
     encoder_spec = spec("resnet50", 96, width=0.125, selective_kernels=selective_kernels)
@@ -98,27 +112,27 @@ def test_huggingface_folder_as_start_of_a_classifier(tmp_path, selective_kernels
         assert torch.equal(classifier.state_dict()[name], tensor), name
 
 
-@pytest.mark.parametrize("width", [1, 0.125])
-def test_code_of_the_model_card_works_without_the_checkout(tmp_path, width):
-    """The installed package consists of the same files under the name `streamclr`."""
-    encoder = write_run(tmp_path / "run", spec("resnet18", 96, width=width), 96)
-    export_encoder(tmp_path / "run", tmp_path / "out", "huggingface")
-    (tmp_path / "installed" / "streamclr").mkdir(parents=True)
+def test_code_of_the_model_card_works_without_the_checkout(tmp_path):
+    """The installed package has the same files under the name `streamclr`; encoders of timm do not need it."""
+    (tmp_path / "streamclr").mkdir()
     for file in ("common.py", "model"):
-        (tmp_path / "installed" / "streamclr" / file).symlink_to(ROOT / file)
-    (code,) = re.findall("```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)
-    assert ("streamclr" in code) == (width != 1), "an architecture of timm needs nothing else"
-    image = "from PIL import Image\nimage = Image.new('RGB', (120, 100), (200, 100, 50))\n"
-    path = {"PYTHONPATH": str(tmp_path / "installed")} if width != 1 else {}
+        (tmp_path / "streamclr" / file).symlink_to(ROOT / file)
+    script = ["import sys", "from PIL import Image", "image = Image.new('RGB', (120, 100), (200, 100, 50))"]
+    for out, width in ("plain", 1), ("narrow", 0.125):
+        write_run(tmp_path / f"run-{out}", spec("resnet18", 96, width=width), 96)
+        export_encoder(tmp_path / f"run-{out}", tmp_path / out, "huggingface")
+        (code,) = re.findall("```python\n(.*?)```", (tmp_path / out / "README.md").read_text(), re.DOTALL)
+        assert ("streamclr" in code) == (width != 1)
+        script += [code, "print(*h.shape, 'streamclr' in sys.modules)"]
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", f"{image}{code}\nprint(h.shape, float(h.detach().double().sum()))"],
+        [sys.executable, "-W", "error", "-c", "\n".join(script)],
         cwd=tmp_path,
-        env={**{key: value for key, value in os.environ.items() if key != "PYTHONPATH"}, **path},
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0 and not done.stderr, done.stderr
-    assert done.stdout.startswith(f"torch.Size([1, {encoder.num_features}])")
+    assert done.stdout.splitlines() == ["1 512 False", "1 64 True"]
 
 
 def test_registered_architectures_have_no_other_weights():
@@ -192,6 +206,8 @@ def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch):
     [
         ("views", "size", "32"),
         ("views", "mean", [0.5, 0.5]),
+        (None, "pixels", {"channels": 1, "bits": 16}),
+        (None, "pixels", {"channels": 3}),
         ("views", "std", [0.5, 0.5, 0]),
         (None, "views", None),
         (None, "optim", 3),
