@@ -19,6 +19,7 @@ FIELDS = [
     r"'fortran_order'\s*:\s*(True|False)",
     r"'shape'\s*:\s*\(((?:\d{1,12}, ?)*(?:\d{1,12})?)\)",
 ]
+"""Fields of the header: data type, order of the axes, shape."""
 
 
 def npy_pixels(encoded: bytes) -> np.ndarray:

@@ -127,6 +127,7 @@ def test_flipped_bits_in_compressed_pixels_are_refused():
         (np.zeros(9, np.uint8), r"an array of shape \(9,\); images are"),
         (np.zeros((0, 9), np.uint8), r"an array of shape \(0, 9\); images are"),
         (np.zeros((9, 9), [("a", "u1")]), "an array of several fields"),
+        (np.zeros((1, 1_000_001, 3), np.uint8), "too long for a PNG: 1000001 x 1"),
         (np.array([{}]), "an array of Python objects, which are not read"),
     ],
 )
