@@ -80,7 +80,8 @@ def _stored_values(data: "Dataset") -> np.ndarray:
     try:
         values, stored = data.pixel_array, int(data.BitsStored)
     except Exception as error:  # see open_dicom; the message names missing packages of compressed images
-        raise DecodeError(f"damaged, or of an unusual kind ({str(error).partition(chr(10))[0]})") from error
+        cause = " ".join(str(error).split())
+        raise DecodeError(f"damaged, or of an unusual kind ({cause})") from error
     unused = 8 * values.itemsize - stored  # bits that may hold an overlay
     return values << unused >> unused
 
