@@ -21,7 +21,15 @@ from pipeline.shards.dataset import open_shards, open_splits
 from pipeline.shards.index import index_shards
 from pipeline.shards.verify import show, summarize, verify_shards
 from tests.pipeline.augment.reference_views import decode
-from tests.pipeline.image_sets import contents, pictures, read_by_webdataset, run_module, with_manifest, write_tar
+from tests.pipeline.image_sets import (
+    contents,
+    pictures,
+    read_by_webdataset,
+    run_here,
+    run_module,
+    with_manifest,
+    write_tar,
+)
 
 
 @pytest.fixture
@@ -63,7 +71,7 @@ def test_indexing_again_lists_changed_tars(copy):
     content = bytearray((copy / "train-000000.tar").read_bytes())
     content[at] ^= 1
     (copy / "train-000000.tar").write_bytes(content)
-    result = run_module("pipeline.shards", "index", copy)
+    result = run_here("pipeline.shards", "index", copy)
     assert "left out train-000000.tar: differs from its recorded checksum; copy it again" in result.stderr
     assert "train-000001.tar" not in result.stderr
     assert open_shards(str(copy)).manifest["made_by"] == made_by
@@ -76,7 +84,7 @@ def test_a_file_instead_of_a_folder_fails_at_once(original):
         with pytest.raises(UserError, match=f"{tar} is a file, not a folder of shards; use its folder, {original}"):
             read(str(tar))
     assert time.perf_counter() - start < 0.4  # less than the first wait of the retry policy
-    result = run_module("pipeline.shards", "show", tar)
+    result = run_here("pipeline.shards", "show", tar)
     assert result.returncode == 1 and len(result.stderr.splitlines()) == 1 and "is a file" in result.stderr
 
 
@@ -92,7 +100,7 @@ def test_a_malformed_url_fails_at_once(url):
 
 def test_verify_finds_a_flipped_bit(copy):
     assert verify_shards(str(copy)) == []
-    assert "all files match their checksums" in run_module("pipeline.shards", "verify", copy).stdout
+    assert "all files match their checksums" in run_here("pipeline.shards", "verify", copy).stdout
     row = open_shards(str(copy)).index[6]
     tar = copy / "train-000001.tar"
     content = bytearray(tar.read_bytes())
@@ -101,7 +109,7 @@ def test_verify_finds_a_flipped_bit(copy):
     (copy / "train-000002.tar").unlink()
     problems = verify_shards(str(copy))
     assert [Path(problem.split(" ")[0]).name for problem in problems] == ["train-000001.tar", "train-000002.tar"]
-    result = run_module("pipeline.shards", "verify", copy)
+    result = run_here("pipeline.shards", "verify", copy)
     assert result.returncode == 1 and "does not match its checksum; copy it again" in result.stderr
 
 
