@@ -13,7 +13,13 @@ from .images import LARGEST_PIXELS, TOO_LARGE, DecodeError
 
 NPY_MARK = b"\x93NUMPY"
 MOST_CHANNELS = 16
-FIELDS = [r"'descr'\s*:\s*'([^']*)'", r"'fortran_order'\s*:\s*(True|False)", r"'shape'\s*:\s*\(([\d,\s]*)\)"]
+KINDS = {"f": "floats", "i": "signed integers", "u": "integers of more than 16 bits", "b": "booleans"}
+FIELDS = [
+    r"'descr'\s*:\s*'([^']*)'",
+    r"'fortran_order'\s*:\s*(True|False)",
+    r"'shape'\s*:\s*\(((?:\d{1,12}, ?)*(?:\d{1,12})?)\)",
+]
+"""Fields of the header: data type, order of the axes, shape."""
 
 
 def npy_pixels(encoded: bytes) -> np.ndarray:
@@ -57,11 +63,8 @@ def npy_pixels(encoded: bytes) -> np.ndarray:
 def _wrong_type(descr: str) -> str:
     if descr[1:].startswith("O"):
         return "an array of Python objects, which are not read; save it as uint8 or uint16"
-    try:
-        name = np.dtype(descr).name
-    except TypeError:
-        return "not an array, or its header is damaged"
+    kind = KINDS.get(descr[1:2], f"type {descr}")
     return (
-        f"an array of {name}, whose white level is unknown; scale it to uint16 by the same range for all images, as in "
+        f"an array of {kind}, whose white level is unknown; scale it to uint16 by the same range for all images, as in "
         "np.clip((x - low) / (high - low) * 65535, 0, 65535).round().astype(np.uint16)"
     )

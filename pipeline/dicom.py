@@ -54,6 +54,8 @@ def open_dicom(encoded: bytes) -> DeepImage:
         height, width, frames = int(data.Rows), int(data.Columns), int(data.get("NumberOfFrames") or 1)
         kind, allocated = str(data.PhotometricInterpretation), int(data.BitsAllocated)
         signed = bool(data.PixelRepresentation)
+        rescale = ("RescaleSlope", "RescaleIntercept") if data.get("Modality") == "CT" else ()
+        scale = [float(data[name].value) for name in rescale if data.get(name) is not None]
     except Exception as error:  # pydicom raises many types for damaged files
         raise DecodeError("not a DICOM image, or its header is damaged") from error
     if frames > 1:
@@ -64,31 +66,33 @@ def open_dicom(encoded: bytes) -> DeepImage:
         return DeepImage(RGB8, height, width, "", lambda: _stored_values(data))
     if kind not in ("MONOCHROME1", "MONOCHROME2") or allocated not in (8, 16):
         raise DecodeError(f"{kind} of {allocated} bits; images must be MONOCHROME of 8 or 16 bits or RGB of 8 bits")
-    hounsfield = data.get("Modality") == "CT" and "RescaleSlope" in data and "RescaleIntercept" in data
-    if signed and not hounsfield:
+    if len(scale) == 2:
+        return DeepImage(PixelFormat(1, 16), height, width, "", lambda: _hounsfield(data, *scale))
+    if signed:
         raise DecodeError("signed values without Hounsfield units, whose black level is unknown; save it as .npy")
-    if allocated == 8 and not hounsfield:
-        return DeepImage(RGB8, height, width, "", lambda: np.repeat(_gray(data).astype(np.uint8), 3, 2))
-    read = _hounsfield if hounsfield else _gray
-    return DeepImage(PixelFormat(1, 16), height, width, "", lambda: read(data).astype(np.uint16))
+    if allocated == 8:
+        return DeepImage(RGB8, height, width, "", lambda: np.repeat(_gray(data), 3, 2))
+    return DeepImage(PixelFormat(1, 16), height, width, "", lambda: _gray(data))
 
 
 def _stored_values(data: "Dataset") -> np.ndarray:
     """(H, W) or (H, W, 3) stored values, colors converted to RGB."""
     try:
-        return data.pixel_array
+        values, stored = data.pixel_array, int(data.BitsStored)
     except Exception as error:  # see open_dicom; the message names missing packages of compressed images
-        raise DecodeError(f"damaged, or of an unusual kind ({str(error).partition(chr(10))[0]})") from error
+        cause = " ".join(str(error).split())
+        raise DecodeError(f"damaged, or of an unusual kind ({cause})") from error
+    unused = 8 * values.itemsize - stored  # bits that may hold an overlay
+    return values << unused >> unused
 
 
 def _gray(data: "Dataset") -> np.ndarray:
     """(H, W, 1) stored values, in which the largest one is white."""
-    white = 2 ** int(data.BitsStored) - 1
-    values = _stored_values(data)[..., None] & white  # bits above may hold overlays
-    return white - values if data.PhotometricInterpretation == "MONOCHROME1" else values
+    values = _stored_values(data)[..., None]
+    return 2 ** int(data.BitsStored) - 1 - values if data.PhotometricInterpretation == "MONOCHROME1" else values
 
 
-def _hounsfield(data: "Dataset") -> np.ndarray:
+def _hounsfield(data: "Dataset", slope: float, intercept: float) -> np.ndarray:
     """(H, W, 1) Hounsfield units + 1024 in 0..65535."""
-    units = _stored_values(data)[..., None] * float(data.RescaleSlope) + float(data.RescaleIntercept)
-    return np.rint(units + HU_OFFSET).clip(0, 65535)
+    units = _stored_values(data)[..., None] * slope + intercept
+    return np.rint(units + HU_OFFSET).clip(0, 65535).astype(np.uint16)

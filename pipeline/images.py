@@ -183,8 +183,14 @@ def png(pixels: np.ndarray) -> bytes:
     """Encode (H, W, 3) RGB or (H, W, 1) gray, uint8 or uint16, as PNG.
 
     The bytes depend on the pixels and the OpenCV version only.
+
+    Raises:
+        DecodeError: a side is too long for the encoder, which has a limit of a million pixels.
     """
-    _, encoded = cv2.imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR) if pixels.shape[2] == 3 else pixels)
+    height, width, channels = pixels.shape
+    encodes, encoded = cv2.imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR) if channels == 3 else pixels)
+    if not encodes:
+        raise DecodeError(f"too long for a PNG: {width} x {height}")
     return encoded.tobytes()
 
 

@@ -66,7 +66,7 @@ def open_tiff(encoded: bytes, bits: int | None = None, pages_as_channels: bool =
         raise DecodeError(f"{channels} channels; images may have at most {MOST_CHANNELS}")
     pixel_format = PixelFormat(channels, 8 if depths == {8} else 16)
     _import_tifffile(pixel_format)
-    return DeepImage(pixel_format, height, width, "", lambda: _by_tifffile(encoded, pixel_format))
+    return DeepImage(pixel_format, height, width, "", lambda: _by_tifffile(encoded, (height, width), pixel_format))
 
 
 @contextmanager
@@ -169,7 +169,7 @@ def _import_tifffile(pixel_format: PixelFormat) -> None:
         ) from error
 
 
-def _by_tifffile(encoded: bytes, pixel_format: PixelFormat) -> np.ndarray:
+def _by_tifffile(encoded: bytes, size: tuple[int, int], pixel_format: PixelFormat) -> np.ndarray:
     import tifffile
 
     with _damage(), tifffile.TiffFile(io.BytesIO(encoded)) as file:
@@ -177,6 +177,7 @@ def _by_tifffile(encoded: bytes, pixel_format: PixelFormat) -> np.ndarray:
         pixels = page.asarray()
         if page.axes.startswith("S"):  # a plane per channel
             pixels = np.moveaxis(pixels, 0, 2)
-        # alpha follows the channels
-        pixels = pixels[..., : pixel_format.channels]
-        return np.ascontiguousarray(pixels.astype(pixel_format.dtype))
+        height, width, samples = pixels.shape
+        if (height, width) != size or samples < pixel_format.channels:
+            raise DecodeError(DAMAGED_TIFF)
+        return np.ascontiguousarray(pixels[..., : pixel_format.channels], pixel_format.dtype)  # alpha is behind

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import importlib
 import io
 import json
 import pickle
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import ClassVar
 
@@ -98,6 +100,22 @@ def run_module(*arguments: str | Path) -> subprocess.CompletedProcess:
     """Run `python -m` with one of the project's modules."""
     command = [sys.executable, "-m", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def run_here(module: str, *arguments: str | Path) -> subprocess.CompletedProcess:
+    """Run a module's command line like `run_module`, but in this process, which saves the second that imports take."""
+    out, err, before = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv, code = [module, *map(str, arguments)], None
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            importlib.import_module(f"{module}.__main__").main()
+    except SystemExit as end:
+        code = end.code
+    finally:
+        sys.argv = before
+    if isinstance(code, str):
+        print(code, file=err)
+    return subprocess.CompletedProcess(module, int(bool(code)), out.getvalue(), err.getvalue())
 
 
 def rejected(shards: ShardSet) -> dict[str, str]:

@@ -120,13 +120,14 @@ def test_flipped_bits_in_compressed_pixels_are_refused():
 @pytest.mark.parametrize(
     ("array", "reason"),
     [
-        (np.zeros((9, 9)), r"an array of float64, whose white level is unknown; scale it to uint16"),
-        (np.zeros((9, 9), np.int16), "an array of int16, whose white level is unknown"),
-        (np.zeros((9, 9), bool), "an array of bool, whose white level is unknown"),
+        (np.zeros((9, 9)), r"an array of floats, whose white level is unknown; scale it to uint16"),
+        (np.zeros((9, 9), np.int16), "an array of signed integers, whose white level is unknown"),
+        (np.zeros((9, 9), bool), "an array of booleans, whose white level is unknown"),
         (np.zeros((20, 30, 17), np.uint8), "neither the first nor the last axis is at most 16"),
         (np.zeros(9, np.uint8), r"an array of shape \(9,\); images are"),
         (np.zeros((0, 9), np.uint8), r"an array of shape \(0, 9\); images are"),
         (np.zeros((9, 9), [("a", "u1")]), "an array of several fields"),
+        (np.zeros((1, 1_000_001, 3), np.uint8), "too long for a PNG: 1000001 x 1"),
         (np.array([{}]), "an array of Python objects, which are not read"),
     ],
 )

@@ -28,6 +28,7 @@ from tests.pipeline.image_sets import (
     digests,
     pictures,
     rejected,
+    run_here,
     run_module,
     tar_bytes,
     write_folder,
@@ -179,14 +180,14 @@ def test_unreadable_images_are_left_out_and_listed(tmp_path):
     assert reasons.keys() == damaged().keys()
     assert "GIF" in reasons["animation"] and "truncated" in reasons["truncated"] and "not an image" in reasons["text"]
     assert shards.manifest["rejected"] == 7
-    result = run_module("pipeline.convert", "folder", tmp_path / "in", tmp_path / "again", "--workers", "1")
+    result = run_here("pipeline.convert", "folder", tmp_path / "in", tmp_path / "again", "--workers", "1")
     assert result.returncode == 0 and "12 images of 3 classes in 1 shards, 7 left out." in result.stdout
     assert all(f"left out class_0/{name}: " in result.stderr for name in reasons)
 
 
 def test_line_breaks_in_names_are_escaped(tmp_path):
     path = write_folder(tmp_path / "in", pictures() | {"class_0/a\n\x1b[31m,é.jpg": b"text"})
-    result = run_module("pipeline.convert", "folder", path, tmp_path / "out", "--workers", "1")
+    result = run_here("pipeline.convert", "folder", path, tmp_path / "out", "--workers", "1")
     assert result.stderr == "left out class_0/a\\n\\x1b[31m,é: not an image, or its header is damaged\n"
 
 
@@ -247,7 +248,7 @@ def test_class_level_option(tmp_path):
     path = write_folder(tmp_path / "in", dict.fromkeys(["train/cat/0.jpg", "val/dog/1.jpg", "val/cat/2.jpg"], content))
     result = run_module("pipeline.convert", "folder", path, tmp_path / "out")
     assert result.returncode == 1 and len(result.stderr.splitlines()) == 1 and "--class-level" in result.stderr
-    result = run_module("pipeline.convert", "folder", path, tmp_path / "out", "--class-level", "last", "--workers", "1")
+    result = run_here("pipeline.convert", "folder", path, tmp_path / "out", "--class-level", "last", "--workers", "1")
     assert result.returncode == 0 and "3 images of 2 classes" in result.stdout, result.stderr
 
 
@@ -359,7 +360,7 @@ def test_refused_sources(refused_sources, tmp_path, case):
 @pytest.mark.parametrize("case", ["missing", "compressed tar", "imagenet without classes", "nothing readable"])
 def test_errors_are_one_line_with_exit_code_1(refused_sources, tmp_path, case):
     (kind, name), message = REFUSED[case]
-    result = run_module("pipeline.convert", kind, refused_sources / name, tmp_path / "out")
+    result = run_here("pipeline.convert", kind, refused_sources / name, tmp_path / "out")
     assert result.returncode == 1 and message in result.stderr
     assert "Traceback" not in result.stderr and len(result.stderr.splitlines()) == 1
 

@@ -23,7 +23,7 @@ from tests.pipeline.image_sets import (
     in_form,
     pictures,
     rejected,
-    run_module,
+    run_here,
     synsets_mat,
     tar_bytes,
     write_folder,
@@ -131,7 +131,7 @@ def test_imagenet_folders(tmp_path):
     files = {name.replace("class_", "n0000000"): content for name, content in pictures().items()}
     val = {name: content for name, content in files.items() if name.startswith("n00000001")}
     write_folder(tmp_path / "in", {f"train/{n}": c for n, c in files.items()} | {f"val/{n}": c for n, c in val.items()})
-    result = run_module("pipeline.convert", "imagenet", tmp_path / "in", tmp_path / "out", "--workers", "1")
+    result = run_here("pipeline.convert", "imagenet", tmp_path / "in", tmp_path / "out", "--workers", "1")
     assert result.returncode == 0, result.stderr
     train, test = open_splits(str(tmp_path / "out"))
     for shards, images in ((train, files), (test, val)):
@@ -160,7 +160,7 @@ def test_tiny_imagenet(tmp_path):
     ):
         imagenet_sources(path)
     assert imagenet_sources(path, split="train")["train"].items == sources["train"].items
-    result = run_module("pipeline.convert", "imagenet", path, tmp_path / "out", "--split", "train", "--workers", "1")
+    result = run_here("pipeline.convert", "imagenet", path, tmp_path / "out", "--split", "train", "--workers", "1")
     assert result.returncode == 0 and "12 images of 3 classes" in result.stdout, result.stderr
     (tmp_path / "labels").write_text("".join(f"val_{n}.JPEG n0000000{n % 3}\n" for n in range(4)))
     val = write_split(imagenet_sources(path / "val", tmp_path / "labels")["val"], tmp_path / "out", "val")

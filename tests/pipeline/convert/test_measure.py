@@ -15,7 +15,7 @@ from pipeline.images import decode
 from pipeline.shards.dataset import open_shards
 from pipeline.shards.duplicates import identical, shared_images, size_and_crc
 from pipeline.shards.verify import show
-from tests.pipeline.image_sets import contents, damaged, digests, pictures, rejected, run_module, write_folder
+from tests.pipeline.image_sets import contents, damaged, digests, pictures, rejected, run_here, run_module, write_folder
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_images_of_both_splits_are_found_and_shown(images, tmp_path, capsys):
     train = write_split(folder_source(images), tmp_path / "out", "train", samples_per_shard=5)
     files = {name: (images / name).read_bytes() for name in ("class_0/image_0.jpg", "class_1/image_1.jpg")}
     others = {"class_1/new.jpg": pictures(each=9)["class_2/image_26.jpg"]}
-    result = run_module(
+    result = run_here(
         "pipeline.convert", "folder", write_folder(tmp_path / "in", files | others), tmp_path / "out", "--split", "test"
     )
     assert (
@@ -105,7 +105,7 @@ def test_images_of_both_splits_are_found_and_shown(images, tmp_path, capsys):
     assert {key for key, _ in pairs} == {"class_0/image_0", "class_1/image_1"}
     assert all(contents(test)[key][1] == contents(train)[other][1] for key, other in pairs)
     assert len(np.unique(size_and_crc(train.index))) == 24
-    result = run_module("pipeline.shards", "show", tmp_path / "out")
+    result = run_here("pipeline.shards", "show", tmp_path / "out")
     lines = [[cell.strip() for cell in line.split("│")] for line in result.stdout.splitlines()]
     rows = {line[1]: line[2] for line in reversed(lines) if len(line) > 3}
     assert rows["also in train"] == "2 images, byte for byte" and rows["copies"] == "4 images, byte for byte"
@@ -123,7 +123,7 @@ def test_copies_can_be_left_out(images, tmp_path):
     for kept in (tmp_path / "in" / "test" / "class_1").iterdir():
         kept.unlink()
     command = ["pipeline.convert", "folder", tmp_path / "in", tmp_path / "out", "--split", "auto", "--drop-duplicates"]
-    result = run_module(*command, "--workers", "1")
+    result = run_here(*command, "--workers", "1")
     assert result.returncode == 0, result.stderr
     train, test = (open_shards(str(tmp_path / "out" / split)) for split in ("train", "test"))
     assert {label for label, _ in contents(train).values()} == {"class_1"}

@@ -21,6 +21,7 @@ from tests.pipeline.image_sets import (
     cifar_pickle,
     contents,
     in_form,
+    run_here,
     run_module,
     stl10_files,
     tar_bytes,
@@ -133,7 +134,7 @@ def test_damaged_cifar(tmp_path):
 def test_stl10(tmp_path, form):
     files, truth = stl10_files(each=4)
     path = in_form(tmp_path, files, form)
-    result = run_module("pipeline.convert", "stl10", path, tmp_path / "out", "--workers", "1")
+    result = run_here("pipeline.convert", "stl10", path, tmp_path / "out", "--workers", "1")
     assert result.returncode == 0, result.stderr
     for split, (pixels, labels) in truth.items():
         shards = open_shards(str(tmp_path / "out" / split))

@@ -35,6 +35,7 @@ from tests.pipeline.image_sets import (
     digests,
     pictures,
     rejected,
+    run_here,
     run_module,
     write_folder,
     write_imagenet,
@@ -371,12 +372,12 @@ def longer(images: Path) -> dict[str, bytes]:
 
 def test_a_complete_split_is_not_changed(images, undisturbed, tmp_path):
     command = ["pipeline.convert", "folder", images, tmp_path, "--shard-size", "3", "--workers", "1"]
-    first = run_module(*command)
+    first = run_here(*command)
     before = times(tmp_path / "train")
-    second = run_module(*command)
+    second = run_here(*command)
     assert second.returncode == 0 and second.stdout == first.stdout and times(tmp_path / "train") == before
     assert digests(tmp_path / "train") == undisturbed
-    refused = run_module(*command, "--seed", "1")
+    refused = run_here(*command, "--seed", "1")
     assert refused.returncode == 1 and "exists already (its seed is 0 instead of 1); delete it" in refused.stderr
 
 
@@ -550,7 +551,7 @@ def test_a_read_only_folder(images, tmp_path, monkeypatch, capsys, code):
 
 def test_a_file_in_place_of_the_folder(images, tmp_path):
     (tmp_path / "out").write_text("a file")
-    result = run_module("pipeline.convert", "folder", images, tmp_path / "out")
+    result = run_here("pipeline.convert", "folder", images, tmp_path / "out")
     assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
     assert f"{tmp_path / 'out'} can't be written (Not a directory)" in result.stderr
 

@@ -22,7 +22,7 @@ from pipeline.shards.dataset import open_shards, open_splits, split_roots
 from pipeline.shards.index import ensure_index, index_shards
 from pipeline.shards.reader import Reader
 from pipeline.shards.verify import show, verify
-from tests.pipeline.image_sets import pictures, run_module, tar_bytes
+from tests.pipeline.image_sets import pictures, run_here, tar_bytes
 from tests.pipeline.loaders import view_loader
 from tests.pipeline.web_server import cache_at
 
@@ -264,7 +264,7 @@ def test_other_folders_are_opened_as_before(tmp_path):
 def test_command_indexes_every_split(tmp_path, monkeypatch):
     unlabeled = tar_bytes({"a.jpg": pictures()["class_0/image_0.jpg"]})
     root = write(str(tmp_path / "set"), tars() | {"photos-test-0.tar": unlabeled})
-    result = run_module("pipeline.shards", "index", root)
+    result = run_here("pipeline.shards", "index", root)
     assert result.returncode == 0 and result.stdout.split("\n") == [
         "12 images in 3 shards indexed.", "6 images in 2 shards indexed.", "1 images in 1 shards indexed.", ""
     ], result.stderr  # fmt: skip

@@ -22,7 +22,7 @@ from pipeline.shards.index import index_shards
 from pipeline.shards.reader import Reader
 from pipeline.shards.verify import verify_shards
 from tests.pipeline.deep_images import levels, npy, png16
-from tests.pipeline.image_sets import contents, damaged, pictures, read_by_webdataset, run_module, write_tar
+from tests.pipeline.image_sets import contents, damaged, pictures, read_by_webdataset, run_here, run_module, write_tar
 from tests.pipeline.web_server import cache_at, serving
 
 
@@ -119,12 +119,12 @@ def test_a_foreign_set_at_a_read_only_address(tmp_path, monkeypatch):
             UserError, match=rf"have no index; run `python -m pipeline\.shards index {server.url}` first"
         ):
             open_shards(server.url)
-        result = run_module("pipeline.shards", "index", server.url)
+        result = run_here("pipeline.shards", "index", server.url)
         assert result.returncode == 0 and "7 images in 2 shards indexed." in result.stdout, result.stderr
         shards = open_shards(server.url)
         assert shards.root == server.url and Path(shards.index_root).is_relative_to(tmp_path / "cache" / "indexes")
         assert {file.name for file in root.iterdir()} == files
-        assert run_module("pipeline.shards", "verify", server.url).returncode == 0
+        assert run_here("pipeline.shards", "verify", server.url).returncode == 0
         encoded = Reader(shards).read(np.arange(7))
         monkeypatch.setattr("pipeline.shards.index._writable", lambda *_: False)
         there = index_shards(str(root))
@@ -187,7 +187,7 @@ def test_tars_without_an_index_name_the_remedy(tmp_path):
     foreign_tars(tmp_path / "text", [{"a.txt": b"nothing"}])
     with pytest.raises(UserError, match="No image could be read from the tars"):
         index_shards(str(tmp_path / "text"))
-    result = run_module("pipeline.shards", "verify", tmp_path / "nowhere")
+    result = run_here("pipeline.shards", "verify", tmp_path / "nowhere")
     assert result.returncode == 1 and len(result.stderr.splitlines()) == 1 and "No shards at" in result.stderr
 
 
@@ -373,7 +373,7 @@ def test_a_sample_with_two_images_is_refused_unless_one_is_chosen(tmp_path, orde
         index_shards(str(tmp_path / "in"))
     with pytest.raises(UserError, match=message):
         webdataset_source(tmp_path / "in")
-    result = run_module("pipeline.shards", "index", tmp_path / "in", "--image-extension", "jpg")
+    result = run_here("pipeline.shards", "index", tmp_path / "in", "--image-extension", "jpg")
     assert result.returncode == 0, result.stderr
     assert result.stderr == "left out in.tar:only.png: its sample has no .jpg\n"
     by_key = {
@@ -385,7 +385,7 @@ def test_a_sample_with_two_images_is_refused_unless_one_is_chosen(tmp_path, orde
         "c": (zlib.crc32(images[4]), -1),
     }
     arguments = ("webdataset", tmp_path / "in", tmp_path / "out", "--image-extension", ".PNG", "--workers", "1")
-    result = run_module("pipeline.convert", *arguments)
+    result = run_here("pipeline.convert", *arguments)
     assert result.returncode == 0 and "left out in.tar:c.mask.png: its sample has no .png" in result.stderr, (
         result.stderr
     )
@@ -453,7 +453,7 @@ def test_names_that_are_not_utf_8(tmp_path):
     write_tar(tmp_path / "in" / "in.tar", {"caf\udce9/\udcfc.jpg": image, "caf\udce9/\udcfc.cls": b"1", "b.jpg": image})
     assert found_in(tmp_path / "in") == ({r"caf\udce9/\udcfc": 1, "b": -1}, [])
     assert [key for _, key, _ in webdataset_source(tmp_path / "in").items] == [r"caf\udce9/\udcfc", "b"]
-    result = run_module("pipeline.shards", "index", tmp_path / "in")
+    result = run_here("pipeline.shards", "index", tmp_path / "in")
     assert result.returncode == 0 and "2 images in 1 shards indexed." in result.stdout
 
 
