@@ -31,6 +31,7 @@ from auto_preset import Facts
 from options import parse_options
 from pipeline.augment.__main__ import PreviewConfig
 from pipeline.convert import textures
+from pipeline.pixel_format import RGB8
 from presets import DISTILL, FINETUNE, PRETRAIN
 
 ROOT = Path(__file__).parents[1]
@@ -171,9 +172,10 @@ def is_read(command: str) -> bool:
 def earlier_runs(tmp_path_factory):
     """Folder with the runs that later stages start from, as far as their options need them."""
     folder = tmp_path_factory.mktemp("runs")
+    imagenet = presets.imagenet()
+    options = dataclasses.replace(imagenet, data="IMAGENET", views=imagenet.views.for_images(RGB8, {}))
     for name in ("PRETRAINED", "TUNED", "RUN"):
         (folder / name).mkdir()
-        options = dataclasses.replace(presets.imagenet(), data="IMAGENET")
         (folder / name / "config.json").write_text(json.dumps(dataclasses.asdict(options)))
     return folder
 
