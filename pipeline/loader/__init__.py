@@ -9,7 +9,7 @@ Data flows through the stages in one direction; no stage calls an earlier one::
         |
         v
     prefetch.py      draw              (epoch, samples) -> AugmentParams                    1 thread,
-                     augment backend   encoded images, AugmentParams -> views (V B, 3, S, S)  and the backend's own
+                     augment backend   encoded images, AugmentParams -> views (V B, C, S, S)  and the backend's own
         |                              (unreadable samples are replaced: bad_samples.py)
         v
     prefetch.py      Batch             views, label (B,), index (B,) on the training stream

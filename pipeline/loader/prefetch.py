@@ -24,7 +24,7 @@ class Batch(NamedTuple):
     """One training batch; B is this rank's share of the global batch, V the number of views per image."""
 
     views: Tensor
-    """(V B, 3, S, S) on the device, channels-last, normalized; view v of sample i is row v B + i.
+    """(V B, C, S, S) on the device, channels-last, normalized; view v of sample i is row v B + i.
 
     float32, or bfloat16 if the loader was created with that dtype. V is 2 for contrastive pretraining and 1 for
     fine-tuning, distillation and evaluation.
