@@ -45,6 +45,8 @@ class DaliBackend:
         dtype: of the views, float32 or bfloat16; they are computed in float32.
     """
 
+    image_device = None
+
     def __init__(
         self,
         config: AugmentConfig,
