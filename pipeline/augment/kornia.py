@@ -76,9 +76,8 @@ class KorniaBackend:
 
     def _decode(self, encoded: list[bytes | np.ndarray | Tensor]) -> list[Tensor]:
         """(3, H, W) uint8 RGB per image, on the device; the EXIF orientation is not applied."""
-        images = {
-            i: None if isinstance(x, bytes) else torch.as_tensor(x).permute(2, 0, 1) for i, x in enumerate(encoded)
-        }
+        images: dict[int, Tensor | None] = dict.fromkeys(range(len(encoded)))
+        images |= {i: torch.as_tensor(x).permute(2, 0, 1) for i, x in enumerate(encoded) if not isinstance(x, bytes)}
         if self._device.type == "cuda":
             jpegs = [i for i, image in images.items() if image is None and nvjpeg_decodes_alike(encoded[i])]
             images |= zip(jpegs, decode_on_gpu([encoded[i] for i in jpegs], self._device), strict=True)

@@ -203,8 +203,8 @@ def find_store(shards: ShardSet, image_device: torch.device | None) -> PixelStor
 def memory_bytes(device: torch.device, whole: bool) -> int:
     """Bytes that the images may occupy in this process: all that is available, or the share of "auto".
 
-    The processes of a host share its memory. The share of a GPU is one of its whole memory, because what a run needs for
-    training is not allocated yet.
+    The processes of a host share its memory. A GPU's share is one of its whole memory, since most of what training
+    needs is not allocated yet.
     """
     if device.type == "cuda":
         available, total = torch.cuda.mem_get_info(device)
