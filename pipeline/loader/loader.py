@@ -143,6 +143,13 @@ class ViewLoader:
             yield batch
         self.epoch, self.step = self.epoch + 1, 0
 
+    @property
+    def filling(self) -> str:
+        """How far the memory of resident images is filled, for a person; "" without it, and once it is full."""
+        if self.store is None or (percent := int(100 * self.store.filled)) >= 99:  # bad images leave a rest
+            return ""
+        return f"{percent}% resident"
+
     def _position(self) -> tuple[int, int]:
         """(epoch, step) of the next batch to hand over; after the last one of an epoch, the first of the next."""
         done, step = divmod(self.step, len(self))

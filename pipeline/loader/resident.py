@@ -28,6 +28,7 @@ from .bad_samples import UNDECODABLE
 
 AUTO_SHARE = 4
 """With "auto", resident images take at most 1 / AUTO_SHARE of a GPU's memory, or of the host's available memory."""
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 _stores: WeakValueDictionary[int, "PixelStore"] = WeakValueDictionary()  # id of a shard set -> its newest store
 
@@ -58,8 +59,10 @@ class PixelStore:
         self.closed = np.full(len(shards), samples is not None)
         if samples is not None:
             self.closed[samples] = False
-        self._used = 0
-        self._lock = threading.Lock()
+        self._used, self._lock = 0, threading.Lock()
+        if not on_host:
+            self._stream = torch.cuda.Stream(device)  # the default stream would queue copies behind training steps
+            self._stream.wait_stream(torch.cuda.current_stream(device))  # which may still use the memory
 
     @property
     def filled(self) -> float:
@@ -82,8 +85,9 @@ class PixelStore:
         if self.device.type == "cpu":
             image[:] = pixels
         else:
-            image.copy_(pinned(pixels, self.device), non_blocking=True)
-            torch.cuda.current_stream(self.device).record_event().synchronize()  # batches use other streams
+            with torch.cuda.stream(self._stream):
+                image.copy_(pinned(pixels, self.device), non_blocking=True)
+            self._stream.record_event().synchronize()  # the streams of the batches do not wait for this one
         self.offset[sample] = offset
         return image
 
@@ -218,7 +222,7 @@ def available_memory() -> int:
     limits = [virtual_memory().available]
     for file in ("memory.max", "memory/memory.limit_in_bytes"):  # of version 2 and 1 of control groups
         with suppress(OSError, ValueError):  # no such file, or "max"
-            limits.append(int(Path("/sys/fs/cgroup", file).read_text()))
+            limits.append(int((CONTROL_GROUP / file).read_text()))
     return min(limits)
 
 
