@@ -256,6 +256,8 @@ def test_steps_are_timed_and_traced(setup, one_thread):
     parts = sum(row[f"{part}_ms"] for part in ("wait", "forward", "loss", "backward", "optimizer", "other"))
     assert parts == pytest.approx(row["step_ms"], rel=0.01) and row["runs"] == step_speed.TRACED_STEPS
     assert row["verdict"].startswith("Compute-bound")
+    (measured,) = cases["ResNet-18 x 1/8, 32 px, opencv, resident"].run()
+    assert measured.row["runs"] == step_speed.TRACED_STEPS and measured.row["source"] == "opencv, resident"
     kernels = [result.row for result in cases["profiler trace"].run()]
     assert 0 < sum(kernel["share"] for kernel in kernels) <= 1 and "conv" in str(kernels)
     assert (setup.out / "gpu_trace.json.gz").stat().st_size > 10_000
