@@ -56,7 +56,8 @@ class KorniaBackend:
         dtype: torch.dtype = torch.float32,
     ):
         self._config, self._dtype = config, dtype
-        self._device = self.image_device = torch.device(device)
+        self._device = torch.device(device)
+        self.image_device = self._device if self._device.type in ("cpu", "cuda") else None
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="decode")
 
     def __call__(self, images: list[bytes | np.ndarray | Tensor], params: AugmentParams) -> Tensor:

@@ -182,8 +182,8 @@ def create_store(
         return None
     if image_device is None:
         raise UserError(
-            "The DALI backend decodes the images itself, so they can't be resident; use --loader.backend opencv or "
-            "kornia, or --loader.resident auto."
+            "The augmentation backend decodes the images itself, so they can't be resident; use --loader.backend "
+            "opencv or --loader.resident auto."
         )
     limit = memory_bytes(image_device, whole=resident == "on")
     needed = decoded_bytes(shards, samples, math.inf if resident == "on" else limit)
