@@ -20,7 +20,7 @@ demo-v2: .venv/installed
 
 # two processes of one thread each; a file's tests share their fixtures, so they stay together
 test: .venv/installed browser
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # for the tests of report.html; elsewhere than on Debian they are skipped without Chromium
 browser:

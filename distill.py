@@ -9,6 +9,7 @@ arXiv 2006.10029, section 2, equations 2 and 3.
 
 import hashlib
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -57,6 +58,8 @@ def distill(config: DistillConfig, instruments: Instruments | None = None) -> No
 
     # Data: all images -> one augmented view each, and which of their labels may be used.
     train, test = open_data(config.data, config.loader)
+    views = config.views.for_images(train.pixel_format, train.manifest.get("statistics", {}))
+    config = replace(config, views=views)
     reading = {"device": session.device, "dtype": session.dtype, "bad_samples_file": session.out / "bad_samples.jsonl"}
     loader = ViewLoader(
         train,
@@ -144,7 +147,7 @@ def visible_labels(label: torch.Tensor, uses_label: torch.Tensor) -> torch.Tenso
 def check_normalization(config: DistillConfig) -> None:
     """Refuse a normalization other than the teacher's: the frozen teacher would only be wrong about such views."""
     for name, value in images_of(Path(config.teacher))[1].items():
-        if name != "size" and tuple(getattr(config.views, name)) != value:
+        if name != "size" and getattr(config.views, name) != value:
             shown = " ".join(map(str, value))
             raise UserError(f"The teacher in {config.teacher} was trained with --views.{name} {shown}; use the same.")
 

@@ -10,6 +10,7 @@ supervised baseline from random weights.
 
 import math
 import sys
+from dataclasses import replace
 from functools import partial
 
 from torch.nn.functional import cross_entropy
@@ -41,6 +42,8 @@ def finetune(config: FinetuneConfig, instruments: Instruments | None = None) -> 
 
     # Data: labeled images -> one augmented view each.
     train, test = open_data(config.data, config.loader)
+    views = config.views.for_images(train.pixel_format, train.manifest.get("statistics", {}))
+    config = replace(config, views=views)
     classes = list(train.classes)
     if len(classes) < 2:
         raise UserError(f"Fine-tuning needs at least two classes, {train.root} has {len(classes)}; use another --data.")

@@ -66,7 +66,8 @@ def plain(reason: str) -> str:
     if number := re.match(r"Error parsing (\S+): (invalid literal for int|could not convert).*?: '(.*)'$", reason):
         kind = "a whole number" if "int" in number[2] else "a number"
         return f"{number[1]} is {number[3]!r}; it must be {kind}"
-    if values := re.match(r"Error parsing (\S+): Could not find valid parse for arguments: \[(.*)\]$", reason):
+    failed = r"(?:Could not find valid parse for arguments:|no type matching .*? could be instantiated from)"
+    if values := re.match(rf"Error parsing (\S+): {failed} \[(.*?)\](?:$|\. Got errors)", reason):
         hint = " (arguments that belong to no option go before it)" if "," in values[2] else ""
         return f"{values[1]} can't be {values[2]}{hint}"
     return reason

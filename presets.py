@@ -28,7 +28,6 @@ from pipeline.loader.subsets import LabelsConfig
 
 NOT_REUSED = {"out", "resume", "config", "reasons", "timm_name", "timm_kwargs"}
 """Entries of a config.json that belong to one run only, or are not options."""
-CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
 def auto() -> PretrainConfig:
@@ -70,7 +69,7 @@ def cifar10() -> PretrainConfig:
         preset="cifar10",
         epochs=1000,
         batch_size=512,
-        views=AugmentConfig(size=32, jitter_strength=0.5, blur_p=0.0, mean=CIFAR_MEAN, std=CIFAR_STD),
+        views=AugmentConfig(size=32, jitter_strength=0.5, blur_p=0.0),
         encoder=EncoderConfig("resnet18"),
         head=HeadConfig("v1", hidden=512, out=128),
         loss=LossConfig(temperature=0.5),

@@ -9,6 +9,7 @@
 
 import math
 import sys
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -59,6 +60,8 @@ def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> 
 
     # Data: shards -> two augmented views of every image, on the device.
     train, test = open_data(config.data, config.loader)
+    views = config.views.for_images(train.pixel_format, train.manifest.get("statistics", {}))
+    config = replace(config, views=views)
     reading = {"device": session.device, "dtype": session.dtype, "bad_samples_file": session.out / "bad_samples.jsonl"}
     loader = ViewLoader(
         train,

@@ -44,6 +44,7 @@ from pipeline.augment.backend import create_backend
 from pipeline.augment.config import AugmentConfig
 from pipeline.images import decode
 from pipeline.loader import LoaderConfig, ViewLoader
+from pipeline.pixel_format import RGB8
 from pipeline.shards.dataset import ShardSet, open_shards
 from pipeline.shards.reader import Reader
 
@@ -189,6 +190,7 @@ def measure(
     shards: ShardSet, kind: str, config: AugmentConfig, threads: int, seconds: float, device: torch.device
 ) -> list[dict]:
     """Time all candidates in turns; returns one row per candidate."""
+    config = config.for_images(RGB8, {})
     data = Prepared(shards, config, threads, BATCH)
     candidates = [
         *opencv_stages(data, config, device),

@@ -1,4 +1,4 @@
-"""Encoded images: supported formats, decoding on the CPU, and preparation for shards."""
+"""Image files of 8 bits per channel: supported formats, and decoding on the CPU to RGB."""
 
 import io
 import struct
@@ -24,9 +24,8 @@ from PIL.TiffImagePlugin import (
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif"}
 """Pillow name of each format that every backend decodes (DALI reads neither GIF nor AVIF) -> extension in a shard."""
-IMAGE_SUFFIXES = frozenset(["jpeg", "tiff", "gif", "avif", *EXTENSIONS.values()])
-QUALITY = 90
-"""JPEG quality of shrunk images."""
+ARRAY_SUFFIX = "npy"
+IMAGE_SUFFIXES = frozenset(["jpeg", "tiff", "gif", "avif", "dcm", ARRAY_SUFFIX, *EXTENSIONS.values()])
 LARGEST_PIXELS = 178_956_970
 """Largest image that Pillow opens: twice its MAX_IMAGE_PIXELS."""
 TOO_LARGE = f"too large: more than {LARGEST_PIXELS:,} pixels"
@@ -140,9 +139,9 @@ def _decode_by_pillow(encoded: bytes) -> np.ndarray | None:
     images become one level too dark.
     """
     try:
-        with _open_unrotated(encoded) as image:
+        with open_unrotated(encoded) as image:
             if image.mode.startswith("I;16"):
-                levels = (np.asarray(image) >> 8).astype(np.uint8)  # Pillow would clip at 255
+                levels = (np.asarray(image.copy()) >> 8).astype(np.uint8)  # Pillow would clip at 255
                 return cv2.cvtColor(levels, cv2.COLOR_GRAY2RGB)
             if image.mode in ("I", "F"):  # 32-bit integers or floats, whose white level is unknown
                 return None
@@ -151,14 +150,20 @@ def _decode_by_pillow(encoded: bytes) -> np.ndarray | None:
         return None
 
 
-def _open_unrotated(encoded: bytes) -> Image.Image:
+def open_unrotated(encoded: bytes, page: int = 0) -> Image.Image:
+    """Open a TIFF or JPEG with Pillow such that its orientation tag is ignored; raises many exception types.
+
+    The image's size is still that after rotation; its copies and conversions have the right one.
+    """
     image = Image.open(io.BytesIO(encoded), formats=["TIFF", "JPEG"])
+    if page:
+        image.seek(page)
     image.getexif()[ExifTags.Base.Orientation] = 1  # or Pillow would rotate the pixels of a TIFF
     return image
 
 
 def inspect(encoded: bytes, verify: bool = True) -> tuple[str, int, int]:
-    """Return (file extension, height, width) of an image that can be used, with sizes in pixels.
+    """Return (file extension, height, width) of an image file that `decode` can decode, with sizes in pixels.
 
     Args:
         encoded: content of the file.
@@ -168,47 +173,18 @@ def inspect(encoded: bytes, verify: bool = True) -> tuple[str, int, int]:
     Raises:
         DecodeError: the image cannot be used; the message is the reason.
     """
-    return _inspect(encoded, verify, *_header(encoded))
-
-
-def _inspect(encoded: bytes, verify: bool, form: str, height: int, width: int) -> tuple[str, int, int]:
+    form, height, width = read_header(encoded)
     if verify and not (EXTENSIONS[form] == "jpg" and _is_intact_jpeg(encoded, height, width)):
-        height, width = _pixels(encoded, form).shape[:2]
+        height, width = verified_pixels(encoded, form).shape[:2]
     return EXTENSIONS[form], height, width
 
 
-def prepare(
-    encoded: bytes, verify: bool = True, short_side: int | None = None, quality: int = QUALITY
-) -> tuple[tuple[str, int, int], bytes]:
-    """Prepare an image for a shard; return ((file extension, height, width), encoded image).
-
-    Args:
-        encoded: content of the file.
-        verify: see `inspect`; images that are shrunk are always decoded.
-        short_side: length in pixels to which longer short sides are shrunk with an area filter, as JPEG; other images
-            keep their bytes. None shrinks no image.
-        quality: JPEG quality of shrunk images, 1 to 100.
-
-    Raises:
-        DecodeError: the image cannot be used; the message is the reason.
-    """
-    form, height, width = _header(encoded)
-    if short_side is None or min(height, width) <= short_side:
-        return _inspect(encoded, verify, form, height, width), encoded
-    pixels = _pixels(encoded, form)
-    height, width = pixels.shape[:2]
-    scale = short_side / min(height, width)
-    height, width = (max(short_side, round(side * scale)) for side in (height, width))
-    smaller = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
-    encodes, jpeg = cv2.imencode(".jpg", cv2.cvtColor(smaller, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
-    if not encodes:
-        raise DecodeError(f"too long for a JPEG whose short side has {short_side} pixels: {width} x {height}")
-    return ("jpg", height, width), jpeg.tobytes()
-
-
 def png(pixels: np.ndarray) -> bytes:
-    """Encode (H, W, 3) uint8 RGB as PNG; the bytes depend on the pixels and the OpenCV version only."""
-    _, encoded = cv2.imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
+    """Encode (H, W, 3) RGB or (H, W, 1) gray, uint8 or uint16, as PNG.
+
+    The bytes depend on the pixels and the OpenCV version only.
+    """
+    _, encoded = cv2.imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR) if pixels.shape[2] == 3 else pixels)
     return encoded.tobytes()
 
 
@@ -218,8 +194,12 @@ def ppm(pixels: np.ndarray) -> bytes:
     return b"P6 %d %d 255\n" % (width, height) + pixels.tobytes()
 
 
-def _header(encoded: bytes) -> tuple[str, int, int]:
-    """Read (Pillow format, height, width) from the header."""
+def read_header(encoded: bytes) -> tuple[str, int, int]:
+    """Read (Pillow format, height, width in pixels) from the header of an image file.
+
+    Raises:
+        DecodeError: it is not an image of a supported format, or too large.
+    """
     if size := _png_size(encoded):
         return "PNG", *size
     try:
@@ -267,17 +247,22 @@ def _is_intact_jpeg(encoded: bytes, height: int, width: int) -> bool:
     return gray is not None and gray.shape == (height, width)
 
 
-def _pixels(encoded: bytes, form: str) -> np.ndarray:
+def verified_pixels(encoded: bytes, form: str) -> np.ndarray:
+    """Decode an image of a Pillow format like `decode`.
+
+    Raises:
+        DecodeError: it is damaged.
+    """
     pixels = decode(encoded)  # the decoder used in training may refuse what Pillow reads
-    if pixels is None or (form == "TIFF" and not _tiff_checksums_agree(encoded)):
+    if pixels is None or (form == "TIFF" and not tiff_checksums_agree(encoded)):
         raise DecodeError(f"a damaged or truncated {form}, or one of an unusual kind")
     return pixels
 
 
-def _tiff_checksums_agree(encoded: bytes) -> bool:
-    """Whether each deflate-compressed strip or tile ends with its checksum, which libtiff does not verify."""
+def tiff_checksums_agree(encoded: bytes, page: int = 0) -> bool:
+    """Whether each deflate-compressed strip or tile of a page ends with its checksum, which libtiff does not verify."""
     try:
-        with _open_unrotated(encoded) as image:
+        with open_unrotated(encoded, page) as image:
             tags = image.tag_v2
             if tags.get(COMPRESSION) not in DEFLATE or tags.get(FILLORDER, 1) != 1:
                 return True

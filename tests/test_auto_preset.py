@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -341,8 +340,6 @@ def test_fine_tuning_and_distillation_start_from_the_encoder_of_the_run(run, dat
 
 def train_in_rank(rank, world_size, data, out):
     """Body of a rank that would choose another number of epochs than the other rank; returns its own choice."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    os.environ |= {"LOCAL_WORLD_SIZE": str(world_size), "ACCELERATE_USE_CPU": "true"}
     auto_preset.PASSES = ((10, 9), (float("inf"), 1 + rank))
     config = read("train.py", "--data", data, "--out", out, *QUICK[: QUICK.index("--epochs")])
     train.pretrain(config)

@@ -70,8 +70,9 @@ def compare_with_opencv(setup: Setup, name: str, file: bytes) -> Iterator[Outcom
     from pipeline.augment.config import AugmentConfig
     from pipeline.augment.params import draw_params
     from pipeline.images import DecodeError
+    from pipeline.pixel_format import RGB8
 
-    config = AugmentConfig(size=64)
+    config = AugmentConfig(size=64).for_images(RGB8, {})
     params = draw_params(config, 0, 0, np.arange(2), np.array([400, 400]), np.array([400, 400]))  # fits upright ones
     found = []
     for which, device in (("opencv", torch.device("cpu")), (name, setup.device)):

@@ -47,9 +47,10 @@ def compare_views(setup: Setup, name: str, jitter: str) -> Iterator[Outcome]:
     from pipeline.augment.backend import create_backend
     from pipeline.augment.config import AugmentConfig
     from pipeline.augment.params import AugmentParams, draw_params
+    from pipeline.pixel_format import RGB8
 
     count = 6 if setup.small else 32
-    config = AugmentConfig(size=32 if setup.small else 224, jitter=jitter)
+    config = AugmentConfig(size=32 if setup.small else 224, jitter=jitter).for_images(RGB8, {})
     encoded, height, width = photographs(count, setup.small)
     params = draw_params(config, 0, 0, np.arange(count), height, width)
     part = AugmentParams(**{field: array[:, 1:5] for field, array in vars(params).items()})

@@ -15,12 +15,14 @@ import torch
 import tyro
 
 from ..common import UserError, check_range
-from ..images import DecodeError, decode
+from ..images import DecodeError
+from ..pictures import to_pictures
+from ..pixel_format import decode_pixels
 from ..shards.dataset import ShardSet, open_splits
 from ..shards.reader import Reader
 from .backend import create_backend
 from .config import AugmentConfig
-from .params import HUE, AugmentParams, draw_params
+from .params import BRIGHTNESS, CONTRAST, HUE, AugmentParams, draw_params
 
 GAP, LINE = 8, 14
 """Distance between tiles and height of a line of text, in pixels."""
@@ -74,7 +76,8 @@ def contact_sheet(
 ) -> np.ndarray:
     """Draw original and views of the first images, with the augmentation parameters below each view.
 
-    Letters denote brightness, contrast, saturation and hue, in the order of application.
+    Letters denote brightness, contrast, saturation and hue, in the order of application. Images of any format are shown
+    as `pipeline.pictures` describes.
 
     Args:
         samples: number of rows; fewer if the shard set has fewer images.
@@ -86,6 +89,7 @@ def contact_sheet(
     Raises:
         UserError: unknown backend, or an image can't be read or decoded.
     """
+    config = config.for_images(shards.pixel_format, shards.manifest.get("statistics", {}))
     chosen = np.arange(min(samples, len(shards)))
     encoded, rows = Reader(shards)(chosen), shards.index[chosen]
     params = draw_params(config, seed, 0, chosen, rows["height"], rows["width"])
@@ -99,14 +103,15 @@ def contact_sheet(
         _write(sheet, title, GAP + column * (side + GAP), LINE)
     for i in range(len(chosen)):
         top = GAP + LINE + i * (side + 3 * LINE + 2 * GAP)
-        image = decode(encoded[i])
+        pixels = torch.from_numpy(decode_pixels(encoded[i], shards.pixel_format)).permute(2, 0, 1)
+        image = to_pictures(pixels[None], shards.pixel_format)[0].numpy()  # (H, W, 3)
         scale = side / max(image.shape[:2])
         size = [max(round(length * scale), 1) for length in image.shape[1::-1]]
         tiles = [cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST)]
         texts = [[rows["key"][i].decode(), f"{image.shape[1]}x{image.shape[0]}, sample {chosen[i]}"]]
         for name, v in columns:
             tiles.append(cv2.resize(views[name][v, i], (side, side), interpolation=cv2.INTER_NEAREST))
-            texts.append(describe(params, v, i))
+            texts.append(describe(params, v, i, shards.pixel_format.channels == 3))
         for column, (tile, lines) in enumerate(zip(tiles, texts, strict=True)):
             left = GAP + column * (side + GAP)
             sheet[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
@@ -115,8 +120,8 @@ def contact_sheet(
     return sheet
 
 
-def describe(params: AugmentParams, v: int, i: int) -> list[str]:
-    """Describe the parameters of view v of image i in three short lines."""
+def describe(params: AugmentParams, v: int, i: int, color: bool = True) -> list[str]:
+    """Describe the parameters of view v of image i in three short lines; `color` is whether the image is RGB."""
     top, left, height, width = params.crop[v, i].tolist()
     flip = " flipped" if params.flip[v, i] else ""
     jitter = "no jitter"
@@ -125,9 +130,10 @@ def describe(params: AugmentParams, v: int, i: int) -> list[str]:
         jitter = " ".join(
             f"{INITIALS[operation]}{factors[operation]:{'+.3f' if operation == HUE else '.2f'}}"
             for operation in params.order[v, i].tolist()
+            if color or operation in (BRIGHTNESS, CONTRAST)
         )
     sigma = float(params.sigma[v, i])
-    effects = (["gray"] if params.gray[v, i] else []) + ([f"blur {sigma:.2f} px"] if sigma else [])
+    effects = (["gray"] if color and params.gray[v, i] else []) + ([f"blur {sigma:.2f} px"] if sigma else [])
     return [f"{width}x{height} at {left},{top}{flip}", jitter, ", ".join(effects) or "no gray, no blur"]
 
 
@@ -153,16 +159,17 @@ def save_image(sheet: np.ndarray, path: Path) -> None:
 def _views(
     name: str, shards: ShardSet, config: AugmentConfig, encoded: list[bytes], params: AugmentParams
 ) -> np.ndarray:
-    """Views by one backend, denormalized: (2, n, S, S, 3) uint8."""
-    backend = create_backend(name, config, torch.device("cpu"), len(encoded), views=2, workers=1)
+    """Pictures of the views by one backend: (2, n, S, S, 3) uint8."""
+    images = shards.pixel_format
+    backend = create_backend(name, config, torch.device("cpu"), len(encoded), views=2, workers=1, pixel_format=images)
     try:
         views = backend(encoded, params)
     except DecodeError as error:
         raise UserError(f"An image of {shards.root} can't be decoded; copy the shards again.") from error
     finally:
         backend.close()
-    levels = views.unflatten(0, (2, -1)).permute(0, 1, 3, 4, 2).numpy() * config.std + config.mean
-    return np.clip(np.rint(levels * 255), 0, 255).astype(np.uint8)
+    pairs = views.unflatten(0, (2, -1)).transpose(0, 1)  # (n, 2, C, S, S)
+    return to_pictures(pairs, images, config).transpose(0, 1).numpy()
 
 
 def _write(sheet: np.ndarray, text: str, left: int, bottom: int) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..common import UserError
+from ..pixel_format import RGB8, PixelFormat
 from .config import AugmentConfig
 from .params import AugmentParams
 
@@ -32,7 +33,7 @@ class Backend(Protocol):
             params: parameters of their views.
 
         Returns:
-            (V n, 3, S, S) on the backend's device, channels-last, normalized; row v n + i is view v of image i. The
+            (V n, C, S, S) on the backend's device, channels-last, normalized; row v n + i is view v of image i. The
             values are float32, or the same rounded to bfloat16, as chosen when the backend was created. On a GPU the
             views are ordered on the current CUDA stream, and the host does not wait for them.
 
@@ -54,7 +55,9 @@ class BackendChoice(NamedTuple):
         return f"{self.name} ({self.reason})" if self.reason else self.name
 
 
-def choose_backend(name: str, device: torch.device, size: int, threads: int) -> BackendChoice:
+def choose_backend(
+    name: str, device: torch.device, size: int, threads: int, pixel_format: PixelFormat = RGB8
+) -> BackendChoice:
     """Resolve "auto" by what limits each backend.
 
     On a CPU, OpenCV is the fastest in every measurement (bench/results/pipeline.csv). On a GPU nothing has been
@@ -72,6 +75,7 @@ def choose_backend(name: str, device: torch.device, size: int, threads: int) -> 
         device: device of the views.
         size: side of a view in pixels.
         threads: number of threads of this process on the host.
+        pixel_format: format of the images; only OpenCV supports others than 8-bit RGB.
 
     Raises:
         UserError: unknown backend.
@@ -82,6 +86,8 @@ def choose_backend(name: str, device: torch.device, size: int, threads: int) -> 
         return BackendChoice(name)
     if device.type == "cpu":
         return BackendChoice("opencv", "the fastest on a CPU")
+    if pixel_format != RGB8:
+        return BackendChoice("opencv", f"the only one for images of this kind: {pixel_format}")
     dali = device.type == "cuda" and _dali_loads()
     if size <= SMALL_VIEW:
         small = f"views of {size} px"
@@ -111,23 +117,25 @@ def create_backend(
     views: int,
     workers: int,
     dtype: torch.dtype = torch.float32,
+    pixel_format: PixelFormat = RGB8,
 ) -> Backend:
     """Create a backend; only its own library is imported, so the others need not be installed.
 
     Args:
         name: one of `BACKENDS`.
-        config: augmentation options.
+        config: augmentation options; a mean or std that nobody set is ImageNet's (see `AugmentConfig.for_images`).
         device: device of the views.
         batch_size: largest number of images per call.
         views: V, number of views per image.
         workers: number of threads on the host.
         dtype: of the views, float32 or bfloat16.
+        pixel_format: format of the images.
 
     Raises:
-        UserError: unknown backend, or its library is not installed.
+        UserError: unknown backend, its library is not installed, or it does not support the format.
     """
-    name = choose_backend(name, device, config.size, workers).name
-    options = (config, device, batch_size, views, workers, dtype)
+    name = choose_backend(name, device, config.size, workers, pixel_format).name
+    options = (config.for_images(pixel_format, {}), device, batch_size, views, workers, dtype, pixel_format)
     if name == "dali":
         from .dali import DaliBackend
 

@@ -1,13 +1,18 @@
 """Augmentation options."""
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from ..common import UserError
+from ..pixel_format import RGB8, PixelFormat
 
 Jitter = Literal["exact", "affine"]
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+"""Normalization of 8-bit RGB images that nobody measured, as in torchvision and timm."""
+SMALLEST_STD = 1e-5
+"""Smallest standard deviation: below one level of 16 bits, 1.5e-5, so that a scan of few levels can be normalized."""
 
 
 @dataclass(frozen=True)
@@ -23,21 +28,21 @@ class AugmentConfig:
     flip_p: float = 0.5
     """Probability of a horizontal flip."""
     jitter_p: float = 0.8
-    """Probability of color jitter."""
+    """Probability of color jitter; for images that are not RGB, of brightness and contrast alone."""
     jitter_strength: float = 1.0
     """Strength s of color jitter: brightness, contrast and saturation vary by up to 0.8 s, hue by up to 0.2 s turns."""
     jitter: Jitter = "exact"
     """exact: operations in random order, clipped after each, hue in HSV. affine: one linear map of colors, faster."""
     gray_p: float = 0.2
-    """Probability of conversion to grayscale."""
+    """Probability of conversion to grayscale (RGB images)."""
     blur_p: float = 0.5
     """Probability of Gaussian blur."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Smallest and largest standard deviation of the blur in pixels."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Mean per channel that is subtracted (RGB, images in 0..1)."""
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """Standard deviation per channel to divide by."""
+    mean: tuple[float, ...] | None = None
+    """Mean to subtract, per channel or one for all (images in 0..1). Default: as measured at conversion."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation to divide by, per channel or one for all. Default: as measured at conversion."""
 
     def __post_init__(self) -> None:
         def require(holds: bool, field: str, expected: str) -> None:
@@ -59,9 +64,43 @@ class AugmentConfig:
         low, high = self.blur_sigma
         expected = "two standard deviations in pixels, 0 < smallest <= largest; use --views.blur-p 0 for no blur"
         require(0 < low <= high < np.inf, "blur_sigma", expected)
-        scale = "for an image in 0..1, not 0..255"
-        require(all(0 <= value <= 1 for value in self.mean), "mean", f"three numbers from 0 to 1, {scale}")
-        require(all(1e-3 <= value <= 1 for value in self.std), "std", f"three numbers from 0.001 to 1, {scale}")
+        for field, smallest in ("mean", 0), ("std", SMALLEST_STD):
+            values = getattr(self, field)
+            expected = f"one number per channel or one for all, {smallest:g} to 1, for an image in 0..1, not 0..255"
+            require(values is None or (len(values) and all(smallest <= x <= 1 for x in values)), field, expected)
+
+    def for_images(self, pixel_format: PixelFormat, statistics: dict[str, Any]) -> "AugmentConfig":
+        """The configuration with a mean and a standard deviation for each channel of the images.
+
+        Values that are set stay, a single one for all channels. Others are those measured at conversion or, for 8-bit
+        RGB images that were not measured, ImageNet's. A channel that was measured to be constant is not scaled.
+
+        Args:
+            pixel_format: format of the images.
+            statistics: "mean" and "std" of each channel, in units of white, as in the manifest of a shard set; empty
+                if nothing was measured.
+
+        Raises:
+            UserError: the number of values is neither 1 nor that of the channels, or nothing is known.
+        """
+        measured = {name: statistics[name] for name in IMAGENET if name in statistics}
+        if "std" in measured:
+            measured["std"] = [std if std >= SMALLEST_STD else 1.0 for std in measured["std"]]
+        known, found = (IMAGENET if pixel_format == RGB8 else {}) | measured, {}
+        for name in IMAGENET:
+            values = getattr(self, name) or known.get(name)
+            if not values:
+                raise UserError(
+                    f"Mean and standard deviation of the images ({pixel_format}) were not measured; use --views.mean "
+                    "and --views.std, or convert the images again."
+                )
+            if len(values) not in (1, pixel_format.channels):
+                raise UserError(
+                    f"--views.{name} has {len(values)} values, but the images have {pixel_format.channels} channels; "
+                    "use one value per channel, or one for all."
+                )
+            found[name] = tuple(map(float, values)) * (pixel_format.channels if len(values) == 1 else 1)
+        return replace(self, **found)
 
     @property
     def blur_window(self) -> int:

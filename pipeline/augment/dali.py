@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..common import UserError
 from ..images import DecodeError, contains, decode, decodes_alike, ppm
+from ..pixel_format import RGB8, PixelFormat
 from .config import AugmentConfig
-from .gpu import CHUNK, augment_in_chunks, refusal, warn_once
+from .gpu import CHUNK, augment_in_chunks, check_rgb8, refusal, warn_once
 from .params import BRIGHTNESS, CONTRAST, HUE, LUMA, SATURATION, AugmentParams
 
 try:
@@ -43,6 +44,10 @@ class DaliBackend:
         views: V, number of views per image.
         workers: number of DALI's threads on the host.
         dtype: of the views, float32 or bfloat16; they are computed in float32.
+        pixel_format: format of the images, which must be 8-bit RGB.
+
+    Raises:
+        UserError: another format.
     """
 
     image_device = None
@@ -55,7 +60,9 @@ class DaliBackend:
         views: int,
         workers: int,
         dtype: torch.dtype = torch.float32,
+        pixel_format: PixelFormat = RGB8,
     ):
+        check_rgb8("DALI", pixel_format)
         self._device = torch.device(device)
         gpu = self._device.type == "cuda"
         device_id = (torch.cuda.current_device() if self._device.index is None else self._device.index) if gpu else None

@@ -1,4 +1,4 @@
-"""What the backends that compute on a GPU share: batches in chunks, copies through pinned memory, and their errors."""
+"""What the backends that compute on a GPU share: formats, batches in chunks, copies through pinned memory, errors."""
 
 import logging
 import re
@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..common import UserError
 from ..images import DecodeError
+from ..pixel_format import RGB8, PixelFormat
 from .config import AugmentConfig
 from .params import AugmentParams
 
@@ -23,6 +25,18 @@ OUT_OF_MEMORY = re.compile(
 """How torchvision and DALI report that memory is exhausted, each by a RuntimeError."""
 
 log = logging.getLogger(__name__)
+
+
+def check_rgb8(backend: str, pixel_format: PixelFormat) -> None:
+    """Refuse images that are not 8-bit RGB.
+
+    Raises:
+        UserError: names the format and another backend.
+    """
+    if pixel_format != RGB8:
+        raise UserError(
+            f"The {backend} backend supports 8-bit RGB images only, not {pixel_format}; use --loader.backend opencv."
+        )
 
 
 def augment_in_chunks(

@@ -24,8 +24,9 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from ..images import DecodeError, contains, decode, nvjpeg_decodes_alike
+from ..pixel_format import RGB8, PixelFormat
 from .config import AugmentConfig
-from .gpu import augment_in_chunks, copy_to, pinned, refusal, warn_once
+from .gpu import augment_in_chunks, check_rgb8, copy_to, pinned, refusal, warn_once
 from .params import BRIGHTNESS, CONTRAST, HUE, LUMA, SATURATION, AugmentParams, affine_jitter
 
 NVJPEG_REFUSALS = re.compile(
@@ -44,6 +45,10 @@ class KorniaBackend:
         batch_size, views: not used; part of the common signature.
         workers: number of threads that decode on the host.
         dtype: of the views, float32 or bfloat16; they are computed in float32.
+        pixel_format: format of the images, which must be 8-bit RGB.
+
+    Raises:
+        UserError: another format.
     """
 
     def __init__(
@@ -54,7 +59,9 @@ class KorniaBackend:
         views: int,
         workers: int,
         dtype: torch.dtype = torch.float32,
+        pixel_format: PixelFormat = RGB8,
     ):
+        check_rgb8("Kornia", pixel_format)
         self._config, self._dtype = config, dtype
         self._device = torch.device(device)
         self.image_device = self._device if self._device.type in ("cpu", "cuda") else None

@@ -1,7 +1,9 @@
 """Augmentation with OpenCV in host threads: the fastest backend on machines without a GPU.
 
 OpenCV releases the global interpreter lock inside its calls, so plain threads use all cores and nothing is pickled.
-Images have 8 bits per channel: each step rounds to whole levels, as PIL does.
+Each step rounds to whole levels of the image's own depth, 8 or 16 bits, as PIL does for 8 bits. Views of 8-bit RGB
+images have paths of their own, which are faster, and whose results stay identical across versions. Images with one
+channel are (H, W) arrays after the crop, because OpenCV drops a last dimension of 1.
 """
 
 import weakref
@@ -14,7 +16,8 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from ..images import DecodeError, contains, decode
+from ..images import DecodeError, contains
+from ..pixel_format import RGB8, PixelFormat, decode_pixels
 from .config import AugmentConfig
 from .params import BRIGHTNESS, CONTRAST, LUMA, SATURATION, AugmentParams, affine_jitter
 
@@ -34,6 +37,7 @@ class OpenCVBackend:
         views: V, number of views per image.
         workers: number of threads.
         dtype: of the views, float32 or bfloat16.
+        pixel_format: format of the images, with any number of channels.
     """
 
     image_device = torch.device("cpu")
@@ -46,13 +50,14 @@ class OpenCVBackend:
         views: int,
         workers: int,
         dtype: torch.dtype = torch.float32,
+        pixel_format: PixelFormat = RGB8,
     ):
         cv2.setNumThreads(1)  # one image per thread balances better than one image on all cores
         self.config, self.device, self.views = config, device, views
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="views")
-        self.workers, self.dtype = workers, dtype
+        self.workers, self.dtype, self.pixel_format = workers, dtype, pixel_format
         self.unused: list[np.ndarray] = []  # memory of earlier batches
-        self.normalize = Normalize(config, dtype)
+        self.normalize = Normalize(config, dtype, pixel_format)
 
     def __call__(self, images: list[bytes | np.ndarray], params: AugmentParams) -> torch.Tensor:
         """Augment V views of n images; see `Backend`."""
@@ -74,8 +79,8 @@ class OpenCVBackend:
         self.unused.clear()
 
     def _batch(self, rows: int) -> torch.Tensor:
-        """Uninitialized (rows, S, S, 3), in memory that nothing else uses."""
-        shape = (rows, self.config.size, self.config.size, 3)
+        """Uninitialized (rows, S, S, C), in memory that nothing else uses."""
+        shape = (rows, self.config.size, self.config.size, self.pixel_format.channels)
         if self.device.type == "cuda":
             return torch.empty(shape, dtype=self.dtype, pin_memory=True)
         if self.device.type != "cpu":  # the device may still be copying an earlier batch
@@ -98,17 +103,17 @@ class OpenCVBackend:
         out: np.ndarray,
         remaining: Iterator[int],
     ) -> None:
-        """Write all views of the images `remaining` into `out` (V n, S, S, 3)."""
+        """Write all views of the images `remaining` into `out` (V n, S, S, C)."""
         window = self.config.blur_window
         for i in remaining:
-            image = decode(images[i]) if isinstance(images[i], bytes) else images[i]
+            image = decode_pixels(images[i], self.pixel_format) if isinstance(images[i], bytes) else images[i]
             if image is None:
                 raise DecodeError("the image can't be decoded", i)
             if not contains(*image.shape[:2], params.crop[:, i]):
                 raise DecodeError("the image is smaller than its index says", i)
             for v in range(self.views):
                 view = resized_crop(image, params, v, i, self.config.size)
-                view = color(view, params, v, i, maps)
+                view = (color if self.pixel_format.channels == 3 else intensity)(view, params, v, i, maps)
                 self.normalize(blur(view, float(params.sigma[v, i]), window), out[v * len(images) + i])
 
 
@@ -118,9 +123,10 @@ def _reuse(unused: list[np.ndarray], memory: np.ndarray) -> None:
 
 
 def resized_crop(image: np.ndarray, params: AugmentParams, v: int, i: int, size: int) -> np.ndarray:
-    """Crop, resize and flip view v of image i: (H, W, 3) uint8 RGB -> (S, S, 3) uint8."""
+    """Crop, resize and flip view v of image i: (H, W, C) -> (S, S, C), or (S, S) for one channel, of the same dtype."""
     top, left, height, width = params.crop[v, i].tolist()
-    view = _resize(image[top : top + height, left : left + width], size)
+    window = image[top : top + height, left : left + width]
+    view = (_resize if image.dtype == np.uint8 and image.shape[2] == 3 else _resize_exactly)(window, size)
     return cv2.flip(view, 1) if params.flip[v, i] else view
 
 
@@ -133,11 +139,11 @@ def color(view: np.ndarray, params: AugmentParams, v: int, i: int, maps: tuple |
     """Apply jitter and grayscale to view v of image i.
 
     Args:
-        view: (S, S, 3) uint8 RGB.
+        view: (S, S, 3) RGB, uint8 or uint16.
         maps: `affine_maps(params)` for the affine jitter, None for the exact one.
 
     Returns:
-        (S, S, 3) uint8 RGB, or (S, S) if the view is gray.
+        (S, S, 3) RGB, or (S, S) if the view is gray, of the same dtype.
     """
     gray = params.gray[v, i]
     if maps is None:
@@ -153,38 +159,74 @@ def color(view: np.ndarray, params: AugmentParams, v: int, i: int, maps: tuple |
     return cv2.transform(view, np.column_stack([matrix, np.full(3, offset, np.float32)]))  # rounds and clips
 
 
+def intensity(view: np.ndarray, params: AugmentParams, v: int, i: int, maps: tuple | None) -> np.ndarray:
+    """Apply brightness and contrast to view v of image i, in place of `color` for images that are not RGB.
+
+    All channels change by the same factors, each around its own mean for contrast, as in SSL4EO-S12 (arXiv 2211.07044,
+    `RandomContrast` of its code) for satellite images with 13 channels. Saturation, hue and grayscale have no meaning
+    for other channels than red, green and blue; torchvision's do not change gray images either.
+
+    Args:
+        view: (S, S, C), or (S, S) for one channel; uint8 or uint16.
+        maps: as for `color`; only whether it is None matters.
+
+    Returns:
+        The same shape and dtype.
+    """
+    brightness, contrast = float(params.brightness[v, i]), float(params.contrast[v, i])
+    if maps is not None:
+        return _scale_channels(view, brightness * contrast, brightness * (1 - contrast))
+    for operation in params.order[v, i].tolist():
+        if operation == BRIGHTNESS:
+            view = _scale_channels(view, brightness, 0.0)
+        elif operation == CONTRAST:
+            view = _scale_channels(view, contrast, 1 - contrast)
+    return view
+
+
 def blur(view: np.ndarray, sigma: float, window: int) -> np.ndarray:
-    """Blur (S, S, 3) or (S, S) uint8 with a Gaussian of standard deviation `sigma` in pixels; 0 for no blur."""
+    """Blur (S, S, C) or (S, S) with a Gaussian of standard deviation `sigma` in pixels; 0 for no blur."""
     if sigma == 0:
         return view
-    # weights beyond 4 sigma contribute less than 1/20 of a level, so a narrow blur does not need the whole window
-    kernel = cv2.getGaussianKernel(min(window, 2 * int(np.ceil(4 * sigma)) + 1), sigma, cv2.CV_32F)
+    # A narrow blur does not need the whole window: the weights beyond 4 sigma (16 bits: 6 sigma) contribute less than
+    # 1/20 of a level.
+    reach = 4 if view.dtype == np.uint8 else 6
+    kernel = cv2.getGaussianKernel(min(window, 2 * int(np.ceil(reach * sigma)) + 1), sigma, cv2.CV_32F)
     # twice as fast as cv2.GaussianBlur, which also rounds its weights for 8-bit images
     return cv2.sepFilter2D(view, -1, kernel, kernel, borderType=cv2.BORDER_REFLECT_101)
 
 
 class Normalize:
-    """Normalization of a view into the batch: (S, S, 3) or (S, S) uint8 -> (S, S, 3) float32.
+    """Normalization of a view into the batch: (S, S, C), or (S, S) for gray -> (S, S, C) float32.
 
     With dtype bfloat16, the output is uint16 and holds the bit patterns of the rounded float32 values.
     """
 
-    def __init__(self, config: AugmentConfig, dtype: torch.dtype = torch.float32):
+    def __init__(self, config: AugmentConfig, dtype: torch.dtype = torch.float32, pixel_format: PixelFormat = RGB8):
+        self.channels, self.dtype = pixel_format.channels, dtype
         mean, std = np.array(config.mean, np.float32), np.array(config.std, np.float32)
+        # A linear map takes less time than a table of levels, but rounds the last bit differently. For 8 bits it is
+        # used only for the affine jitter, so that views of the exact jitter stay identical across versions.
+        self.table, self.map = None, np.column_stack([np.diag(1 / (pixel_format.white * std)), -mean / std])
+        if pixel_format.bits == 16:
+            return
         levels = np.arange(256, dtype=np.float32)[:, None]
-        self.table = ((levels / 255 - mean) / std)[None]  # (1, 256, 3): level and channel -> value
-        # A linear map takes less time than the table, but rounds the last bit differently. It is used only for the
-        # affine jitter, so that views of the exact jitter stay identical across versions.
-        self.map = np.column_stack([np.diag(1 / (255 * std)), -mean / std]) if config.jitter == "affine" else None
+        table = ((levels / 255 - mean) / std)[None]  # (1, 256, C): level and channel -> value
         if dtype == torch.bfloat16:
-            table = self.table if self.map is None else cv2.transform(np.repeat(levels, 3, 1)[None], self.map)
-            self.table, self.map = torch.from_numpy(table).to(dtype).view(torch.uint16).numpy(), None
+            if config.jitter == "affine":
+                table = cv2.transform(np.repeat(levels, self.channels, 1)[None], self.map)
+            self.table = torch.from_numpy(table).to(dtype).view(torch.uint16).numpy()
+        elif config.jitter == "exact":
+            self.table = table
 
     def __call__(self, view: np.ndarray, out: np.ndarray) -> None:
-        if view.ndim == 2:
+        if view.ndim == 2 and self.channels == 3:
             view = cv2.cvtColor(view, cv2.COLOR_GRAY2RGB)
-        if self.map is None:
+        if self.table is not None:
             cv2.LUT(view, self.table, dst=out)
+        elif self.dtype == torch.bfloat16:
+            values = torch.from_numpy(cv2.transform(view.astype(np.float32), self.map))
+            out[:] = values.to(self.dtype).view(torch.uint16).numpy().reshape(out.shape)
         else:
             cv2.transform(view.astype(np.float32), self.map, dst=out)
 
@@ -204,6 +246,18 @@ def _resize(window: np.ndarray, size: int) -> np.ndarray:
     # for 8-bit images, torch's SIMD code is faster on one thread than cv2.INTER_AREA
     view = interpolate(pixels, (size, size), mode="bicubic", antialias=True, align_corners=False)
     return view.permute(0, 2, 3, 1).numpy()[0]
+
+
+def _resize_exactly(window: np.ndarray, size: int) -> np.ndarray:
+    """Resize (H, W, C) of any depth to (S, S, C), or (S, S) for one channel, rounding once.
+
+    In float32, torch's interpolation is wrong by up to a level of 16 bits, because it rounds the places of the weights.
+    """
+    pixels = torch.from_numpy(window.astype(np.float64))[None].permute(0, 3, 1, 2)
+    view = interpolate(pixels, (size, size), mode="bicubic", antialias=True, align_corners=False)[0]
+    view = view.permute(1, 2, 0).numpy().clip(0, np.iinfo(window.dtype).max)
+    view = np.rint(view, out=view).astype(window.dtype, order="C")
+    return view[..., 0] if view.shape[2] == 1 else view
 
 
 @lru_cache
@@ -243,6 +297,14 @@ def _scale(view: np.ndarray, factor: float, center: float | None) -> np.ndarray:
     return cv2.addWeighted(view, factor, view, 0, (1 - factor) * center)  # rounds and clips
 
 
+def _scale_channels(view: np.ndarray, factor: float, mean_weight: float) -> np.ndarray:
+    """Return factor * x + mean_weight * mean of the channel for (S, S, C) or (S, S)."""
+    if factor == 1 and mean_weight == 0:
+        return view
+    mean = cv2.meanStdDev(view)[0]  # (C, 1); cv2.mean is limited to four channels
+    return cv2.transform(view, np.hstack([factor * np.eye(len(mean)), mean_weight * mean]))  # rounds and clips
+
+
 def _mean_gray(view: np.ndarray) -> float:
     """Mean gray of (S, S, 3) RGB or (S, S) gray."""
     mean = cv2.mean(view)
@@ -250,18 +312,26 @@ def _mean_gray(view: np.ndarray) -> float:
 
 
 def _gray(view: np.ndarray) -> np.ndarray:
+    if view.dtype == np.uint16:  # for which cvtColor rounds its weights to 15 bits, an error of up to 1.5 levels
+        return cv2.transform(view, LUMA[None])
     return cv2.cvtColor(view, cv2.COLOR_RGB2GRAY)
 
 
 def _saturate(view: np.ndarray, factor: float) -> np.ndarray:
     if factor == 1:
         return view
+    if view.dtype == np.uint16:
+        return cv2.transform(view, factor * np.eye(3) + (1 - factor) * LUMA)  # rounds once
     return cv2.addWeighted(view, factor, cv2.cvtColor(_gray(view), cv2.COLOR_GRAY2RGB), 1 - factor, 0)
 
 
 def _shift_hue(view: np.ndarray, turns: float) -> np.ndarray:
     if turns == 0:
         return view
+    if view.dtype == np.uint16:  # OpenCV has HSV of 8 bits and of floats, whose hue is in degrees
+        hsv = cv2.cvtColor(view.astype(np.float32), cv2.COLOR_RGB2HSV)
+        hsv[..., 0] = (hsv[..., 0] + 360 * turns) % 360
+        return np.rint(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)).clip(0, 65535).astype(np.uint16)
     hsv = cv2.cvtColor(view, cv2.COLOR_RGB2HSV_FULL)  # FULL: the hue has 256 steps, so uint8 wraps around
     shift = np.zeros((len(view[0]), 3), np.uint8)
     shift[:, 0] = round(turns * 256) % 256

@@ -14,6 +14,7 @@ Each split becomes the shard set OUT/<split>, in a seeded random order. The same
 bytes, regardless of the number of workers and parts. The source of `webdataset` is a folder of tars, a tar, a brace
 pattern such as "data/{000..146}.tar", or "pipe:COMMAND" for a shell command that writes a tar; tars may be compressed.
 That of `hf` is a name on the Hub, a folder written by save_to_disk, or a file or folder of parquet.
+All images must have the same channels and bits; image files with 8 bits count as RGB.
 Run the same command again to resume an interrupted conversion. Images that can't be decoded are left out and listed in
 OUT/<split>/rejected.csv.
 """
@@ -28,7 +29,7 @@ from itertools import islice
 from pathlib import Path
 
 from ..common import UserError, available_cores, check_range
-from ..images import QUALITY
+from ..prepare import QUALITY
 from ..shards.archives import one_line
 from ..shards.dataset import ShardSet, open_shards
 from ..shards.duplicates import shared_images
@@ -74,6 +75,8 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.Namespace], dict[str, sources.
             streaming=options.streaming,
             short_side=options.short_side,
             quality=options.quality,
+            bits=options.bits,
+            pages_as_channels=options.pages_as_channels,
         ),
     ),
 }
@@ -103,6 +106,8 @@ def main() -> None:
                 verify=arguments.verify,
                 short_side=arguments.short_side,
                 quality=arguments.quality,
+                bits=arguments.bits,
+                pages_as_channels=arguments.pages_as_channels,
                 workers=arguments.workers,
                 part=arguments.part,
             )
@@ -183,9 +188,21 @@ def _add_options(command: argparse.ArgumentParser) -> None:
         "--short-side",
         type=int,
         metavar="PIXELS",
-        help="shrink images with a longer short side to this size, as JPEG; others keep their bytes",
+        help="shrink images with a longer short side to this size, as JPEG if they are 8-bit RGB, else without loss; "
+        "others keep their bytes",
     )
     add("--quality", type=int, default=QUALITY, help="JPEG quality of shrunk images, 1 to 100 (default: %(default)s)")
+    add(
+        "--bits",
+        type=int,
+        choices=[8],
+        help="8: keep the upper eight bits of deeper images, so that every image file is 8-bit RGB (default: all bits)",
+    )
+    add(
+        "--pages-as-channels",
+        action="store_true",
+        help="make each page of a TIFF a channel, up to 16 (default: the first page is the image)",
+    )
     add(
         "--verify",
         action=argparse.BooleanOptionalAction,

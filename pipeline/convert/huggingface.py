@@ -3,7 +3,7 @@
 import logging
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -15,7 +15,8 @@ import fsspec
 import numpy as np
 
 from ..common import UserError, available_cores, progress_bar
-from ..images import QUALITY, DecodeError, prepare
+from ..images import DecodeError
+from ..prepare import QUALITY, Prepared, prepare
 from ..shards.samples import CLASS_LIMIT, NO_CLASS
 from .base import Source, modified_ns, read_range
 
@@ -49,6 +50,8 @@ def huggingface_sources(
     streaming: bool = False,
     short_side: int | None = None,
     quality: int = QUALITY,
+    bits: int | None = None,
+    pages_as_channels: bool = False,
 ) -> dict[str, Source]:
     """The splits of a data set; encoded images keep their bytes. A key consists of the split and the row number.
 
@@ -65,7 +68,8 @@ def huggingface_sources(
         streaming: read the rows once in order and store the images in the folder for temporary files, instead of
             preparing Arrow files in the cache of `datasets`, from which rows are read in any order. Folders written
             by `save_to_disk` hold Arrow files already and are always read in place.
-        short_side, quality: see `pipeline.images.prepare`; shrinks streamed images before they are stored.
+        short_side, quality, bits, pages_as_channels: see `pipeline.prepare.prepare`; a short side shrinks streamed
+            images before they are stored.
 
     Raises:
         UserError: `datasets` is not installed; the data set can't be found, reached or read; a column can't be chosen;
@@ -73,6 +77,10 @@ def huggingface_sources(
     """
     name = path if not Path(path).exists() else Path(path).resolve().name.removesuffix(".parquet")
     name += "".join(f"{mark}{value}" for mark, value in ((":", config), ("@", revision)) if value)
+    shrink = None
+    if short_side is not None:
+        shrink = partial(prepare, verify=False, short_side=short_side, quality=quality, bits=bits)
+        shrink = partial(shrink, pages_as_channels=pages_as_channels)
     splits = {split_name(key): rows for key, rows in _load(path, split, config, revision, streaming).items()}
     if split and split not in splits:
         raise UserError(f"There is no split {split} in {path}; use --split {' or '.join(splits)}.")
@@ -84,7 +92,7 @@ def huggingface_sources(
         if hasattr(rows, "cache_files"):
             labels, stored = _stored(rows, image, label)
         else:
-            labels, stored = _streamed(rows, image, label, f"{path} {key}", path, short_side, quality)
+            labels, stored = _streamed(rows, image, label, f"{path} {key}", path, shrink)
         if not labels:
             others = [f"--split {other}" for other in splits if other != key]
             raise UserError(f"The split {key} of {path} is empty; use {' or '.join(others) or 'another data set'}.")
@@ -252,15 +260,14 @@ def _streamed(
     label: str | None,
     title: str,
     path: str,
-    short_side: int | None,
-    quality: int,
+    shrink: Callable[[bytes], Prepared] | None,
 ) -> tuple[list[Any], dict[str, Any]]:
     """Labels of a streamed data set, and the fields of the `Source` that reads a temporary copy of its images."""
 
     def fetch(row: dict[str, Any]) -> bytes:
         try:
             encoded = _encoded(row[image])
-            return encoded if short_side is None else prepare(encoded, False, short_side, quality)[1]
+            return shrink(encoded).encoded if shrink else encoded
         except FileNotFoundError:  # a row that refers to a missing file; the writer rejects what is stored instead
             return b""
         except DecodeError:

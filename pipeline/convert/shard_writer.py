@@ -23,12 +23,18 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from ..common import UserError, file_sha256, progress_bar
-from ..images import DecodeError, decode
+from ..images import DecodeError
+from ..pixel_format import PixelFormat, decode_pixels
+from ..prepare import Prepared
 from ..shards.format import Sample, index_name, shard_entry, write_shard
+from ..shards.measure import channel_moments
 from .base import Item
-from .measure import channel_moments
 
 REFRESH_S = 0.2
+
+
+class MixedFormats(Exception):
+    """A shard would hold images of different formats."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,8 @@ class ShardWriter:
 
     read: Callable[..., bytes]
     """See `Source.read`."""
-    prepare: Callable[[bytes], tuple[tuple[str, int, int], bytes]]
-    """`pipeline.images.prepare` with its options."""
+    prepare: Callable[[bytes], Prepared]
+    """`pipeline.prepare.prepare` with its options."""
     labels: dict[str | None, int]
     partial: Path
     split: str
@@ -62,7 +68,7 @@ class ShardWriter:
             entry = json.loads(self._work(number, "json").read_text())
             exists = tar.stat().st_size == entry["shard"]["bytes"] and index.exists()
             valid = exists and entry["plan"] == self.plan and isinstance(entry["rejected"], list)
-            return entry if valid and isinstance(entry["moments"], list) else None
+            return entry if valid and isinstance(entry["moments"], list) and len(entry["pixels"]) <= 1 else None
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 
@@ -84,10 +90,11 @@ class ShardWriter:
             wait: whether to wait for another process that is writing the shard; False leaves the shard to it.
 
         Raises:
+            MixedFormats: its images have different formats.
             OSError: the shard cannot be written.
             UserError: the source has disappeared.
         """
-        tar, rejected, moments = self._work(number, "tar"), [], []
+        tar, rejected, moments, formats = self._work(number, "tar"), [], [], set()
         index, entry = tar.with_name(index_name(tar.name)), self._work(number, "json.writing")
         with suppress(Timeout), FileLock(self._work(number, "lock"), timeout=-1 if wait else 0):
             if self._is_intact(number):
@@ -96,8 +103,9 @@ class ShardWriter:
                 return
             self._work(number, "json").unlink(missing_ok=True)
             try:
-                shard = write_shard(tar.parent, tar.name, self._samples(items, rejected, moments, tally))
+                shard = write_shard(tar.parent, tar.name, self._samples(items, rejected, moments, formats, tally))
                 record = {"plan": self.plan, "shard": shard, "rejected": rejected, "moments": moments}
+                record["pixels"] = [pixel_format._asdict() for pixel_format in formats]
                 entry.write_text(json.dumps(record))
                 for file in index, tar:
                     os.replace(file, self.partial / "shards" / file.name)
@@ -108,18 +116,26 @@ class ShardWriter:
                         file.unlink(missing_ok=True)
 
     def _samples(
-        self, items: list[Item], rejected: list[tuple[str, str]], moments: list[list[float]], tally: Callable
+        self,
+        items: list[Item],
+        rejected: list[tuple[str, str]],
+        moments: list[list[float]],
+        formats: set[PixelFormat],
+        tally: Callable,
     ) -> Iterator[Sample]:
         for label, key, address in items:
             encoded = b""
             try:
                 encoded = self.read(*address)
-                form, stored = self.prepare(encoded)
+                form, stored, pixel_format = self.prepare(encoded)
             except (DecodeError, OSError) as error:
                 rejected.append((key, str(error)))
             else:
+                formats.add(pixel_format)
+                if len(formats) > 1:
+                    raise MixedFormats
                 # a truncated image has no pixels; without verification it is stored all the same
-                if len(moments) < self.measured and (pixels := decode(stored)) is not None:
+                if len(moments) < self.measured and (pixels := decode_pixels(stored, pixel_format)) is not None:
                     moments.append(channel_moments(pixels))
                 yield Sample(key, form, stored, self.labels[label])
             tally(len(encoded))
@@ -145,6 +161,7 @@ def write_shards(
         threads: use threads of the current process instead, which works in programs that cannot be imported.
 
     Raises:
+        MixedFormats: images of a shard have different formats.
         OSError: a shard cannot be written.
         UserError: the source has disappeared, or a process was killed.
     """

@@ -17,7 +17,9 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,15 +29,17 @@ import numpy as np
 from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
 
-from ..common import UserError
-from ..images import QUALITY, prepare
+from ..common import UserError, progress_bar
+from ..images import DecodeError
 from ..philox import uniforms
+from ..pixel_format import PixelFormat
+from ..prepare import QUALITY, prepare, read_format
 from ..shards.dataset import ShardSet, open_shards
 from ..shards.duplicates import identical, size_and_crc
 from ..shards.format import index_name, write_manifest
+from ..shards.measure import MEASURED_IMAGES, measure, mixed_formats, short_sides
 from .base import Source, read_range
-from .measure import MEASURED_IMAGES, measure
-from .shard_writer import ShardWriter, write_shards
+from .shard_writer import MixedFormats, ShardWriter, write_shards
 
 SAMPLES_PER_SHARD = 1024
 WRITING_STREAM = 2**32 - 3
@@ -52,13 +56,15 @@ def write_split(
     verify: bool = True,
     short_side: int | None = None,
     quality: int = QUALITY,
+    bits: int | None = None,
+    pages_as_channels: bool = False,
     workers: int = 1,
     threads: bool = False,
     part: tuple[int, int] = (1, 1),
 ) -> ShardSet | None:
     """Write OUT/<split>, or resume an interrupted call with the same arguments.
 
-    The bytes are a function of the source, `seed`, `samples_per_shard`, `verify`, `short_side` and `quality`.
+    The bytes are a function of the source, `seed`, `samples_per_shard` and the arguments of `prepare`.
 
     Args:
         source: images and their classes.
@@ -66,7 +72,7 @@ def write_split(
         split: name of the split, such as "train".
         seed: seed of the sample order.
         samples_per_shard: number of source images per shard; unreadable ones are missing from the shard.
-        verify, short_side, quality: see `pipeline.images.prepare`.
+        verify, short_side, quality, bits, pages_as_channels: see `pipeline.prepare.prepare`.
         workers: number of processes; 1 uses the current process.
         threads: use threads instead of processes.
         part: (i, n) writes the i-th of n shares of the shards, i from 1. The call that finds all shards written
@@ -76,8 +82,9 @@ def write_split(
         The shard set, or None while shards of other parts are missing.
 
     Raises:
-        UserError: there is no readable image, no space or no permission; the plan differs from that of the existing or
-            unfinished split; or the classes differ from those of another split in OUT.
+        UserError: there is no readable image, no space or no permission; images differ in channels or bits; the plan
+            differs from that of the existing or unfinished split; or the classes differ from those of another split in
+            OUT.
     """
     target, unfinished = out / split, out / f".{split}.partial"
     if not split or split.startswith(".") or Path(split).name != split:
@@ -94,10 +101,16 @@ def write_split(
         made_by["opencv"] = cv2.__version__
     if not verify:
         made_by["verify"] = False
+    reading: dict[str, Any] = {}
+    if bits is not None:
+        reading["bits"] = bits
+    if pages_as_channels:
+        reading["pages_as_channels"] = True
+    made_by |= reading
     try:
         plan = _plan(source, out, split, made_by)
         if _begin(target, unfinished, plan, source):
-            process = partial(prepare, verify=verify, short_side=short_side, quality=quality)
+            process = partial(prepare, verify=verify, short_side=short_side, quality=quality, **reading)
             labels = {name: number for number, name in enumerate(plan["classes"])} | {None: -1}
             digest = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
             shards = -(-len(source.items) // samples_per_shard)
@@ -115,6 +128,11 @@ def write_split(
                         title = f"{source.name} {split}: check"
                         write_shards(writer, others, workers, title, wait_for_others=True, threads=threads)
                         _finish(target, unfinished, plan, source, [writer.entry(number) for number, _ in tasks])
+    except MixedFormats as error:
+        if part == (1, 1):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        counts = _count_formats(source, f"{source.name} {split}: count", reading)
+        raise mixed_formats(source.name, counts, "pipeline.convert") from error
     except OSError as error:
         if not target.exists():  # otherwise another process has just completed it
             raise UserError(
@@ -126,6 +144,17 @@ def write_split(
     # a process that waited for the lock while another completed the split has created its folder again
     shutil.rmtree(unfinished, ignore_errors=True)
     return open_shards(str(target))
+
+
+def _count_formats(source: Source, title: str, reading: dict[str, Any]) -> Counter[PixelFormat]:
+    """Number of images of each format, by their headers."""
+    counts: Counter[PixelFormat] = Counter()
+    with progress_bar(len(source.items), title) as update:
+        for _, _, address in source.items:
+            update(advance=1)
+            with suppress(DecodeError, OSError):  # which the conversion would list
+                counts[read_format(source.read(*address), **reading)] += 1
+    return counts
 
 
 def shards_written(out: Path, split: str) -> int:
@@ -261,6 +290,10 @@ def _finish(
         shutil.rmtree(unfinished, ignore_errors=True)
         name, reason = rejected[0]
         raise UserError(f"No image of {source.name} could be read ({name}: {reason}); use another source.")
+    formats = {PixelFormat(**found) for entry in entries for found in entry["pixels"]}
+    if len(formats) > 1:
+        raise MixedFormats
+    (pixel_format,) = formats
     folder = unfinished / "shards"
     counts, parts = np.zeros(len(plan["classes"]), np.int64), []
     for entry in entries:
@@ -280,8 +313,10 @@ def _finish(
         "class_counts": counts.tolist(),
         "samples": sum(shard["samples"] for shard in shards),
         "rejected": len(rejected),
+        "pixels": pixel_format._asdict(),
         "statistics": {
-            **measure([row for entry in entries for row in entry["moments"]], parts),
+            **measure([row for entry in entries for row in entry["moments"]], pixel_format),
+            "short_side_px": short_sides(parts),
             "duplicates": len(copies),
         },
         "shards": shards,

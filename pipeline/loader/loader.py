@@ -108,10 +108,13 @@ class ViewLoader:
             height, width = shards.index["height"][samples], shards.index["width"][samples]
             return draw_params(augment, seed, epoch, samples, height, width, views=views_per_image)
 
-        choice = choose_backend(config.backend, device, augment.size, config.threads)
+        images = shards.pixel_format
+        choice = choose_backend(config.backend, device, augment.size, config.threads, images)
         self.backend_name = str(choice)
         local_batch = batch_size // world_size
-        backend = create_backend(choice.name, augment, device, local_batch, views_per_image, config.threads, dtype)
+        backend = create_backend(
+            choice.name, augment, device, local_batch, views_per_image, config.threads, dtype, images
+        )
         self.store = create_store(config.resident, shards, samples, backend.image_device, epochs)
         if self.store is not None:
             self.backend_name += f", images resident ({len(self.store.pixels) / 1e6:,.0f} MB)"
@@ -232,7 +235,7 @@ def center_crop_batches(
         return center_crop(augment, shards.index["height"][chosen], shards.index["width"][chosen])
 
     bad_samples = BadSampleTracker(shards, 0, config.max_bad, bad_samples_file, samples)
-    backend = create_backend(config.backend, augment, device, batch_size, 1, config.threads, dtype)
+    backend = create_backend(config.backend, augment, device, batch_size, 1, config.threads, dtype, shards.pixel_format)
     reader = Reader(shards, cache or config.cache())
     store = find_store(shards, backend.image_device) if config.resident != "off" else None
     if store is not None:

@@ -33,10 +33,12 @@ def main() -> None:
         "such as https://host/folder/train-{000..146}.tar",
     )
     add_image_extension(parser)
+    text = "8: index reads every image file as 8-bit RGB (default: the bits of an existing index, else all bits)"
+    parser.add_argument("--bits", type=int, choices=[8], help=text)
     arguments = parser.parse_args()
     try:
         if arguments.command == "index":
-            for shards in index_splits(arguments.root, image_extension=arguments.image_extension):
+            for shards in index_splits(arguments.root, None, arguments.image_extension, arguments.bits):
                 for refused in shards.manifest["left_out"]:
                     print(f"left out {one_line(refused['name'])}: {refused['reason']}", file=sys.stderr)
                 print(f"{len(shards)} images in {len(shards.manifest['shards'])} shards indexed.")

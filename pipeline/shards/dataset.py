@@ -1,6 +1,6 @@
 """The shard set: plain WebDataset tars, one index per tar, and a `dataset.json` that is written last.
 
-    ROOT/dataset.json            name, split, classes, counts, checksums, creation options
+    ROOT/dataset.json            name, split, classes, counts, channels, bits, checksums, creation options
     ROOT/train-000000.tar        <key>.jpg and <key>.cls pairs, compatible with the webdataset library
     ROOT/train-000000.index.npy  one `index_dtype` row per sample, so that any sample is one read at a known offset
     ROOT/index.npy               the rows of all shards, in sets of more than `READ_WHOLE`; memory-mapped
@@ -30,8 +30,9 @@ import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
+from ..arrays import MOST_CHANNELS
 from ..common import UserError
-from ..pixel_format import PixelFormat
+from ..pixel_format import RGB8, PixelFormat
 from .cache import ShardCache
 from .format import FORMAT, READ_WHOLE, ROWS, index_dtype, index_name
 from .remote import HUB, PERMANENT_ERRORS, RetryPolicy, filesystem, is_local, read_file, unreadable, with_retries
@@ -177,6 +178,11 @@ def _parsed(content: bytes) -> dict[str, Any]:
         sized = isinstance(index, dict) and type(index.get("bytes")) is int and type(index.get("sha256")) is str
         if not sized or type(manifest.get("samples")) is not int:
             raise ValueError("no sizes and checksum of the index")
+    pixels = manifest.get("pixels", RGB8._asdict())
+    if not isinstance(pixels, dict) or pixels not in [
+        PixelFormat(channels, bits)._asdict() for channels in range(1, MOST_CHANNELS + 1) for bits in (8, 16)
+    ]:
+        raise ValueError("no valid 'pixels'")
     if wrong := [key for key, kind in OPTIONAL_KEYS.items() if not isinstance(manifest.get(key), kind | None)]:
         raise ValueError(f"{wrong[0]!r} has the wrong type")
     return manifest
@@ -305,7 +311,7 @@ def open_splits(root: str, cache: ShardCache | None = None) -> tuple[ShardSet, S
     preferred, since published test splits often lack labels.
 
     Raises:
-        UserError: as `open_shards`, and if the classes of the splits differ.
+        UserError: as `open_shards`, and if the classes, channels or bits of the splits differ.
     """
     cache = cache or ShardCache()
     roots = split_roots(root, cache)
@@ -315,6 +321,11 @@ def open_splits(root: str, cache: ShardCache | None = None) -> tuple[ShardSet, S
     test = open_shards(roots[1], cache)
     if test.classes != train.classes:
         raise UserError(f"{roots[1]} has other classes than {roots[0]}; convert both again.")
+    if test.pixel_format != train.pixel_format:
+        raise UserError(
+            f"The images of {roots[1]} are {test.pixel_format}, but those of {roots[0]} are {train.pixel_format}; "
+            "convert both from images of one kind, or with --bits 8."
+        )
     return train, test
 
 

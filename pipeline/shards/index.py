@@ -15,19 +15,22 @@ import posixpath
 import re
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
-import numpy as np
 from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from ..common import UserError, available_cores, file_sha256, progress_bar
-from ..images import DecodeError, inspect
+from ..images import DecodeError
+from ..pixel_format import RGB8, PixelFormat, decode_pixels
+from ..prepare import open_deep, prepare
 from .archives import CheckedMember, forgetting
 from .cache import ShardCache
 from .dataset import (
@@ -42,6 +45,7 @@ from .dataset import (
     split_roots,
 )
 from .format import FORMAT, READ_WHOLE, index_name, index_rows, npy_bytes, shard_entry, write_manifest
+from .measure import MEASURED_IMAGES, channel_moments, measure, mixed_formats
 from .remote import HUB, PERMANENT_ERRORS, RetryPolicy, disk_errors, filesystem, is_local, read_file, with_retries
 from .samples import CLASS_LIMIT, NO_CLASS, Part, class_number, paired, read_parts
 from .web import WebFileSystem
@@ -51,11 +55,28 @@ IMAGES_PER_CORE = 16
 """Number of images that are in memory per core, while they are decoded in parallel."""
 COMPRESSED_TAR = re.compile(r"\.(tgz|txz|tbz2?|tar\.(gz|xz|bz2|zst))$")
 
-KEPT = {"name": "", "split": "", "classes": [], "shards": [], "made_by": {}}
-"""Fields of an existing manifest that indexing keeps, with their values for a new one."""
+NOT_IN_PLACE = "can't be read in place; use `python -m pipeline.convert webdataset`, which encodes its pixels again"
+
+KEPT = {"name": "", "split": "", "classes": [], "shards": [], "made_by": {}, "pixels": {}}
+"""Fields of an existing manifest that indexing keeps, of `pixels` only 8 bits, with their values for a new one."""
 
 
-def index_splits(root: str, cache: ShardCache | None = None, image_extension: str | None = None) -> list[ShardSet]:
+class _Tar(NamedTuple):
+    """Images of a tar."""
+
+    rows: list[tuple]
+    """Index rows."""
+    left_out: list[tuple[str, str]]
+    """(member, reason) of what can't be used."""
+    formats: Counter[PixelFormat]
+    """Number of images of each format."""
+    moments: list[list[float]]
+    """`channel_moments` of some of them."""
+
+
+def index_splits(
+    root: str, cache: ShardCache | None = None, image_extension: str | None = None, bits: int | None = None
+) -> list[ShardSet]:
     """Index every split of a folder or URL whose tars are in that one folder (see `SPLIT_TARS`), or one shard set.
 
     Raises:
@@ -65,10 +86,11 @@ def index_splits(root: str, cache: ShardCache | None = None, image_extension: st
     indexed: list[ShardSet] = []
     splits = [root] if "{" in root or folder_and_tars(root)[1] != ALL_TARS else split_roots(root, cache)
     if folder_and_tars(splits[0])[1] == ALL_TARS:
-        return [index_shards(root, cache, image_extension)]
+        return [index_shards(root, cache, image_extension, bits=bits)]
     for split in splits:
         with _indexing(split, cache):
-            indexed.append(index_shards(split, cache, image_extension, indexed[0].classes if indexed else None))
+            classes = indexed[0].classes if indexed else None
+            indexed.append(index_shards(split, cache, image_extension, classes, bits))
     return indexed
 
 
@@ -110,12 +132,14 @@ def index_shards(
     cache: ShardCache | None = None,
     image_extension: str | None = None,
     classes: list[str] | None = None,
+    bits: int | None = None,
 ) -> ShardSet:
     """Index the WebDataset tars of a folder or URL prefix; a remote one is downloaded once.
 
-    Every image is decoded once; unreadable ones are left out and listed in the manifest. If the location is read-only,
+    Every image is decoded once; unreadable ones are left out and listed in the manifest. Colors are measured on some
+    images of each tar, at equal distances. If the location is read-only,
     the index is kept in the cache, where an interrupted call resumes. An existing index is replaced only after all tars
-    have been read; its name, split and classes are kept, and tars that do not match its checksums are listed.
+    have been read; its name, split, classes and 8 bits are kept, and tars that do not match its checksums are listed.
 
     Args:
         root: folder or URL prefix of the tars, or their names in brace notation, such as
@@ -123,9 +147,11 @@ def index_shards(
             splits in a folder, such as "hf://datasets/OWNER/NAME/*-train-*.tar", whose index is always in the cache.
         image_extension: see `paired`.
         classes: names of the first classes; None keeps those of an existing index.
+        bits: 8 reads every image file as 8-bit RGB; None reads all bits, unless an existing index has 8.
 
     Raises:
-        UserError: there are no tars, they hold no readable image or a sample with two images, or a download fails.
+        UserError: there are no tars, they hold no readable image or a sample with two images, images differ in channels
+            or bits, or a download fails.
         OSError: a tar can't be read or an index can't be written.
     """
     cache = cache or ShardCache()
@@ -144,24 +170,30 @@ def index_shards(
     previous = previous or KEPT | {"split": split}
     if classes is not None:
         previous |= {"classes": classes}
+    bits = bits or (8 if previous["pixels"].get("bits") == 8 else None)
     index_fs.makedirs(folder, exist_ok=True)
     checksums = {str(shard.get("file")): shard.get("sha256") for shard in previous["shards"] if isinstance(shard, dict)}
-    shards, left_out = [], []
+    shards, left_out, formats, moments = [], [], Counter(), []
+    measured = -(-MEASURED_IMAGES // len(tars))
     try:
         with progress_bar(len(tars), f"index {root}") as update:
             for name in tars:
                 version = _version(fs, f"{path}/{name}", cache.retry_policy) if cached else ""
-                read = [version, image_extension]
+                read = [version, image_extension, bits, measured]
                 if not version or not (found := _resumed(folder, name, read)):
-                    rows, size, sha256, refused = _read_tar(fs, f"{path}/{name}", cache, image_extension)
+                    tar, size, sha256 = _read_tar(fs, f"{path}/{name}", cache, image_extension, bits, measured)
+                    rows = index_rows(tar.rows)
                     index = npy_bytes(rows)
                     index_fs.pipe_file(f"{folder}/{index_name(name)}.partial", index)
-                    found = shard_entry(name, rows, size, sha256, index), refused
+                    entry = shard_entry(name, rows, size, sha256, index)
+                    found = entry, tar.left_out, list(tar.formats.items()), tar.moments
                     if version:
                         record = json.dumps({"read": read, "found": found})
                         Path(folder, f"{name}.json.partial").write_text(record)
-                shard, refused = found
+                shard, refused, kinds, some = found
                 shards.append(shard)
+                formats.update({PixelFormat(*pixel_format): count for pixel_format, count in kinds})
+                moments += some
                 left_out += [{"name": f"{name}:{member}", "reason": reason} for member, reason in refused]
                 if checksums.get(name) not in (None, shard["sha256"]):
                     reason = "differs from its recorded checksum; copy it again unless it was changed on purpose"
@@ -170,12 +202,17 @@ def index_shards(
         samples = sum(shard["samples"] for shard in shards)
         if not samples:
             raise UserError(f"No image could be read from the tars in {root}; they must hold <key>.jpg and <key>.cls.")
+        if len(formats) > 1:
+            raise mixed_formats(root, formats, "pipeline.shards index")
+        (pixel_format,) = formats
         known, count = previous["classes"], 1 + max(shard["top_label"] for shard in shards)
         manifest = {
             "name": previous["name"] or posixpath.basename(path),
             "split": previous["split"],
             "classes": known + [str(number) for number in range(len(known), count)],
             "samples": samples,
+            "pixels": pixel_format._asdict(),
+            "statistics": measure(moments, pixel_format),
             "shards": shards,
             "left_out": left_out,
             "made_by": previous["made_by"] or {"command": "pipeline.shards index"},
@@ -206,8 +243,8 @@ def _version(fs: AbstractFileSystem, path: str, retry_policy: RetryPolicy) -> st
     return ""
 
 
-def _resumed(folder: str, name: str, read: list[str | None]) -> tuple[dict[str, Any], list] | None:
-    """Entry of a tar in the manifest and what was left out, from an interrupted call that read the same version."""
+def _resumed(folder: str, name: str, read: list[str | int | None]) -> list | None:
+    """What an interrupted call that read the same version found in a tar; see its record in `index_shards`."""
     try:
         record = json.loads(Path(folder, f"{name}.json.partial").read_text())
         sha256 = file_sha256(Path(folder, f"{index_name(name)}.partial"))
@@ -266,23 +303,24 @@ def _previous_manifest(fs: AbstractFileSystem, path: str, retry_policy: RetryPol
         return None
     except (ValueError, RecursionError):  # the second for deeply nested brackets
         found = {}
-    found = found if isinstance(found, dict) and found.get("format") == FORMAT else {}
+    # versions that knew no other pixels wrote sets of 8-bit RGB
+    known = isinstance(found, dict) and found.get("format") == FORMAT
+    found = {"pixels": RGB8._asdict(), **found} if known else {}
     kept = KEPT | {name: found[name] for name in KEPT if isinstance(found.get(name), type(KEPT[name]))}
     return kept if all(isinstance(name, str) for name in kept["classes"]) else kept | {"classes": []}
 
 
 def _read_tar(
-    fs: AbstractFileSystem, path: str, cache: ShardCache, extension: str | None
-) -> tuple[np.ndarray, int, str, list[tuple[str, str]]]:
-    """Read one tar; returns its index rows, size in bytes and SHA-256, and (member, reason) of what is left out."""
+    fs: AbstractFileSystem, path: str, cache: ShardCache, extension: str | None, bits: int | None, measured: int
+) -> tuple[_Tar, int, str]:
+    """Read one tar; returns its images, its size in bytes and its SHA-256."""
     try:
         with cache.whole_file(fs, path) as file:
             # first, because it reads sequentially and leaves the tar in the system's file cache
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             size = file.tell()
             file.seek(0)
-            rows, left_out = _rows(file, path, extension)
-            return index_rows(rows), size, sha256, left_out
+            return _images(file, path, extension, bits, measured), size, sha256
     except IsADirectoryError as error:
         raise UserError(f"{path} is a folder, not a tar; rename it or move it away.") from error
     except PermissionError as error:
@@ -292,7 +330,7 @@ def _read_tar(
         raise UserError(f"{path} can't be read ({error}); {remedy}.") from error
 
 
-def _rows(file: BinaryIO, path: str, extension: str | None) -> tuple[list[tuple], list[tuple[str, str]]]:
+def _images(file: BinaryIO, path: str, extension: str | None, bits: int | None, measured: int) -> _Tar:
     parts: list[Part] = []
     left_out: list[tuple[str, str]] = []
     try:
@@ -305,27 +343,39 @@ def _rows(file: BinaryIO, path: str, extension: str | None) -> tuple[list[tuple]
         while parts and parts[-1].key == last:  # it may lack its class
             parts.pop()
     pairs = paired(parts, path, extension, left_out)
-    rows, cores = [], available_cores()
+    rows, formats, moments, cores = [], Counter(), [], available_cores()
+    every = -(-len(pairs) // measured)
     with ThreadPoolExecutor(cores) as pool:
         for first in range(0, len(pairs), IMAGES_PER_CORE * cores):
             part = pairs[first : first + IMAGES_PER_CORE * cores]
             encoded = [_read_at(file, image.offset, image.size) for image, _ in part]
-            for (image, label), content, form in zip(part, encoded, pool.map(_inspected, encoded), strict=True):
-                if isinstance(form, DecodeError):
-                    left_out.append((image.name, str(form)))
+            measure_it = [place % every == 0 for place in range(first, first + len(part))]
+            inspected = pool.map(partial(_inspected, bits=bits), encoded, measure_it)
+            for (image, label), content, found in zip(part, encoded, inspected, strict=True):
+                if isinstance(found, DecodeError):
+                    left_out.append((image.name, str(found)))
                     continue
+                (_, height, width), pixel_format, row_moments = found
+                formats[pixel_format] += 1
+                moments += row_moments
                 number = class_number(label.text) if label else None
                 if label and number is None and label.text not in NO_CLASS:
                     reason = f"the class is not a number below {CLASS_LIMIT}, so the image counts as unlabeled"
                     left_out.append((label.name, reason))
                 number = -1 if number is None else number
-                rows.append((image.key.encode(), image.offset, image.size, *form[1:], number, zlib.crc32(content)))
-    return rows, left_out
+                rows.append((image.key.encode(), image.offset, image.size, height, width, number, zlib.crc32(content)))
+    return _Tar(rows, left_out, formats, moments)
 
 
-def _inspected(encoded: bytes) -> tuple[str, int, int] | DecodeError:
+def _inspected(
+    encoded: bytes, measured: bool, bits: int | None
+) -> tuple[tuple[str, int, int], PixelFormat, list[list[float]]] | DecodeError:
+    """Form and format of an image, and its moments if they are measured."""
     try:
-        return inspect(encoded)
+        if (image := open_deep(encoded, bits)) and not image.extension:
+            return DecodeError(NOT_IN_PLACE)
+        form, _, pixel_format = prepare(encoded, bits=bits)
+        return form, pixel_format, [channel_moments(decode_pixels(encoded, pixel_format))] if measured else []
     except DecodeError as error:
         return error
 

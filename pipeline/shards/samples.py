@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..common import UserError
-from ..images import IMAGE_SUFFIXES
+from ..images import ARRAY_SUFFIX, IMAGE_SUFFIXES
 from .archives import LONGEST_NAME, clean_key, is_image, member_fault
 
 CLASS_LIMIT = 10**6
@@ -110,7 +110,8 @@ def paired(
 ) -> list[tuple[Part, Part | None]]:
     """Pair the image of each sample in a WebDataset tar with its class, None if it has none.
 
-    Parts of one sample are normally adjacent. A class elsewhere in the tar is matched by its key.
+    Parts of one sample are normally adjacent. A class elsewhere in the tar is matched by its key. Arrays (.npy) are
+    images only in a tar without image files, since they may hold anything else that belongs to an image.
 
     Args:
         parts: all parts, in the order of the tar.
@@ -121,7 +122,9 @@ def paired(
     Raises:
         UserError: a sample has images of different extensions.
     """
-    wanted = {extension} if extension else IMAGE_SUFFIXES
+    wanted = {extension} if extension else IMAGE_SUFFIXES - {ARRAY_SUFFIX}
+    if not extension and not any(part.extension in wanted for part in parts):
+        wanted = {ARRAY_SUFFIX}
     used: list[Part] = []
     others: dict[str, str] = {}  # key -> name of an image of another extension
     for part in parts:

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..common import UserError
+from ..pixel_format import PixelFormat
 from .cache import ShardCache
 from .dataset import ShardSet, folder_and_tars, label_fault, list_tars, open_shards, split_roots
 from .duplicates import shared_images
@@ -149,7 +150,8 @@ def _totals(shards: ShardSet, encoded_bytes: int, classes: np.ndarray, train: Sh
         "bytes": f"{tar_bytes / 1e9:,.3f} GB, of which {encoded_bytes / 1e9:,.3f} GB are images "
         f"({encoded_bytes / max(len(shards), 1) / 1e3:,.1f} kB each)",
         "classes": f"{len(classes)} with {min(classes):,} to {max(classes):,} images" if classes else "",
-        **_measured(statistics),
+        "pixels": str(shards.pixel_format),
+        **_measured(statistics, shards.pixel_format),
         "also in train": "" if train is None else f"{len(shared_images(shards, train)):,} images, byte for byte",
         "created by": ", ".join(f"{key} {value}" for key, value in manifest.get("made_by", {}).items()),
         "index": "" if shards.index_root == shards.root else shards.index_root,
@@ -159,13 +161,14 @@ def _totals(shards: ShardSet, encoded_bytes: int, classes: np.ndarray, train: Sh
     return table
 
 
-def _measured(statistics: dict[str, Any]) -> dict[str, str]:
-    """Rows of the statistics that the conversion stored; older versions stored none."""
+def _measured(statistics: dict[str, Any], pixel_format: PixelFormat) -> dict[str, str]:
+    """Rows of the statistics that the conversion or indexing stored; older versions stored none."""
+    channels, digits = "RGB in 0..1" if pixel_format.channels == 3 else "in 0..1", pixel_format.bits // 2
     rows = {"copies": f"{statistics['duplicates']:,} images, byte for byte" if "duplicates" in statistics else ""}
     for name in "mean", "std":
         if name in statistics:
-            values = ", ".join(f"{value:.4f}" for value in statistics[name])
-            rows[name] = f"{values} (RGB in 0..1, {statistics['measured_images']:,} images)"
+            values = ", ".join(f"{value:.{digits}f}" for value in statistics[name])
+            rows[name] = f"{values} ({channels}, {statistics['measured_images']:,} images)"
     return rows
 
 

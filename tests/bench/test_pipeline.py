@@ -12,6 +12,7 @@ from bench import plot, stages
 from pipeline.augment.config import AugmentConfig
 from pipeline.augment.opencv import resized_crop
 from pipeline.images import decode
+from pipeline.pixel_format import RGB8
 
 CPU = torch.device("cpu")
 
@@ -80,8 +81,9 @@ def test_each_stage_of_dali_receives_the_output_of_the_previous_one(tmp_path):
     """Crops match those of the OpenCV backend, and the other stages start from such crops."""
     pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is available for Linux only")
     images = [bench.with_short_side(bench.photograph(number), 64) for number in range(4)]
-    data = stages.Prepared(bench.make_shards(images, tmp_path), AugmentConfig(size=48), 2, 4)
-    found = {(c.stage, c.jitter): c.call for c in stages.dali_stages(data, AugmentConfig(size=48), 4, CPU)}
+    config = AugmentConfig(size=48).for_images(RGB8, {})
+    data = stages.Prepared(bench.make_shards(images, tmp_path), config, 2, 4)
+    found = {(c.stage, c.jitter): c.call for c in stages.dali_stages(data, config, 4, CPU)}
     sizes = [file.shape for file in map(decode, data.encoded)]
     assert [tuple(size) for size in found["decode by DALI", ""]()[0].shape()] == sizes
     crops = np.array([crop for view in found["geometry", ""]() for crop in view.as_array()])
@@ -101,5 +103,5 @@ def test_graphs_of_dali_stages_on_a_gpu_are_valid():
     """Without a GPU they can be constructed and serialized, which checks every operator, type and device."""
     pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is available for Linux only")
     options = {"batch_size": 4, "num_threads": 1, "device_id": None}
-    graphs = stages.dali_graphs(AugmentConfig(size=48), True, options)
+    graphs = stages.dali_graphs(AugmentConfig(size=48).for_images(RGB8, {}), True, options)
     assert len(graphs) == 6 and all(len(graph.serialize()) > 100 for graph in graphs.values())

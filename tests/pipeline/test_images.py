@@ -18,8 +18,9 @@ from pipeline.images import (
     decodes_alike,
     inspect,
     nvjpeg_decodes_alike,
-    prepare,
 )
+from pipeline.pixel_format import RGB8
+from pipeline.prepare import prepare
 from tests.pipeline.augment.reference_views import encode, smooth_field
 from tests.pipeline.image_sets import ROOT
 
@@ -199,7 +200,7 @@ def test_images_too_long_for_jpeg_are_refused():
     with pytest.raises(DecodeError, match="too long for a JPEG whose short side has 3 pixels: 67500 x 3"):
         prepare(encoded, short_side=3)
     assert prepare(encoded, short_side=2)[0] == ("jpg", 2, 45_000)
-    assert prepare(encoded, short_side=4) == (("png", 4, 90_000), encoded)
+    assert prepare(encoded, short_side=4) == (("png", 4, 90_000), encoded, RGB8)
 
 
 def test_pillow_does_not_warn_about_large_images():

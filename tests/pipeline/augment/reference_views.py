@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pipeline.augment.config import AugmentConfig
 from pipeline.augment.params import AugmentParams, draw_params
+from pipeline.pixel_format import RGB8
 
 SIZES = ((180, 240), (256, 200), (131, 301), (96, 96), (320, 213))  # (height, width): landscape, portrait, odd, small
 IDENTITY = {"flip": False, "brightness": 1, "contrast": 1, "saturation": 1, "hue": 0, "gray": False, "sigma": 0}
@@ -120,6 +121,7 @@ def _view(image: Tensor, params: AugmentParams, at: tuple[int, int], config: Aug
 
 def denormalize(views: Tensor, config: AugmentConfig) -> Tensor:
     """Convert normalized views to float64 levels 0..255 on the CPU, like those of `reference_views`."""
+    config = config.for_images(RGB8, {})
     mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (config.mean, config.std))
     return 255 * (views.cpu().double() * std + mean)
 

@@ -22,13 +22,16 @@ from pipeline.augment.config import AugmentConfig
 from pipeline.augment.dali import DaliBackend, view_graph
 from pipeline.augment.gpu import warn_once
 from pipeline.images import DecodeError
+from pipeline.pixel_format import RGB8
 from tests.pipeline.augment import reference_views as reference
 
 
 @pytest.mark.parametrize("jitter", ["exact", "affine"])
 def test_the_gpu_graph_keeps_the_pixels_on_the_gpu(jitter):
     """Every operator of the serialized graph runs on the device where its input is."""
-    graph = view_graph(AugmentConfig(jitter=jitter), True, 2, batch_size=256, num_threads=2, device_id=None)
+    graph = view_graph(
+        AugmentConfig(jitter=jitter).for_images(RGB8, {}), True, 2, batch_size=256, num_threads=2, device_id=None
+    )
     operators = Counter(_operators(graph.serialize()))
     registered = {"cpu": dali.RegisteredCPUOps(), "gpu": dali.RegisteredGPUOps(), "mixed": dali.RegisteredMixedOps()}
     assert all(schema in registered[device] for schema, device in operators)
@@ -91,7 +94,7 @@ def test_missing_dali_is_reported_with_the_remedy(monkeypatch):
 
 DECODER = "Critical error in pipeline:\nError in MIXED operator `nvidia.dali.fn.decoders.image`,\nencountered:\n\n"
 JPEG = reference.encode(reference.smooth_field(9, 0, 90, 120), "JPEG")
-CONFIG = AugmentConfig(size=32)
+CONFIG = AugmentConfig(size=32).for_images(RGB8, {})
 
 
 @pytest.fixture(autouse=True)

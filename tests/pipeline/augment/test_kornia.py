@@ -15,6 +15,7 @@ from pipeline.augment.config import AugmentConfig
 from pipeline.augment.gpu import warn_once
 from pipeline.augment.kornia import KorniaBackend, augment, decode_on_gpu
 from pipeline.images import DecodeError, decode
+from pipeline.pixel_format import RGB8
 from tests.pipeline.augment import reference_views as reference
 
 CUDA = torch.device("cuda:0")
@@ -48,7 +49,7 @@ class PinnedCopiesOnly(TorchDispatchMode):
 @pytest.mark.parametrize("jitter", ["exact", "affine"])
 def test_everything_stays_on_the_device(photographs, jitter, monkeypatch):
     """Fake tensors reject mixed devices, and operations that make the host wait for a value."""
-    config = AugmentConfig(size=64, jitter=jitter)
+    config = AugmentConfig(size=64, jitter=jitter).for_images(RGB8, {})
     params = reference.random_params(photographs, config, seed=9)
     assert all((getattr(params, name) != value).any() for name, value in reference.IDENTITY.items())
     sizes = [reference.decode(file).shape for file in photographs]
@@ -64,7 +65,7 @@ def test_images_decoded_on_the_host_are_copied_from_pinned_memory(photographs, d
     """nvJPEG is asked for the last image only, and refuses it; the others have subsampled chroma or are PNGs."""
     picture = reference.smooth_field(1, 0, 90, 90)
     encoded = [*photographs[:3], reference.encode(picture, "PNG"), reference.encode(picture, "JPEG", subsampling=0)]
-    config, asked = AugmentConfig(size=32), []
+    config, asked = AugmentConfig(size=32).for_images(RGB8, {}), []
     params = reference.random_params(encoded, config, seed=9)
     monkeypatch.setattr(kornia, "decode_on_gpu", lambda files, device: asked.extend(files) or [None] * len(files))
     monkeypatch.setattr(kornia, "ThreadPoolExecutor", lambda *_, **__: SimpleNamespace(map=map))  # no fakes in threads

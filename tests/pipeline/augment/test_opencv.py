@@ -7,9 +7,10 @@ import torch
 from pipeline.augment.config import AugmentConfig
 from pipeline.augment.opencv import SMALL, OpenCVBackend
 from pipeline.augment.params import center_crop
+from pipeline.pixel_format import RGB8
 from tests.pipeline.augment import reference_views as reference
 
-CONFIG = AugmentConfig(size=64)
+CONFIG = AugmentConfig(size=64).for_images(RGB8, {})
 CPU = torch.device("cpu")
 
 
@@ -26,7 +27,7 @@ def photographs():
 
 
 def deviation(encoded, params, config) -> tuple[float, float]:
-    backend = OpenCVBackend(config, CPU, len(encoded), len(params.flip), 2)
+    backend = OpenCVBackend(config.for_images(RGB8, {}), CPU, len(encoded), len(params.flip), 2)
     views = backend(encoded, params)
     backend.close()
     return reference.deviation(views, reference.reference_views(encoded, params, config), config)

@@ -16,6 +16,7 @@ from torchvision import transforms
 from common import UserError
 from pipeline.augment.config import AugmentConfig
 from pipeline.augment.params import LUMA, ORDERS, AugmentParams, affine_jitter, center_crop, draw_params
+from pipeline.pixel_format import RGB8, PixelFormat
 from presets import PRETRAIN, parse
 
 N = 20_000
@@ -327,8 +328,8 @@ def test_the_affine_hue_rotates_like_the_color_wheel():
         ("jitter_strength", [-0.1, 2.6, math.nan, math.inf]),
         ("jitter", ["fast", ""]),
         ("blur_sigma", [(0, 2), (-1, 2), (2, 1), (0.1, math.inf), (math.nan, 1), (1, math.nan)]),
-        ("mean", [(-0.1, 0, 0), (123.675, 116.28, 103.53), (0, math.nan, 0)]),
-        ("std", [(0, 1, 1), (1, -1, 1), (58.395, 57.12, 57.375), (1, 1, math.nan), (1, 1e-40, 1)]),
+        ("mean", [(), (-0.1, 0, 0), (123.675, 116.28, 103.53), (0, math.nan, 0)]),
+        ("std", [(), (9e-6,), (0, 1, 1), (1, -1, 1), (58.395, 57.12, 57.375), (1, 1, math.nan), (1, 1e-40, 1)]),
     ],
 )
 def test_every_field_is_validated_and_named(field, values):
@@ -342,7 +343,7 @@ def test_every_field_is_validated_and_named(field, values):
 def test_limits_are_inclusive():
     probabilities = {"flip_p": 1, "jitter_p": 0, "gray_p": 1, "blur_p": 0}
     AugmentConfig(size=8, crop_area=(1, 1), crop_aspect=(1, 1), jitter_strength=0, blur_sigma=(2, 2), **probabilities)
-    AugmentConfig(mean=(0, 0, 1), std=(1, 1 / 255, 1))
+    AugmentConfig(mean=(0, 0, 1), std=(1, 1 / 255, 1e-5))
 
 
 def test_the_command_line_rejects_a_field_in_one_sentence():
@@ -366,3 +367,52 @@ def test_both_kinds_of_jitter_draw_the_same_parameters():
     )
     for field in fields(AugmentParams):
         assert np.array_equal(getattr(exact, field.name), getattr(affine, field.name))
+
+
+MEASURED = {"mean": [0.25] * 8, "std": [0.5, *[1e-5] * 6, 0.0], "measured_images": 3}
+
+
+@pytest.mark.parametrize(
+    ("options", "pixel_format", "statistics", "mean", "std"),
+    [
+        ({}, RGB8, {}, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ({}, RGB8, {"mean": [0.1, 0.2, 0.3], "std": [0.3] * 3}, (0.1, 0.2, 0.3), (0.3,) * 3),
+        ({}, PixelFormat(8, 16), MEASURED, (0.25,) * 8, (0.5, *(1e-5,) * 6, 1.0)),  # the last channel is constant
+        ({"mean": (0.5,), "std": (0.1,)}, PixelFormat(4, 8), {}, (0.5,) * 4, (0.1,) * 4),
+        ({"std": (0.1,)}, PixelFormat(1, 16), {"mean": [0.2], "std": [0.3]}, (0.2,), (0.1,)),
+        ({"mean": (0.0,)}, RGB8, {}, (0.0,) * 3, (0.229, 0.224, 0.225)),
+    ],
+)
+def test_normalization_of_images(options, pixel_format, statistics, mean, std):
+    """Set values win over measured ones, and those over ImageNet's, which are for 8-bit RGB alone."""
+    found = AugmentConfig(**options).for_images(pixel_format, statistics)
+    assert (found.mean, found.std) == (mean, std)
+    assert found.for_images(pixel_format, {}) == found and replace(found, mean=None, std=None) == AugmentConfig()
+
+
+@pytest.mark.parametrize(
+    ("options", "pixel_format", "cause"),
+    [
+        ({}, PixelFormat(1, 16), "Mean and standard deviation of the images (gray, 16 bits) were not measured; use "),
+        ({"mean": (0, 0)}, RGB8, "--views.mean has 2 values, but the images have 3 channels; use one "),
+        ({"mean": (0,), "std": (1, 1, 1)}, PixelFormat(8, 16), "--views.std has 3 values, but the images have 8"),
+    ],
+)
+def test_a_normalization_that_does_not_fit_the_images(options, pixel_format, cause):
+    with pytest.raises(UserError, match="^" + re.escape(cause)):
+        AugmentConfig(**options).for_images(pixel_format, {})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mean", "std"),
+    [
+        ("--views.mean 0.5 0.25 0 --views.std 0.1", (0.5, 0.25, 0.0), (0.1,)),
+        ("--views.mean 0.5 --epochs 3", (0.5,), None),
+        ("--views.std=None", None, None),
+    ],
+)
+def test_mean_and_std_on_the_command_line(arguments, mean, std):
+    views = parse(PRETRAIN, ["--preset", "cifar10", "--data", "x", *arguments.split()], prog="train.py").views
+    assert (views.mean, views.std) == (mean, std)
+    with pytest.raises(UserError, match=r"^--views\.std can't be 'a'; see train\.py --help\.$"):
+        parse(PRETRAIN, ["--views.std", "a"], prog="train.py")

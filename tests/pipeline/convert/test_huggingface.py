@@ -14,7 +14,11 @@ from pipeline.convert.__main__ import main
 from pipeline.convert.huggingface import huggingface_sources
 from pipeline.convert.sources import folder_source
 from pipeline.convert.writer import write_split
+from pipeline.data import open_data
+from pipeline.loader import LoaderConfig
+from pipeline.pixel_format import RGB8, PixelFormat
 from pipeline.shards.dataset import ShardSet, open_shards, open_splits
+from tests.pipeline.deep_images import levels, png16
 from tests.pipeline.image_sets import contents, damaged, digests, pictures, rejected, run_module, write_folder
 from tests.pipeline.loaders import view_loader
 
@@ -63,17 +67,25 @@ def converted(path: Path | str, out: Path, split: str = "train", **options) -> S
     return write_split(huggingface_sources(str(path), split, **options)[split], out, split, samples_per_shard=5)
 
 
-def views(shards: ShardSet) -> list[torch.Tensor]:
+def views(shards: ShardSet) -> dict[bytes, torch.Tensor]:
+    """Encoded image -> its views, (2, 3, 16, 16)."""
     loader = view_loader(shards, AugmentConfig(size=16), batch_size=4, seed=1, device=torch.device("cpu"),
                         backend="opencv", epochs=1)  # fmt: skip
-    found = [batch.views for batch in loader]
+    stored, keys = contents(shards), [key.decode() for key in shards.index["key"]]
+    found = {}
+    for batch in loader:
+        for position, pair in zip(batch.index, batch.views.unflatten(0, (2, -1)).transpose(0, 1), strict=True):
+            found[stored[keys[position]][1]] = pair
     loader.close()
     return found
 
 
 def test_the_same_images_give_the_same_views_from_every_form(tmp_path, images):
-    """Class folders, a saved set, parquet with and without metadata, and streams, bit for bit."""
-    reference = write_split(folder_source(write_folder(tmp_path / "in", images)), tmp_path / "0", "train", 0, 5)
+    """A folder as --data, class folders, a saved set, parquet with and without metadata, and streams, bit for bit."""
+    write_folder(tmp_path / "in" / "train", images)
+    write_folder(tmp_path / "in" / "test", {name: images[name] for name in list(images)[::4]})
+    reference = write_split(folder_source(tmp_path / "in" / "train"), tmp_path / "0", "train", 0, 5)
+    data, _ = open_data(str(tmp_path / "in"), LoaderConfig(cache_dir=str(tmp_path / "cache")))
     content, labels = list(images.values()), labels_of(images)
     made(content, labels).save_to_disk(tmp_path / "saved")
     made(content, labels).to_parquet(tmp_path / "by_datasets.parquet")
@@ -82,18 +94,37 @@ def test_the_same_images_give_the_same_views_from_every_form(tmp_path, images):
     for part, first in enumerate((0, 8)):
         file = tmp_path / "folder" / f"train-{part:05d}-of-00002.parquet"
         raw_parquet(file, content[first : first + 8], labels[first : first + 8], struct=False)
+    names, forms = ("saved", "by_datasets.parquet", "struct.parquet", "folder"), {"--data": data}
+    for name, streaming in product(names, (False, True)):
+        out = tmp_path / f"{name}-{streaming}"
+        forms[out.name] = converted(tmp_path / name, out, streaming=streaming)
     expected = views(reference)
-    assert len(expected) == 3 and sorted(contents(reference).values()) == sorted(
+    assert len({pair.numpy().tobytes() for pair in expected.values()}) == len(images) == 12
+    assert sorted(contents(reference).values()) == sorted(
         (CLASSES[label], image) for label, image in zip(labels, content, strict=True)
     )
-    tars, names = set(), ("saved", "by_datasets.parquet", "struct.parquet", "folder")
-    for name, streaming in product(names, (False, True)):
-        shards = converted(tmp_path / name, tmp_path / f"{name}-{streaming}", streaming=streaming)
-        for found, wanted in zip(views(shards), expected, strict=True):
-            assert torch.equal(found, wanted), name
+    for name, shards in forms.items():
+        found = views(shards)
+        assert found.keys() == expected.keys() == set(content), name
+        assert all(torch.equal(found[image], expected[image]) for image in content), name
         assert shards.index["label"].tolist() == reference.index["label"].tolist()
-        tars.add(tuple(shard["sha256"] for shard in shards.manifest["shards"]))
-    assert len(tars) == 1  # keys are row numbers in all forms
+    del forms["--data"]  # whose shards are larger; keys are row numbers in the others
+    assert len({tuple(shard["sha256"] for shard in shards.manifest["shards"]) for shards in forms.values()}) == 1
+
+
+def test_images_of_16_bits_keep_their_bytes(tmp_path):
+    """Also from a stream, which prepares images twice if they are shrunk."""
+    scans = [png16(levels(20, 24, seed=n), 0) for n in range(4)]
+    made(scans).save_to_disk(tmp_path / "saved")
+    made(scans).to_parquet(tmp_path / "scans.parquet")
+    for name in "saved", "scans.parquet":
+        shards = converted(tmp_path / name, tmp_path / f"{name}.out")
+        assert shards.pixel_format == PixelFormat(1, 16)
+        assert {content for _, content in contents(shards).values()} == set(scans)
+    options = {"short_side": 10, "bits": 8}
+    source = huggingface_sources(str(tmp_path / "scans.parquet"), "train", streaming=True, **options)["train"]
+    shards = write_split(source, tmp_path / "reduced", "train", **options)
+    assert shards.pixel_format == RGB8 and set(shards.index["height"]) == {10}
 
 
 def test_command_with_splits_worker_processes_and_an_unlabeled_test_split(tmp_path, images, monkeypatch):

@@ -13,11 +13,15 @@ import webdataset
 
 from common import UserError
 from pipeline.convert.sources import folder_source, webdataset_source
-from pipeline.images import inspect
+from pipeline.convert.writer import write_split
+from pipeline.pixel_format import RGB8, PixelFormat, decode_pixels
+from pipeline.prepare import prepare
+from pipeline.shards.__main__ import main
 from pipeline.shards.dataset import open_shards, open_splits
 from pipeline.shards.index import index_shards
 from pipeline.shards.reader import Reader
 from pipeline.shards.verify import verify_shards
+from tests.pipeline.deep_images import levels, npy, png16
 from tests.pipeline.image_sets import contents, damaged, pictures, read_by_webdataset, run_module, write_tar
 from tests.pipeline.web_server import cache_at, serving
 
@@ -216,13 +220,13 @@ def test_failed_indexing_keeps_the_old_index(original, tmp_path, monkeypatch, fa
         write_tar(root / "z.tar", {"x.jpg": image})
         calls = []
 
-        def interrupted(path):
-            calls.append(path)
+        def interrupted(encoded, **options):
+            calls.append(encoded)
             if len(calls) == 3:
                 raise KeyboardInterrupt
-            return inspect(path)
+            return prepare(encoded, **options)
 
-        monkeypatch.setattr("pipeline.shards.index.inspect", interrupted)
+        monkeypatch.setattr("pipeline.shards.index.prepare", interrupted)
     with pytest.raises((UserError, KeyboardInterrupt), match=FAULTS[fault]):
         index_shards(str(root))
     assert {file.name: file.read_bytes() for file in root.iterdir() if file.name != "z.tar"} == before
@@ -503,3 +507,73 @@ def test_an_impossible_member_size_is_damage(tmp_path, size):
             read(path)
     with pytest.raises(UserError, match="No image could be read"):  # no other sample follows the only one
         index_shards(str(tmp_path / "in"))
+
+
+# ---- images beyond 8-bit RGB
+
+
+def deep_tars(root: Path, *kinds: str) -> Path:
+    """One tar of four images per kind; the arrays next to photographs are no images."""
+    photographs, tars = list(pictures().values()), []
+    for kind in kinds:
+        scans = [levels(20, 24, 1 if kind == "png" else 5, seed=n) >> n for n in range(4)]
+        content = {
+            "png": lambda n, scans=scans: {"png": png16(scans[n], 0)},
+            "npy": lambda n, scans=scans: {"npy": npy(scans[n])},
+            "jpg": lambda n: {"jpg": photographs[n], "npy": npy(np.zeros(3))},
+        }[kind]
+        tars.append({f"{kind}{n}.": content(n) | {"cls": n % 2} for n in range(4)})
+    return foreign_tars(root, tars)
+
+
+@pytest.mark.parametrize("kind", ["png", "npy", "jpg"])
+def test_channels_bits_and_colors_are_recorded(tmp_path, kind):
+    shards = index_shards(str(deep_tars(tmp_path / "foreign", kind, kind)))
+    assert shards.pixel_format == {"png": PixelFormat(1, 16), "npy": PixelFormat(5, 16), "jpg": RGB8}[kind]
+    assert len(shards) == 8 and shards.manifest["left_out"] == []
+    pixels = [decode_pixels(content, shards.pixel_format) for content in Reader(shards).read(np.arange(8))]
+    means = np.mean([image.mean((0, 1)) / shards.pixel_format.white for image in pixels], 0)
+    found = shards.manifest["statistics"]
+    np.testing.assert_allclose(found["mean"], means, atol=6e-5 if kind == "jpg" else 6e-9)
+    assert found["measured_images"] == 8 and len(found["std"]) == shards.pixel_format.channels
+
+
+def test_colors_are_measured_on_images_at_equal_distances(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.shards.index.MEASURED_IMAGES", 4)
+    shards = index_shards(str(deep_tars(tmp_path / "foreign", "png", "png")))
+    assert shards.manifest["statistics"]["measured_images"] == 4
+    expected = np.mean([(levels(20, 24, seed=n) >> n).mean() / 65535 for n in (0, 2)])
+    assert shards.manifest["statistics"]["mean"] == pytest.approx([expected], abs=6e-9)
+
+
+def test_mixed_formats_are_refused_unless_reduced_to_8_bits(tmp_path, monkeypatch):
+    root = deep_tars(tmp_path / "foreign", "png", "jpg")
+    refused = r"\(gray, 16 bits: 4; RGB, 8 bits: 4\); .* `python -m pipeline.shards index` with --bits 8"
+    with pytest.raises(UserError, match=refused):
+        index_shards(str(root))
+    assert {file.suffix for file in root.iterdir()} == {".tar"}
+    monkeypatch.setattr("sys.argv", ["shards", "index", str(root), "--bits", "8"])
+    main()
+    assert open_shards(str(root)).pixel_format == RGB8
+    assert index_shards(str(root)).pixel_format == RGB8  # an existing index keeps its bits
+    (root / "shard-001.tar").unlink()
+    assert index_shards(str(root)).pixel_format == RGB8
+    (root / "dataset.json").unlink()
+    assert index_shards(str(root)).pixel_format == PixelFormat(1, 16)
+    monkeypatch.setenv("STREAMCLR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("pipeline.shards.index._writable", lambda *_: False)
+    other = deep_tars(tmp_path / "other", "png", "jpg")
+    with pytest.raises(UserError, match=refused):
+        index_shards(str(other))
+    assert index_shards(str(other), bits=8).pixel_format == RGB8  # what was found with other options is not resumed
+
+
+def test_images_that_need_options_or_packages_are_left_out(tmp_path):
+    arrays = {f"{n}.": {"npy": npy(levels(20, 24, 3, 8))} for n in range(2)}
+    root = foreign_tars(tmp_path / "foreign", [arrays, labeled(0)])
+    shards = index_shards(str(root))
+    assert len(shards) == 3 and shards.pixel_format == RGB8
+    reason = "can't be read in place; use `python -m pipeline.convert webdataset`, which encodes its pixels again"
+    assert shards.manifest["left_out"] == [{"name": f"shard-000.tar:{n}.npy", "reason": reason} for n in range(2)]
+    converted = write_split(webdataset_source(root), tmp_path / "out", "train")
+    assert len(converted) == 5 and converted.pixel_format == RGB8

@@ -1,0 +1,94 @@
+"""DICOM images (.dcm) as levels of 8 or 16 bits, read by the package pydicom.
+
+Rules, with the sections of DICOM PS3.3 (https://dicom.nema.org/medical/dicom/current/output/html/part03.html):
+
+- CT: Hounsfield units + 1024, where units = Rescale Slope * stored value + Rescale Intercept (C.8.2.1, C.11.1.1.2),
+  rounded and limited to 0..65535; air has -1000 units.
+- Other unsigned images of one channel: the stored values (C.7.6.3.1), as 16 bits if more than 8 are allocated.
+- MONOCHROME1, whose smallest value is white, is inverted: the largest value of Bits Stored minus the stored value
+  (C.7.6.3.1.2).
+- RGB and YBR_FULL of 8 bits: RGB (C.7.6.3.1.2).
+
+Other images, among them those with several frames (C.7.6.6), are refused. Windows (C.11.2) and overlays are ignored.
+"""
+
+import io
+import warnings
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .common import UserError
+from .images import LARGEST_PIXELS, TOO_LARGE, DecodeError
+from .pixel_format import RGB8, DeepImage, PixelFormat
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+# pydicom warns about nonstandard values in headers, most of which have nothing to do with the pixels
+warnings.filterwarnings("ignore", module="pydicom")
+
+PREAMBLE, MARK = 128, b"DICM"
+HU_OFFSET = 1024
+COLOR = ("RGB", "YBR_FULL", "YBR_FULL_422")
+
+
+def is_dicom(encoded: bytes) -> bool:
+    """Whether a file is DICOM: a preamble of 128 bytes and a mark (PS3.10, section 7.1)."""
+    return encoded[PREAMBLE : PREAMBLE + 4] == MARK
+
+
+def open_dicom(encoded: bytes) -> DeepImage:
+    """Describe a DICOM image from its header; its pixels are read as the module states.
+
+    Raises:
+        DecodeError: it is damaged or of another kind.
+        UserError: pydicom is not installed.
+    """
+    try:
+        import pydicom
+    except ImportError as error:
+        raise UserError("Reading DICOM images requires the package pydicom: pip install 'streamclr[dicom]'.") from error
+    try:
+        data = pydicom.dcmread(io.BytesIO(encoded))
+        height, width, frames = int(data.Rows), int(data.Columns), int(data.get("NumberOfFrames") or 1)
+        kind, allocated = str(data.PhotometricInterpretation), int(data.BitsAllocated)
+        signed = bool(data.PixelRepresentation)
+    except Exception as error:  # pydicom raises many types for damaged files
+        raise DecodeError("not a DICOM image, or its header is damaged") from error
+    if frames > 1:
+        raise DecodeError(f"{frames} frames; save each as a file of its own")
+    if height * width > LARGEST_PIXELS:
+        raise DecodeError(TOO_LARGE)
+    if kind in COLOR and allocated == 8:
+        return DeepImage(RGB8, height, width, "", lambda: _stored_values(data))
+    if kind not in ("MONOCHROME1", "MONOCHROME2") or allocated not in (8, 16):
+        raise DecodeError(f"{kind} of {allocated} bits; images must be MONOCHROME of 8 or 16 bits or RGB of 8 bits")
+    hounsfield = data.get("Modality") == "CT" and "RescaleSlope" in data and "RescaleIntercept" in data
+    if signed and not hounsfield:
+        raise DecodeError("signed values without Hounsfield units, whose black level is unknown; save it as .npy")
+    if allocated == 8 and not hounsfield:
+        return DeepImage(RGB8, height, width, "", lambda: np.repeat(_gray(data).astype(np.uint8), 3, 2))
+    read = _hounsfield if hounsfield else _gray
+    return DeepImage(PixelFormat(1, 16), height, width, "", lambda: read(data).astype(np.uint16))
+
+
+def _stored_values(data: "Dataset") -> np.ndarray:
+    """(H, W) or (H, W, 3) stored values, colors converted to RGB."""
+    try:
+        return data.pixel_array
+    except Exception as error:  # see open_dicom; the message names missing packages of compressed images
+        raise DecodeError(f"damaged, or of an unusual kind ({str(error).partition(chr(10))[0]})") from error
+
+
+def _gray(data: "Dataset") -> np.ndarray:
+    """(H, W, 1) stored values, in which the largest one is white."""
+    white = 2 ** int(data.BitsStored) - 1
+    values = _stored_values(data)[..., None] & white  # bits above may hold overlays
+    return white - values if data.PhotometricInterpretation == "MONOCHROME1" else values
+
+
+def _hounsfield(data: "Dataset") -> np.ndarray:
+    """(H, W, 1) Hounsfield units + 1024 in 0..65535."""
+    units = _stored_values(data)[..., None] * float(data.RescaleSlope) + float(data.RescaleIntercept)
+    return np.rint(units + HU_OFFSET).clip(0, 65535)
