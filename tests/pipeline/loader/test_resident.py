@@ -21,6 +21,7 @@ from pipeline.loader import resident
 from pipeline.loader.resident import PixelStore, create_store, find_store
 from pipeline.shards.dataset import ShardSet, open_shards
 from pipeline.shards.reader import Reader
+from tests.pipeline.deep_images import levels, npy
 from tests.pipeline.image_sets import pictures, write_folder
 from tests.pipeline.loaders import center_crops, damage, view_loader
 from tests.pipeline.web_server import cache_at, serving
@@ -191,18 +192,18 @@ def test_a_remote_set_is_fetched_once(whole, tmp_path, read):
     one.close()
 
 
-def test_other_pixel_formats(whole):
-    """Two channels of 16 bits: levels, shapes and bytes survive."""
-    wide = replace(whole, manifest=whole.manifest | {"pixels": {"channels": 2, "bits": 16}})
-    store = PixelStore(wide, CPU, np.array([2, 7]))
-    rows = wide.index[[2, 7]]
-    images = [np.random.default_rng(i).integers(0, 2**16, (row["height"], row["width"], 2), np.uint16)
-              for i, row in enumerate(rows)]  # fmt: skip
-    for sample, image in zip((7, 2), images[::-1], strict=True):
-        assert np.array_equal(store.add(sample, image), image) and store.add(sample, image) is None
-    assert store.add(3, images[0]) is None and store.filled == 1
-    assert all(map(np.array_equal, store.images(np.array([2, 7])), images))
-    assert len(store.pixels) == 4 * (rows["height"] * rows["width"]).sum()
+def test_images_of_five_channels_and_16_bits(tmp_path):
+    files = {f"{n}.npy": npy(levels(20 + n, 24, 5, seed=n)) for n in range(6)}
+    shards = write_split(folder_source(write_folder(tmp_path / "in", files)), tmp_path / "out", "train", 0, 4)
+    augment = CONFIG.for_images(shards.pixel_format, shards.manifest["statistics"])
+    options = {"batch_size": 3, "seed": 0, "device": CPU, "epochs": 2}
+    loaded, kept = (view_loader(shards, augment, resident=how, **options) for how in ("off", "on"))
+    for _ in range(2):
+        assert_same(list(loaded), list(kept))
+    assert len(kept.store.pixels) == sum(20 + n for n in range(6)) * 24 * 5 * 2
+    assert {image.dtype for image in kept.store.images(np.arange(6))} == {np.dtype(np.uint16)}
+    for each in loaded, kept:
+        each.close()
 
 
 def test_on_a_gpu_an_image_is_available_when_its_copy_has_ended(whole, monkeypatch):
@@ -232,7 +233,7 @@ def test_on_a_gpu_an_image_is_available_when_its_copy_has_ended(whole, monkeypat
     assert all(isinstance(image, torch.Tensor) for image in images + store.images(samples))
     assert all(map(np.array_equal, store.images(samples), decoded))
     params = draw_params(CONFIG, 0, 0, samples, whole.index["height"][:3], whole.index["width"][:3])
-    backend = KorniaBackend(CONFIG, CPU, 3, 2, 1)
+    backend = KorniaBackend(CONFIG.for_images(whole.pixel_format, {}), CPU, 3, 2, 1)
     assert torch.equal(backend([images[0], encoded[1], images[2]], params), backend(encoded, params))
     backend.close()
 
