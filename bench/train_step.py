@@ -11,7 +11,8 @@ Trainers take turns, and a ratio is the median over the rounds, so that a slow m
 The first round tries several numbers of DataLoader workers for the peers; later rounds keep the fastest. Measured steps
 start and end while batches are being prepared: no batch was prepared in advance whose cost is not measured. "same
 batch" is the step without data loading, on views in memory. `memory` is a batch of 4096 in slices: train.py
---micro-batch.
+--micro-batch. `resident` is our trainer from its second epoch on, with images that are resident and with images that
+are read and decoded in every epoch.
 """
 
 import argparse
@@ -99,6 +100,11 @@ GPU_BATCHES = {"textures": 128, "cifar10": 512, "stl10": 256, "imagenet": 256}
 MEMORY = Setting(["--preset", "cifar10", "--loader.prefetch", "1"], 4096, texture, warm=1, steps=1)
 SLICES = ((4096, 64), (128, 0))
 """(batch size, --micro-batch)."""
+EPOCH = 40
+"""Steps of an epoch of `RESIDENT`; the first one fills the memory, the third provides batches to prepare ahead."""
+RESIDENT = Setting(["--preset", "textures", "--epochs", "3"], 128, texture, warm=EPOCH + 5, steps=EPOCH - 5)
+SOURCES = {"images": "off", "resident": "on"}
+"""Source of the views -> --loader.resident."""
 
 
 def make_images(folder: Path, setting: Setting, count: int) -> None:
@@ -171,12 +177,13 @@ def rows_of(name: str, setting: Setting, measured: list[tuple[Turn, list[dict]]]
         row |= {"images_per_s": round(1000 * setting.batch / step_ms(middle), 2), "step_ms": round(step_ms(middle), 3)}
         row |= {f"{part}_ms": round(ms, 3) for part, ms in parts.items()}
         row |= {"peak_mb": round(max(result["peak_mb"] for result in results))}
-        for column, trainer, precision in (
-            ("ratio_to_lightly_fp32", "lightly", "fp32"),
-            ("ratio_to_lightly", "lightly", turn.precision),
-            ("ratio_to_plain", "plain", turn.precision),
+        for column, *other in (
+            ("ratio_to_lightly_fp32", "lightly", "fp32", turn.source),
+            ("ratio_to_lightly", "lightly", turn.precision, turn.source),
+            ("ratio_to_plain", "plain", turn.precision, turn.source),
+            ("ratio_to_loaded", turn.trainer, turn.precision, "images"),
         ):
-            theirs = times.get((trainer, precision, turn.source))
+            theirs = times.get(tuple(other))
             row[column] = theirs and round(statistics.median(t / o for t, o in zip(theirs, own, strict=True)), 3)
         rows.append(row)
     return rows
@@ -207,10 +214,32 @@ def measure_memory(device: torch.device) -> list[dict]:
     return rows
 
 
+def measure_resident(setting: Setting, epoch: int, seconds: float, device: torch.device) -> list[dict]:
+    """Our trainer with resident images and without, in turns, on `epoch` batches of images.
+
+    Raises:
+        RuntimeError: their losses differ.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        make_images(Path(folder), setting, epoch * setting.batch)
+        ours = [t for t in contestants(setting, Path(folder)) if (t.trainer, t.source) == ("ours", "images")]
+        turns = [
+            replace(turn, source=source, arguments=[*turn.arguments, "--loader.resident", resident])
+            for turn in ours
+            for source, resident in SOURCES.items()
+        ]
+        measured = in_turns(turns, lambda turn: in_a_process(turn, Path(folder)), seconds)
+    for precision in ("bf16", "fp32"):
+        losses = {result["loss"] for turn, results in measured if turn.precision == precision for result in results}
+        if len(losses) > 1:
+            raise RuntimeError(f"resident images changed the loss in {precision}: {sorted(losses)}")
+    return rows_of("resident", setting, measured, device)
+
+
 def show(rows: list[dict]) -> None:
     """Print two tables: the speed of every trainer, and the parts of its step."""
     who = {"setting": "setting", "source": "source", "trainer": "trainer", "precision": ""}
-    ratios = {f"ratio_to_{name}": f"of {name}" for name in ("lightly_fp32", "lightly", "plain")}
+    ratios = {f"ratio_to_{name}": f"of {name}" for name in ("lightly_fp32", "lightly", "plain", "loaded")}
     speed = who | {"micro_batch": "slices", "workers": "workers", "images_per_s": "images/s"} | ratios
     parts = who | {"step_ms": "step, ms"} | {f"{part}_ms": part for part in PARTS} | {"peak_mb": "MB"}
     for columns in (speed, parts):
@@ -223,7 +252,7 @@ def show(rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    everything = [*SETTINGS, "memory"]
+    everything = [*SETTINGS, "memory", "resident"]
     parser.add_argument("settings", nargs="*", help=f"{', '.join(everything)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="one round of few steps; no file is written")
     parser.add_argument("--seconds", type=float, default=900, help="approximate time for each setting (default: 900)")
@@ -237,6 +266,9 @@ def main() -> None:
         console.print(f"{name} ...")
         if name == "memory":
             rows += measure_memory(device)
+            continue
+        if name == "resident":
+            rows += measure_resident(RESIDENT, EPOCH, 0 if arguments.quick else arguments.seconds, device)
             continue
         setting = SETTINGS[name]
         if device.type == "cuda":

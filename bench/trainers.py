@@ -44,7 +44,8 @@ class Turn:
     precision: str
     """fp32, or bf16 by autocast."""
     source: str
-    """images: including reading and augmenting. same batch: the same views in memory in every step."""
+    """images: including reading and augmenting. resident: including augmenting. same batch: the same views in memory in
+    every step."""
     arguments: list[str]
     """Command line of train.py, except --precision and --out."""
     images: str
@@ -238,7 +239,7 @@ def take_turn(turn: Turn, out: Path) -> dict:
         raise RuntimeError(f"{turn.trainer} in {turn.precision} ended with a loss of {loss}, so it is not compared")
     on_gpu = device.type == "cuda"
     peak_mb = torch.cuda.max_memory_allocated(device) / 1e6 if on_gpu else peak_resident_mb()
-    return {"steps_ms": marks.steps_ms()[turn.warm :], "loss": loss, "peak_mb": peak_mb}
+    return {"steps_ms": marks.steps_ms()[turn.warm : turn.warm + turn.steps], "loss": loss, "peak_mb": peak_mb}
 
 
 if __name__ == "__main__":

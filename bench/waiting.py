@@ -34,7 +34,7 @@ def main() -> None:
         loader = ViewLoader(
             open_shards(f"{folder}/train"),
             AugmentConfig(size=SIZE),
-            LoaderConfig(workers=torch.get_num_threads()),
+            LoaderConfig(workers=torch.get_num_threads(), resident="off"),
             batch_size=BATCH,
             seed=0,
             device=CPU,

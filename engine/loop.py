@@ -296,7 +296,7 @@ class TrainingLoop:
     def _show_row(self) -> None:
         """Show the row in the progress bar; where there is no terminal for it, print the first row of each epoch."""
         loss, speed = f"loss {self.row['loss']:.3f}", f"{self.row['images_per_s']:,.0f} images/s"
-        self.update_progress(row=f"  {loss}{self.scores}  {speed}")
+        self.update_progress(row=f"  {loss}{self.scores}  {speed}  {self.loader.filling}")
         hidden = not (self.session.console.is_terminal or self.dry_run or self.validation_due)
         if hidden and self.epoch > self.announced_epoch:
             self.announced_epoch = self.epoch

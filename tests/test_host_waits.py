@@ -44,7 +44,7 @@ class Finished(Exception):
 class FakeLoader:
     """Batches on the fake device, with the interface of a `ViewLoader`; `waits` watches from the first one on."""
 
-    backend_name = "none"
+    backend_name, filling = "none", ""
 
     def __init__(self, waits, shards, views, config, *, batch_size, world_size, views_per_image=2, **_):
         self.waits, self.shards = waits, shards

@@ -45,8 +45,14 @@ def counts(setup: Setup) -> tuple[int, int]:
     return (1, TRACED_STEPS) if setup.small else (WARM, STEPS)
 
 
-def configuration(setup: Setup, network: Network, out: str, backend: str, compile: bool = False):
-    """One epoch that is longer than the measured steps, so that no checkpoint falls into them."""
+def configuration(
+    setup: Setup, network: Network, out: str, backend: str, compile: bool = False, resident: bool = False
+):
+    """Epochs that are longer than the measured steps, so that no checkpoint falls into them.
+
+    One of them, or three with resident images: the first one decodes, the second is measured while the third is
+    prepared.
+    """
     import presets
 
     config = presets.PRETRAIN[network.preset]()
@@ -54,24 +60,31 @@ def configuration(setup: Setup, network: Network, out: str, backend: str, compil
         config,
         data=str(shards(setup.scratch / network.image, network, sum(counts(setup)))),
         out=str(setup.scratch / out),
-        epochs=1,
+        epochs=3 if resident else 1,
         batch_size=network.batch,
         log_every=10**6,
         precision=PRECISION,
         compile=compile,
-        loader=replace(config.loader, backend=backend),
+        loader=replace(config.loader, backend=backend, resident="on" if resident else "off"),
         encoder=replace(config.encoder, width=0.125) if setup.small else config.encoder,
     )
 
 
 @cache
 def shards(folder: Path, network: Network, steps: int) -> Path:
-    """Shards for `steps` batches, and for those that the loader prepares meanwhile."""
+    """Shards for an epoch of `epoch_steps(steps)` batches."""
     from bench import train_step
 
     setting = train_step.Setting([], network.batch, getattr(train_step, network.image), 0, 0)
-    train_step.make_images(folder, setting, network.batch * (steps + train_step.AHEAD))
+    train_step.make_images(folder, setting, network.batch * epoch_steps(steps))
     return folder
+
+
+def epoch_steps(steps: int) -> int:
+    """Batches of an epoch: `steps`, and those that the loader prepares meanwhile."""
+    from bench.train_step import AHEAD
+
+    return steps + AHEAD
 
 
 def step_speed(setup: Setup) -> Iterator[Case]:
@@ -82,25 +95,36 @@ def step_speed(setup: Setup) -> Iterator[Case]:
     if not setup.small:  # compilation takes minutes
         for name in networks(setup):
             yield Case(f"{name}, compiled", partial(time_training, setup, name, "views in memory", compile=True))
-    if imports("kornia"):
-        for name in networks(setup):
-            yield Case(f"{name}, kornia", partial(time_training, setup, name, "kornia"))
+    backends = ["opencv"] + ["kornia"] * imports("kornia")
+    for name in networks(setup):
+        sources = ["kornia"] * imports("kornia")
+        if networks(setup)[name].image == "texture":
+            sources += [f"{backend}, resident" for backend in backends]
+        for source in sources:
+            yield Case(f"{name}, {source}", partial(time_training, setup, name, source))
 
 
 def time_training(setup: Setup, name: str, source: str, compile: bool = False) -> Iterator[Measurement]:
-    """Time steps of `train.pretrain`; the parts of a step are marked as in bench/trainers.py."""
+    """Time steps of `train.pretrain`; the parts of a step are marked as in bench/trainers.py.
+
+    Args:
+        setup, name: which network of `networks(setup)`, and where.
+        source: "views in memory"; or a backend, with ", resident" for images that an earlier epoch has decoded.
+        compile: --compile.
+    """
     import train
     from bench.trainers import PARTS, LoopMarks, Marks, supplied
     from engine.metrics import verdict
 
     network, (warm, steps) = networks(setup)[name], counts(setup)
-    backend = "opencv" if source == "views in memory" else source
-    config = configuration(setup, network, f"{name} {source} {compile}", backend, compile)
+    backend, _, resident = ("opencv" if source == "views in memory" else source).partition(", ")
+    config = configuration(setup, network, f"{name} {source} {compile}", backend, compile, bool(resident))
     repeated, marks = "same batch" if source == "views in memory" else "images", Marks(setup.device)
+    epoch = epoch_steps(warm + steps) if resident else 0
     with quiet():
-        supply = partial(supplied, source=repeated, warm=warm, steps=steps, device=setup.device)
+        supply = partial(supplied, source=repeated, warm=warm, steps=max(steps, epoch), device=setup.device)
         train.pretrain(config, LoopMarks(marks, supply))
-    measured = marks.steps_ms()[warm:]
+    measured = marks.steps_ms()[epoch + warm :][:steps]
     on_gpu = setup.device.type == "cuda"
     peak_mb = torch.cuda.max_memory_allocated(setup.device) / 1e6 if on_gpu else peak_resident_mb()
     free_memory(compile)

@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,8 +22,15 @@ ENOUGH_THREADS = 8
 class Backend(Protocol):
     """Interface of all backends: decode images once and apply the augmentation of each view."""
 
-    def __call__(self, encoded: list[bytes], params: AugmentParams) -> Tensor:
-        """Augment V views of n encoded images.
+    image_device: torch.device | None
+    """Where decoded images must be; None if the backend takes only encoded ones."""
+
+    def __call__(self, images: list[bytes | np.ndarray | Tensor], params: AugmentParams) -> Tensor:
+        """Augment V views of n images.
+
+        Args:
+            images: each encoded, or decoded to (H, W, C): an array on the host, a tensor on a GPU; never changed.
+            params: parameters of their views.
 
         Returns:
             (V n, C, S, S) on the backend's device, channels-last, normalized; row v n + i is view v of image i. The
@@ -30,7 +38,7 @@ class Backend(Protocol):
             views are ordered on the current CUDA stream, and the host does not wait for them.
 
         Raises:
-            DecodeError: an image can't be decoded or is smaller than its crop; `args[1]` is its position in `encoded`.
+            DecodeError: an image can't be decoded or is smaller than its crop; `args[1]` is its position in `images`.
         """
 
     def close(self) -> None:

@@ -50,6 +50,8 @@ class DaliBackend:
         UserError: another format.
     """
 
+    image_device = None
+
     def __init__(
         self,
         config: AugmentConfig,

@@ -40,8 +40,8 @@ def check_rgb8(backend: str, pixel_format: PixelFormat) -> None:
 
 
 def augment_in_chunks(
-    augment: Callable[[list[bytes], AugmentParams], Iterable[Tensor]],
-    encoded: list[bytes],
+    augment: Callable[[list, AugmentParams], Iterable[Tensor]],
+    images: list[bytes | np.ndarray | Tensor],
     params: AugmentParams,
     config: AugmentConfig,
     device: torch.device,
@@ -50,8 +50,8 @@ def augment_in_chunks(
     """Augment a batch in chunks of at most `CHUNK` images, so that intermediate results do not grow with the batch.
 
     Args:
-        augment: k encoded images and their parameters -> the V views, (k, 3, S, S) float32 each.
-        encoded: n images.
+        augment: k images and their parameters -> the V views, (k, 3, S, S) float32 each.
+        images: n images, see `Backend`.
         params: parameters of their V views.
         config: augmentation options.
         device, dtype: of the result, to which the views are rounded.
@@ -67,7 +67,7 @@ def augment_in_chunks(
     for first in range(0, n, CHUNK):
         chunk = slice(first, first + CHUNK)
         try:
-            for rows, view in zip(out, augment(encoded[chunk], params.of_images(chunk)), strict=True):
+            for rows, view in zip(out, augment(images[chunk], params.of_images(chunk)), strict=True):
                 rows[chunk].copy_(view)
         except DecodeError as error:
             raise DecodeError(error.args[0], first + error.args[1]) from error

@@ -64,28 +64,30 @@ class KorniaBackend:
         check_rgb8("Kornia", pixel_format)
         self._config, self._dtype = config, dtype
         self._device = torch.device(device)
+        self.image_device = self._device if self._device.type in ("cpu", "cuda") else None
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="decode")
 
-    def __call__(self, encoded: list[bytes], params: AugmentParams) -> Tensor:
+    def __call__(self, images: list[bytes | np.ndarray | Tensor], params: AugmentParams) -> Tensor:
         """Augment V views of n images; see `Backend`."""
-        return augment_in_chunks(self._augment, encoded, params, self._config, self._device, self._dtype)
+        return augment_in_chunks(self._augment, images, params, self._config, self._device, self._dtype)
 
     def close(self) -> None:
         """End the decoding threads."""
         self._threads.shutdown()
 
-    def _augment(self, encoded: list[bytes], params: AugmentParams) -> Iterable[Tensor]:
-        images = self._decode(encoded)
+    def _augment(self, images: list[bytes | np.ndarray | Tensor], params: AugmentParams) -> Iterable[Tensor]:
+        images = self._decode(images)
         for i, image in enumerate(images):
             if not contains(*image.shape[1:], params.crop[:, i]):
                 raise DecodeError("the image is smaller than its index says", i)
         return augment(images, params, self._config).unflatten(0, (-1, len(images)))
 
-    def _decode(self, encoded: list[bytes]) -> list[Tensor]:
-        """Decode to (3, H, W) uint8 RGB per image, on the device; the EXIF orientation is not applied."""
-        images = dict.fromkeys(range(len(encoded)))
+    def _decode(self, encoded: list[bytes | np.ndarray | Tensor]) -> list[Tensor]:
+        """(3, H, W) uint8 RGB per image, on the device; the EXIF orientation is not applied."""
+        images: dict[int, Tensor | None] = dict.fromkeys(range(len(encoded)))
+        images |= {i: torch.as_tensor(x).permute(2, 0, 1) for i, x in enumerate(encoded) if not isinstance(x, bytes)}
         if self._device.type == "cuda":
-            jpegs = [i for i, file in enumerate(encoded) if nvjpeg_decodes_alike(file)]
+            jpegs = [i for i, image in images.items() if image is None and nvjpeg_decodes_alike(encoded[i])]
             images |= zip(jpegs, decode_on_gpu([encoded[i] for i in jpegs], self._device), strict=True)
         rest = [i for i, image in images.items() if image is None]
         for i, pixels in zip(rest, self._threads.map(self._decode_on_host, [encoded[i] for i in rest]), strict=True):

@@ -40,6 +40,8 @@ class OpenCVBackend:
         pixel_format: format of the images, with any number of channels.
     """
 
+    image_device = torch.device("cpu")
+
     def __init__(
         self,
         config: AugmentConfig,
@@ -57,15 +59,15 @@ class OpenCVBackend:
         self.unused: list[np.ndarray] = []  # memory of earlier batches
         self.normalize = Normalize(config, dtype, pixel_format)
 
-    def __call__(self, encoded: list[bytes], params: AugmentParams) -> torch.Tensor:
+    def __call__(self, images: list[bytes | np.ndarray], params: AugmentParams) -> torch.Tensor:
         """Augment V views of n images; see `Backend`."""
-        n = len(encoded)
+        n = len(images)
         batch = self._batch(self.views * n)
         out = (batch.view(torch.uint16) if self.dtype == torch.bfloat16 else batch).numpy()  # NumPy has no bfloat16
         maps = affine_maps(params) if self.config.jitter == "affine" else None
         remaining = iter(range(n))  # shared by the threads, because images and cores differ in speed
         jobs = [
-            self.pool.submit(self._augment, encoded, params, maps, out, remaining) for _ in range(min(self.workers, n))
+            self.pool.submit(self._augment, images, params, maps, out, remaining) for _ in range(min(self.workers, n))
         ]
         for job in jobs:
             job.result()
@@ -95,7 +97,7 @@ class OpenCVBackend:
 
     def _augment(
         self,
-        encoded: list[bytes],
+        images: list[bytes | np.ndarray],
         params: AugmentParams,
         maps: tuple | None,
         out: np.ndarray,
@@ -104,7 +106,7 @@ class OpenCVBackend:
         """Write all views of the images `remaining` into `out` (V n, S, S, C)."""
         window = self.config.blur_window
         for i in remaining:
-            image = decode_pixels(encoded[i], self.pixel_format)
+            image = decode_pixels(images[i], self.pixel_format) if isinstance(images[i], bytes) else images[i]
             if image is None:
                 raise DecodeError("the image can't be decoded", i)
             if not contains(*image.shape[:2], params.crop[:, i]):
@@ -112,7 +114,7 @@ class OpenCVBackend:
             for v in range(self.views):
                 view = resized_crop(image, params, v, i, self.config.size)
                 view = (color if self.pixel_format.channels == 3 else intensity)(view, params, v, i, maps)
-                self.normalize(blur(view, float(params.sigma[v, i]), window), out[v * len(encoded) + i])
+                self.normalize(blur(view, float(params.sigma[v, i]), window), out[v * len(images) + i])
 
 
 def _reuse(unused: list[np.ndarray], memory: np.ndarray) -> None:

@@ -6,10 +6,10 @@ Data flows through the stages in one direction; no stage calls an earlier one::
         |                              PlannedBatch: epoch, samples (B,), upcoming shards
         v
     shards/reader.py Reader            samples -> encoded images, or a ReadFailure each     2 threads
-        |
+        |                              (resident images: decoded ones, read once: resident.py)
         v
     prefetch.py      draw              (epoch, samples) -> AugmentParams                    1 thread,
-                     augment backend   encoded images, AugmentParams -> views (V B, C, S, S)  and the backend's own
+                     augment backend   images, AugmentParams -> views (V B, C, S, S)          and the backend's own
         |                              (unreadable samples are replaced: bad_samples.py)
         v
     prefetch.py      Batch             views, label (B,), index (B,) on the training stream

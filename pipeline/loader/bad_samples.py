@@ -13,6 +13,7 @@ from ..shards.reader import ReadFailure
 REPLACEMENT_STREAM = 2**32 - 4
 """Random number stream of replacements, distinct from those of sampler, views and conversion."""
 CANDIDATES = 16
+UNDECODABLE = ReadFailure("the image can't be decoded")
 
 
 class BadSampleTracker:

@@ -13,6 +13,9 @@ class LoaderConfig:
 
     backend: Literal["auto", "dali", "kornia", "opencv"] = "auto"
     """Augmentation backend. auto: chosen by device, view size and number of threads; the run says which and why."""
+    resident: Literal["auto", "on", "off"] = "auto"
+    """Keep decoded images in memory, on the device of the backend, from their first use on. auto: if a quarter of the
+    memory holds them all and the backend can use them; several processes of a machine share its memory."""
     workers: int = 0
     """Number of threads per process for augmentation; 0 for this process's share of the cores."""
     prefetch: int = 2

@@ -17,6 +17,7 @@ from ..shards.reader import Reader
 from .bad_samples import BadSampleTracker
 from .config import LoaderConfig
 from .prefetch import Batch, Prefetcher, shards_of
+from .resident import ResidentReader, create_store, find_store
 from .sampler import PlannedBatch, ShardSampler
 
 
@@ -56,7 +57,8 @@ class ViewLoader:
             several ranks the caller must check the total (`BadSampleTracker.check`).
 
     Attributes:
-        backend_name: augmentation backend and, if "auto" chose it, the reason.
+        backend_name: augmentation backend; if "auto" chose it, the reason; and whether images are resident.
+        store: decoded images; None if images are decoded whenever they are needed.
 
     Raises:
         UserError: the batch size exceeds the number of samples or is not divisible by the number of ranks; while
@@ -113,6 +115,10 @@ class ViewLoader:
         backend = create_backend(
             choice.name, augment, device, local_batch, views_per_image, config.threads, dtype, images
         )
+        self.store = create_store(config.resident, shards, samples, backend.image_device, epochs)
+        if self.store is not None:
+            self.backend_name += f", images resident ({len(self.store.pixels) / 1e6:,.0f} MB)"
+            self.reader = ResidentReader(self.reader, self.store, config.threads)
         self.prefetcher = Prefetcher(
             self.reader, draw, backend, self.bad_samples, device=device, prefetch=config.prefetch
         )
@@ -139,6 +145,13 @@ class ViewLoader:
             self._next = self._position()
             yield batch
         self.epoch, self.step = self.epoch + 1, 0
+
+    @property
+    def filling(self) -> str:
+        """How far the memory of resident images is filled, for a person; "" without it, and once it is full."""
+        if self.store is None or (percent := int(100 * self.store.filled)) >= 99:  # bad images leave a rest
+            return ""
+        return f"{percent}% resident"
 
     def _position(self) -> tuple[int, int]:
         """(epoch, step) of the next batch to hand over; after the last one of an epoch, the first of the next."""
@@ -201,7 +214,8 @@ def center_crop_batches(
 ) -> Iterator[Batch]:
     """Yield the center crop of each of `samples` ((n,) int64), in that order, for evaluation.
 
-    The last batch may be smaller. An unreadable image is replaced by another one of `samples`, with its label.
+    The last batch may be smaller. An unreadable image is replaced by another one of `samples`, with its label. Images
+    that a `ViewLoader` of this very shard set keeps resident are used from there.
 
     Args:
         shards, augment, config, device, dtype, cache, bad_samples_file: as for `ViewLoader`.
@@ -223,6 +237,9 @@ def center_crop_batches(
     bad_samples = BadSampleTracker(shards, 0, config.max_bad, bad_samples_file, samples)
     backend = create_backend(config.backend, augment, device, batch_size, 1, config.threads, dtype, shards.pixel_format)
     reader = Reader(shards, cache or config.cache())
+    store = find_store(shards, backend.image_device) if config.resident != "off" else None
+    if store is not None:
+        reader = ResidentReader(reader, store, config.threads)
     prefetcher = Prefetcher(reader, draw, backend, bad_samples, device=device, prefetch=2)
     try:
         yield from prefetcher.batches(plan())

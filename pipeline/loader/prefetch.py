@@ -16,7 +16,8 @@ from ..augment.params import AugmentParams
 from ..images import DecodeError
 from ..shards.dataset import ShardSet
 from ..shards.reader import Reader, ReadFailure
-from .bad_samples import BadSampleTracker
+from .bad_samples import UNDECODABLE, BadSampleTracker
+from .resident import ResidentReader
 from .sampler import PlannedBatch
 
 
@@ -62,7 +63,7 @@ class Prefetcher:
     reads it has ended.
 
     Args:
-        reader: reads encoded images; closed together with the prefetcher, like the backend.
+        reader: reads images; closed together with the prefetcher, like the backend.
         draw: pure function of epoch and samples ((n,) int64) that returns their augmentation parameters.
         backend: augmentation backend.
         bad_samples: chooses replacements and counts them.
@@ -72,7 +73,7 @@ class Prefetcher:
 
     def __init__(
         self,
-        reader: Reader,
+        reader: Reader | ResidentReader,
         draw: Callable[[int, np.ndarray], AugmentParams],
         backend: Backend,
         bad_samples: BadSampleTracker,
@@ -110,25 +111,25 @@ class Prefetcher:
                 augmenter.shutdown(wait=False, cancel_futures=True)
                 readers.shutdown(wait=False, cancel_futures=True)
 
-    def _read(self, planned: PlannedBatch, stop: threading.Event) -> tuple[np.ndarray, list[bytes | ReadFailure]]:
-        """Read a batch; returns (n,) samples, with known bad ones replaced, and the encoded images."""
+    def _read(self, planned: PlannedBatch, stop: threading.Event) -> tuple[np.ndarray, list]:
+        """Read a batch; returns (n,) samples, with known bad ones replaced, and the images."""
         samples = self.bad_samples.choose(planned.samples, planned.epoch)
         return samples, self.reader.read(samples, stop)
 
     def _augment(self, planned: PlannedBatch, read: Future, stop: threading.Event) -> AugmentedBatch:
         """Augment a batch as soon as it is read, replacing samples until all of them can be decoded."""
-        samples, encoded = read.result()
+        samples, images = read.result()
         with torch.cuda.stream(self.stream):  # no effect without CUDA
             views = None
             while views is None:
-                failures = {i: data for i, data in enumerate(encoded) if isinstance(data, ReadFailure)}
+                failures = {i: data for i, data in enumerate(images) if isinstance(data, ReadFailure)}
                 if not failures:
                     try:
-                        views = self.backend(encoded, self.draw(planned.epoch, samples))
+                        views = self.backend(images, self.draw(planned.epoch, samples))
                     except DecodeError as error:
-                        failures = {error.args[1]: ReadFailure("the image can't be decoded")}
+                        failures = {error.args[1]: UNDECODABLE}
                 if failures:
-                    samples = self._replace(failures, planned, samples, encoded, stop)
+                    samples = self._replace(failures, planned, samples, images, stop)
             label = copy_to(self.device, self.reader.shards.index["label"][samples])
             ready = self.stream.record_event() if self.stream else None
         replaced = int((samples != planned.samples).sum())
@@ -139,16 +140,16 @@ class Prefetcher:
         failures: dict[int, ReadFailure],
         planned: PlannedBatch,
         samples: np.ndarray,
-        encoded: list[bytes | ReadFailure],
+        images: list,
         stop: threading.Event,
     ) -> np.ndarray:
-        """Record failed samples and read replacements into `encoded`; returns the new samples (n,)."""
+        """Record failed samples and read replacements into `images`; returns the new samples (n,)."""
         permanent_first = sorted(failures.items(), key=lambda failure: failure[1].transient)
         self.bad_samples.add({int(samples[i]): failure for i, failure in permanent_first}, planned.epoch)
         replaced = self.bad_samples.choose(planned.samples, planned.epoch)
         changed = np.flatnonzero(replaced != samples)
         for i, data in zip(changed, self.reader.read(replaced[changed], stop), strict=True):
-            encoded[i] = data
+            images[i] = data
         return replaced
 
     def _hand_over(self, augmented: AugmentedBatch) -> Batch:

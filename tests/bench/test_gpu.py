@@ -12,7 +12,8 @@ import torch
 from accelerate.state import AcceleratorState
 
 import loss
-from bench import harness
+import train
+from bench import harness, trainers
 from bench.gpu import __main__ as command
 from bench.gpu import checks, correctness, files, step_speed, tables, views
 from bench.gpu.checks import Case, Check, Measurement, Outcome, Report, Setup, run_part
@@ -259,6 +260,32 @@ def test_steps_are_timed_and_traced(setup, one_thread):
     kernels = [result.row for result in cases["profiler trace"].run()]
     assert 0 < sum(kernel["share"] for kernel in kernels) <= 1 and "conv" in str(kernels)
     assert (setup.out / "gpu_trace.json.gz").stat().st_size > 10_000
+
+
+def test_resident_images_are_timed_in_the_second_of_three_epochs(setup, monkeypatch, tmp_path):
+    """Waits last as many seconds as tell epoch and step; the marks of an epoch's end come after a longer pause."""
+    now, configs = [0.0], []
+
+    def pretrain(config, instruments):
+        configs.append(config)
+        for epoch in range(config.epochs):
+
+            def loader(epoch=epoch):
+                for step in range(step_speed.epoch_steps(4)):
+                    now[0] += 100 * epoch + step
+                    yield step
+                now[0] += 1000
+
+            assert sum(1 for _ in instruments.batches(loader())) == 9
+
+    monkeypatch.setattr(train, "pretrain", pretrain)
+    monkeypatch.setattr(trainers.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(step_speed, "shards", lambda *_: tmp_path)
+    (case,) = (case for case in step_speed.step_speed(setup) if case.name.endswith("32 px, opencv, resident"))
+    (measured,) = case.run()
+    assert measured.row["wait_ms"] == 1000 * (101 + 102 + 103) / 3 and measured.row["runs"] == 3
+    (config,) = configs
+    assert (config.epochs, config.loader.resident, config.loader.backend) == (3, "on", "opencv")
 
 
 # ---- tables

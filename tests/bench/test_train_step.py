@@ -193,6 +193,31 @@ def test_rows(monkeypatch):
     bench.show([ours, alone])
 
 
+def test_resident_images_are_compared_with_loaded_ones(monkeypatch):
+    """In turns; a loss that depends on them is an error."""
+    taken, changed = [], 0.0
+
+    def take(turn, folder):
+        taken.append(turn)
+        resident = config_of(turn.arguments).loader.resident
+        ms = {"off": 3, "on": 2}[resident]
+        return {"steps_ms": [dict.fromkeys(PARTS, ms)], "peak_mb": 100, "loss": 0.5 + changed * (resident == "on")}
+
+    monkeypatch.setattr(bench, "make_images", lambda *_: None)
+    monkeypatch.setattr(bench, "in_a_process", take)
+    rows = bench.measure_resident(bench.RESIDENT, bench.EPOCH, 0, CPU)
+    ratios = {(row["precision"], row["source"]): row["ratio_to_loaded"] for row in rows}
+    sources = {"images": 1, "resident": 1.5}
+    assert ratios == {(p, source): ratio for p in ("bf16", "fp32") for source, ratio in sources.items()}
+    assert all(row["setting"] == "resident" and row["trainer"] == "ours" for row in rows)
+    config = config_of(taken[0].arguments)
+    assert config.epochs == 3 and config.batch_size == 128 and taken[0].warm > bench.EPOCH
+    assert taken[0].warm + taken[0].steps == 2 * bench.EPOCH  # the whole second epoch, but for its first steps
+    changed = 1e-9
+    with pytest.raises(RuntimeError, match="resident images changed the loss in bf16"):
+        bench.measure_resident(bench.RESIDENT, bench.EPOCH, 0, CPU)
+
+
 def test_settings_are_valid_options_of_train_py(tmp_path):
     for name, setting in [*bench.SETTINGS.items(), ("memory", bench.MEMORY)]:
         config = config_of([*setting.arguments, "--data", str(tmp_path), "--batch-size", str(setting.batch)])

@@ -24,7 +24,7 @@ STEPS_PER_EPOCH = 4
 class Loader:
     """Batches (4, 3) that depend on epoch and position alone, with the interface of a view loader."""
 
-    backend_name = "none"
+    backend_name, filling = "none", ""
 
     def __init__(self, bad_step: int | None = None):
         self.epoch = self.position = 0

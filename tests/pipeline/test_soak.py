@@ -47,8 +47,10 @@ def shards(tmp_path_factory) -> ShardSet:
 
 
 def loader(shards: ShardSet, backend: str, **options) -> ViewLoader:
+    """A loader that reads in every epoch."""
     config = AugmentConfig(size=64)  # a batch of views has 0.8 MB
-    return view_loader(shards, config, batch_size=BATCH, seed=0, device=CPU, backend=backend, workers=2, **options)
+    options |= {"batch_size": BATCH, "seed": 0, "device": CPU, "backend": backend, "workers": 2, "resident": "off"}
+    return view_loader(shards, config, **options)
 
 
 def remote_loader(shards: ShardSet, url: str, folder: Path) -> ViewLoader:

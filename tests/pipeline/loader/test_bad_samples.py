@@ -2,9 +2,6 @@
 
 import errno
 import json
-import shutil
-import zlib
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +15,7 @@ from pipeline.convert.writer import write_split
 from pipeline.loader import ViewLoader
 from pipeline.shards.dataset import ShardSet, open_shards
 from tests.pipeline.image_sets import pictures, write_folder
-from tests.pipeline.loaders import center_crops, view_loader
+from tests.pipeline.loaders import center_crops, damage, view_loader
 from tests.pipeline.web_server import cache_at, serving
 
 CPU = torch.device("cpu")
@@ -31,24 +28,6 @@ def whole(tmp_path_factory) -> ShardSet:
     """Thirty labeled images in five shards."""
     root = tmp_path_factory.mktemp("shards")
     return write_split(folder_source(write_folder(root / "in", pictures(each=10))), root / "out", "train", 0, 6)
-
-
-def damage(shards: ShardSet, folder, samples=(), lost_shards=(), detected=False) -> ShardSet:
-    """Copy a set, overwrite `samples` by zeros, `detected` by their checksums, and remove the tars of `lost_shards`."""
-    shutil.copytree(shards.root, folder)
-    damaged = open_shards(str(folder))
-    index = np.array(damaged.index)
-    for sample in samples:
-        shard = int(np.searchsorted(shards.shard_starts, sample, side="right")) - 1
-        zeros = bytes(int(index["size"][sample]))
-        with open(folder / shards.manifest["shards"][shard]["file"], "r+b") as tar:
-            tar.seek(int(index["offset"][sample]))
-            tar.write(zeros)
-        if not detected:
-            index["crc32"][sample] = zlib.crc32(zeros)
-    for shard in lost_shards:
-        (folder / shards.manifest["shards"][shard]["file"]).unlink()
-    return replace(damaged, index=index)
 
 
 def epochs(shards: ShardSet, count: int = 2, **options) -> list:

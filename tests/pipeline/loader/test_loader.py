@@ -180,7 +180,7 @@ def test_after_the_last_epoch_there_are_no_batches(shards):
 
 def test_after_an_error_the_same_batch_is_repeated(shards, monkeypatch):
     """As in a notebook, where the cell is run again after an error."""
-    whole = loader(shards, prefetch=0)
+    whole = loader(shards, prefetch=0, resident="off")  # a second epoch that reads
     expected = list(whole)
     whole.load_state_dict(whole.state_dict() | {"epoch": 0, "step": 0})
     batches = iter(whole)
