@@ -181,7 +181,7 @@ def evaluate(options: Knn | Linear | Embed) -> None:
     made_from = {"encoder_sha256": file_sha256(target.encoder), "precision": "bf16" if session.bf16 else "fp32"}
     made_from |= {"size": views.size, "mean": views.mean, "std": views.std, "device": session.device.type}
     backend = choose_backend(options.loader.backend, session.device, views.size, options.loader.threads).name
-    decoder = import_module({"opencv": "cv2", "dali": "nvidia.dali", "kornia": "kornia"}[backend])
+    decoder = import_module({"opencv": "cv2", "dali": "nvidia.dali"}.get(backend, backend))
     made_from |= {"backend": backend, decoder.__name__: decoder.__version__, "torch": torch.__version__}
     made_from |= {"timm": timm.__version__, "code_sha256": code_checksum(pipeline, model)}
     record = {"what": name, "arguments": sys.argv[1:], "options": asdict(options), **made_from}

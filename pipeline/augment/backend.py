@@ -10,7 +10,7 @@ from ..common import UserError
 from .config import AugmentConfig
 from .params import AugmentParams
 
-BACKENDS = ("auto", "dali", "kornia", "opencv")
+BACKENDS = ("auto", "dali", "kornia", "opencv", "triton")
 SMALL_VIEW = 64
 """Largest view in pixels for which the OpenCV backend is expected to be limited by the Python code around its calls."""
 ENOUGH_THREADS = 8
@@ -57,7 +57,7 @@ def choose_backend(name: str, device: torch.device, size: int, threads: int) -> 
         32 px     10,000            10,000 to 25,000   5,000 to 8,000   15,000 to 30,000 (ResNet-18)
 
     So at 224 px half of these cores are enough, and the GPU is left to the training step. Small views cost OpenCV time
-    in Python, which more threads do not reduce.
+    in Python, which more threads do not reduce. The Triton backend is not chosen before it was measured.
 
     Args:
         name: one of `BACKENDS`.
@@ -116,7 +116,7 @@ def create_backend(
         dtype: of the views, float32 or bfloat16.
 
     Raises:
-        UserError: unknown backend, or its library is not installed.
+        UserError: unknown backend, or it is not available here.
     """
     name = choose_backend(name, device, config.size, workers).name
     options = (config, device, batch_size, views, workers, dtype)
@@ -128,6 +128,10 @@ def create_backend(
         from .kornia import KorniaBackend
 
         return KorniaBackend(*options)
+    if name == "triton":
+        from .triton.backend import TritonBackend
+
+        return TritonBackend(*options)
     from .opencv import OpenCVBackend
 
     return OpenCVBackend(*options)

@@ -11,7 +11,7 @@ from ..shards.cache import ShardCache
 class LoaderConfig:
     """Reading and augmentation options; batches depend on none of them, except for the rounding of each backend."""
 
-    backend: Literal["auto", "dali", "kornia", "opencv"] = "auto"
+    backend: Literal["auto", "dali", "kornia", "opencv", "triton"] = "auto"
     """Augmentation backend. auto: chosen by device, view size and number of threads; the run says which and why."""
     workers: int = 0
     """Number of threads per process for augmentation; 0 for this process's share of the cores."""
