@@ -32,12 +32,11 @@ def line_scale(length, SIZE: tl.constexpr):
 
 
 @triton.jit
-def source_range(first, length, SIZE: tl.constexpr, TILE: tl.constexpr):
-    # Pixels begin ... end of a line of `length` pixels that pixels first ... first + TILE of SIZE depend on.
+def source_range(first, end, length, SIZE: tl.constexpr):
+    # Range of the pixels of a line of `length` pixels that pixels first ... end of SIZE depend on.
     scale, compress = line_scale(length, SIZE)
-    last = tl.minimum(first + TILE, SIZE)
     begin = tl.floor((first + 0.5) * scale - 2 / compress).to(tl.int32)
-    end = tl.ceil((last - 0.5) * scale + 2 / compress).to(tl.int32)
+    end = tl.ceil((end - 0.5) * scale + 2 / compress).to(tl.int32)
     return tl.maximum(begin, 0), tl.minimum(end, length)
 
 
@@ -67,9 +66,9 @@ def resized_tile(record, i0, j0, SIZE: tl.constexpr, TILE: tl.constexpr, BLOCK: 
     flip = tl.load(record + FLIP) != 0
     i, j = i0 + tl.arange(0, TILE), j0 + tl.arange(0, TILE)
     j = tl.where(flip, SIZE - 1 - j, j)
-    j0 = tl.where(flip, tl.maximum(SIZE - TILE - j0, 0), j0)
-    y_begin, y_end = source_range(i0, height, SIZE, TILE)
-    x_begin, x_end = source_range(j0, width, SIZE, TILE)
+    i1, j1 = tl.minimum(i0 + TILE, SIZE), tl.minimum(j0 + TILE, SIZE)
+    y_begin, y_end = source_range(i0, i1, height, SIZE)
+    x_begin, x_end = source_range(tl.where(flip, SIZE - j1, j0), tl.where(flip, SIZE - j0, j1), width, SIZE)
     by_down = inverse_weight_sums(i, y_begin, y_end, height, SIZE, BLOCK)
     by_across = inverse_weight_sums(j, x_begin, x_end, width, SIZE, BLOCK)
     # One channel after the other: computing weights again takes less time than the registers for three would cost.
