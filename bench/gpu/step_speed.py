@@ -85,6 +85,9 @@ def step_speed(setup: Setup) -> Iterator[Case]:
     if imports("kornia"):
         for name in networks(setup):
             yield Case(f"{name}, kornia", partial(time_training, setup, name, "kornia"))
+    if not setup.small:  # the interpreter takes minutes
+        for name in networks(setup):
+            yield Case(f"{name}, triton", partial(time_training, setup, name, "triton"))
 
 
 def time_training(setup: Setup, name: str, source: str, compile: bool = False) -> Iterator[Measurement]:
