@@ -2,10 +2,13 @@
 
 import hashlib
 import os
+import shutil
 import stat
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -35,6 +38,14 @@ def available_cores() -> int:
     affinity = hasattr(os, "sched_getaffinity")  # not every system has it
     cores = len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+@cache
+def has_c_compiler() -> bool:
+    """Whether Triton can compile its launcher, for which it calls CC, gcc or clang at the first launch of a kernel."""
+    candidates = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]  # as in triton/runtime/build.py
+    header = Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h")
+    return any(map(shutil.which, candidates)) and header.exists()
 
 
 def file_sha256(path: str | os.PathLike) -> str:

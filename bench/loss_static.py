@@ -144,15 +144,21 @@ def compile_case(case: Case, target: int | None = None) -> Compiled:
         "maxnreg": tile.registers_for(case.form.even, case.form.online),
     }
     compiled = _compile(KERNELS[case.kernel], constants, case.dtype, capability, options)
-    registers, stack_bytes = _resources(compiled.asm["cubin"])
+    registers, stack_bytes = resources(compiled.asm["cubin"])
     shared_bytes = compiled.metadata.shared
-    threads = 32 * tile.warps
+    programs = fitting_programs(registers, shared_bytes, tile.warps, case.architecture)
+    return Compiled(registers, stack_bytes, shared_bytes, programs, *_instructions(compiled.asm["ptx"], case))
+
+
+def fitting_programs(registers: int, shared_bytes: int, warps: int, architecture: str) -> int:
+    """Number of programs that fit a multiprocessor at once."""
+    threads = 32 * warps
     limits = (
         REGISTERS // (-(-registers // 8) * 8 * threads),  # allocated in units of eight per thread
-        (SHARED_BYTES[case.architecture] + 1024) // (shared_bytes + 1024),  # every block costs another 1 KB
+        (SHARED_BYTES[architecture] + 1024) // (shared_bytes + 1024),  # every block costs another 1 KB
         THREADS // threads,
     )
-    return Compiled(registers, stack_bytes, shared_bytes, min(limits), *_instructions(compiled.asm["ptx"], case))
+    return min(limits)
 
 
 def row_kernel_resources(dtype: torch.dtype, width: int, capability: int, tau_is_pointer: bool) -> dict[str, tuple]:
@@ -171,7 +177,7 @@ def row_kernel_resources(dtype: torch.dtype, width: int, capability: int, tau_is
     }
     kernels = (scale_rows_kernel, row_losses_kernel, gradient_rows_kernel)
     return {
-        kernel.__name__: _resources(_compile(kernel, constants, dtype, capability, {}).asm["cubin"])
+        kernel.__name__: resources(_compile(kernel, constants, dtype, capability, {}).asm["cubin"])
         for kernel in kernels
     }
 
@@ -196,7 +202,8 @@ def _compile(
     return triton.compile(source, GPUTarget("cuda", capability, 32), options)
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers per thread and bytes of stack, where spilled registers are."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

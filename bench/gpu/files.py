@@ -40,8 +40,11 @@ def image_files(setup: Setup) -> Iterator[Case]:
     if setup.device.type == "cuda":
         for name, file in examples.items():
             yield Case(f"nvJPEG, {name}", partial(decode_by_nvjpeg, file, setup.device))
-    for backend in ("kornia", "dali"):
-        if imports({"kornia": "kornia", "dali": "nvidia.dali"}[backend]):
+    backends = {"kornia": "kornia", "dali": "nvidia.dali"}
+    if setup.device.type == "cuda":  # photographs take minutes in the interpreter
+        backends["triton"] = "triton"
+    for backend, module in backends.items():
+        if imports(module):
             for name, file in examples.items():
                 yield Case(f"{backend}, {name}", partial(compare_with_opencv, setup, backend, file))
 

@@ -96,10 +96,11 @@ def step_speed(setup: Setup) -> Iterator[Case]:
         for name in networks(setup):
             yield Case(f"{name}, compiled", partial(time_training, setup, name, "views in memory", compile=True))
     backends = ["opencv"] + ["kornia"] * imports("kornia")
+    backends += ["triton"] * (not setup.small)  # the interpreter takes minutes
     for name in networks(setup):
-        sources = ["kornia"] * imports("kornia")
+        sources = backends[1:]
         if networks(setup)[name].image == "texture":
-            sources += [f"{backend}, resident" for backend in backends]
+            sources = sources + [f"{backend}, resident" for backend in backends]
         for source in sources:
             yield Case(f"{name}, {source}", partial(time_training, setup, name, source))
 

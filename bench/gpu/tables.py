@@ -107,6 +107,19 @@ def views_table(rows: Rows) -> str:
     return table(rows, columns)
 
 
+def fused_table(rows: Rows) -> str:
+    columns = {
+        "backend": "",
+        "jitter": "jitter",
+        "size": "px",
+        "dtype": "views in",
+        "views_per_s": "views/s",
+        "gb_per_s": "GB/s",
+        "ratio_to_bound": "times the bound",
+    }
+    return table(rows, columns)
+
+
 def kernels_table(rows: Rows) -> str:
     lines = [row | {"share": f"{float(row['share']):.1%}"} for row in rows]
     columns = {"kernel": "kernel", "calls_per_step": "calls per step", "ms_per_step": "ms per step", "share": "share"}
@@ -120,6 +133,7 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "step": ("step", step_table),
     "kernels": ("step", kernels_table),
     "views": ("dali", views_table),
+    "fused": ("dali", fused_table),
 }
 """Name -> part that writes gpu_<name>.csv, and what renders its rows."""
 

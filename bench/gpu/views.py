@@ -1,4 +1,4 @@
-"""Part "dali": views of DALI, and of Kornia where it is installed, on the device: accuracy, rate, memory, overlap."""
+"""Part "dali": views of DALI, Kornia and Triton on the device, where installed: accuracy, rate, memory, overlap."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -13,7 +13,7 @@ from bench.gpu.training import SHARDS
 from bench.harness import interleave, percentiles_ms
 from common import available_cores
 
-MODULES = {"dali": "nvidia.dali", "kornia": "kornia"}
+MODULES = {"dali": "nvidia.dali", "kornia": "kornia", "triton": "triton"}
 REPEATED = 0.01
 """Largest mean difference of two runs of a backend, in levels."""
 CPU = torch.device("cpu")
@@ -107,6 +107,52 @@ def time_views(setup: Setup, name: str, jitter: str, size: int, count: int) -> I
     )
 
 
+def fused_speed(setup: Setup) -> Iterator[Case]:
+    """Kernels of the fused augmentation on decoded images, next to Kornia's functions and the memory's bandwidth."""
+    for size in (32,) if setup.small else (224, 32):
+        for jitter in ("exact", "affine"):
+            for dtype in (torch.bfloat16, torch.float32):
+                yield Case(f"{jitter}, {size} px, {dtype}", partial(time_fused, setup, size, jitter, dtype))
+
+
+def time_fused(setup: Setup, size: int, jitter: str, dtype: torch.dtype) -> Iterator[Measurement]:
+    from bench.views_static import bytes_moved
+    from pipeline.augment.config import AugmentConfig
+    from pipeline.augment.gpu import CHUNK
+    from pipeline.augment.params import draw_params
+    from pipeline.augment.triton.render import render
+
+    count = 2 if setup.small else CHUNK
+    config = AugmentConfig(size=size, jitter=jitter)
+    height, width = (32, 32) if size == 32 else (400, 500)
+    params = draw_params(config, 0, 0, np.arange(count), np.full(count, height), np.full(count, width))
+    images = [torch.randint(256, (3, height, width), dtype=torch.uint8, device=setup.device) for _ in range(count)]
+    out = torch.empty((2, count, size, size, 3), dtype=dtype, device=setup.device).permute(0, 1, 4, 2, 3)
+    memory = torch.empty(2 if setup.small else 2**28, dtype=torch.float32, device=setup.device)
+    functions = {
+        "triton": lambda: render(images, params, config, out),
+        "copy": partial(torch.neg, memory, out=memory),  # reads and writes every byte once
+    }
+    if imports("kornia"):
+        from pipeline.augment.kornia import augment
+
+        functions["kornia"] = lambda: out.copy_(augment(images, params, config).unflatten(0, (2, -1)))
+    times = interleave(functions, 0 if setup.small else 4, setup.device)
+    copy_s = float(np.median(times.pop("copy")))
+    moved = bytes_moved(params, config, dtype)
+    bound_ms = 1000 * moved * copy_s / (2 * memory.nbytes)
+    for name, seconds in times.items():
+        timing = percentiles_ms(seconds)
+        yield Measurement(
+            "fused",
+            {"backend": name, "jitter": jitter, "size": size, "dtype": str(dtype).removeprefix("torch.")}
+            | {"views": 2 * count, "views_per_s": round(2000 * count / timing["median_ms"], 1)}
+            | timing
+            | {"gb_per_s": round(moved / timing["median_ms"] / 1e6, 2), "bound_ms": round(bound_ms, 4)}
+            | {"ratio_to_bound": round(timing["median_ms"] / bound_ms, 2)},
+        )
+
+
 def free_device_mb(device: torch.device) -> float:
     """Free memory of the GPU in MB, with torch's unused blocks released; 0 for a CPU."""
     if device.type != "cuda":
@@ -125,5 +171,6 @@ def dali_overlap(setup: Setup) -> Iterator[Case]:
 CHECKS = [
     Check(view_accuracy, 90, SHARDS),
     Check(view_speed, 200, SHARDS),
+    Check(fused_speed, 60, (*SHARDS, "triton")),
     Check(dali_overlap, 240, (*SHARDS, "nvidia.dali")),
 ]

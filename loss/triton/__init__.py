@@ -41,26 +41,14 @@ Rows are copied for that scaling, and where D does not fill whole blocks of the 
 D in the kernels is the copy's. Masks over D would cost every tile registers, and rows at odd addresses lose wide loads.
 """
 
-import os
-import shutil
-import sysconfig
-from functools import cache
-from pathlib import Path
-
 import torch
+
+from ..common import has_c_compiler
 
 NO_C_COMPILER = (
     "impl='triton' needs a C compiler and Python's header files; install gcc or clang (or set CC to a compiler) and "
     "python3-dev, or use impl='blockwise'."
 )
-
-
-@cache
-def _has_c_compiler() -> bool:
-    # Triton compiles its launcher with CC, gcc or clang (triton/runtime/build.py) when the first kernel is launched.
-    candidates = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
-    header = Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h")
-    return any(map(shutil.which, candidates)) and header.exists()
 
 
 def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -74,7 +62,7 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cpu" and triton.knobs.runtime.interpret:
         return None
     if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 0):
-        return None if _has_c_compiler() else NO_C_COMPILER
+        return None if has_c_compiler() else NO_C_COMPILER
     return (
         f"impl='triton' is not available for z on {device}: it needs an NVIDIA GPU of compute capability 8.0 or later, "
         "or TRITON_INTERPRET=1 set before Python starts; use impl='auto' or 'blockwise'."

@@ -12,7 +12,7 @@ from ..pixel_format import RGB8, PixelFormat
 from .config import AugmentConfig
 from .params import AugmentParams
 
-BACKENDS = ("auto", "dali", "kornia", "opencv")
+BACKENDS = ("auto", "dali", "kornia", "opencv", "triton")
 SMALL_VIEW = 64
 """Largest view in pixels for which the OpenCV backend is expected to be limited by the Python code around its calls."""
 ENOUGH_THREADS = 8
@@ -68,7 +68,7 @@ def choose_backend(
         32 px     10,000            10,000 to 25,000   5,000 to 8,000   15,000 to 30,000 (ResNet-18)
 
     So at 224 px half of these cores are enough, and the GPU is left to the training step. Small views cost OpenCV time
-    in Python, which more threads do not reduce.
+    in Python, which more threads do not reduce. The Triton backend is not chosen before it was measured.
 
     Args:
         name: one of `BACKENDS`.
@@ -132,7 +132,7 @@ def create_backend(
         pixel_format: format of the images.
 
     Raises:
-        UserError: unknown backend, its library is not installed, or it does not support the format.
+        UserError: unknown backend, it is not available here, or it does not support the format.
     """
     name = choose_backend(name, device, config.size, workers, pixel_format).name
     options = (config.for_images(pixel_format, {}), device, batch_size, views, workers, dtype, pixel_format)
@@ -144,6 +144,10 @@ def create_backend(
         from .kornia import KorniaBackend
 
         return KorniaBackend(*options)
+    if name == "triton":
+        from .triton.backend import TritonBackend
+
+        return TritonBackend(*options)
     from .opencv import OpenCVBackend
 
     return OpenCVBackend(*options)

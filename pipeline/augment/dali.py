@@ -75,7 +75,11 @@ class DaliBackend:
         """Augment V views of n images; see `Backend`."""
         return augment_in_chunks(self._augment, encoded, params, self._config, self._device, self._dtype)
 
-    def _augment(self, encoded: list[bytes], params: AugmentParams) -> list[Tensor]:
+    def _augment(self, encoded: list[bytes], params: AugmentParams, out: Tensor) -> None:
+        for rows, view in zip(out, self._views(encoded, params), strict=True):
+            rows.copy_(view)
+
+    def _views(self, encoded: list[bytes], params: AugmentParams) -> list[Tensor]:
         try:
             return self._run(self._readable(encoded), params)
         except RuntimeError as error:

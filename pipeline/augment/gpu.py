@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -40,7 +40,7 @@ def check_rgb8(backend: str, pixel_format: PixelFormat) -> None:
 
 
 def augment_in_chunks(
-    augment: Callable[[list, AugmentParams], Iterable[Tensor]],
+    augment: Callable[[list, AugmentParams, Tensor], None],
     images: list[bytes | np.ndarray | Tensor],
     params: AugmentParams,
     config: AugmentConfig,
@@ -50,11 +50,11 @@ def augment_in_chunks(
     """Augment a batch in chunks of at most `CHUNK` images, so that intermediate results do not grow with the batch.
 
     Args:
-        augment: k images and their parameters -> the V views, (k, 3, S, S) float32 each.
+        augment: (k images, their parameters, out) writes the V views of each to out (V, k, 3, S, S).
         images: n images, see `Backend`.
         params: parameters of their V views.
         config: augmentation options.
-        device, dtype: of the result, to which the views are rounded.
+        device, dtype: of the result.
 
     Returns:
         (V n, 3, S, S), channels-last; see `Backend`.
@@ -67,8 +67,7 @@ def augment_in_chunks(
     for first in range(0, n, CHUNK):
         chunk = slice(first, first + CHUNK)
         try:
-            for rows, view in zip(out, augment(images[chunk], params.of_images(chunk)), strict=True):
-                rows[chunk].copy_(view)
+            augment(images[chunk], params.of_images(chunk), out[:, chunk])
         except DecodeError as error:
             raise DecodeError(error.args[0], first + error.args[1]) from error
     return out.flatten(0, 1)

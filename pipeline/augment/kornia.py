@@ -5,9 +5,6 @@ the whole batch. Its functions accept one factor per image; each is applied to t
 """
 
 import math
-import re
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -21,19 +18,12 @@ from kornia.enhance import (
 from kornia.enhance.adjust import adjust_contrast_with_mean_subtraction
 from kornia.filters import filter2d_separable, get_gaussian_kernel1d
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
-from ..images import DecodeError, contains, decode, nvjpeg_decodes_alike
 from ..pixel_format import RGB8, PixelFormat
 from .config import AugmentConfig
-from .gpu import augment_in_chunks, check_rgb8, copy_to, pinned, refusal, warn_once
+from .decoding import ImageDecoder
+from .gpu import augment_in_chunks, check_rgb8, copy_to
 from .params import BRIGHTNESS, CONTRAST, HUE, LUMA, SATURATION, AugmentParams, affine_jitter
-
-NVJPEG_REFUSALS = re.compile(
-    r"Failed to [a-z ]+: (3|4|9|10)\b"  # of nvjpegStatus_t: bad, unsupported, not implemented, incomplete
-    r"|Unknown chroma subsampling|not compiled with nvJPEG|Couldn't load the image extension"
-)
-"""Errors of torchvision that mean that nvJPEG is missing or cannot decode a file."""
 
 
 class KorniaBackend:
@@ -65,7 +55,7 @@ class KorniaBackend:
         self._config, self._dtype = config, dtype
         self._device = torch.device(device)
         self.image_device = self._device if self._device.type in ("cpu", "cuda") else None
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+        self._decoder = ImageDecoder(self._device, workers)
 
     def __call__(self, images: list[bytes | np.ndarray | Tensor], params: AugmentParams) -> Tensor:
         """Augment V views of n images; see `Backend`."""
@@ -73,49 +63,11 @@ class KorniaBackend:
 
     def close(self) -> None:
         """End the decoding threads."""
-        self._threads.shutdown()
+        self._decoder.close()
 
-    def _augment(self, images: list[bytes | np.ndarray | Tensor], params: AugmentParams) -> Iterable[Tensor]:
-        images = self._decode(images)
-        for i, image in enumerate(images):
-            if not contains(*image.shape[1:], params.crop[:, i]):
-                raise DecodeError("the image is smaller than its index says", i)
-        return augment(images, params, self._config).unflatten(0, (-1, len(images)))
-
-    def _decode(self, encoded: list[bytes | np.ndarray | Tensor]) -> list[Tensor]:
-        """(3, H, W) uint8 RGB per image, on the device; the EXIF orientation is not applied."""
-        images: dict[int, Tensor | None] = dict.fromkeys(range(len(encoded)))
-        images |= {i: torch.as_tensor(x).permute(2, 0, 1) for i, x in enumerate(encoded) if not isinstance(x, bytes)}
-        if self._device.type == "cuda":
-            jpegs = [i for i, image in images.items() if image is None and nvjpeg_decodes_alike(encoded[i])]
-            images |= zip(jpegs, decode_on_gpu([encoded[i] for i in jpegs], self._device), strict=True)
-        rest = [i for i, image in images.items() if image is None]
-        for i, pixels in zip(rest, self._threads.map(self._decode_on_host, [encoded[i] for i in rest]), strict=True):
-            if pixels is None:
-                raise DecodeError("the image can't be decoded", i)
-            images[i] = pixels.to(self._device, non_blocking=True).permute(2, 0, 1)
-        return list(images.values())
-
-    def _decode_on_host(self, encoded: bytes) -> Tensor | None:
-        pixels = decode(encoded)
-        return None if pixels is None else pinned(pixels, self._device)
-
-
-def decode_on_gpu(files: list[bytes], device: torch.device) -> list[Tensor | None]:
-    """Decode JPEGs with nvJPEG to (3, H, W) uint8 RGB each; all None if nvJPEG is missing or refuses one of them."""
-    if not files:
-        return []
-    # torchvision decodes on its own stream into memory of the current stream. That memory may have been freed while
-    # kernels that read the previous batch were still queued, so wait for them before it is overwritten.
-    torch.cuda.current_stream(device).synchronize()
-    try:
-        return decode_jpeg(
-            [torch.frombuffer(bytearray(f), dtype=torch.uint8) for f in files], ImageReadMode.RGB, device
-        )
-    except RuntimeError as error:
-        reason = refusal(error, NVJPEG_REFUSALS)
-        warn_once(f"nvJPEG can't decode some JPEGs ({reason}); batches with them are decoded on the host.")
-        return [None] * len(files)
+    def _augment(self, images: list[bytes | np.ndarray | Tensor], params: AugmentParams, out: Tensor) -> None:
+        images = self._decoder(images, params.crop)
+        out.copy_(augment(images, params, self._config).unflatten(0, (-1, len(images))))
 
 
 def augment(images: list[Tensor], params: AugmentParams, config: AugmentConfig) -> Tensor:

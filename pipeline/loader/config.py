@@ -11,7 +11,7 @@ from ..shards.cache import ShardCache
 class LoaderConfig:
     """Reading and augmentation options; batches depend on none of them, except for the rounding of each backend."""
 
-    backend: Literal["auto", "dali", "kornia", "opencv"] = "auto"
+    backend: Literal["auto", "dali", "kornia", "opencv", "triton"] = "auto"
     """Augmentation backend. auto: chosen by device, view size and number of threads; the run says which and why."""
     resident: Literal["auto", "on", "off"] = "auto"
     """Keep decoded images in memory, on the device of the backend, from their first use on. auto: if a quarter of the

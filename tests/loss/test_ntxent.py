@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
+import common
 import loss.ntxent
 import loss.triton
 from common import UserError
@@ -220,10 +221,10 @@ def hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.delenv("CC", raising=False)
-    loss.triton._has_c_compiler.cache_clear()
+    common.has_c_compiler.cache_clear()
     loss.ntxent._warn_of_missing_compiler.cache_clear()
     yield torch.device("cuda:0")
-    loss.triton._has_c_compiler.cache_clear()
+    common.has_c_compiler.cache_clear()
     loss.ntxent._warn_of_missing_compiler.cache_clear()
 
 
@@ -242,12 +243,12 @@ def test_auto_is_triton_with_a_c_compiler(hopper, monkeypatch, tmp_path, variabl
     monkeypatch.setenv("PATH", str(tmp_path) if variable == "PATH" else "")
     if variable == "CC":
         monkeypatch.setenv("CC", str(compiler))
-    monkeypatch.setattr(loss.triton, "Path", lambda *parts: compiler)  # stands for Python.h
+    monkeypatch.setattr(common, "Path", lambda *parts: compiler)  # stands for Python.h
     assert loss.ntxent._choose_impl(hopper, torch.bfloat16) == "triton"
     assert loss.ntxent._choose_impl(hopper, torch.float64) == "blockwise"  # silently: Triton has no float64
 
 
 def test_auto_needs_the_header_files_of_python(hopper, monkeypatch, tmp_path):
-    monkeypatch.setattr(loss.triton.sysconfig, "get_config_var", lambda name: str(tmp_path))
+    monkeypatch.setattr(common.sysconfig, "get_config_var", lambda name: str(tmp_path))
     with pytest.warns(UserWarning, match="header files"):
         assert loss.ntxent._choose_impl(hopper, torch.bfloat16) == "blockwise"

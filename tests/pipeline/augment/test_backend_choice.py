@@ -32,7 +32,7 @@ def test_auto_chooses_by_device_size_threads_and_what_is_installed(
     assert str(choice) == f"{name} ({choice.reason})" and "\n" not in str(choice)
 
 
-@pytest.mark.parametrize("name", ["dali", "kornia", "opencv"])
+@pytest.mark.parametrize("name", ["dali", "kornia", "opencv", "triton"])
 def test_a_named_backend_is_used_without_a_reason(name):
     choice = choose_backend(name, torch.device("cuda"), 224, 1)
     assert choice.name == str(choice) == name

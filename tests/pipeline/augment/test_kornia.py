@@ -10,10 +10,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.io import decode_jpeg as decode_jpeg_on_host
 
-from pipeline.augment import kornia
+from pipeline.augment import decoding
 from pipeline.augment.config import AugmentConfig
+from pipeline.augment.decoding import ImageDecoder, decode_on_gpu
 from pipeline.augment.gpu import warn_once
-from pipeline.augment.kornia import KorniaBackend, augment, decode_on_gpu
+from pipeline.augment.kornia import KorniaBackend, augment
 from pipeline.images import DecodeError, decode
 from pipeline.pixel_format import RGB8
 from tests.pipeline.augment import reference_views as reference
@@ -67,8 +68,9 @@ def test_images_decoded_on_the_host_are_copied_from_pinned_memory(photographs, d
     encoded = [*photographs[:3], reference.encode(picture, "PNG"), reference.encode(picture, "JPEG", subsampling=0)]
     config, asked = AugmentConfig(size=32).for_images(RGB8, {}), []
     params = reference.random_params(encoded, config, seed=9)
-    monkeypatch.setattr(kornia, "decode_on_gpu", lambda files, device: asked.extend(files) or [None] * len(files))
-    monkeypatch.setattr(kornia, "ThreadPoolExecutor", lambda *_, **__: SimpleNamespace(map=map))  # no fakes in threads
+    monkeypatch.setattr(decoding, "decode_on_gpu", lambda files, device: asked.extend(files) or [None] * len(files))
+    in_this_thread = SimpleNamespace(map=map)  # where tensors are fake
+    monkeypatch.setattr(decoding, "ThreadPoolExecutor", lambda *_, **__: in_this_thread)
     backend = KorniaBackend(config, CUDA, 5, 2, 1, dtype)
     with FakeTensorMode(allow_non_fake_inputs=False), PinnedCopiesOnly(monkeypatch) as copying:
         views = backend(encoded, params)
@@ -83,7 +85,7 @@ def nvjpeg(monkeypatch):
     """Replaces nvJPEG by a function of the files."""
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(synchronize=lambda: None))
     warn_once.cache_clear()
-    return lambda decoder: monkeypatch.setattr(kornia, "decode_jpeg", lambda files, mode, device: decoder(files))
+    return lambda decoder: monkeypatch.setattr(decoding, "decode_jpeg", lambda files, mode, device: decoder(files))
 
 
 def fail(error: Exception):
@@ -94,7 +96,7 @@ def fail(error: Exception):
 
 
 def test_images_decoded_on_the_gpu(photographs, nvjpeg):
-    nvjpeg(lambda files: [decode_jpeg_on_host(file, kornia.ImageReadMode.RGB) for file in files])
+    nvjpeg(lambda files: [decode_jpeg_on_host(file, decoding.ImageReadMode.RGB) for file in files])
     device = torch.device("cpu")
     for image, file in zip(decode_on_gpu(photographs, device), photographs, strict=True):
         assert np.array_equal(image.permute(1, 2, 0).numpy(), decode(file))
@@ -143,10 +145,10 @@ def test_other_errors_of_the_gpu_are_raised(photographs, nvjpeg, error, kind, ca
 
 
 def test_truncated_jpegs_are_refused_before_nvjpeg(photographs, monkeypatch):
-    monkeypatch.setattr(kornia, "decode_on_gpu", lambda files, _: pytest.fail("asked") if files else [])
+    monkeypatch.setattr(decoding, "decode_on_gpu", lambda files, _: pytest.fail("asked") if files else [])
     jpeg = reference.encode(reference.smooth_field(1, 0, 40, 56), "JPEG", subsampling=0)
-    backend = KorniaBackend(AugmentConfig(size=32), CUDA, 1, 2, 1)
+    decoder = ImageDecoder(CUDA, 1)
     for length in np.linspace(4, len(jpeg) - 1, 30).astype(int):
         with pytest.raises(DecodeError):
-            backend._decode([jpeg[:length]])
-    backend.close()
+            decoder([jpeg[:length]], np.zeros((2, 1, 4), np.int32))
+    decoder.close()

@@ -1,0 +1,82 @@
+"""Decoding to a device: JPEGs with nvJPEG on CUDA, everything else in host threads."""
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from ..images import DecodeError, contains, decode, nvjpeg_decodes_alike
+from .gpu import pinned, refusal, warn_once
+
+NVJPEG_REFUSALS = re.compile(
+    r"Failed to [a-z ]+: (3|4|9|10)\b"  # of nvjpegStatus_t: bad, unsupported, not implemented, incomplete
+    r"|Unknown chroma subsampling|not compiled with nvJPEG|Couldn't load the image extension"
+)
+"""Errors of torchvision that mean that nvJPEG is missing or cannot decode a file."""
+
+
+class ImageDecoder:
+    """Decodes the images of a batch to a device.
+
+    Args:
+        device: where the pixels are needed.
+        workers: number of threads that decode on the host.
+    """
+
+    def __init__(self, device: torch.device, workers: int):
+        self._device = device
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+
+    def __call__(self, images: list[bytes | np.ndarray | Tensor], crops: np.ndarray) -> list[Tensor]:
+        """Decode n images to (3, H, W) uint8 RGB each, of any strides; the EXIF orientation is not applied.
+
+        Args:
+            images: each encoded, or decoded to (H, W, 3) uint8: an array on the host, or a tensor on the device, which
+                is not copied.
+            crops: (V, n, 4), crops that are needed of the images: top, left, height, width.
+
+        Raises:
+            DecodeError: an image can't be decoded or is smaller than a crop; `args[1]` is its position.
+        """
+        found = {i: image.permute(2, 0, 1) for i, image in enumerate(images) if isinstance(image, Tensor)}
+        if self._device.type == "cuda":
+            jpegs = [i for i, file in enumerate(images) if isinstance(file, bytes) and nvjpeg_decodes_alike(file)]
+            decoded = decode_on_gpu([images[i] for i in jpegs], self._device)
+            found |= {i: image for i, image in zip(jpegs, decoded, strict=True) if image is not None}
+        rest = [i for i in range(len(images)) if i not in found]
+        for i, pixels in zip(rest, self._threads.map(self._on_host, [images[i] for i in rest]), strict=True):
+            if pixels is None:
+                raise DecodeError("the image can't be decoded", i)
+            found[i] = pixels.to(self._device, non_blocking=True).permute(2, 0, 1)
+        for i in range(len(images)):
+            if not contains(*found[i].shape[1:], crops[:, i]):
+                raise DecodeError("the image is smaller than its index says", i)
+        return [found[i] for i in range(len(images))]
+
+    def close(self) -> None:
+        """End the threads."""
+        self._threads.shutdown()
+
+    def _on_host(self, image: bytes | np.ndarray) -> Tensor | None:
+        pixels = decode(image) if isinstance(image, bytes) else image
+        return None if pixels is None else pinned(pixels, self._device)
+
+
+def decode_on_gpu(files: list[bytes], device: torch.device) -> list[Tensor | None]:
+    """Decode JPEGs with nvJPEG to (3, H, W) uint8 RGB each; all None if nvJPEG is missing or refuses one of them."""
+    if not files:
+        return []
+    # torchvision decodes on its own stream into memory of the current stream. That memory may have been freed while
+    # kernels that read the previous batch were still queued, so wait for them before it is overwritten.
+    torch.cuda.current_stream(device).synchronize()
+    try:
+        return decode_jpeg(
+            [torch.frombuffer(bytearray(f), dtype=torch.uint8) for f in files], ImageReadMode.RGB, device
+        )
+    except RuntimeError as error:
+        reason = refusal(error, NVJPEG_REFUSALS)
+        warn_once(f"nvJPEG can't decode some JPEGs ({reason}); batches with them are decoded on the host.")
+        return [None] * len(files)

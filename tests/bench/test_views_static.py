@@ -1,0 +1,49 @@
+"""The kernels of the fused augmentation compiled without a GPU: no spills, and several programs per multiprocessor."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from bench.loss_static import VERSIONS, environment_with
+from bench.views_static import Case, compile_case
+from pipeline.augment.triton.kernels import crop_kernel, whole_views_kernel
+from pipeline.augment.triton.render import REGISTERS, WARPS
+
+PROGRAMS = {name: 65536 // (32 * WARPS * registers) for name, registers in REGISTERS.items()}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("sm_90", whole_views_kernel, 32, "exact", torch.bfloat16),
+        Case("sm_80", crop_kernel, 224, "exact", torch.bfloat16),
+    ],
+    ids=lambda case: f"{case.kernel.__name__}-{case.architecture}",
+)
+def test_kernels_meet_their_limits(case):
+    compiled = compile_case(case)
+    assert compiled.stack_bytes == 0, f"{compiled.stack_bytes} bytes of registers spilled"
+    assert compiled.programs >= PROGRAMS[case.kernel.__name__]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_version_of_triton_meets_the_limits(version):
+    """Every kernel in every form, for sm_80, sm_90 and sm_100, in a process that imports this version."""
+    try:
+        environment = environment_with(version)
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"Triton {version} could not be installed: {error.stderr.strip()}")
+    command = [sys.executable, "-m", "bench.views_static", "--rows"]
+    process = {"env": environment, "cwd": Path(__file__).parents[2], "capture_output": True, "text": True}
+    rows = json.loads(subprocess.run(command, **process, check=True).stdout)
+    assert len(rows) == 30
+    for row in rows:
+        assert row["triton"] == version
+        assert row["stack_bytes"] == 0 and row["programs"] >= PROGRAMS[f"{row['kernel']}_kernel"], row
