@@ -41,6 +41,7 @@ def nt_xent(
     group: torch.distributed.ProcessGroup | None = None,
     impl: Impl = "auto",
     precision: Precision | None = None,
+    decoupled: bool = False,
 ) -> Tensor:
     """NT-Xent, the contrastive loss of SimCLR (arXiv 2002.05709, section 2.1, equation 1 and Algorithm 1).
 
@@ -67,6 +68,8 @@ def nt_xent(
             float32 without tensor cores. None follows torch.backends.cuda.matmul.fp32_precision, which is "ieee" by
             default. The other implementations always follow torch's settings: after
             torch.set_float32_matmul_precision("medium") a CPU may multiply in bfloat16.
+        decoupled: omit the positive from the denominator of equation 1 (DCL, arXiv 2110.06848). This needs at least two
+            samples over all ranks, and the loss may be negative.
 
     Returns:
         (): mean over the 2n row losses of this rank, float32 (float64 for a float64 z). Its mean over ranks is the loss
@@ -75,8 +78,9 @@ def nt_xent(
 
     Raises:
         ValueError: z is not a floating (2n, D) with n, D >= 1, temperature is not positive and finite, impl or
-            precision is unknown, impl does not run here, this process is not in the group, or the ranks' calls differ
-            (on an accelerator only checked in the first call of a group: see `loss.distributed.check_equal_calls`).
+            precision is unknown, impl does not run here, decoupled is set for a single sample, this process is not in
+            the group, or the ranks' calls differ (on an accelerator only checked in the first call of a group: see
+            `loss.distributed.check_equal_calls`).
         TypeError: z is not a tensor, or temperature is neither a number nor a tensor.
         RuntimeError: a second, forward-mode or torch.func derivative of an implementation other than "reference".
     """
@@ -101,22 +105,24 @@ def nt_xent(
         _check_reverse_mode(z, temperature)
     group = distributed.participants(group)
     if group is not None:  # before the check of z's rows, so that every rank raises and none hangs
-        distributed.check_equal_calls(z, impl, number, group)
+        distributed.check_equal_calls(z, impl, number, decoupled, group)
     if 0 in z.shape or z.shape[0] % 2:
         raise ValueError(
             f"z must hold two views of each of n >= 1 samples, (2n, D) with D >= 1; got shape {tuple(z.shape)}."
         )
+    if decoupled and group is None and z.shape[0] == 2:
+        raise ValueError("decoupled=True needs negatives, but z holds a single sample; use at least two samples.")
 
     with torch.autocast(z.device.type, enabled=False):
         if impl == "reference":
             z_all = z if group is None else distributed.GatherRowsWithGradient.apply(z, group)
-            return nt_xent_reference(z, temperature, z_all)
+            return nt_xent_reference(z, temperature, z_all, decoupled)
         gather = None if group is None else partial(distributed.gather_rows, group=group)
         if impl == "triton":
             from .triton.ops import nt_xent_triton
 
-            return nt_xent_triton(z, temperature, gather, precision or _torch_precision())
-        return nt_xent_blockwise(z, temperature) if gather is None else nt_xent_blockwise(z, temperature, gather)
+            return nt_xent_triton(z, temperature, gather, precision or _torch_precision(), decoupled)
+        return nt_xent_blockwise(z, temperature, gather or Tensor.detach, decoupled)
 
 
 def _choose_impl(device: torch.device, dtype: torch.dtype) -> Impl:

@@ -7,7 +7,8 @@ With u_i = z_i / |z_i|, s_ij = u_i . u_j / tau and p(i) the other view of i:
     dL/du_i = [ sum_j (P_ij + P_ji) u_j - (q_i + q_p(i)) u_p(i) ] / (M tau),     P_ij = exp(s_ij - lse_i)
     dL/dtau = -1/(2 tau) sum_i u_i . dL/du_i    (s = u.u / tau; every pair contributes from both ends)
 
-This is equation 1 of SimCLR (arXiv 2002.05709) with the positive separated. S is symmetric, so pairs among a rank's own
+This is equation 1 of SimCLR (arXiv 2002.05709) with the positive separated; the decoupled loss (arXiv 2110.06848) has
+l_i = L_i - s_ip(i), lse_i = L_i and q_i = 1. S is symmetric, so pairs among a rank's own
 rows are visited once, in the upper triangle, and every block contributes to its rows and to its columns:
 P_ij + P_ji = exp(s_ij) (exp(-lse_i) + exp(-lse_j)) needs one exponential. Positives are excluded from the blocks' sums:
 subtracting them afterwards would cancel all other terms once the model is trained.
@@ -30,7 +31,9 @@ from .workers import Workers, workers
 BAND_ROWS, BLOCK_COLUMNS = 384, 768
 
 
-def nt_xent_blockwise(z: Tensor, temperature: Tensor, gather: Callable[[Tensor], Tensor] = Tensor.detach) -> Tensor:
+def nt_xent_blockwise(
+    z: Tensor, temperature: Tensor, gather: Callable[[Tensor], Tensor] = Tensor.detach, decoupled: bool = False
+) -> Tensor:
     """`nt_xent` of this rank's projections, computed in blocks.
 
     Args:
@@ -38,6 +41,7 @@ def nt_xent_blockwise(z: Tensor, temperature: Tensor, gather: Callable[[Tensor],
         temperature: () on any device; read by the host.
         gather: concatenates a tensor's rows over all ranks, this rank's first. Both gathers take place in the forward
             pass, after which every rank has all it needs for the complete gradient of its own rows.
+        decoupled: whether to omit the positive from the denominator.
 
     Returns:
         () float32 (float64 for a float64 z), differentiable once in z and in temperature.
@@ -45,7 +49,7 @@ def nt_xent_blockwise(z: Tensor, temperature: Tensor, gather: Callable[[Tensor],
     with torch.no_grad():
         z_all = gather(z)  # (M, D)
         negatives_all = gather(negatives_logsumexp(z_all, temperature, z.shape[0]))  # (M,)
-    return loss_from_negatives(z, temperature, z_all, negatives_all)
+    return loss_from_negatives(z, temperature, z_all, negatives_all, decoupled)
 
 
 @torch.library.custom_op(f"{OPERATOR_NAMESPACE}::negatives_logsumexp", mutates_args=())
@@ -83,43 +87,55 @@ def _(z_all, temperature, rows):
 
 
 @torch.library.custom_op(f"{OPERATOR_NAMESPACE}::nt_xent_loss", mutates_args=())
-def loss_from_negatives(z: Tensor, temperature: Tensor, z_all: Tensor, negatives_all: Tensor) -> Tensor:
+def loss_from_negatives(
+    z: Tensor, temperature: Tensor, z_all: Tensor, negatives_all: Tensor, decoupled: bool
+) -> Tensor:
     """Mean loss () of this rank's rows z (2n, D), differentiable once in z and in temperature.
 
     z_all (M, D), whose first 2n rows are z, and L (M,) of its rows are intermediate results, not inputs: gradients
     through them are part of the gradient of z.
     """
-    return workers(z.device).run(_loss_from_negatives, z, temperature, negatives_all)
+    return workers(z.device).run(_loss_from_negatives, z, temperature, negatives_all, decoupled)
 
 
-def _loss_from_negatives(_: Workers, z: Tensor, temperature: Tensor, negatives_all: Tensor) -> Tensor:
+def _loss_from_negatives(_: Workers, z: Tensor, temperature: Tensor, negatives_all: Tensor, decoupled: bool) -> Tensor:
     rows = z.shape[0]
     u, _ = _unit_rows(z)
-    return -F.logsigmoid(_positives(u, rows, temperature.item()) - negatives_all[:rows]).mean()
+    excess = negatives_all[:rows] - _positives(u, rows, temperature.item())
+    return excess.mean() if decoupled else -F.logsigmoid(-excess).mean()
 
 
 @loss_from_negatives.register_fake
-def _(z, temperature, z_all, negatives_all):
+def _(z, temperature, z_all, negatives_all, decoupled):
     return z.new_empty((), dtype=_compute_dtype(z))
 
 
 @torch.library.custom_op(f"{OPERATOR_NAMESPACE}::nt_xent_gradient", mutates_args=())
 def loss_gradient(
-    grad_loss: Tensor, temperature: Tensor, z_all: Tensor, negatives_all: Tensor, rows: int
+    grad_loss: Tensor, temperature: Tensor, z_all: Tensor, negatives_all: Tensor, rows: int, decoupled: bool
 ) -> tuple[Tensor, Tensor]:
     """dL/dz (rows, D) and dL/dtau () of W times the global loss: the mean over W ranks is the global gradient."""
-    return workers(z_all.device).run(_loss_gradient, grad_loss, temperature, z_all, negatives_all, rows)
+    return workers(z_all.device).run(_loss_gradient, grad_loss, temperature, z_all, negatives_all, rows, decoupled)
 
 
 def _loss_gradient(
-    workers: Workers, grad_loss: Tensor, temperature: Tensor, z_all: Tensor, negatives_all: Tensor, rows: int
+    workers: Workers,
+    grad_loss: Tensor,
+    temperature: Tensor,
+    z_all: Tensor,
+    negatives_all: Tensor,
+    rows: int,
+    decoupled: bool,
 ) -> tuple[Tensor, Tensor]:
     u, norm = _unit_rows(z_all)
     u_t = u.t().contiguous()
     tau = temperature.item()
     positives = _positives(u, rows, tau)  # (M,)
-    lse = negatives_all.logaddexp(positives)
-    q = torch.sigmoid(negatives_all[:rows] - positives[:rows]).view(2, -1, 1)
+    if decoupled:
+        lse, q = negatives_all, u.new_ones(2, rows // 2, 1)
+    else:
+        lse = negatives_all.logaddexp(positives)
+        q = torch.sigmoid(negatives_all[:rows] - positives[:rows]).view(2, -1, 1)
     exp_fits = _exp_fits(u.dtype, tau)
     shrink = torch.exp(-lse)
 
@@ -154,12 +170,12 @@ def _loss_gradient(
 
 
 @loss_gradient.register_fake
-def _(grad_loss, temperature, z_all, negatives_all, rows):
+def _(grad_loss, temperature, z_all, negatives_all, rows, decoupled):
     return z_all.new_empty(rows, z_all.shape[1]), torch.empty_like(temperature)
 
 
 def _save_for_gradient(ctx, inputs, output):
-    z, temperature, z_all, negatives_all = inputs
+    z, temperature, z_all, negatives_all, ctx.decoupled = inputs
     ctx.rows = z.shape[0]
     ctx.save_for_backward(temperature, z_all, negatives_all)
 
@@ -167,8 +183,8 @@ def _save_for_gradient(ctx, inputs, output):
 def _backward(ctx, grad_loss):
     if torch.is_grad_enabled():  # the gradient would be a constant, and a penalty on it would have no effect
         raise RuntimeError("nt_xent cannot be differentiated twice (create_graph=True); use impl='reference'.")
-    dz, d_tau = loss_gradient(grad_loss, *ctx.saved_tensors, ctx.rows)
-    return dz, d_tau, None, None
+    dz, d_tau = loss_gradient(grad_loss, *ctx.saved_tensors, ctx.rows, ctx.decoupled)
+    return dz, d_tau, None, None, None
 
 
 loss_from_negatives.register_autograd(_backward, setup_context=_save_for_gradient)

@@ -24,8 +24,11 @@ ROOT = Path(__file__).parents[2]
 IMPLS = ["blockwise", "reference"]
 
 
-def algorithm_1_in_loops(z, tau):
-    """SimCLR, Algorithm 1, in plain Python. Its views of sample k are rows 2k - 1 and 2k, here k and n + k."""
+def algorithm_1_in_loops(z, tau, decoupled):
+    """SimCLR, Algorithm 1, in plain Python. Its views of sample k are rows 2k - 1 and 2k, here k and n + k.
+
+    The decoupled loss sums over k != i, j (arXiv 2110.06848).
+    """
     z = z.tolist()
     n = len(z) // 2
     rows = [z[k + view * n] for k in range(n) for view in range(2)]
@@ -35,7 +38,8 @@ def algorithm_1_in_loops(z, tau):
         return dot / (math.hypot(*rows[i]) * math.hypot(*rows[j]))
 
     def ell(i, j):
-        denominator = sum(math.exp(s(i, k) / tau) for k in range(2 * n) if k != i)
+        others = set(range(2 * n)) - ({i, j} if decoupled else {i})
+        denominator = sum(math.exp(s(i, k) / tau) for k in others)
         return -math.log(math.exp(s(i, j) / tau) / denominator)
 
     return sum(ell(2 * k, 2 * k + 1) + ell(2 * k + 1, 2 * k) for k in range(n)) / (2 * n)
@@ -43,16 +47,19 @@ def algorithm_1_in_loops(z, tau):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("tau", [0.07, 0.5, 1])
-def test_equals_algorithm_1_in_loops(impl, tau):
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_equals_algorithm_1_in_loops(impl, tau, decoupled):
     z = trained_like(5, 7)
-    assert nt_xent(z, tau, impl=impl).item() == pytest.approx(algorithm_1_in_loops(z, tau), rel=1e-12, abs=1e-14)
+    expected = pytest.approx(algorithm_1_in_loops(z, tau, decoupled), rel=1e-12, abs=1e-14)
+    assert nt_xent(z, tau, impl=impl, decoupled=decoupled).item() == expected
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_gradient_equals_finite_differences(impl):
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_gradient_equals_finite_differences(impl, decoupled):
     z = trained_like(3, 5).requires_grad_()
     temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *inputs: nt_xent(*inputs, impl=impl), (z, temperature))
+    assert torch.autograd.gradcheck(partial(nt_xent, impl=impl, decoupled=decoupled), (z, temperature))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

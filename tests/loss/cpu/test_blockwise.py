@@ -18,6 +18,12 @@ def test_float32_error_is_that_of_dense_torch(n, d, tau):
     check_accuracy(trained_like(n, d, torch.float32), tau, "blockwise")
 
 
+@pytest.mark.parametrize("tau", [0.01, 0.1])
+@pytest.mark.parametrize(("n", "d"), [(3, 37), (65, 48), (513, 128)])
+def test_decoupled_error_is_that_of_dense_torch(n, d, tau):
+    check_accuracy(trained_like(n, d, torch.float32), tau, "blockwise", decoupled=True)
+
+
 @pytest.mark.parametrize("blocks", [(4, 8), (8, 4), (6, 6), (7, 3), (64, 64)])
 @pytest.mark.parametrize("tau", [0.001, 0.1])
 @pytest.mark.parametrize("n", [1, 3, 15, 17])
@@ -47,14 +53,16 @@ def test_auto_is_blockwise_on_the_cpu():
     assert torch.equal(nt_xent(z, 0.1), nt_xent(z, 0.1, impl="blockwise"))
 
 
-def test_operators_pass_opcheck():
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_operators_pass_opcheck(decoupled):
     z, tau = trained_like(3, 10, torch.float32), torch.tensor(0.1)
     negatives = blockwise.negatives_logsumexp(z, tau, 6)
     torch.library.opcheck(blockwise.negatives_logsumexp, (z, tau, 6))
     torch.library.opcheck(
-        blockwise.loss_from_negatives, (z.clone().requires_grad_(), tau.clone().requires_grad_(), z, negatives)
+        blockwise.loss_from_negatives,
+        (z.clone().requires_grad_(), tau.clone().requires_grad_(), z, negatives, decoupled),
     )
-    torch.library.opcheck(blockwise.loss_gradient, (torch.tensor(1.0), tau, z, negatives, 6))
+    torch.library.opcheck(blockwise.loss_gradient, (torch.tensor(1.0), tau, z, negatives, 6, decoupled))
 
 
 # The peak of a process counts all memory that torch holds, also in C++, but never decreases: hence a separate process.
