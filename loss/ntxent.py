@@ -20,6 +20,9 @@ from .triton import NO_C_COMPILER, unsupported_reason
 
 Impl = Literal["auto", "blockwise", "reference", "triton"]
 Precision = Literal["tf32", "ieee"]
+LEARNED_RANGE = 0.01, 1.0
+"""Range of a learned temperature. CLIP keeps 1 / tau at or below 100 (arXiv 2103.00020, section 2.5); 1 is the largest
+temperature with which SimCLR was evaluated (arXiv 2002.05709, table 5)."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,18 @@ class LossConfig:
     """Options of the contrastive loss."""
 
     temperature: float = 0.1
-    """Temperature of NT-Xent."""
+    """Temperature of NT-Xent; with --loss.learn-temperature the initial one."""
+    learn_temperature: bool = False
+    """Learn the temperature, within 0.01 to 1."""
+    decoupled: bool = False
+    """Leave the positive out of the denominator (DCL, arXiv 2110.06848)."""
     impl: Impl = "auto"
     """Implementation of NT-Xent. auto: triton on NVIDIA GPUs that support it, blockwise elsewhere."""
 
     def __post_init__(self) -> None:
         check_range("--loss.temperature", self.temperature, 0.001, 1000)
+        if self.learn_temperature:
+            check_range("--loss.temperature with --loss.learn-temperature", self.temperature, *LEARNED_RANGE)
 
 
 def nt_xent(
