@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 
 from . import distributed
 from .common import check_range
+from .cpu import one_pass
 from .cpu.blockwise import nt_xent_blockwise
 from .reference import nt_xent_reference
 from .triton import NO_C_COMPILER, unsupported_reason
@@ -68,7 +69,8 @@ def nt_xent(
             as under torch.compile.
         group: ranks that share one global batch, all with the same 2n, including this process. None: the default group
             if torch.distributed is initialized, else this process alone.
-        impl: "blockwise" needs O(M D + block) memory for the M rows of all ranks; "triton" computes the same in fused
+        impl: "blockwise" needs O(M D + block) memory for the M rows of all ranks, and on a single rank up to 2,048 rows
+            keeps M^2 / 2 exponentials instead of computing them twice; "triton" computes the same in fused
             kernels on NVIDIA GPUs of compute capability 8.0 or later, for all dtypes except float64. Both can be
             differentiated once, in reverse mode and outside torch.func. "reference" is the dense oracle, O(2n M)
             memory, without these limits. "auto" is "triton" where it runs, else "blockwise"; it warns once if all that
@@ -131,6 +133,8 @@ def nt_xent(
             from .triton.ops import nt_xent_triton
 
             return nt_xent_triton(z, temperature, gather, precision or _torch_precision(), decoupled)
+        if gather is None and len(z) <= one_pass.MAX_ROWS:
+            return one_pass.nt_xent_one_pass(z, temperature, decoupled)
         return nt_xent_blockwise(z, temperature, gather or Tensor.detach, decoupled)
 
 

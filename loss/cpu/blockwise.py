@@ -31,9 +31,7 @@ from .workers import Workers, workers
 BAND_ROWS, BLOCK_COLUMNS = 384, 768
 
 
-def nt_xent_blockwise(
-    z: Tensor, temperature: Tensor, gather: Callable[[Tensor], Tensor] = Tensor.detach, decoupled: bool = False
-) -> Tensor:
+def nt_xent_blockwise(z: Tensor, temperature: Tensor, gather: Callable[[Tensor], Tensor], decoupled: bool) -> Tensor:
     """`nt_xent` of this rank's projections, computed in blocks.
 
     Args:
@@ -59,16 +57,16 @@ def negatives_logsumexp(z_all: Tensor, temperature: Tensor, rows: int) -> Tensor
 
 
 def _negatives_logsumexp(workers: Workers, z_all: Tensor, temperature: Tensor, rows: int) -> Tensor:
-    u, _ = _unit_rows(z_all)
+    u, _ = unit_rows(z_all)
     u_t = u.t().contiguous()  # (D, M): contiguous for the GEMM of a block
     tau = temperature.item()
-    exp_fits = _exp_fits(u.dtype, tau)
+    fits = exp_fits(u.dtype, tau)
 
     def over_bands(bands: Iterable[slice]) -> Tensor:
-        total = u.new_full((rows,), 0.0 if exp_fits else -math.inf)
+        total = u.new_full((rows,), 0.0 if fits else -math.inf)
         for block in _blocks(u, u_t, rows, tau, bands):
             i, mirrored, s = block.rows, block.mirrored, block.s
-            if exp_fits:
+            if fits:
                 s.exp_()
                 total[i] += s.sum(1)
                 total[mirrored] += block.s_mirrored.sum(0)
@@ -78,12 +76,12 @@ def _negatives_logsumexp(workers: Workers, z_all: Tensor, temperature: Tensor, r
         return total
 
     partial_sums = workers.map_bands(over_bands, rows, BAND_ROWS)
-    return sum(partial_sums).log_() if exp_fits else reduce(torch.logaddexp, partial_sums)
+    return sum(partial_sums).log_() if fits else reduce(torch.logaddexp, partial_sums)
 
 
 @negatives_logsumexp.register_fake
 def _(z_all, temperature, rows):
-    return z_all.new_empty(rows, dtype=_compute_dtype(z_all))
+    return z_all.new_empty(rows, dtype=compute_dtype(z_all))
 
 
 @torch.library.custom_op(f"{OPERATOR_NAMESPACE}::nt_xent_loss", mutates_args=())
@@ -100,14 +98,14 @@ def loss_from_negatives(
 
 def _loss_from_negatives(_: Workers, z: Tensor, temperature: Tensor, negatives_all: Tensor, decoupled: bool) -> Tensor:
     rows = z.shape[0]
-    u, _ = _unit_rows(z)
-    excess = negatives_all[:rows] - _positives(u, rows, temperature.item())
+    u, _ = unit_rows(z)
+    excess = negatives_all[:rows] - positives_of(u, rows, temperature.item())
     return excess.mean() if decoupled else -F.logsigmoid(-excess).mean()
 
 
 @loss_from_negatives.register_fake
 def _(z, temperature, z_all, negatives_all, decoupled):
-    return z.new_empty((), dtype=_compute_dtype(z))
+    return z.new_empty((), dtype=compute_dtype(z))
 
 
 @torch.library.custom_op(f"{OPERATOR_NAMESPACE}::nt_xent_gradient", mutates_args=())
@@ -127,16 +125,16 @@ def _loss_gradient(
     rows: int,
     decoupled: bool,
 ) -> tuple[Tensor, Tensor]:
-    u, norm = _unit_rows(z_all)
+    u, norm = unit_rows(z_all)
     u_t = u.t().contiguous()
     tau = temperature.item()
-    positives = _positives(u, rows, tau)  # (M,)
+    positives = positives_of(u, rows, tau)  # (M,)
     if decoupled:
         lse, q = negatives_all, u.new_ones(2, rows // 2, 1)
     else:
         lse = negatives_all.logaddexp(positives)
         q = torch.sigmoid(negatives_all[:rows] - positives[:rows]).view(2, -1, 1)
-    exp_fits = _exp_fits(u.dtype, tau)
+    fits = exp_fits(u.dtype, tau)
     shrink = torch.exp(-lse)
 
     def over_bands(bands: Iterable[slice]) -> Tensor:
@@ -145,7 +143,7 @@ def _loss_gradient(
         for block in _blocks(u, u_t, rows, tau, bands):
             i, j, s = block.rows, block.columns, block.s
             w = weights[: s.numel()].view_as(s)
-            if exp_fits:
+            if fits:
                 torch.add(shrink[i, None], shrink[j], out=w)
                 s.exp_().mul_(w)
             else:
@@ -181,13 +179,32 @@ def _save_for_gradient(ctx, inputs, output):
 
 
 def _backward(ctx, grad_loss):
-    if torch.is_grad_enabled():  # the gradient would be a constant, and a penalty on it would have no effect
-        raise RuntimeError("nt_xent cannot be differentiated twice (create_graph=True); use impl='reference'.")
+    refuse_second_derivative()
     dz, d_tau = loss_gradient(grad_loss, *ctx.saved_tensors, ctx.rows, ctx.decoupled)
     return dz, d_tau, None, None, None
 
 
+def refuse_second_derivative() -> None:
+    """Raise in a backward pass that is recorded."""
+    if torch.is_grad_enabled():  # the gradient would be a constant, and a penalty on it would have no effect
+        raise RuntimeError("nt_xent cannot be differentiated twice (create_graph=True); use impl='reference'.")
+
+
 loss_from_negatives.register_autograd(_backward, setup_context=_save_for_gradient)
+
+
+def loss_and_gradient(
+    z: Tensor, temperature: Tensor, decoupled: bool, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `one_pass.loss_and_gradient` returns, at any temperature."""
+    z, one = z.to(compute_dtype(z)), torch.ones((), device=z.device)
+    here = workers(z.device)
+    negatives = here.run(_negatives_logsumexp, z, temperature, len(z))
+    loss = here.run(_loss_from_negatives, z, temperature, negatives, decoupled)
+    if not with_gradient:
+        return loss, z.new_empty(0), z.new_empty(0)
+    dz, d_tau = here.run(_loss_gradient, one, temperature, z, negatives, len(z), decoupled)
+    return loss, dz, d_tau.to(z)
 
 
 class Block(NamedTuple):
@@ -225,20 +242,20 @@ def _block_size(u: Tensor, rows: int) -> int:
     return min(BAND_ROWS, rows) * min(BLOCK_COLUMNS, u.shape[0])
 
 
-def _exp_fits(dtype: torch.dtype, tau: float) -> bool:
+def exp_fits(dtype: torch.dtype, tau: float) -> bool:
     # |s| <= 1 / tau, so from this temperature on (0.0134 in float32) no maximum has to be subtracted: neither exp(s),
     # nor the sum of a million of them (hence 14), nor its inverse leaves the normal numbers. Below it, L is a running
     # log-sum-exp, and P_ij + P_ji takes two exponentials, both of numbers that are not positive.
     return 1 / tau <= math.log(torch.finfo(dtype).max) - 14
 
 
-def _unit_rows(z: Tensor) -> tuple[Tensor, Tensor]:
+def unit_rows(z: Tensor) -> tuple[Tensor, Tensor]:
     """Unit rows u (M, D) and norms |z| (M, 1) in float32 or wider.
 
     A zero row has no direction: u = 0, and |z| = inf stops its gradient. The same applies to a row whose square is near
     the smallest normal number, where rounding would give u a norm other than 1.
     """
-    z = z.to(_compute_dtype(z))
+    z = z.to(compute_dtype(z))
     norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
     # A finite row whose square overflows would become a zero row: NaN stops a run that has diverged this far.
     norm = norm.masked_fill(norm == math.inf, math.nan)
@@ -246,12 +263,12 @@ def _unit_rows(z: Tensor) -> tuple[Tensor, Tensor]:
     return z / norm, norm
 
 
-def _positives(u: Tensor, rows: int, tau: float) -> Tensor:
+def positives_of(u: Tensor, rows: int, tau: float) -> Tensor:
     """s_ip(i) (M,) of u (M, D): `rows` rows of every rank in turn, first views before second views."""
     views = u.view(-1, 2, rows // 2, u.shape[1])  # (W, 2, n, D)
     positives = (views[:, 0] * views[:, 1]).sum(-1) / tau  # (W, n)
     return positives[:, None].expand(-1, 2, -1).reshape(-1)
 
 
-def _compute_dtype(z: Tensor) -> torch.dtype:
+def compute_dtype(z: Tensor) -> torch.dtype:
     return torch.promote_types(z.dtype, torch.float32)

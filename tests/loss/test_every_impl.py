@@ -10,13 +10,13 @@ from loss import nt_xent
 from tests.loss.cases import loss_and_gradients, trained_like
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-IMPLS = ["triton"] if INTERPRETED else ["blockwise", "reference"]
+IMPLS = ["triton"] if INTERPRETED else ["blockwise", "one pass", "reference"]
 WIDEST = torch.float32 if INTERPRETED else torch.float64
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, in the interpreter: log of 0 is intended
-    pytest.mark.parametrize("impl", IMPLS),
+    pytest.mark.parametrize("impl", IMPLS, indirect=True),
 ]
 
 

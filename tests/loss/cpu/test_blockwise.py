@@ -12,6 +12,11 @@ from loss.cpu import blockwise
 from tests.loss.cases import check_accuracy, loss_and_gradients, trained_like
 
 
+@pytest.fixture(autouse=True)
+def not_in_one_pass(monkeypatch):
+    monkeypatch.setattr("loss.cpu.one_pass.MAX_ROWS", 0)
+
+
 @pytest.mark.parametrize("tau", [0.01, 0.02, 0.1, 1.0])
 @pytest.mark.parametrize(("n", "d"), [(1, 24), (3, 37), (65, 48), (65, 200), (513, 128)])
 def test_float32_error_is_that_of_dense_torch(n, d, tau):
