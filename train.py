@@ -28,7 +28,7 @@ from engine.trackers import view_sheet
 from evaluation.evaluator import Evaluator
 from evaluation.features import raw_pixels
 from evaluation.tables import report_table
-from loss import nt_xent
+from loss import Temperature, nt_xent
 from model import (
     SimCLR,
     create_encoder,
@@ -76,12 +76,13 @@ def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> 
         **reading,
     )
 
-    # Model: views -> h -> z, and a linear probe on detached h.
+    # Model: views -> h -> z, and a linear probe on detached h. The temperature of the loss may be a parameter.
     if (channels := train.pixel_format.channels) != 3:
         spec = encoder_spec(config.encoder, config.views.size, channels)
         encoder = create_encoder(spec)
     head = projection_head(config.head, features)
     simclr = SimCLR(encoder, head, features, classes=len(train.classes))
+    simclr.temperature = Temperature(config.loss)
     simclr = session.to_device(synchronize_batchnorm(simclr))
     model = session.distribute(simclr)
 
@@ -91,6 +92,8 @@ def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> 
     optimizers = [create_optimizer(config.optim, groups, lr=schedule(0))]
     if simclr.probe is not None:
         optimizers.append(torch.optim.AdamW(simclr.probe.parameters(), 1e-3, fused=True))
+    if config.loss.learn_temperature:
+        optimizers.append(simclr.temperature.optimizer())
 
     # Evaluation: kNN and a linear classifier on frozen features, where both splits have labels.
     evaluate = None
@@ -107,7 +110,7 @@ def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> 
         simclr.train()
         return h
 
-    contrast = partial(nt_xent, temperature=config.loss.temperature, impl=config.loss.impl)
+    contrast = partial(nt_xent, impl=config.loss.impl, decoupled=config.loss.decoupled)
     with TrainingLoop(
         session,
         config,
@@ -116,7 +119,8 @@ def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> 
         optimizers,
         schedule,
         validate_every=config.eval.knn_every if evaluate else 0,
-        collapse_loss=math.log(2 * config.batch_size - 1),  # all 2B - 1 candidates are equally similar
+        # all candidates are equally similar: 2B - 1, or 2B - 2 without the positive
+        collapse_loss=math.log(2 * config.batch_size - 1 - config.loss.decoupled),
         about={"timm_name": spec[0], "timm_kwargs": spec[1], "pixels": train.pixel_format._asdict()},
         draw_views=partial(view_sheet, draw=partial(to_pictures, pixel_format=train.pixel_format, augment=views)),
         instruments=instruments,
@@ -128,18 +132,20 @@ def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> 
             loop.add_result("untrained", **evaluate(forward_features))
 
         for batch in loop:  # views (2B, C, S, S), label (B,)
+            temperature = simclr.temperature()  # a number, or () if it is learned
             probe = partial(probe_objective, label=batch.label)
             if 0 < config.micro_batch < len(batch.label):
                 loss, top1 = cached_backward(
-                    session, model, batch.views, config.micro_batch, contrast, probe, mark=loop.mark
+                    session, model, batch.views, config.micro_batch, contrast, probe, temperature, mark=loop.mark
                 )
             else:
                 with session.autocast():
                     z, logits = model(batch.views)  # (2B, out), (2B, classes)
-                loss = contrast(z)
+                loss = contrast(z, temperature=temperature)
                 probe_loss, *top1 = probe(logits)
                 loop.backward(loss + probe_loss)
-            loop.step(loss=loss, probe_top1=tuple(top1))
+            learned = {"temperature": temperature} if config.loss.learn_temperature else {}
+            loop.step(loss=loss, probe_top1=tuple(top1), **learned)
             if loop.validation_due:
                 loop.log(**evaluate(forward_features, linear=False))
     if loop.stopped:

@@ -174,6 +174,7 @@ def row_kernel_resources(dtype: torch.dtype, width: int, capability: int, tau_is
         "COPIED": pitch != width or dtype == torch.float16,
         "SCALED": dtype == torch.float16,
         "LOG2_HEADROOM": log2_headroom(dtype),
+        "DECOUPLED": False,  # leaves instructions out
     }
     kernels = (scale_rows_kernel, row_losses_kernel, gradient_rows_kernel)
     return {

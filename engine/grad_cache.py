@@ -23,8 +23,9 @@ def cached_backward(
     model: nn.Module,
     views: Tensor,
     micro_batch: int,
-    contrast: Callable[[Tensor], Tensor],
+    contrast: Callable[[Tensor, float | Tensor], Tensor],
     auxiliary: Callable[[Tensor | None, slice], tuple[Tensor, ...]],
+    temperature: float | Tensor,
     *,
     mark: Callable[[str], None] = lambda part: None,
 ) -> tuple[Tensor, Tensor]:
@@ -40,8 +41,9 @@ def cached_backward(
         model: views (2b, 3, H, W) -> z (2b, D) and what `auxiliary` takes; may be wrapped in DDP.
         views: (2B, 3, H, W), views of image i at rows i and B + i.
         micro_batch: largest number of images in a slice.
-        contrast: z (2B, D) -> loss ().
+        contrast: (z (2B, D), temperature) -> loss ().
         auxiliary: (second output of the model, the slice's images within the batch) -> (loss (), *metrics ()).
+        temperature: of the contrastive loss: a number, or a tensor () computed from a parameter of the model.
         mark: called where a part of the step starts, see `engine.loop.Instruments.mark`.
 
     Returns:
@@ -65,9 +67,11 @@ def cached_backward(
             firsts.append(first)
             seconds.append(second)
     z = torch.cat(firsts + seconds).requires_grad_()  # (2B, D)
+    learned = isinstance(temperature, Tensor)
+    tau = temperature.detach().requires_grad_() if learned else temperature
     mark("loss")
     with torch.enable_grad():
-        loss = contrast(z)
+        loss = contrast(z, tau)
     mark("backward")
     loss.backward()
     mark("other")
@@ -82,6 +86,8 @@ def cached_backward(
                 gradient = torch.cat([z.grad[part], z.grad[images + part.start : images + part.stop]])
                 extra, *part_metrics = auxiliary(output, part)
                 roots = [(part_z, gradient)] + ([(extra, None)] if extra.requires_grad else [])
+                if learned and part.stop == images:
+                    roots.append((temperature, tau.grad))
                 mark("backward")
                 torch.autograd.backward(*zip(*roots, strict=True))
                 mark("other")

@@ -2,5 +2,6 @@
 
 from .distill import distillation, labeled_cross_entropy
 from .ntxent import LossConfig, nt_xent
+from .temperature import Temperature
 
-__all__ = ["LossConfig", "distillation", "labeled_cross_entropy", "nt_xent"]
+__all__ = ["LossConfig", "Temperature", "distillation", "labeled_cross_entropy", "nt_xent"]

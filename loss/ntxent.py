@@ -14,12 +14,16 @@ from torch.autograd import forward_ad
 
 from . import distributed
 from .common import check_range
+from .cpu import one_pass
 from .cpu.blockwise import nt_xent_blockwise
 from .reference import nt_xent_reference
 from .triton import NO_C_COMPILER, unsupported_reason
 
 Impl = Literal["auto", "blockwise", "reference", "triton"]
 Precision = Literal["tf32", "ieee"]
+LEARNED_RANGE = 0.01, 1.0
+"""Range of a learned temperature. CLIP keeps 1 / tau at or below 100 (arXiv 2103.00020, section 2.5); 1 is the largest
+temperature with which SimCLR was evaluated (arXiv 2002.05709, table 5)."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +31,18 @@ class LossConfig:
     """Options of the contrastive loss."""
 
     temperature: float = 0.1
-    """Temperature of NT-Xent."""
+    """Temperature of NT-Xent; with --loss.learn-temperature the initial one."""
+    learn_temperature: bool = False
+    """Learn the temperature, within 0.01 to 1."""
+    decoupled: bool = False
+    """Leave the positive out of the denominator (DCL, arXiv 2110.06848)."""
     impl: Impl = "auto"
     """Implementation of NT-Xent. auto: triton on NVIDIA GPUs that support it, blockwise elsewhere."""
 
     def __post_init__(self) -> None:
         check_range("--loss.temperature", self.temperature, 0.001, 1000)
+        if self.learn_temperature:
+            check_range("--loss.temperature with --loss.learn-temperature", self.temperature, *LEARNED_RANGE)
 
 
 def nt_xent(
@@ -41,6 +51,7 @@ def nt_xent(
     group: torch.distributed.ProcessGroup | None = None,
     impl: Impl = "auto",
     precision: Precision | None = None,
+    decoupled: bool = False,
 ) -> Tensor:
     """NT-Xent, the contrastive loss of SimCLR (arXiv 2002.05709, section 2.1, equation 1 and Algorithm 1).
 
@@ -58,7 +69,8 @@ def nt_xent(
             as under torch.compile.
         group: ranks that share one global batch, all with the same 2n, including this process. None: the default group
             if torch.distributed is initialized, else this process alone.
-        impl: "blockwise" needs O(M D + block) memory for the M rows of all ranks; "triton" computes the same in fused
+        impl: "blockwise" needs O(M D + block) memory for the M rows of all ranks, and on a single rank up to 2,048 rows
+            keeps M^2 / 2 exponentials instead of computing them twice; "triton" computes the same in fused
             kernels on NVIDIA GPUs of compute capability 8.0 or later, for all dtypes except float64. Both can be
             differentiated once, in reverse mode and outside torch.func. "reference" is the dense oracle, O(2n M)
             memory, without these limits. "auto" is "triton" where it runs, else "blockwise"; it warns once if all that
@@ -67,6 +79,8 @@ def nt_xent(
             float32 without tensor cores. None follows torch.backends.cuda.matmul.fp32_precision, which is "ieee" by
             default. The other implementations always follow torch's settings: after
             torch.set_float32_matmul_precision("medium") a CPU may multiply in bfloat16.
+        decoupled: omit the positive from the denominator of equation 1 (DCL, arXiv 2110.06848). This needs at least two
+            samples over all ranks, and the loss may be negative.
 
     Returns:
         (): mean over the 2n row losses of this rank, float32 (float64 for a float64 z). Its mean over ranks is the loss
@@ -75,8 +89,9 @@ def nt_xent(
 
     Raises:
         ValueError: z is not a floating (2n, D) with n, D >= 1, temperature is not positive and finite, impl or
-            precision is unknown, impl does not run here, this process is not in the group, or the ranks' calls differ
-            (on an accelerator only checked in the first call of a group: see `loss.distributed.check_equal_calls`).
+            precision is unknown, impl does not run here, decoupled is set for a single sample, this process is not in
+            the group, or the ranks' calls differ (on an accelerator only checked in the first call of a group: see
+            `loss.distributed.check_equal_calls`).
         TypeError: z is not a tensor, or temperature is neither a number nor a tensor.
         RuntimeError: a second, forward-mode or torch.func derivative of an implementation other than "reference".
     """
@@ -101,22 +116,26 @@ def nt_xent(
         _check_reverse_mode(z, temperature)
     group = distributed.participants(group)
     if group is not None:  # before the check of z's rows, so that every rank raises and none hangs
-        distributed.check_equal_calls(z, impl, number, group)
+        distributed.check_equal_calls(z, impl, number, decoupled, group)
     if 0 in z.shape or z.shape[0] % 2:
         raise ValueError(
             f"z must hold two views of each of n >= 1 samples, (2n, D) with D >= 1; got shape {tuple(z.shape)}."
         )
+    if decoupled and group is None and z.shape[0] == 2:
+        raise ValueError("decoupled=True needs negatives, but z holds a single sample; use at least two samples.")
 
     with torch.autocast(z.device.type, enabled=False):
         if impl == "reference":
             z_all = z if group is None else distributed.GatherRowsWithGradient.apply(z, group)
-            return nt_xent_reference(z, temperature, z_all)
+            return nt_xent_reference(z, temperature, z_all, decoupled)
         gather = None if group is None else partial(distributed.gather_rows, group=group)
         if impl == "triton":
             from .triton.ops import nt_xent_triton
 
-            return nt_xent_triton(z, temperature, gather, precision or _torch_precision())
-        return nt_xent_blockwise(z, temperature) if gather is None else nt_xent_blockwise(z, temperature, gather)
+            return nt_xent_triton(z, temperature, gather, precision or _torch_precision(), decoupled)
+        if gather is None and len(z) <= one_pass.MAX_ROWS:
+            return one_pass.nt_xent_one_pass(z, temperature, decoupled)
+        return nt_xent_blockwise(z, temperature, gather or Tensor.detach, decoupled)
 
 
 def _choose_impl(device: torch.device, dtype: torch.dtype) -> Impl:

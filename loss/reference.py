@@ -7,13 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def nt_xent_reference(z: Tensor, temperature: Tensor, z_all: Tensor) -> Tensor:
+def nt_xent_reference(z: Tensor, temperature: Tensor, z_all: Tensor, decoupled: bool) -> Tensor:
     """`nt_xent` in O(2n M) memory, differentiated by autograd any number of times.
 
     SimCLR (arXiv 2002.05709), Algorithm 1 and equation 1, for row i and the other view j of its sample:
         s_ik = z_i . z_k / (|z_i| |z_k|)
         l(i, j) = -log( exp(s_ij / tau) / sum over k != i of exp(s_ik / tau) )
         L = mean of l(i, j) over all rows
+    The decoupled loss (arXiv 2110.06848) leaves k = j out of the sum as well.
+
     The fraction is computed as sigmoid(s_ij / tau - log of the sum over k not in {i, j}): once the positive outweighs
     the negatives by 1e16, as after training at a low temperature, a softmax rounds to 1 and its gradient to 0 even in
     float64.
@@ -22,6 +24,7 @@ def nt_xent_reference(z: Tensor, temperature: Tensor, z_all: Tensor) -> Tensor:
         z: (2n, D) projections of this rank.
         temperature: () tau.
         z_all: (M, D) projections of all ranks, those of this rank first.
+        decoupled: whether the positive is left out of the denominator.
 
     Returns:
         () mean over the rows of z, float32 (float64 for a float64 z).
@@ -34,6 +37,8 @@ def nt_xent_reference(z: Tensor, temperature: Tensor, z_all: Tensor) -> Tensor:
     not_negative[i, i] = True
     not_negative[i, j] = True
     negatives = similarity.masked_fill(not_negative, -math.inf).logsumexp(dim=1)
+    if decoupled:
+        return (negatives - similarity[i, j]).mean()
     return -F.logsigmoid(similarity[i, j] - negatives).mean()
 
 

@@ -144,6 +144,8 @@ ROWS = Counter(mean_of=STEPS // LOG_EVERY)
         (1, "--loss.impl reference --optim.name lars --micro-batch 8"),
         (2, "--loss.impl reference --optim.name sgd"),
         (2, "--loss.impl triton --optim.name lars --micro-batch 4"),
+        (1, "--loss.impl triton --loss.learn-temperature --loss.decoupled"),
+        (2, "--loss.impl triton --loss.learn-temperature --micro-batch 4"),
     ],
 )
 def test_pretraining_waits_once_per_row(run, ranks, options):

@@ -224,7 +224,7 @@ def test_two_ranks_equal_one_process(run_here, data, tmp_path):
     rounding alone; and the small stem, so that batch norm has pixels to average over.
     """
     common = ["--data", data, "--epochs", 1, *SMALL, "--precision", "fp32", "--encoder.stem", "small"]
-    common += ["--loss.temperature", 0.5, "--optim.name", "sgd", "--optim.lr", 0.02]
+    common += ["--loss.temperature", 0.5, "--loss.learn-temperature", "--optim.name", "sgd", "--optim.lr", 0.02]
     # rows of two steps: a checkpoint after the first of them holds the sums of an open row, one part per process
     common += ["--checkpoint.every-steps", 1, "--checkpoint.keep", 9, "--log-every", 2, "--out"]
     run_here(*common, tmp_path / "one")
@@ -236,7 +236,9 @@ def test_two_ranks_equal_one_process(run_here, data, tmp_path):
     for alone, together in zip(one, two, strict=True):
         assert together["loss"] == pytest.approx(alone["loss"], abs=1e-5)
         assert together["lr"] == alone["lr"] and together["probe_top1"] == pytest.approx(alone["probe_top1"])
+        assert together["temperature"] == pytest.approx(alone["temperature"], abs=1e-6)
     assert max(row["loss"] for row in one) - min(row["loss"] for row in one) > 0.01, "the weights must have moved"
+    assert abs(one[-1]["temperature"] - 0.5) > 1e-3, "the temperature must have moved"
     one, two = (
         {row["features"]: row["knn_top1"] for row in rows(tmp_path / name) if "features" in row}
         for name in ("one", "two")
@@ -407,14 +409,18 @@ def test_out_of_memory_raises_one_sentence(run_here, data, monkeypatch, error):
         run_here("--data", data)
 
 
-def test_collapse_is_reported(run_here, data, tmp_path, monkeypatch, capsys):
-    """All projections are equal, as in a collapsed network: the loss is ln(2B - 1) from the first step."""
+@pytest.mark.parametrize(("options", "candidates"), [([], 31), (["--loss.decoupled"], 30)])
+def test_collapse_is_reported(run_here, data, tmp_path, monkeypatch, capsys, options, candidates):
+    """All projections are equal, as in a collapsed network: the loss is ln(2B - 1) from the first step.
+
+    The decoupled loss does not count the positive.
+    """
     monkeypatch.setattr(train, "nt_xent", lambda z, **options: nt_xent(0 * z + 1, **options))
     monkeypatch.setattr(loop, "CollapseWatch", partial(CollapseWatch, patience_steps=6))
-    options = ["--data", data, "--epochs", 2, "--eval.no-baselines", "--eval.knn-every", 0, *SMALL]
+    options = ["--data", data, "--epochs", 2, "--eval.no-baselines", "--eval.knn-every", 0, *SMALL, *options]
     run_here(*options, "--out", tmp_path / "run")
     printed = " ".join(capsys.readouterr().out.split())
-    assert printed.count(f"The loss stays at {math.log(31):.4f}") == 1 and "(collapse)" in printed
+    assert printed.count(f"The loss stays at {math.log(candidates):.4f}") == 1 and "(collapse)" in printed
 
 
 @pytest.mark.soak

@@ -7,7 +7,8 @@ With u_i = z_i / |z_i|, s_ij = u_i . u_j / tau and p(i) the other view of i:
     dL/du_i = [ sum_j (P_ij + P_ji) u_j - (q_i + q_p(i)) u_p(i) ] / (M tau),     P_ij = exp(s_ij - lse_i)
     dL/dtau = -1/(2 tau) sum_i u_i . dL/du_i    (s = u.u / tau; every pair contributes from both ends)
 
-This is equation 1 of SimCLR (arXiv 2002.05709) with the positive separated. S is symmetric, so pairs among a rank's own
+This is equation 1 of SimCLR (arXiv 2002.05709) with the positive separated; the decoupled loss (arXiv 2110.06848) has
+l_i = L_i - s_ip(i), lse_i = L_i and q_i = 1. S is symmetric, so pairs among a rank's own
 rows are visited once, in the upper triangle, and every block contributes to its rows and to its columns:
 P_ij + P_ji = exp(s_ij) (exp(-lse_i) + exp(-lse_j)) needs one exponential. Positives are excluded from the blocks' sums:
 subtracting them afterwards would cancel all other terms once the model is trained.
@@ -30,7 +31,7 @@ from .workers import Workers, workers
 BAND_ROWS, BLOCK_COLUMNS = 384, 768
 
 
-def nt_xent_blockwise(z: Tensor, temperature: Tensor, gather: Callable[[Tensor], Tensor] = Tensor.detach) -> Tensor:
+def nt_xent_blockwise(z: Tensor, temperature: Tensor, gather: Callable[[Tensor], Tensor], decoupled: bool) -> Tensor:
     """`nt_xent` of this rank's projections, computed in blocks.
 
     Args:
@@ -38,6 +39,7 @@ def nt_xent_blockwise(z: Tensor, temperature: Tensor, gather: Callable[[Tensor],
         temperature: () on any device; read by the host.
         gather: concatenates a tensor's rows over all ranks, this rank's first. Both gathers take place in the forward
             pass, after which every rank has all it needs for the complete gradient of its own rows.
+        decoupled: whether to omit the positive from the denominator.
 
     Returns:
         () float32 (float64 for a float64 z), differentiable once in z and in temperature.
@@ -45,7 +47,7 @@ def nt_xent_blockwise(z: Tensor, temperature: Tensor, gather: Callable[[Tensor],
     with torch.no_grad():
         z_all = gather(z)  # (M, D)
         negatives_all = gather(negatives_logsumexp(z_all, temperature, z.shape[0]))  # (M,)
-    return loss_from_negatives(z, temperature, z_all, negatives_all)
+    return loss_from_negatives(z, temperature, z_all, negatives_all, decoupled)
 
 
 @torch.library.custom_op(f"{OPERATOR_NAMESPACE}::negatives_logsumexp", mutates_args=())
@@ -55,16 +57,16 @@ def negatives_logsumexp(z_all: Tensor, temperature: Tensor, rows: int) -> Tensor
 
 
 def _negatives_logsumexp(workers: Workers, z_all: Tensor, temperature: Tensor, rows: int) -> Tensor:
-    u, _ = _unit_rows(z_all)
+    u, _ = unit_rows(z_all)
     u_t = u.t().contiguous()  # (D, M): contiguous for the GEMM of a block
     tau = temperature.item()
-    exp_fits = _exp_fits(u.dtype, tau)
+    fits = exp_fits(u.dtype, tau)
 
     def over_bands(bands: Iterable[slice]) -> Tensor:
-        total = u.new_full((rows,), 0.0 if exp_fits else -math.inf)
+        total = u.new_full((rows,), 0.0 if fits else -math.inf)
         for block in _blocks(u, u_t, rows, tau, bands):
             i, mirrored, s = block.rows, block.mirrored, block.s
-            if exp_fits:
+            if fits:
                 s.exp_()
                 total[i] += s.sum(1)
                 total[mirrored] += block.s_mirrored.sum(0)
@@ -74,53 +76,65 @@ def _negatives_logsumexp(workers: Workers, z_all: Tensor, temperature: Tensor, r
         return total
 
     partial_sums = workers.map_bands(over_bands, rows, BAND_ROWS)
-    return sum(partial_sums).log_() if exp_fits else reduce(torch.logaddexp, partial_sums)
+    return sum(partial_sums).log_() if fits else reduce(torch.logaddexp, partial_sums)
 
 
 @negatives_logsumexp.register_fake
 def _(z_all, temperature, rows):
-    return z_all.new_empty(rows, dtype=_compute_dtype(z_all))
+    return z_all.new_empty(rows, dtype=compute_dtype(z_all))
 
 
 @torch.library.custom_op(f"{OPERATOR_NAMESPACE}::nt_xent_loss", mutates_args=())
-def loss_from_negatives(z: Tensor, temperature: Tensor, z_all: Tensor, negatives_all: Tensor) -> Tensor:
+def loss_from_negatives(
+    z: Tensor, temperature: Tensor, z_all: Tensor, negatives_all: Tensor, decoupled: bool
+) -> Tensor:
     """Mean loss () of this rank's rows z (2n, D), differentiable once in z and in temperature.
 
     z_all (M, D), whose first 2n rows are z, and L (M,) of its rows are intermediate results, not inputs: gradients
     through them are part of the gradient of z.
     """
-    return workers(z.device).run(_loss_from_negatives, z, temperature, negatives_all)
+    return workers(z.device).run(_loss_from_negatives, z, temperature, negatives_all, decoupled)
 
 
-def _loss_from_negatives(_: Workers, z: Tensor, temperature: Tensor, negatives_all: Tensor) -> Tensor:
+def _loss_from_negatives(_: Workers, z: Tensor, temperature: Tensor, negatives_all: Tensor, decoupled: bool) -> Tensor:
     rows = z.shape[0]
-    u, _ = _unit_rows(z)
-    return -F.logsigmoid(_positives(u, rows, temperature.item()) - negatives_all[:rows]).mean()
+    u, _ = unit_rows(z)
+    excess = negatives_all[:rows] - positives_of(u, rows, temperature.item())
+    return excess.mean() if decoupled else -F.logsigmoid(-excess).mean()
 
 
 @loss_from_negatives.register_fake
-def _(z, temperature, z_all, negatives_all):
-    return z.new_empty((), dtype=_compute_dtype(z))
+def _(z, temperature, z_all, negatives_all, decoupled):
+    return z.new_empty((), dtype=compute_dtype(z))
 
 
 @torch.library.custom_op(f"{OPERATOR_NAMESPACE}::nt_xent_gradient", mutates_args=())
 def loss_gradient(
-    grad_loss: Tensor, temperature: Tensor, z_all: Tensor, negatives_all: Tensor, rows: int
+    grad_loss: Tensor, temperature: Tensor, z_all: Tensor, negatives_all: Tensor, rows: int, decoupled: bool
 ) -> tuple[Tensor, Tensor]:
     """dL/dz (rows, D) and dL/dtau () of W times the global loss: the mean over W ranks is the global gradient."""
-    return workers(z_all.device).run(_loss_gradient, grad_loss, temperature, z_all, negatives_all, rows)
+    return workers(z_all.device).run(_loss_gradient, grad_loss, temperature, z_all, negatives_all, rows, decoupled)
 
 
 def _loss_gradient(
-    workers: Workers, grad_loss: Tensor, temperature: Tensor, z_all: Tensor, negatives_all: Tensor, rows: int
+    workers: Workers,
+    grad_loss: Tensor,
+    temperature: Tensor,
+    z_all: Tensor,
+    negatives_all: Tensor,
+    rows: int,
+    decoupled: bool,
 ) -> tuple[Tensor, Tensor]:
-    u, norm = _unit_rows(z_all)
+    u, norm = unit_rows(z_all)
     u_t = u.t().contiguous()
     tau = temperature.item()
-    positives = _positives(u, rows, tau)  # (M,)
-    lse = negatives_all.logaddexp(positives)
-    q = torch.sigmoid(negatives_all[:rows] - positives[:rows]).view(2, -1, 1)
-    exp_fits = _exp_fits(u.dtype, tau)
+    positives = positives_of(u, rows, tau)  # (M,)
+    if decoupled:
+        lse, q = negatives_all, u.new_ones(2, rows // 2, 1)
+    else:
+        lse = negatives_all.logaddexp(positives)
+        q = torch.sigmoid(negatives_all[:rows] - positives[:rows]).view(2, -1, 1)
+    fits = exp_fits(u.dtype, tau)
     shrink = torch.exp(-lse)
 
     def over_bands(bands: Iterable[slice]) -> Tensor:
@@ -129,7 +143,7 @@ def _loss_gradient(
         for block in _blocks(u, u_t, rows, tau, bands):
             i, j, s = block.rows, block.columns, block.s
             w = weights[: s.numel()].view_as(s)
-            if exp_fits:
+            if fits:
                 torch.add(shrink[i, None], shrink[j], out=w)
                 s.exp_().mul_(w)
             else:
@@ -154,24 +168,43 @@ def _loss_gradient(
 
 
 @loss_gradient.register_fake
-def _(grad_loss, temperature, z_all, negatives_all, rows):
+def _(grad_loss, temperature, z_all, negatives_all, rows, decoupled):
     return z_all.new_empty(rows, z_all.shape[1]), torch.empty_like(temperature)
 
 
 def _save_for_gradient(ctx, inputs, output):
-    z, temperature, z_all, negatives_all = inputs
+    z, temperature, z_all, negatives_all, ctx.decoupled = inputs
     ctx.rows = z.shape[0]
     ctx.save_for_backward(temperature, z_all, negatives_all)
 
 
 def _backward(ctx, grad_loss):
+    refuse_second_derivative()
+    dz, d_tau = loss_gradient(grad_loss, *ctx.saved_tensors, ctx.rows, ctx.decoupled)
+    return dz, d_tau, None, None, None
+
+
+def refuse_second_derivative() -> None:
+    """Raise in a backward pass that is recorded."""
     if torch.is_grad_enabled():  # the gradient would be a constant, and a penalty on it would have no effect
         raise RuntimeError("nt_xent cannot be differentiated twice (create_graph=True); use impl='reference'.")
-    dz, d_tau = loss_gradient(grad_loss, *ctx.saved_tensors, ctx.rows)
-    return dz, d_tau, None, None
 
 
 loss_from_negatives.register_autograd(_backward, setup_context=_save_for_gradient)
+
+
+def loss_and_gradient(
+    z: Tensor, temperature: Tensor, decoupled: bool, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `one_pass.loss_and_gradient` returns, at any temperature."""
+    z, one = z.to(compute_dtype(z)), torch.ones((), device=z.device)
+    here = workers(z.device)
+    negatives = here.run(_negatives_logsumexp, z, temperature, len(z))
+    loss = here.run(_loss_from_negatives, z, temperature, negatives, decoupled)
+    if not with_gradient:
+        return loss, z.new_empty(0), z.new_empty(0)
+    dz, d_tau = here.run(_loss_gradient, one, temperature, z, negatives, len(z), decoupled)
+    return loss, dz, d_tau.to(z)
 
 
 class Block(NamedTuple):
@@ -209,20 +242,20 @@ def _block_size(u: Tensor, rows: int) -> int:
     return min(BAND_ROWS, rows) * min(BLOCK_COLUMNS, u.shape[0])
 
 
-def _exp_fits(dtype: torch.dtype, tau: float) -> bool:
+def exp_fits(dtype: torch.dtype, tau: float) -> bool:
     # |s| <= 1 / tau, so from this temperature on (0.0134 in float32) no maximum has to be subtracted: neither exp(s),
     # nor the sum of a million of them (hence 14), nor its inverse leaves the normal numbers. Below it, L is a running
     # log-sum-exp, and P_ij + P_ji takes two exponentials, both of numbers that are not positive.
     return 1 / tau <= math.log(torch.finfo(dtype).max) - 14
 
 
-def _unit_rows(z: Tensor) -> tuple[Tensor, Tensor]:
+def unit_rows(z: Tensor) -> tuple[Tensor, Tensor]:
     """Unit rows u (M, D) and norms |z| (M, 1) in float32 or wider.
 
     A zero row has no direction: u = 0, and |z| = inf stops its gradient. The same applies to a row whose square is near
     the smallest normal number, where rounding would give u a norm other than 1.
     """
-    z = z.to(_compute_dtype(z))
+    z = z.to(compute_dtype(z))
     norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
     # A finite row whose square overflows would become a zero row: NaN stops a run that has diverged this far.
     norm = norm.masked_fill(norm == math.inf, math.nan)
@@ -230,12 +263,12 @@ def _unit_rows(z: Tensor) -> tuple[Tensor, Tensor]:
     return z / norm, norm
 
 
-def _positives(u: Tensor, rows: int, tau: float) -> Tensor:
+def positives_of(u: Tensor, rows: int, tau: float) -> Tensor:
     """s_ip(i) (M,) of u (M, D): `rows` rows of every rank in turn, first views before second views."""
     views = u.view(-1, 2, rows // 2, u.shape[1])  # (W, 2, n, D)
     positives = (views[:, 0] * views[:, 1]).sum(-1) / tau  # (W, n)
     return positives[:, None].expand(-1, 2, -1).reshape(-1)
 
 
-def _compute_dtype(z: Tensor) -> torch.dtype:
+def compute_dtype(z: Tensor) -> torch.dtype:
     return torch.promote_types(z.dtype, torch.float32)

@@ -17,6 +17,8 @@ sample k. With z_i = x_i / |x_i|, s_ij = z_i . z_j / tau and p(i) the other view
     dL/dx_i = (dL/dz_i - <z_i, dL/dz_i> z_i) / |x_i|
     dL/dtau = -1/(2 tau) sum_i <z_i, dL/dz_i>
 
+The decoupled loss (arXiv 2110.06848) has l_i = L_i - s_ip(i), lse_i = L_i and q_i = 1: only `rows.row_losses` differs.
+
 Positives are excluded from the sum over j in both passes: subtracting them afterwards would cancel all other terms once
 the model is trained. A rank visits all j for its own i and has lse_j of all ranks, so its gradient is complete.
 

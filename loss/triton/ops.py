@@ -28,7 +28,11 @@ class RowTerms(NamedTuple):
 
 
 def nt_xent_triton(
-    z: Tensor, temperature: Tensor, gather: Callable[[Tensor], Tensor] | None = None, precision: str = "tf32"
+    z: Tensor,
+    temperature: Tensor,
+    gather: Callable[[Tensor], Tensor] | None = None,
+    precision: str = "tf32",
+    decoupled: bool = False,
 ) -> Tensor:
     """`nt_xent` of this rank's projections, computed by Triton kernels.
 
@@ -39,6 +43,7 @@ def nt_xent_triton(
         gather: concatenates a tensor's rows over all ranks, this rank's first; None for a single rank. Gathering z
             overlaps with the sums over this rank's own columns.
         precision: of the products of float32 rows, "tf32" or "ieee".
+        decoupled: whether to omit the positive from the denominator.
 
     Returns:
         () float32, differentiable once in z and in temperature.
@@ -47,29 +52,31 @@ def nt_xent_triton(
     with torch.no_grad():
         if gather is None:
             z_all = z.detach()
-            terms = RowTerms(*own_losses(z_all, temperature, precision))
+            terms = RowTerms(*own_losses(z_all, temperature, precision, decoupled))
             b_all = terms.b
         else:
             wait = _start(gather, z.detach())
             own_partial, positives = own_log_sums(z.detach(), temperature, precision)
             z_all = wait()
-            terms = RowTerms(*all_losses(z_all, temperature, own_partial, positives, precision))
+            terms = RowTerms(*all_losses(z_all, temperature, own_partial, positives, precision, decoupled))
             b_all = gather(terms.b)
     return mean_loss(z, temperature, terms.losses, z_all, terms.a, b_all, terms.q, terms.g, precision)
 
 
 @torch.library.custom_op(f"{OPERATOR_NAMESPACE}::triton_own_losses", mutates_args=())
-def own_losses(z: Tensor, temperature: Tensor, precision: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def own_losses(
+    z: Tensor, temperature: Tensor, precision: str, decoupled: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`RowTerms` of z (2n, D) on a single rank."""
     with torch.cuda.device_of(z):
         n = z.shape[0] // 2
         y, g, positives = scale_rows(z, temperature, n, precision, "lse_forward")
         partial = lse_forward(y, g, temperature, n, precision, own=True)
-        return *row_losses(partial, positives, g, temperature, z.dtype), g
+        return *row_losses(partial, positives, g, temperature, z.dtype, decoupled), g
 
 
 @own_losses.register_fake
-def _(z, temperature, precision):
+def _(z, temperature, precision, decoupled):
     return tuple(z.new_empty(z.shape[0], dtype=torch.float32) for _ in range(5))
 
 
@@ -90,18 +97,18 @@ def _(z, temperature, precision):
 
 @torch.library.custom_op(f"{OPERATOR_NAMESPACE}::triton_all_losses", mutates_args=())
 def all_losses(
-    z_all: Tensor, temperature: Tensor, own_partial: Tensor, positives: Tensor, precision: str
+    z_all: Tensor, temperature: Tensor, own_partial: Tensor, positives: Tensor, precision: str, decoupled: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`RowTerms` of the first 2n rows of z_all (M, D), from the results of `own_log_sums` and the other ranks' rows."""
     with torch.cuda.device_of(z_all):
         n = positives.shape[0]
         y_all, g_all, _ = scale_rows(z_all, temperature, n, precision, "lse_forward")
         partial = torch.cat([own_partial, lse_forward(y_all, g_all, temperature, n, precision, own=False)])
-        return *row_losses(partial, positives, g_all, temperature, z_all.dtype), g_all
+        return *row_losses(partial, positives, g_all, temperature, z_all.dtype, decoupled), g_all
 
 
 @all_losses.register_fake
-def _(z_all, temperature, own_partial, positives, precision):
+def _(z_all, temperature, own_partial, positives, precision, decoupled):
     rows = 2 * positives.shape[0]
     return tuple(z_all.new_empty(size, dtype=torch.float32) for size in (rows, rows, rows, rows, z_all.shape[0]))
 

@@ -117,8 +117,10 @@ def row_losses_kernel(
     LOG2_HEADROOM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     TAU_IS_POINTER: tl.constexpr,
+    DECOUPLED: tl.constexpr,
 ):
     # l_i = softplus(L_i - s_ip(i)),     lse_i = s_ip(i) + l_i,     q_i = sigmoid(L_i - s_ip(i)),     computed in base 2
+    # l_i = L_i - s_ip(i),               lse_i = L_i,               q_i = 1                           if DECOUPLED
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = i < 2 * n
     high = tl.full((BLOCK_M,), -float("inf"), tl.float32)
@@ -129,25 +131,30 @@ def row_losses_kernel(
     for slot in range(slots):
         total += tl.exp2(tl.load(partial_ptr + slot * 2 * n + i, mask=inside, other=0.0) - high)
     positive = tl.load(positive_ptr + i % n, mask=inside, other=0.0)
-    excess = high + tl.log2(total) - positive
-
-    # log2(1 + small) in full precision even where 1 + small rounds to 1: the losses of a trained model are that small.
-    small = tl.exp2(-tl.abs(excess))
-    one_more = 1 + small
-    log_one_more = tl.where(one_more == 1, small / LN_2, tl.log2(one_more) * (small / (one_more - 1)))
-    loss = tl.where(excess > 0, excess, 0.0) + log_one_more  # `small` propagates NaN
+    negatives = high + tl.log2(total)
+    excess = negatives - positive
+    if DECOUPLED:
+        loss, lse, q = excess, negatives, tl.full((BLOCK_M,), 1.0, tl.float32)
+    else:
+        # log2(1 + small) in full precision even where 1 + small rounds to 1: losses of a trained model are that small.
+        small = tl.exp2(-tl.abs(excess))
+        one_more = 1 + small
+        log_one_more = tl.where(one_more == 1, small / LN_2, tl.log2(one_more) * (small / (one_more - 1)))
+        loss = tl.where(excess > 0, excess, 0.0) + log_one_more  # `small` propagates NaN
+        lse = positive + loss
+        q = 1 / (1 + tl.exp2(-excess))
     tl.store(loss_ptr + i, loss * LN_2, mask=inside)
-    lse = positive + loss - LOG2_HEADROOM
+    lse -= LOG2_HEADROOM
     online = is_online(temperature, TAU_IS_POINTER)
     a = tl.where(online, lse, tl.exp2(-lse))
     g = tl.load(g_ptr + i, mask=inside, other=0.0)
     tl.store(a_ptr + i, a, mask=inside)
     tl.store(b_ptr + i, tl.where(online, lse, a * g), mask=inside)
-    tl.store(q_ptr + i, 1 / (1 + tl.exp2(-excess)), mask=inside)
+    tl.store(q_ptr + i, q, mask=inside)
 
 
 def row_losses(
-    partial: Tensor, positives: Tensor, g: Tensor, temperature: Tensor, dtype: torch.dtype
+    partial: Tensor, positives: Tensor, g: Tensor, temperature: Tensor, dtype: torch.dtype, decoupled: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """l, a, b and q of this rank's rows, each (2n,) float32; a and b as `grad_matmul` reads them for rows of `dtype`.
 
@@ -160,6 +167,7 @@ def row_losses(
         LOG2_HEADROOM=log2_headroom(dtype),
         BLOCK_M=128,
         TAU_IS_POINTER=not is_on_host(temperature),
+        DECOUPLED=decoupled,
     )
     return losses, a, b, q
 

@@ -3,6 +3,7 @@
 import copy
 import math
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -15,19 +16,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import UserError
 from engine.grad_cache import cached_backward, check_micro_batch, equal_slices
-from loss import nt_xent
+from loss import LossConfig, Temperature, nt_xent
 from model import synchronize_batchnorm
 from model.batchnorm import SyncBatchNorm
 from tests.ranks import run_ranks
 
 
 class Net(nn.Module):
-    """Small encoder, projection head and probe; float64, so that differences are not rounding."""
+    """Small encoder, projection head, probe and temperature; float64, so that differences are not rounding."""
 
     def __init__(self, norm=nn.Identity, dropout=0.0):
         super().__init__()
         self.encoder = nn.Sequential(nn.Conv2d(3, 6, 3), norm(6), nn.ReLU(), nn.Flatten(), nn.Dropout(dropout))
         self.head, self.probe = nn.Linear(6 * 16, 5), nn.Linear(6 * 16, 4)
+        self.temperature = Temperature(LossConfig(temperature=0.2, learn_temperature=True))
         self.double()
 
     def forward(self, views):
@@ -45,13 +47,12 @@ class FakeSession:
         return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
-def contrast(z):
-    return nt_xent(z, 0.2, impl="reference")
+contrast = partial(nt_xent, impl="reference")
 
 
 def whole(net, views, label):
     z, logits = net(views)
-    loss = contrast(z)
+    loss = contrast(z, net.temperature())
     (loss + cross_entropy(logits, label.repeat(2))).backward()
     return loss.detach()
 
@@ -68,7 +69,8 @@ def probe_of(label):
 
 
 def sliced(net, views, label, micro_batch):
-    return cached_backward(FakeSession(), net, views, micro_batch, contrast, probe_of(label))[0]
+    temperature = getattr(net, "module", net).temperature()  # DDP has none
+    return cached_backward(FakeSession(), net, views, micro_batch, contrast, probe_of(label), temperature)[0]
 
 
 def make(norm=nn.Identity, dropout=0.0, seed=0):
@@ -94,7 +96,7 @@ def test_metrics_are_summed_over_the_slices():
     net, views, label = make()
     with torch.no_grad():
         logits = net(views)[1]
-    loss, metrics = cached_backward(FakeSession(), net, views, 4, contrast, probe_of(label))
+    loss, metrics = cached_backward(FakeSession(), net, views, 4, contrast, probe_of(label), 0.2)
     assert not loss.requires_grad and metrics.shape == (2,)
     accuracy = (logits.argmax(1) == label.repeat(2)).double().mean()
     torch.testing.assert_close(metrics, torch.stack([accuracy, cross_entropy(logits, label.repeat(2))]))
@@ -108,7 +110,7 @@ def test_plain_accumulation_gives_another_gradient():
     for first in range(0, 11, 4):
         part = slice(first, min(first + 4, 11))
         own = torch.cat([views[part], views[11 + part.start : 11 + part.stop]])
-        (contrast(other(own)[0]) * (part.stop - part.start) / 11).backward()
+        (contrast(other(own)[0], 0.2) * (part.stop - part.start) / 11).backward()
     gradients = [torch.cat([w.grad.flatten() for w in each.head.parameters()]) for each in (net, other)]
     assert (gradients[0] - gradients[1]).norm() > 0.1 * gradients[0].norm()
 
@@ -179,7 +181,7 @@ def test_statistics_are_restored_after_an_error():
     net, views, label = make(nn.BatchNorm2d)
     before = net.encoder[1].running_var.clone()
     with pytest.raises(ZeroDivisionError):
-        cached_backward(FakeSession(), net, views, 4, lambda z: 1 / 0, probe_of(label))
+        cached_backward(FakeSession(), net, views, 4, lambda z, temperature: 1 / 0, probe_of(label), 0.2)
     assert torch.equal(net.encoder[1].running_var, before) and net.encoder[1].num_batches_tracked == 0
     assert net.encoder[1].track_running_stats and net.encoder[1].momentum == 0.1
     assert math.isfinite(sliced(net, views, label, 4).item())
@@ -198,7 +200,7 @@ def _sliced_on_a_rank(rank, world_size, norm):
     model.register_comm_hook(None, lambda _, bucket: synchronized.append(1) or _mean(bucket, world_size))
 
     probe = probe_of(label[list(images)])
-    cached_backward(FakeSession(), model, views[rows], 2, lambda z: nt_xent(z, 0.2), probe)
+    cached_backward(FakeSession(), model, views[rows], 2, nt_xent, probe, net.temperature())
     return [w.grad for w in net.parameters()], dict(net.named_buffers()), len(synchronized)
 
 

@@ -1,5 +1,7 @@
 """Inputs, gradients and error bounds shared by the tests of all NT-Xent implementations."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -16,36 +18,40 @@ def trained_like(n, d, dtype=torch.float64, seed=0):
     return z
 
 
-def dense(z, temperature):
+def dense(z, temperature, decoupled=False):
     """Usual dense form in plain torch: the accuracy to match."""
     z = F.normalize(z, dim=1)
     similarity = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
-    return F.cross_entropy(similarity, torch.arange(len(z)).roll(len(z) // 2))
+    positive = torch.arange(len(z)).roll(len(z) // 2)
+    if decoupled:
+        positives = similarity.gather(1, positive[:, None])
+        return (similarity.scatter(1, positive[:, None], -torch.inf).logsumexp(1, keepdim=True) - positives).mean()
+    return F.cross_entropy(similarity, positive)
 
 
-def loss_and_gradients(z, tau, impl, compute=None):
-    """Loss, dL/dz and dL/dtau of nt_xent with `impl`, or of `compute(z, temperature)`."""
+def loss_and_gradients(z, tau, impl, compute=None, decoupled=False):
+    """Loss, dL/dz and dL/dtau of nt_xent with `impl`, or of `compute(z, temperature, decoupled=decoupled)`."""
     z = z.detach().clone().requires_grad_()
     temperature = torch.tensor(tau, dtype=torch.promote_types(z.dtype, torch.float32), requires_grad=True)
-    loss = compute(z, temperature) if compute else nt_xent(z, temperature, impl=impl)
+    loss = (compute or partial(nt_xent, impl=impl))(z, temperature, decoupled=decoupled)
     (loss * 1024).backward()  # loss scaling, without which float16 gradients vanish
     return loss.detach(), z.grad / 1024, temperature.grad / 1024
 
 
-def errors(z, tau, impl, compute=None):
+def errors(z, tau, impl, compute=None, decoupled=False):
     """Norm and error of loss, dL/dz and dL/dtau against the reference in float64."""
     tau = torch.tensor(tau).item()  # rounded first, so that its rounding is not part of the error
-    truth = loss_and_gradients(z.double(), tau, "reference")
-    actual = loss_and_gradients(z, tau, impl, compute)
+    truth = loss_and_gradients(z.double(), tau, "reference", decoupled=decoupled)
+    actual = loss_and_gradients(z, tau, impl, compute, decoupled)
     return {
         name: (true.norm().item(), (ours.double() - true).norm().item())
         for name, true, ours in zip(("loss", "dL/dz", "dL/dtau"), truth, actual, strict=True)
     }
 
 
-def check_accuracy(z, tau, impl):
+def check_accuracy(z, tau, impl, decoupled=False):
     """Errors are at most twice those of the dense form in the same dtype."""
-    ours, naive = errors(z, tau, impl), errors(z, tau, None, dense)
+    ours, naive = (errors(z, tau, impl, compute, decoupled) for compute in (None, dense))
     # The error of a scalar can be zero by chance, hence slack in ulps of s = 1 / tau. In a 16-bit dtype, the gradient
     # is at best the float64 one, rounded.
     ulp = torch.finfo(torch.float32).eps

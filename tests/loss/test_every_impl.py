@@ -10,39 +10,42 @@ from loss import nt_xent
 from tests.loss.cases import loss_and_gradients, trained_like
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-IMPLS = ["triton"] if INTERPRETED else ["blockwise", "reference"]
+IMPLS = ["triton"] if INTERPRETED else ["blockwise", "one pass", "reference"]
 WIDEST = torch.float32 if INTERPRETED else torch.float64
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, in the interpreter: log of 0 is intended
-    pytest.mark.parametrize("impl", IMPLS),
+    pytest.mark.parametrize("impl", IMPLS, indirect=True),
 ]
 
 
 def test_a_single_sample_has_no_negatives_and_zero_loss(impl):
     loss, grad, grad_temperature = loss_and_gradients(trained_like(1, 8, WIDEST), 0.1, impl)
     assert loss == 0 and grad_temperature == 0 and not grad.any()
+    with pytest.raises(ValueError, match="decoupled=True needs negatives, but z holds a single sample"):
+        nt_xent(trained_like(1, 8, WIDEST), 0.1, impl=impl, decoupled=True)
 
 
 @pytest.mark.parametrize("tau", [0.005, 0.1])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_zero_rows_are_finite_and_get_no_gradient(impl, dtype, tau):
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_zero_rows_are_finite_and_get_no_gradient(impl, dtype, tau, decoupled):
     z = trained_like(6, 24, dtype)
     z[[2, 7]] = 0
-    loss, grad, grad_temperature = loss_and_gradients(z, tau, impl)
+    loss, grad, grad_temperature = loss_and_gradients(z, tau, impl, decoupled=decoupled)
     assert loss.isfinite() and grad.isfinite().all() and grad_temperature.isfinite()
     assert not grad[[2, 7]].any() and grad.any()
 
 
 @pytest.mark.parametrize("tau", [0.005, 0.1])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("n", [1, 6])
+@pytest.mark.parametrize(("n", "decoupled"), [(1, False), (6, False), (6, True)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nan_and_inf_make_the_loss_nan(impl, dtype, n, bad, tau):
+def test_nan_and_inf_make_the_loss_nan(impl, dtype, n, decoupled, bad, tau):
     z = trained_like(n, 24, dtype)
     z[n, 3] = bad
-    loss, grad, _ = loss_and_gradients(z, tau, impl)
+    loss, grad, _ = loss_and_gradients(z, tau, impl, decoupled=decoupled)
     assert loss.isnan() and grad.isnan().any()
 
 
@@ -128,14 +131,15 @@ def test_two_runs_are_bit_identical(impl):
     assert all(map(torch.equal, first, second))
 
 
-def test_compiles_into_a_single_graph(impl):
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_compiles_into_a_single_graph(impl, decoupled):
     z = trained_like(17, 10, torch.float32)
 
-    def step(z, temperature):
-        return nt_xent(2 * z, temperature, impl=impl)
+    def step(z, temperature, decoupled):
+        return nt_xent(2 * z, temperature, impl=impl, decoupled=decoupled)
 
-    expected = loss_and_gradients(z, 0.1, impl, step)
-    actual = loss_and_gradients(z, 0.1, impl, torch.compile(step, backend="aot_eager", fullgraph=True))
+    expected = loss_and_gradients(z, 0.1, impl, step, decoupled)
+    actual = loss_and_gradients(z, 0.1, impl, torch.compile(step, backend="aot_eager", fullgraph=True), decoupled)
     for ours, true in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, true)
 

@@ -9,6 +9,7 @@ from loss import nt_xent
 from tests.ranks import run_ranks
 
 SAMPLES_PER_RANK, WIDTH, D = 5, 9, 7
+CASES = [(impl, decoupled) for impl in ("blockwise", "reference") for decoupled in (False, True)]
 
 
 class Projector(torch.nn.Module):
@@ -31,9 +32,9 @@ def batch_views(world_size):
     return torch.stack([first, first + 0.3 * torch.randn(first.shape, dtype=torch.float64, generator=generator)])
 
 
-def loss_and_gradients(module, views, group=None, impl="auto"):
+def loss_and_gradients(module, views, **options):
     module.zero_grad()
-    loss = nt_xent(*module(views.flatten(0, 1)), group=group, impl=impl)
+    loss = nt_xent(*module(views.flatten(0, 1)), **options)
     loss.backward()
     return [loss.detach()] + [p.grad.clone() for p in module.parameters()]
 
@@ -42,10 +43,10 @@ def compare_with_one_process(rank, world_size):
     own = batch_views(world_size)[:, rank * SAMPLES_PER_RANK : (rank + 1) * SAMPLES_PER_RANK]
     module = DistributedDataParallel(Projector())
     results = {}
-    for impl in ("blockwise", "reference"):
-        loss, *gradients = loss_and_gradients(module, own, impl=impl)
+    for impl, decoupled in CASES:
+        loss, *gradients = loss_and_gradients(module, own, impl=impl, decoupled=decoupled)
         dist.all_reduce(loss)
-        results[impl] = [loss / world_size, *gradients]
+        results[impl, decoupled] = [loss / world_size, *gradients]
 
     # In a group of one, the loss is that of a single process.
     alone = [dist.new_group([r]) for r in range(world_size)][rank]
@@ -64,6 +65,7 @@ def compare_with_one_process(rank, world_size):
         (z, {"temperature": 0.1, "impl": "reference" if rank else "blockwise"}),
         (z, {"temperature": 0.1 + rank}),
         (z, {"temperature": torch.tensor(0.1) if rank else 0.1}),
+        (z, {"temperature": 0.1, "decoupled": bool(rank)}),
     ]:
         with pytest.raises(ValueError) as error:
             nt_xent(differing, **options)
@@ -87,14 +89,17 @@ def compare_with_one_process(rank, world_size):
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_equal_one_process(world_size, tmp_path):
     views = batch_views(world_size)
-    expected = loss_and_gradients(Projector(), views, impl="reference")
+    expected = {
+        decoupled: loss_and_gradients(Projector(), views, impl="reference", decoupled=decoupled)
+        for decoupled in (False, True)
+    }
     z = views.flatten(0, 1).requires_grad_()
     # before averaging over ranks, dL/dz of a rank is W times the gradient of the mean over all rows
     (gradient,) = torch.autograd.grad(world_size * nt_xent(z, 0.2, impl="reference"), z, create_graph=True)
     second_derivative = torch.autograd.grad((gradient**3).sum(), z)[0].unflatten(0, (2, -1))
     for rank, results in enumerate(run_ranks(world_size, tmp_path, compare_with_one_process)):
-        for impl in ("blockwise", "reference"):
-            for actual, true in zip(results[impl], expected, strict=True):
+        for impl, decoupled in CASES:
+            for actual, true in zip(results[impl, decoupled], expected[decoupled], strict=True):
                 torch.testing.assert_close(actual, true, rtol=1e-12, atol=1e-12)
         own = views[:, rank * SAMPLES_PER_RANK : (rank + 1) * SAMPLES_PER_RANK]
         for actual, true in zip(results["alone"], loss_and_gradients(Projector(), own), strict=True):
@@ -103,9 +108,10 @@ def test_ranks_equal_one_process(world_size, tmp_path):
         assert ("[[4, 7], " if rank else "[[6, 7], ") in results["shape errors"][0]
         assert "z must hold two views" in results["odd"]
         assert "This process is not in the group" in results["outsider"]
-        dtypes, impls, temperatures, kinds = results["different calls"]
+        dtypes, impls, temperatures, kinds, losses = results["different calls"]
         assert "torch.float32 by blockwise" in dtypes and "torch.bfloat16 by blockwise" in dtypes
         assert "by reference" in impls and "at temperature 1.1" in temperatures and "(a tensor)" in kinds
+        assert "decoupled torch.float32" in losses
         mine = slice(rank * SAMPLES_PER_RANK, (rank + 1) * SAMPLES_PER_RANK)
         torch.testing.assert_close(
             results["second derivative"], second_derivative[:, mine].flatten(0, 1), rtol=1e-11, atol=1e-12

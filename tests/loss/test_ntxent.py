@@ -22,11 +22,14 @@ from loss import LossConfig, nt_xent
 from tests.loss.cases import loss_and_gradients, trained_like
 
 ROOT = Path(__file__).parents[2]
-IMPLS = ["blockwise", "reference"]
+IMPLS = ["blockwise", "one pass", "reference"]
 
 
-def algorithm_1_in_loops(z, tau):
-    """SimCLR, Algorithm 1, in plain Python. Its views of sample k are rows 2k - 1 and 2k, here k and n + k."""
+def algorithm_1_in_loops(z, tau, decoupled):
+    """SimCLR, Algorithm 1, in plain Python. Its views of sample k are rows 2k - 1 and 2k, here k and n + k.
+
+    The decoupled loss sums over k != i, j (arXiv 2110.06848).
+    """
     z = z.tolist()
     n = len(z) // 2
     rows = [z[k + view * n] for k in range(n) for view in range(2)]
@@ -36,24 +39,28 @@ def algorithm_1_in_loops(z, tau):
         return dot / (math.hypot(*rows[i]) * math.hypot(*rows[j]))
 
     def ell(i, j):
-        denominator = sum(math.exp(s(i, k) / tau) for k in range(2 * n) if k != i)
+        others = set(range(2 * n)) - ({i, j} if decoupled else {i})
+        denominator = sum(math.exp(s(i, k) / tau) for k in others)
         return -math.log(math.exp(s(i, j) / tau) / denominator)
 
     return sum(ell(2 * k, 2 * k + 1) + ell(2 * k + 1, 2 * k) for k in range(n)) / (2 * n)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLS, indirect=True)
 @pytest.mark.parametrize("tau", [0.07, 0.5, 1])
-def test_equals_algorithm_1_in_loops(impl, tau):
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_equals_algorithm_1_in_loops(impl, tau, decoupled):
     z = trained_like(5, 7)
-    assert nt_xent(z, tau, impl=impl).item() == pytest.approx(algorithm_1_in_loops(z, tau), rel=1e-12, abs=1e-14)
+    expected = pytest.approx(algorithm_1_in_loops(z, tau, decoupled), rel=1e-12, abs=1e-14)
+    assert nt_xent(z, tau, impl=impl, decoupled=decoupled).item() == expected
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_gradient_equals_finite_differences(impl):
+@pytest.mark.parametrize("impl", IMPLS, indirect=True)
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_gradient_equals_finite_differences(impl, decoupled):
     z = trained_like(3, 5).requires_grad_()
     temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *inputs: nt_xent(*inputs, impl=impl), (z, temperature))
+    assert torch.autograd.gradcheck(partial(nt_xent, impl=impl, decoupled=decoupled), (z, temperature))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -66,7 +73,7 @@ def test_16_bit_inputs_are_computed_in_float32(dtype):
     assert torch.equal(grad_temperature, expected_grad_temperature)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLS, indirect=True)
 def test_vmap_computes_every_batch(impl):
     z = torch.stack([trained_like(4, 8, seed=seed) for seed in range(3)]).requires_grad_()
     each = torch.stack([nt_xent(one, 0.2, impl="reference") for one in z])
@@ -107,7 +114,7 @@ def test_unsupported_derivatives_raise_instead_of_being_zero(name):
         torch.func.jvp(lambda tau: nt_xent(z, tau), (torch.tensor(0.2),), (torch.tensor(1.0),))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLS, indirect=True)
 def test_compiled_loss_is_nan_for_an_invalid_temperature_tensor(impl):
     """A compiled graph cannot read a tensor on the host."""
     torch.compiler.reset()
@@ -126,7 +133,7 @@ def test_compiled_loss_is_nan_for_an_invalid_temperature_tensor(impl):
     d=st.integers(1, 20),
     tau=st.floats(0.005, 2),
     seed=st.integers(0, 2**31),
-    impl=st.sampled_from(IMPLS),
+    impl=st.sampled_from(["blockwise", "reference"]),
 )
 def test_order_of_samples_and_length_of_rows_do_not_matter(n, d, tau, seed, impl):
     z = trained_like(n, d, seed=seed)

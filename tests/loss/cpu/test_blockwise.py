@@ -12,10 +12,21 @@ from loss.cpu import blockwise
 from tests.loss.cases import check_accuracy, loss_and_gradients, trained_like
 
 
+@pytest.fixture(autouse=True)
+def not_in_one_pass(monkeypatch):
+    monkeypatch.setattr("loss.cpu.one_pass.MAX_ROWS", 0)
+
+
 @pytest.mark.parametrize("tau", [0.01, 0.02, 0.1, 1.0])
 @pytest.mark.parametrize(("n", "d"), [(1, 24), (3, 37), (65, 48), (65, 200), (513, 128)])
 def test_float32_error_is_that_of_dense_torch(n, d, tau):
     check_accuracy(trained_like(n, d, torch.float32), tau, "blockwise")
+
+
+@pytest.mark.parametrize("tau", [0.01, 0.1])
+@pytest.mark.parametrize(("n", "d"), [(3, 37), (65, 48), (513, 128)])
+def test_decoupled_error_is_that_of_dense_torch(n, d, tau):
+    check_accuracy(trained_like(n, d, torch.float32), tau, "blockwise", decoupled=True)
 
 
 @pytest.mark.parametrize("blocks", [(4, 8), (8, 4), (6, 6), (7, 3), (64, 64)])
@@ -52,9 +63,10 @@ def test_operators_pass_opcheck():
     negatives = blockwise.negatives_logsumexp(z, tau, 6)
     torch.library.opcheck(blockwise.negatives_logsumexp, (z, tau, 6))
     torch.library.opcheck(
-        blockwise.loss_from_negatives, (z.clone().requires_grad_(), tau.clone().requires_grad_(), z, negatives)
+        blockwise.loss_from_negatives,
+        (z.clone().requires_grad_(), tau.clone().requires_grad_(), z, negatives, True),
     )
-    torch.library.opcheck(blockwise.loss_gradient, (torch.tensor(1.0), tau, z, negatives, 6))
+    torch.library.opcheck(blockwise.loss_gradient, (torch.tensor(1.0), tau, z, negatives, 6, True))
 
 
 # The peak of a process counts all memory that torch holds, also in C++, but never decreases: hence a separate process.

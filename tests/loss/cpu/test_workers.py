@@ -13,6 +13,11 @@ from loss import nt_xent
 from loss.cpu.workers import Workers
 
 
+@pytest.fixture(autouse=True)
+def not_in_one_pass(monkeypatch):
+    monkeypatch.setattr("loss.cpu.one_pass.MAX_ROWS", 0)
+
+
 @pytest.fixture
 def threads():
     before = torch.get_num_threads()

@@ -54,6 +54,18 @@ def test_error_is_that_of_dense_torch(tile, dtype, n, d, tau):
     check_accuracy(trained_like(n, d, dtype, seed=2 * n + d), tau, "triton")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "d", "tau"), [(5, 37, 0.1), (17, 128, 0.05), (33, 48, 0.01)])
+def test_decoupled_equals_float64_to_rounding(tile, dtype, n, d, tau):
+    tile(32, 32, 256, 256)
+    found = errors(trained_like(n, d, dtype), tau, "triton", decoupled=True)
+    similarity = 8 * 2**-23 / tau  # error of s, in float32
+    # weights and dL/dz are rounded to the dtype, by half an ulp each; the loss is not
+    for name, allowed in (("loss", 0), ("dL/dz", torch.finfo(dtype).eps), ("dL/dtau", torch.finfo(dtype).eps)):
+        norm, error = found[name]
+        assert error <= (similarity + allowed) * norm, name
+
+
 @pytest.mark.parametrize("tau", [0.01, 0.0133, 0.0135, 0.5])
 def test_accuracy_on_both_sides_of_the_online_switch(tile, tau):
     tile(32, 32, 64, 64)
@@ -137,23 +149,29 @@ def test_operators_pass_opcheck():
     own = (z[:4].contiguous(), tau, "ieee")
     partial_sums, positives = ops.own_log_sums(*own)
     torch.library.opcheck(ops.own_log_sums, own)
-    torch.library.opcheck(ops.own_losses, own)
-    torch.library.opcheck(ops.all_losses, (torch.cat([z[:4], z[:4]]), tau, partial_sums, positives, "ieee"))
-    terms = ops.RowTerms(*ops.own_losses(z, tau, "ieee"))
+    torch.library.opcheck(ops.own_losses, (*own, True))
+    z_all = torch.cat([z[:4], z[:4]])
+    torch.library.opcheck(ops.all_losses, (z_all, tau, partial_sums, positives, "ieee", True))
+    terms = ops.RowTerms(*ops.own_losses(z, tau, "ieee", True))
     saved = (z, terms.a, terms.b, terms.q, terms.g, "ieee")
     differentiable = (z.clone().requires_grad_(), tau.clone().requires_grad_())
     torch.library.opcheck(ops.mean_loss, (*differentiable, terms.losses, *saved))
     torch.library.opcheck(ops.loss_gradient, (torch.tensor(1.0), tau, *saved))
 
 
-RANK_CASES = [(torch.float32, 0.1), (torch.float16, 0.1), (torch.float32, 0.01)]
+RANK_CASES = [
+    (torch.float32, 0.1, False),
+    (torch.float16, 0.1, False),
+    (torch.float32, 0.01, False),
+    (torch.float32, 0.1, True),
+]
 
 
 def losses_of_rank(rank, world_size, views):
     results = []
-    for dtype, tau in RANK_CASES:
+    for dtype, tau, decoupled in RANK_CASES:
         own = views[:, rank::world_size].flatten(0, 1).to(dtype)
-        loss, grad, grad_temperature = loss_and_gradients(own, tau, "triton")
+        loss, grad, grad_temperature = loss_and_gradients(own, tau, "triton", decoupled=decoupled)
         for shared in (loss, grad_temperature):
             dist.all_reduce(shared)
         results.append((loss / world_size, grad.unflatten(0, (2, -1)) / world_size, grad_temperature / world_size))
@@ -163,8 +181,9 @@ def losses_of_rank(rank, world_size, views):
 def test_two_ranks_equal_one_process(tmp_path):
     views = trained_like(22, 24, torch.float32).unflatten(0, (2, -1))  # (2, N, D)
     ranks = run_ranks(2, tmp_path, losses_of_rank, views)
-    for (dtype, tau), first, second in zip(RANK_CASES, *ranks, strict=True):
-        loss, grad, grad_temperature = loss_and_gradients(views.flatten(0, 1).to(dtype), tau, "triton")
+    for (dtype, tau, decoupled), first, second in zip(RANK_CASES, *ranks, strict=True):
+        z = views.flatten(0, 1).to(dtype)
+        loss, grad, grad_temperature = loss_and_gradients(z, tau, "triton", decoupled=decoupled)
         gathered = torch.stack([first[1], second[1]], dim=2).flatten(1, 2).flatten(0, 1)
         assert (gathered - grad).norm() <= max(2 * torch.finfo(dtype).eps, 1e-5) * grad.norm()
         for rank in (first, second):
