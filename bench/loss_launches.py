@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from loss.triton import grad_matmul, lse_forward, ops, rows
+from loss.triton import grad_matmul, lse_forward, lse_triangle, ops, rows
 
 KERNELS = (
     rows.scale_rows_kernel,
     lse_forward.lse_forward_kernel,
+    lse_triangle.lse_triangle_kernel,
     rows.row_losses_kernel,
     grad_matmul.grad_matmul_kernel,
     rows.gradient_rows_kernel,

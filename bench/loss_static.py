@@ -32,12 +32,18 @@ from triton.compiler import ASTSource
 from bench.harness import write_rows
 from loss.triton.grad_matmul import grad_matmul_kernel
 from loss.triton.lse_forward import lse_forward_kernel
+from loss.triton.lse_triangle import lse_triangle_kernel
 from loss.triton.rows import gradient_rows_kernel, log2_headroom, row_losses_kernel, scale_rows_kernel
 from loss.triton.tiles import REGISTERS, SHARED_BYTES, TILES, Tile, row_block, tile_for
 
 ROOT = Path(__file__).parents[1]
 VERSIONS = re.findall(r"^triton==(\S+)$", (ROOT / "requirements-triton.lock").read_text(), re.MULTILINE)
-KERNELS = {"lse_forward": lse_forward_kernel, "grad_matmul": grad_matmul_kernel}
+KERNELS = {
+    "lse_forward": lse_forward_kernel,
+    "lse_triangle": lse_triangle_kernel,
+    "grad_matmul": grad_matmul_kernel,
+}
+PASSES = {"lse_forward": "forward", "lse_triangle": "forward, triangle", "grad_matmul": "backward"}
 THREADS = 2048  # per multiprocessor: CUDA C++ programming guide, technical specifications
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 
@@ -120,7 +126,8 @@ def shipped(widths: tuple[int, ...] = ()) -> Iterator[Case]:
         for width in (*widest, 2 * widest[-1] if widest else 128, *widths):
             for dtype in (torch.bfloat16, torch.float16) if arithmetic == "half" else (torch.float32,):
                 precision = "tf32" if arithmetic == "half" else arithmetic
-                yield from (Case(architecture, kernel, dtype, precision, width, form) for form in FORMS)
+                forms = FORMS[:2] if kernel == "lse_triangle" else FORMS  # never online
+                yield from (Case(architecture, kernel, dtype, precision, width, form) for form in forms)
 
 
 def compile_case(case: Case, target: int | None = None) -> Compiled:
@@ -193,10 +200,12 @@ def _compile(
             signature[name] = "constexpr"
         elif name == "temperature":
             signature[name] = "*fp32" if constants["TAU_IS_POINTER"] else "fp32"
+        elif name == "sums_ptr":
+            signature[name] = "*i64"
         elif name.endswith("_ptr"):
             signature[name] = TYPES[dtype] if name in ("x_ptr", "y_ptr", "dx_ptr") else "*fp32"
         else:
-            signature[name] = "fp32" if name == "headroom" else "i32"
+            signature[name] = "fp32" if name in ("headroom", "scale", "unit") else "i32"
         if "*" in signature[name] or (constants.get("EVEN") and name in ("n", "M")):  # as in a launch
             attributes[position,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
@@ -287,10 +296,12 @@ def bound_rows(width: int = 128, dtype: torch.dtype = torch.bfloat16, precision:
         for kernel in KERNELS:
             case = Case(peak["architecture"], kernel, dtype, precision, width)
             exps_per_pair = compile_case(case).exps_per_pair
-            forward = kernel == "lse_forward"
+            forward = kernel != "grad_matmul"
             units = 1 if forward else 1 + math.ceil(width / case.tile.block_d)
             for m in ROWS:
-                flops, exps = units * 2 * m * m * width, exps_per_pair * m * m
+                strips = 2 * triton.cdiv(m // 2, case.tile.block_m)
+                pairs = m * m * (strips + 1) / (2 * strips) if kernel == "lse_triangle" else m * m
+                flops, exps = units * 2 * pairs * width, exps_per_pair * pairs
                 # forward reads x and writes log-sums; backward reads x, writes and reads the product, reads x and
                 # writes its gradient
                 moved = m * width * (size if forward else 3 * size + 8) + 4 * m
@@ -300,7 +311,7 @@ def bound_rows(width: int = 128, dtype: torch.dtype = torch.bfloat16, precision:
                 rows.append(
                     {
                         "gpu": gpu,
-                        "pass": "forward" if forward else "backward",
+                        "pass": PASSES[kernel],
                         "m": m,
                         "d": width,
                         "gemm_flops": flops,
@@ -311,7 +322,7 @@ def bound_rows(width: int = 128, dtype: torch.dtype = torch.bfloat16, precision:
                         "memory_ms": memory_ms,
                         "bound_ms": max(gemm_ms, exp_ms, memory_ms),
                         "serial_ms": max(gemm_ms + exp_ms, memory_ms),
-                        "programs": 2 * triton.cdiv(m // 2, case.tile.block_m),
+                        "programs": strips,
                         "multiprocessors": peak["multiprocessors"],
                     }
                 )

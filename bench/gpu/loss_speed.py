@@ -22,6 +22,8 @@ from bench.rates import copy, exponentials, matmul_precision, matrix_product
 from loss import nt_xent
 
 TEMPERATURE = 0.1
+SQUARE_TEMPERATURE = 0.07
+"""Below the range of the triangle: the forward pass computes all pairs, and nothing else differs."""
 SHAPES = [
     (8192, 128, "bf16"),
     (1024, 128, "bf16"),
@@ -66,8 +68,9 @@ def time_passes(setup: Setup, m: int, d: int, name: str) -> Iterator[Measurement
     dtype, device = DTYPES[name], setup.device
     z = projections(m, d, dtype, device)
     precision = "tf32" if name == "tf32" else "ieee"
-    fused = fused_loss(precision)
+    fused, square = fused_loss(precision), fused_loss(precision, SQUARE_TEMPERATURE)
     functions = {("triton", which): function for which, function in passes(z, fused).items()}
+    functions["triton_square", "forward"] = passes(z, square)["forward"]
     if m <= LARGEST_DENSE:
         functions |= {("dense", which): f for which, f in passes(z, lambda z: dense(z, TEMPERATURE)).items()}
     works = {"product": matrix_product(dtype, device), "exps": exponentials(device), "bytes": copy(device)}
@@ -75,17 +78,20 @@ def time_passes(setup: Setup, m: int, d: int, name: str) -> Iterator[Measurement
         every = functions | {what: work.call for what, work in works.items()}
         times = interleave(every, 0 if setup.small else 1, device)
     rates = {what: work.amount / statistics.median(times[what]) for what, work in works.items()}
-    peaks = {"triton": peak_mb(z, fused, device)}
+    peaks = {"triton": peak_mb(z, fused, device), "triton_square": peak_mb(z, square, device)}
     for (implementation, which), _ in functions.items():
         timing = percentiles_ms(times[implementation, which])
-        flop = UNITS[which] * 2 * m * m * d
+        triangle = implementation == "triton" and which == "forward" and on_triangle(z, precision)
+        pairs = m * m / 2 if triangle else m * m
+        flop = UNITS[which] * 2 * pairs * d
         # forward: reads x; backward: reads x twice, writes and reads the product in float32, writes the gradient
         moved = m * d * (dtype.itemsize if which == "forward" else 3 * dtype.itemsize + 8)
-        bound_ms = 1000 * max(flop / rates["product"], m * m / rates["exps"], moved / rates["bytes"])
+        bound_ms = 1000 * max(flop / rates["product"], pairs / rates["exps"], moved / rates["bytes"])
         yield Measurement(
             "loss",
             {"implementation": implementation, "pass": which, "M": m, "D": d, "arithmetic": name}
-            | {"temperature": TEMPERATURE}
+            | {"temperature": SQUARE_TEMPERATURE if implementation == "triton_square" else TEMPERATURE}
+            | {"triangle": triangle}
             | timing
             | {
                 "tflop_per_s": round(flop / timing["median_ms"] / 1e9, 2),
@@ -99,8 +105,15 @@ def time_passes(setup: Setup, m: int, d: int, name: str) -> Iterator[Measurement
         )
 
 
-def fused_loss(precision: str) -> Callable[[Tensor], Tensor]:
-    return lambda z: nt_xent(z, TEMPERATURE, impl="triton", precision=precision)
+def fused_loss(precision: str, temperature: float = TEMPERATURE) -> Callable[[Tensor], Tensor]:
+    return lambda z: nt_xent(z, temperature, impl="triton", precision=precision)
+
+
+def on_triangle(z: Tensor, precision: str) -> bool:
+    """Whether the forward pass at TEMPERATURE computes half of the pairs."""
+    from loss.triton.lse_triangle import triangle_places
+
+    return triangle_places(z, torch.tensor(TEMPERATURE), z.shape[0] // 2, precision) is not None
 
 
 def peak_mb(z: Tensor, loss: Callable[[Tensor], Tensor], device: torch.device) -> float | str:
@@ -116,7 +129,12 @@ def peak_mb(z: Tensor, loss: Callable[[Tensor], Tensor], device: torch.device) -
 
 BLOCKS = [(128, 128, 8), (128, 64, 4), (64, 64, 4), (128, 64, 8), (64, 128, 4), (128, 128, 4), (64, 32, 4)]
 """(rows, columns, warps)."""
-SWEPT = {"lse_forward": "forward", "grad_matmul": "backward"}
+SWEPT = {
+    "lse_triangle": ("forward", TEMPERATURE),
+    "lse_forward": ("forward", SQUARE_TEMPERATURE),
+    "grad_matmul": ("backward", TEMPERATURE),
+}
+"""Kernel: the pass that launches it and the temperature at which it does."""
 
 
 def tile_sweep(setup: Setup) -> Iterator[Case]:
@@ -131,6 +149,8 @@ def tile_sweep(setup: Setup) -> Iterator[Case]:
     for stages, programs in ((2, 2),) if setup.small else product((2, 3), (2, 1, 3)):
         for block_m, block_n, warps in ((16, 16, 1),) if setup.small else BLOCKS:
             for kernel in SWEPT:
+                if kernel == "lse_triangle" and block_m % block_n:
+                    continue
                 own = tile_of(kernel, z, "ieee")
                 tile = own._replace(block_m=block_m, block_n=block_n, warps=warps, stages=stages, programs=programs)
                 shown = f"{block_m}x{block_n}, {warps} warps, {stages} stages, {programs} programs"
@@ -140,7 +160,8 @@ def tile_sweep(setup: Setup) -> Iterator[Case]:
 def time_tile(setup: Setup, kernel: str, tile, z: Tensor, name: str) -> Iterator[Outcome | Measurement]:
     from triton.runtime.errors import OutOfResources, PTXASError
 
-    which, loss, (m, d) = SWEPT[kernel], fused_loss("ieee"), z.shape
+    (which, temperature), (m, d) = SWEPT[kernel], z.shape
+    loss = fused_loss("ieee", temperature)
     of_table = passes(z, loss)[which]
     expected = result(of_table).double()
     row = {"kernel": kernel, "M": m, "D": d, "arithmetic": name, **tile._asdict()}
@@ -187,9 +208,14 @@ def compiled_kernels(kernel: str, device: torch.device) -> dict:
     """Triton's cache of a kernel in this process: key -> compiled kernel."""
     from loss.triton.grad_matmul import grad_matmul_kernel
     from loss.triton.lse_forward import lse_forward_kernel
+    from loss.triton.lse_triangle import lse_triangle_kernel
 
-    function = {"lse_forward": lse_forward_kernel, "grad_matmul": grad_matmul_kernel}[kernel]
-    return function.device_caches[device.index][0]
+    kernels = {
+        "lse_forward": lse_forward_kernel,
+        "lse_triangle": lse_triangle_kernel,
+        "grad_matmul": grad_matmul_kernel,
+    }
+    return kernels[kernel].device_caches[device.index][0]
 
 
 def compiled_resources(kernel: str, device: torch.device) -> dict[str, int]:

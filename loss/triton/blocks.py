@@ -77,14 +77,14 @@ def load_vector(ptr, row, row_end, ROWS: tl.constexpr, EVEN: tl.constexpr):
 
 @triton.jit
 def similarities(
-    y_ptr, y_i, y_j, g_i, g_j, k_i, i, i_end, j, j_end, n,
+    y_ptr, y_i, y_j_t, g_i, g_j, k_i, i, i_end, j, j_end, n,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr, PAIRS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # t_ij = g_i g_j (x_i . x_j) (BLOCK_M, BLOCK_N), -inf outside the matrix and, if PAIRS, for two views of one sample.
-    # y_i (BLOCK_M, BLOCK_K) and y_j (BLOCK_N, BLOCK_K) hold all D columns, or else are ignored and loaded here in turn.
+    # y_i (BLOCK_M, BLOCK_K) and y_j_t (BLOCK_K, BLOCK_N) hold all D columns, or else are ignored and loaded in turn.
     if BLOCK_K >= D:
-        dot = tl.dot(y_i, tl.trans(y_j), input_precision=PRECISION)
+        dot = tl.dot(y_i, y_j_t, input_precision=PRECISION)
     else:
         dot = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for d in tl.range(0, D, BLOCK_K):

@@ -52,7 +52,7 @@ def lse_forward_kernel(
             y_j = load_rows(y_ptr, j, j_end, 0, D, BLOCK_N, BLOCK_K, EVEN)
             g_j = load_vector(g_ptr, j, j_end, BLOCK_N, EVEN)
             t = similarities(
-                y_ptr, y_i, y_j, g_i, g_j, k_i, i, i_end, j, j_end, n,
+                y_ptr, y_i, tl.trans(y_j), g_i, g_j, k_i, i, i_end, j, j_end, n,
                 D, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, PAIRS, PRECISION,
             )  # fmt: skip
             high, total = add_exponentials(high, total, t, ONLINE)

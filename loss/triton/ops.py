@@ -3,6 +3,7 @@
 The kernels run on NVIDIA GPUs and, for tests, on the CPU in Triton's interpreter.
 """
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from torch import Tensor
 from ..common import OPERATOR_NAMESPACE
 from .grad_matmul import grad_matmul
 from .lse_forward import lse_forward
+from .lse_triangle import lse_triangle, triangle_places
 from .rows import gradient_rows, is_copied, row_losses, scale_rows
 from .tiles import choose_tile, tile_of
 
@@ -56,9 +58,9 @@ def nt_xent_triton(
             b_all = terms.b
         else:
             wait = _start(gather, z.detach())
-            own_partial, positives = own_log_sums(z.detach(), temperature, precision)
+            own_partial, own_sums, positives = own_log_sums(z.detach(), temperature, precision)
             z_all = wait()
-            terms = RowTerms(*all_losses(z_all, temperature, own_partial, positives, precision, decoupled))
+            terms = RowTerms(*all_losses(z_all, temperature, own_partial, own_sums, positives, precision, decoupled))
             b_all = gather(terms.b)
     return mean_loss(z, temperature, terms.losses, z_all, terms.a, b_all, terms.q, terms.g, precision)
 
@@ -70,9 +72,14 @@ def own_losses(
     """`RowTerms` of z (2n, D) on a single rank."""
     with torch.cuda.device_of(z):
         n = z.shape[0] // 2
-        y, g, positives = scale_rows(z, temperature, n, precision, "lse_forward")
-        partial = lse_forward(y, g, temperature, n, precision, own=True)
-        return *row_losses(partial, positives, g, temperature, z.dtype, decoupled), g
+        y, g, positives, sums = scale_rows(z, temperature, n, precision, "lse_forward")
+        places = triangle_places(z, temperature, n, precision)
+        if places is None:
+            partial = lse_forward(y, g, temperature, n, precision, own=True)
+        else:
+            partial = g.new_empty(0, 2 * n)
+            lse_triangle(y, g, sums, places, n, precision)
+        return *row_losses(partial, sums, places, positives, g, temperature, z.dtype, decoupled), g
 
 
 @own_losses.register_fake
@@ -81,34 +88,52 @@ def _(z, temperature, precision, decoupled):
 
 
 @torch.library.custom_op(f"{OPERATOR_NAMESPACE}::triton_own_log_sums", mutates_args=())
-def own_log_sums(z: Tensor, temperature: Tensor, precision: str) -> tuple[Tensor, Tensor]:
-    """Partial log-sums (splits, 2n) in base 2 over the columns of z (2n, D), and t_ip(i) (n,) of its positives."""
+def own_log_sums(z: Tensor, temperature: Tensor, precision: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over the columns of z (2n, D), and t_ip(i) (n,) of its positives.
+
+    The sums are log-sums (splits, 2n) in base 2, or integers (2n,) from `lse_triangle`; the other tensor adds nothing.
+    """
     with torch.cuda.device_of(z):
         n = z.shape[0] // 2
-        y, g, positives = scale_rows(z, temperature, n, precision, "lse_forward")
-        return lse_forward(y, g, temperature, n, precision, own=True), positives
+        y, g, positives, sums = scale_rows(z, temperature, n, precision, "lse_forward")
+        places = triangle_places(z, temperature, n, precision)
+        if places is None:
+            return lse_forward(y, g, temperature, n, precision, own=True), sums, positives
+        lse_triangle(y, g, sums, places, n, precision)
+        _, splits = choose_tile("lse_forward", z, precision, n, 2 * n)
+        return g.new_full((splits, 2 * n), -math.inf), sums, positives
 
 
 @own_log_sums.register_fake
 def _(z, temperature, precision):
-    _, splits = choose_tile("lse_forward", z, precision, z.shape[0] // 2, z.shape[0])
-    return z.new_empty(splits, z.shape[0], dtype=torch.float32), z.new_empty(z.shape[0] // 2, dtype=torch.float32)
+    rows = z.shape[0]
+    _, splits = choose_tile("lse_forward", z, precision, rows // 2, rows)
+    sums = z.new_empty(rows, dtype=torch.int64)
+    return z.new_empty(splits, rows, dtype=torch.float32), sums, z.new_empty(rows // 2, dtype=torch.float32)
 
 
 @torch.library.custom_op(f"{OPERATOR_NAMESPACE}::triton_all_losses", mutates_args=())
 def all_losses(
-    z_all: Tensor, temperature: Tensor, own_partial: Tensor, positives: Tensor, precision: str, decoupled: bool
+    z_all: Tensor,
+    temperature: Tensor,
+    own_partial: Tensor,
+    own_sums: Tensor,
+    positives: Tensor,
+    precision: str,
+    decoupled: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`RowTerms` of the first 2n rows of z_all (M, D), from the results of `own_log_sums` and the other ranks' rows."""
     with torch.cuda.device_of(z_all):
         n = positives.shape[0]
-        y_all, g_all, _ = scale_rows(z_all, temperature, n, precision, "lse_forward")
+        y_all, g_all, *_ = scale_rows(z_all, temperature, n, precision, "lse_forward")
         partial = torch.cat([own_partial, lse_forward(y_all, g_all, temperature, n, precision, own=False)])
-        return *row_losses(partial, positives, g_all, temperature, z_all.dtype, decoupled), g_all
+        places = triangle_places(z_all, temperature, n, precision)
+        terms = row_losses(partial, own_sums, places, positives, g_all, temperature, z_all.dtype, decoupled)
+        return *terms, g_all
 
 
 @all_losses.register_fake
-def _(z_all, temperature, own_partial, positives, precision, decoupled):
+def _(z_all, temperature, own_partial, own_sums, positives, precision, decoupled):
     rows = 2 * positives.shape[0]
     return tuple(z_all.new_empty(size, dtype=torch.float32) for size in (rows, rows, rows, rows, z_all.shape[0]))
 
@@ -153,7 +178,7 @@ def loss_gradient(
         n = q.shape[0] // 2
         y = z_all
         if is_copied(z_all, tile_of("grad_matmul", z_all, precision).pitch(z_all.shape[1])):
-            y, _, _ = scale_rows(z_all, temperature, n, precision, "grad_matmul")
+            y, *_ = scale_rows(z_all, temperature, n, precision, "grad_matmul")
         product = grad_matmul(y, g_all, a, b_all, temperature, precision)
         return gradient_rows(grad_loss, temperature, z_all, product, q)
 

@@ -30,6 +30,7 @@ def scale_rows_kernel(
     temperature,  # number or, if TAU_IS_POINTER, pointer
     g_ptr,  # (M,) float32
     positive_ptr,  # (M / 2,) float32: t_ip(i), the same for both views of a sample
+    sums_ptr,  # (M,) int64: set to 0
     y_ptr,  # (M, PITCH): written if COPIED: rows, scaled if SCALED, and zeros
     n,
     D: tl.constexpr,
@@ -69,10 +70,12 @@ def scale_rows_kernel(
     tl.store(g_ptr + i, g_i, mask=k < n)
     tl.store(g_ptr + p, g_p, mask=k < n)
     tl.store(positive_ptr + rank * n + k, positive, mask=k < n)
+    tl.store(sums_ptr + i, tl.zeros((BLOCK_M,), tl.int64), mask=k < n)
+    tl.store(sums_ptr + p, tl.zeros((BLOCK_M,), tl.int64), mask=k < n)
 
 
-def scale_rows(x: Tensor, temperature: Tensor, n: int, precision: str, kernel: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows y (M, pitch), factors g (M,) and t_ip(i) (M / 2,) of the positives, the latter two in float32.
+def scale_rows(x: Tensor, temperature: Tensor, n: int, precision: str, kernel: str) -> tuple[Tensor, ...]:
+    """Rows y (M, pitch), factors g (M,) float32, t_ip(i) (M / 2,) float32, and zeros (M,) int64 for `lse_triangle`.
 
     x (M, D) holds 2n rows of every rank, its first views before its second views. y is x or a scaled and padded copy,
     as `kernel` needs it: "lse_forward" or "grad_matmul" at `precision` "tf32" or "ieee".
@@ -83,9 +86,10 @@ def scale_rows(x: Tensor, temperature: Tensor, n: int, precision: str, kernel: s
     y = x.new_empty(m, pitch) if copied else x
     g = x.new_empty(m, dtype=torch.float32)
     positives = x.new_empty(m // 2, dtype=torch.float32)
+    sums = x.new_empty(m, dtype=torch.int64)
     padded, block_m = row_block(pitch)
     scale_rows_kernel[triton.cdiv(n, block_m), m // (2 * n)](
-        *(x, temperature_argument(temperature), g, positives, y, n),
+        *(x, temperature_argument(temperature), g, positives, sums, y, n),
         D=width,
         PITCH=pitch,
         D_PADDED=padded,
@@ -94,7 +98,7 @@ def scale_rows(x: Tensor, temperature: Tensor, n: int, precision: str, kernel: s
         COPIED=copied,
         SCALED=x.dtype == torch.float16,
     )
-    return y, g, positives
+    return y, g, positives, sums
 
 
 def is_copied(x: Tensor, pitch: int) -> bool:
@@ -105,6 +109,7 @@ def is_copied(x: Tensor, pitch: int) -> bool:
 @triton.jit
 def row_losses_kernel(
     partial_ptr,  # (slots, 2n)
+    sums_ptr,  # (2n,) int64, in units of `unit`
     positive_ptr,  # (n,)
     g_ptr,  # (2n,)
     temperature,  # number or, if TAU_IS_POINTER, pointer
@@ -112,6 +117,7 @@ def row_losses_kernel(
     a_ptr,  # (2n,): h 2^-lse_i, or lse_i - log2(h) at an online temperature
     b_ptr,  # (2n,): a_i g_i, or the same as a_i at an online temperature
     q_ptr,  # (2n,)
+    unit,
     n,
     slots,
     LOG2_HEADROOM: tl.constexpr,
@@ -123,11 +129,12 @@ def row_losses_kernel(
     # l_i = L_i - s_ip(i),               lse_i = L_i,               q_i = 1                           if DECOUPLED
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = i < 2 * n
-    high = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    on_triangle = tl.load(sums_ptr + i, mask=inside, other=0).to(tl.float32) * unit  # 0 if `lse_forward` ran instead
+    high = tl.log2(on_triangle)
     for slot in range(slots):
         high = tl.maximum(high, tl.load(partial_ptr + slot * 2 * n + i, mask=inside, other=0.0))
     high = tl.where(high == -float("inf"), 0.0, high)  # a single sample has no negatives
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    total = on_triangle * tl.exp2(-high)
     for slot in range(slots):
         total += tl.exp2(tl.load(partial_ptr + slot * 2 * n + i, mask=inside, other=0.0) - high)
     positive = tl.load(positive_ptr + i % n, mask=inside, other=0.0)
@@ -154,16 +161,25 @@ def row_losses_kernel(
 
 
 def row_losses(
-    partial: Tensor, positives: Tensor, g: Tensor, temperature: Tensor, dtype: torch.dtype, decoupled: bool
+    partial: Tensor,
+    sums: Tensor,
+    places: int | None,
+    positives: Tensor,
+    g: Tensor,
+    temperature: Tensor,
+    dtype: torch.dtype,
+    decoupled: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """l, a, b and q of this rank's rows, each (2n,) float32; a and b as `grad_matmul` reads them for rows of `dtype`.
 
-    partial (slots, 2n) are all partial log-sums from `lse_forward`, positives (n,) and g (M,) are from `scale_rows`.
+    partial (slots, 2n) are all partial log-sums from `lse_forward`, sums (2n,) int64 those from `lse_triangle` in units
+    of 2^-places, or zeros if places is None. positives (n,) and g (M,) are from `scale_rows`.
     """
     slots, rows = partial.shape
     losses, a, b, q = (partial.new_empty(rows) for _ in range(4))
     row_losses_kernel[(triton.cdiv(rows, 128),)](
-        *(partial, positives, g, temperature_argument(temperature), losses, a, b, q, rows // 2, slots),
+        *(partial, sums, positives, g, temperature_argument(temperature), losses, a, b, q),
+        *(0.0 if places is None else 2.0**-places, rows // 2, slots),
         LOG2_HEADROOM=log2_headroom(dtype),
         BLOCK_M=128,
         TAU_IS_POINTER=not is_on_host(temperature),

@@ -157,6 +157,23 @@ for _architecture in SHARED_BYTES:  # no tensor cores: the operands should stay 
         math.inf: Tile(64, 64, 32, 32, 8, 1, 2, 2),
     }
     TILES[_architecture, "grad_matmul", "ieee"] = {math.inf: Tile(32, 32, 32, 128, 8, 1, 2, 2)}
+# The triangle keeps more sums in registers. It reads the copy of the rows made for the square: block_k is the same.
+for _architecture in SHARED_BYTES:
+    for _arithmetic in ("half", "tf32"):
+        TILES[_architecture, "lse_triangle", _arithmetic] = dict(TILES[_architecture, "lse_forward", _arithmetic])
+    TILES[_architecture, "lse_triangle", "ieee"] = {math.inf: Tile(64, 64, 32, 32, 8, 1, 2, 2)}
+TILES["sm_80", "lse_triangle", "tf32"][math.inf] = Tile(128, 64, 32, 32, 8, 2, 1, 1)
+TILES["sm_86", "lse_triangle", "tf32"][math.inf] = Tile(128, 64, 32, 32, 8, 2, 1, 1)
+TILES["sm_86", "lse_triangle", "half"][math.inf] = Tile(128, 64, 64, 64, 8, 2, 1, 1)
+TILES["sm_90", "lse_triangle", "half"] = {
+    64: Tile(128, 64, 64, 64, 8, 3, 2, 2),
+    128: Tile(128, 64, 128, 128, 8, 3, 2, 2),
+    256: Tile(128, 64, 256, 256, 8, 2, 1, 1),
+    math.inf: Tile(128, 128, 64, 64, 8, 2, 1, 1),
+}
+
+MAX_SPLITS = 16
+"""Most programs that share the columns of a block of rows."""
 
 # The interpreter runs programs one after another in NumPy: several small tiles reach every loop and every mask.
 INTERPRETER_TILE = Tile(32, 16, 64, 64, 1, 1, 16, 16)
@@ -208,18 +225,23 @@ def choose_tile(kernel: str, x: Tensor, precision: str, n: int, columns: int) ->
     `splits` programs share the columns of a block of the 2n rows. More splits fill the last wave of programs on the GPU
     better, but each adds partial sums in a slot of its own.
     """
-    here = chip(x.device)
     tile = tile_of(kernel, x, precision)
-    programs = tile.programs_for(tile.is_even(n), online=False) * (1 if here is None else here.multiprocessors)
+    programs = programs_at_once(tile, x.device, n)
     blocks = 2 * triton.cdiv(n, tile.block_m)
     if kernel == "grad_matmul":
         blocks *= triton.cdiv(x.shape[1], tile.block_d)
     # A split costs a prologue and a pass over its partial sums, about a hundredth of a wave.
     splits = min(
-        range(1, min(16, triton.cdiv(columns, tile.block_n)) + 1),
+        range(1, min(MAX_SPLITS, triton.cdiv(columns, tile.block_n)) + 1),
         key=lambda count: triton.cdiv(blocks * count, programs) / count * (1 + 0.01 * count),
     )
     return tile, splits
+
+
+def programs_at_once(tile: Tile, device: torch.device, n: int) -> int:
+    """Number of programs that the device runs at once on 2n rows of this rank."""
+    here = chip(device)
+    return tile.programs_for(tile.is_even(n), online=False) * (1 if here is None else here.multiprocessors)
 
 
 def _narrowed(tile: Tile, width: int) -> Tile:

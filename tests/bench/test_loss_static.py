@@ -26,24 +26,28 @@ from bench.loss_static import (
 from loss.triton.tiles import SHARED_BYTES, tile_for
 
 _, RAGGED, GENERAL = FORMS
-QUICK = [
-    Case(architecture, kernel, dtype, precision, 128, form)
-    for architecture in ("sm_80", "sm_90")
-    for kernel in ("lse_forward", "grad_matmul")
-    for dtype, precision, form in (
-        (torch.bfloat16, "tf32", PLAIN),
-        (torch.bfloat16, "tf32", GENERAL),
-        (torch.bfloat16, "tf32", RAGGED),
-        (torch.float16, "tf32", PLAIN),
-        (torch.float16, "tf32", GENERAL),
-        (torch.float32, "tf32", PLAIN),
-        (torch.float32, "ieee", PLAIN),
-    )
-] + [
-    Case(architecture, kernel, torch.bfloat16, "tf32", 192, GENERAL)  # D is not a power of two: rows are padded
-    for architecture in SHARED_BYTES
-    for kernel in KERNELS
-]
+QUICK = (
+    [
+        Case(architecture, kernel, dtype, precision, 128, form)
+        for architecture in ("sm_80", "sm_90")
+        for kernel in ("lse_forward", "grad_matmul")
+        for dtype, precision, form in (
+            (torch.bfloat16, "tf32", PLAIN),
+            (torch.bfloat16, "tf32", GENERAL),
+            (torch.bfloat16, "tf32", RAGGED),
+            (torch.float16, "tf32", PLAIN),
+            (torch.float16, "tf32", GENERAL),
+            (torch.float32, "tf32", PLAIN),
+            (torch.float32, "ieee", PLAIN),
+        )
+    ]
+    + [
+        Case(architecture, kernel, torch.bfloat16, "tf32", 192, GENERAL)  # D is not a power of two: rows are padded
+        for architecture in SHARED_BYTES
+        for kernel in KERNELS
+    ]
+    + [Case("sm_90", "lse_triangle", torch.bfloat16, "tf32", 128, PLAIN)]
+)
 # D smaller than a block of the similarities, in full precision: closest to the limit of registers
 NARROW = [
     Case(architecture, kernel, torch.float32, "ieee", width, form)
@@ -69,7 +73,7 @@ def check(case, target=None):
     if case.form == PLAIN and target is None:
         assert compiled.exps_per_pair == 1
         if compiled.gemm_units is not None:
-            assert compiled.gemm_units == {"lse_forward": 1, "grad_matmul": 2}[case.kernel]
+            assert compiled.gemm_units == {"lse_forward": 1, "lse_triangle": 1, "grad_matmul": 2}[case.kernel]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +100,7 @@ def test_integer_arguments_equal_to_one_compile(monkeypatch):
         return ASTSource(kernel, signature | dict.fromkeys(ones, "constexpr"), constants | ones, attributes)
 
     monkeypatch.setattr(loss_static, "ASTSource", source_of_ones)
-    for kernel in KERNELS:
+    for kernel in ("lse_forward", "grad_matmul"):  # one sample has no triangle
         for width in (128, 512):
             check(Case("sm_80", kernel, torch.bfloat16, "tf32", width, GENERAL))
     row_kernel_resources(torch.float16, 37, 80, True)
@@ -140,3 +144,6 @@ def test_every_architecture_dtype_and_width_has_a_tile():
                     for width in (1, 16, 37, 128, 200, 512, 1024, 2048):
                         tile = tile_for(kernel, architecture, dtype, precision, width)
                         assert tile.block_k <= max(16, 2 * width) and tile.block_d <= max(16, 2 * width)
+                        if kernel == "lse_triangle":  # reads the rows as copied for the square
+                            square = tile_for("lse_forward", architecture, dtype, precision, width)
+                            assert tile.pitch(width) == square.pitch(width) and tile.block_m % tile.block_n == 0

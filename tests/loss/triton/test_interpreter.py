@@ -11,11 +11,12 @@ pytest.importorskip("triton")
 
 
 def test_kernels_in_the_interpreter():
-    tests = [Path(__file__).with_name("interpreted.py"), Path(__file__).parents[1] / "test_every_impl.py"]
+    here = Path(__file__)
+    tests = [here.with_name("interpreted.py"), here.with_name("triangle.py"), here.parents[1] / "test_every_impl.py"]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *map(str, tests)],
         env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parents[3],
+        cwd=here.parents[3],
         capture_output=True,
         text=True,
     )
