@@ -118,7 +118,7 @@ def test_a_failed_capture_changes_no_buffer(monkeypatch):
     assert net.encoder[1].num_batches_tracked == 0 and not net.encoder[1].running_mean.any()
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_efficientnet"])
+@pytest.mark.parametrize("name", ["test_vit"])
 def test_encoders_can_be_captured(monkeypatch, name):
     """A wait, a copy from the host or its random numbers would raise, see `tests.fake_cuda`."""
     encoder = create_encoder(encoder_spec(EncoderConfig(name), 32))
