@@ -72,6 +72,11 @@ class PretrainConfig(StageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("--micro-batch", self.micro_batch, 0, MANY)
+        if self.cuda_graph and 0 < self.micro_batch < self.batch_size:
+            raise UserError(
+                f"--cuda-graph captures one forward and backward pass per step, but --micro-batch {self.micro_batch} "
+                "takes several; omit one of the two options."
+            )
 
 
 @dataclass(frozen=True)

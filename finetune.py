@@ -36,7 +36,7 @@ from report import report_run
 
 def finetune(config: FinetuneConfig, instruments: Instruments | None = None) -> None:
     """Train a classifier; write model.safetensors and encoder.safetensors into the run folder."""
-    session = Session(config.precision, config.seed, config.compile)
+    session = Session(config.precision, config.seed, config.compile, config.cuda_graph)
     config = session.from_rank_0(config)
     session.open_run(config.out, config.resume, name=f"finetune-{config.preset}", dry_run=config.dry_run)
     config = config.for_ranks(session.world_size)

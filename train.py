@@ -48,7 +48,7 @@ from report import report_run
 
 def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> None:
     """Train an encoder and a projection head; write encoder.safetensors and head.safetensors into the run folder."""
-    session = Session(config.precision, config.seed, config.compile)
+    session = Session(config.precision, config.seed, config.compile, config.cuda_graph)
     config = session.from_rank_0(config)
     session.open_run(config.out, config.resume, name=config.preset, dry_run=config.dry_run)
     config = config.for_ranks(session.world_size)

@@ -60,7 +60,7 @@ def cached_backward(
             return net(torch.cat([views[part], views[images + part.start : images + part.stop]]))  # (2b, D), ...
 
     firsts, seconds = [], []
-    with torch.no_grad(), _buffers_restored(network):
+    with torch.no_grad(), buffers_restored(network):
         for part, seed in zip(slices, seeds, strict=True):
             torch.manual_seed(seed)
             first, second = encode(network, part)[0].chunk(2)
@@ -124,7 +124,7 @@ def equal_slices(images: int, micro_batch: int) -> list[slice]:
 
 
 @contextmanager
-def _buffers_restored(module: nn.Module) -> Iterator[None]:
+def buffers_restored(module: nn.Module) -> Iterator[None]:
     """Restore every buffer at the end: not only batch norm has running statistics, EvoNorm has them too."""
     buffers = list(module.buffers())
     kept = [buffer.clone() for buffer in buffers]

@@ -63,6 +63,8 @@ class LoopConfig:
     """Precision of the networks. auto: bf16 where the hardware multiplies in it. fp32 excludes TF32."""
     compile: bool = False
     """Compile the networks with torch.compile; the first steps then take minutes."""
+    cuda_graph: bool = field(default=False, metadata=MAY_CHANGE)
+    """Replay the network's passes as CUDA graphs, for networks whose kernels outrun the host. One process on a GPU."""
     max_skipped: int = field(default=5, metadata=MAY_CHANGE)
     """Consecutive steps that may be skipped because of a non-finite gradient before the run stops."""
     log_every: int = field(default=10, metadata=MAY_CHANGE)

@@ -16,6 +16,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from .common import UserError, available_cores
+from .cuda_graph import GraphedForward
 from .run_folder import run_folder
 
 T = TypeVar("T")
@@ -31,7 +32,9 @@ class Session:
         precision: "bf16", "fp32" (on a GPU without TF32, for the whole process), or "auto" for bf16 where the hardware
             multiplies in it. With "bf16" and "auto", what stays in float32 is computed as torch is set up to.
         seed: seed of Python, NumPy and torch on every rank.
-        compile: whether `prepare` compiles networks; refused where no C++ compiler is installed.
+        compile: whether `to_device` compiles networks; refused where no C++ compiler is installed.
+        cuda_graph: whether networks that `to_device` returns replay CUDA graphs in training, see `engine.cuda_graph`;
+            refused without a GPU and with several processes.
 
     Attributes:
         device: device of this rank.
@@ -42,7 +45,7 @@ class Session:
         out, resume_from: run folder and checkpoint, once `open_run` was called.
     """
 
-    def __init__(self, precision: str = "auto", seed: int = 0, compile: bool = False):
+    def __init__(self, precision: str = "auto", seed: int = 0, compile: bool = False, cuda_graph: bool = False):
         self.accelerator = Accelerator(
             mixed_precision="no",  # `autocast` is opened around forward passes alone, never around the loss
             kwargs_handlers=[
@@ -58,7 +61,11 @@ class Session:
         self.device = self.accelerator.device
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.cores = available_cores()
-        self.compile, self.console = compile, Console()
+        self.compile, self.cuda_graph, self.console = compile, cuda_graph, Console()
+        if cuda_graph and self.device.type != "cuda":
+            raise UserError("--cuda-graph needs an NVIDIA GPU; omit the option on a CPU.")
+        if cuda_graph and self.world_size > 1:  # a graph would hold batch norm's collectives, but not DDP's
+            raise UserError("--cuda-graph works in one process only; omit the option or start one process.")
         if self.device.type == "cpu":
             torch.set_num_threads(self.cores)  # the launcher restricts each process to one thread
             if compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
@@ -132,10 +139,13 @@ class Session:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def to_device(self, module: nn.Module) -> nn.Module:
-        """Move a module to the device in channels-last layout, and compile it if the session compiles."""
+        """Move a module to the device in channels-last layout; compile it and capture CUDA graphs as configured."""
         module = module.to(self.device, memory_format=torch.channels_last)
+        # in place, so that names in checkpoints do not change; hooks of the module stay outside, or would break graphs
         if self.compile:
-            module.compile()  # in place, so that names in checkpoints do not change
+            module.forward = torch.compile(module.forward)
+        if self.cuda_graph:
+            module.forward = GraphedForward(module)
         return module
 
     def distribute(self, module: nn.Module) -> nn.Module:

@@ -37,20 +37,27 @@ class HostWait(AssertionError):
     """The host would wait for the device."""
 
 
+class NotCapturable(AssertionError):
+    """A CUDA graph would not hold the operation, or would repeat it with stale values."""
+
+
 class HostWaits(TorchDispatchMode):
     """Runs CPU operations for real and CUDA operations on fake tensors; to be entered inside a `FakeTensorMode`.
 
     While `watching`, an operation raises `HostWait` if the host needs a value of the device to return a number or a CPU
     tensor, or to know the shape of the result. A copy to the device raises unless it is asynchronous and its source
-    pinned, because torch waits for all others.
+    pinned, because torch waits for all others. While `capturing`, `NotCapturable` is raised by waits, by every copy
+    between host and device, by random numbers of the host, by collectives and by the use of another stream.
 
     Attributes:
         waited: number of waits by the place that `allow` names; reading twice without work in between is one.
+        launches: number of operations on the device, each of which launches one kernel or a few.
+        launched: for the test's own counts of them.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.watching, self.waited = False, Counter()
+        self.watching, self.capturing, self.waited, self.launches, self.launched = False, False, Counter(), 0, []
         self._place: str | None = None
         self._idle = False  # after a wait, until the next operation on the device
         self._pinned: set[int] = set()  # addresses
@@ -67,7 +74,11 @@ class HostWaits(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         inputs = tree_leaves((args, kwargs))
+        on_device = any(isinstance(x, FakeTensor) or (isinstance(x, torch.device) and x.type == "cuda") for x in inputs)
+        if self.capturing:
+            self._check_capturable(func, args, kwargs, on_device)
         if func in KERNELS:
+            self.launches += 1
             return KERNELS[func](*args, **kwargs)
         if func in TRITON_OPERATORS:
             with self:
@@ -75,9 +86,10 @@ class HostWaits(TorchDispatchMode):
         if func is aten._pin_memory.default:
             self._pinned.add(args[0].data_ptr())
             return args[0]
-        if not any(isinstance(x, FakeTensor) or (isinstance(x, torch.device) and x.type == "cuda") for x in inputs):
+        if not on_device:
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
+        self.launches += func.namespace == "aten" and not func.is_view and "empty" not in func.name()
         waits = self._waits(func, args, kwargs)
         if waits and self.watching:
             if self._place is None:
@@ -91,20 +103,29 @@ class HostWaits(TorchDispatchMode):
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise HostWait(f"the result of {func} depends on values") from error
 
+    def _check_capturable(self, func: Callable, args: tuple, kwargs: dict, on_device: bool) -> None:
+        random = torch.Tag.nondeterministic_seeded in func.tags and not on_device
+        collective = func.namespace in ("c10d", "_c10d_functional")
+        if random or collective or self._waits(func, args, kwargs) or self._crossing(func, args, kwargs):
+            raise NotCapturable(f"{func} in a CUDA graph")
+
     def _waits(self, func: Callable, args: tuple, kwargs: dict) -> bool:
-        if func is aten._local_scalar_dense.default:
-            return True
+        crossing = self._crossing(func, args, kwargs)
+        non_blocking = crossing and (kwargs.get("non_blocking") or args[2:] == (True,))
+        waits = [source.is_cuda or not (non_blocking and source.data_ptr() in self._pinned) for source in crossing]
+        return func is aten._local_scalar_dense.default or any(waits)
+
+    @staticmethod
+    def _crossing(func: Callable, args: tuple, kwargs: dict) -> list[Tensor]:
+        """Tensors that the operation copies from host to device or back."""
+        pairs = []
         if func is aten._to_copy.default:
-            source, target = args[0], kwargs.get("device") or args[0].device
+            pairs = [(args[0], kwargs.get("device") or args[0].device)]
         elif func is aten.copy_.default:
-            source, target = args[1], args[0].device
+            pairs = [(args[1], args[0].device)]
         elif func is aten._foreach_copy_.default:
-            return len({x.device.type for x in tree_leaves(args) if isinstance(x, Tensor)}) > 1
-        else:
-            return False
-        non_blocking = kwargs.get("non_blocking") or args[2:] == (True,)
-        same_device = torch.device(target).type == source.device.type
-        return not same_device and (source.is_cuda or not (non_blocking and source.data_ptr() in self._pinned))
+            pairs = [(source, target.device) for target, source in zip(*args[:2], strict=True)]
+        return [source for source, target in pairs if torch.device(target).type != source.device.type]
 
 
 def _per_channel(x: Tensor, count: int) -> tuple[Tensor, ...]:
@@ -153,6 +174,10 @@ def backward(tensors, grad_tensors=None, *_, **__) -> None:
         got = received.pop(node, None)
         if got is None:
             return {}
+        if hasattr(node, "variable"):  # it keeps the first gradient without a copy, as in torch's engine
+            x, gradient = node.variable, got[0].detach()
+            x.grad = gradient if x.grad is None else x.grad + gradient
+            return {}
         function = node.apply if isinstance(node, BackwardCFunction) else node
         results = function(*(got.get(index) for index in range(len(node._input_metadata))))
         return dict(enumerate(results if isinstance(results, tuple) else (results,)))
@@ -181,25 +206,58 @@ def backward(tensors, grad_tensors=None, *_, **__) -> None:
                     ready.append(after)
 
 
+def grad(outputs, inputs, grad_outputs, allow_unused=False) -> tuple[Tensor | None, ...]:
+    """`torch.autograd.grad` by `backward`."""
+    kept = [x.grad for x in inputs]
+    for x in inputs:
+        x.grad = None
+    backward(outputs, grad_outputs)
+    gradients = tuple(x.grad for x in inputs)
+    for x, before in zip(inputs, kept, strict=True):
+        x.grad = before
+    assert allow_unused or None not in gradients
+    return gradients
+
+
 @contextmanager
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[HostWaits]:
     """Context in which tensors on "cuda" are fake and questions to the driver are answered as by an H100."""
+    waits = HostWaits()
 
     def synchronize(*_: object) -> None:
         raise HostWait("torch.cuda.synchronize")
 
+    @contextmanager
+    def capture(graph: Any, pool: Any = None, stream: Any = None, capture_error_mode: str = "global") -> Iterator[None]:
+        assert capture_error_mode == "thread_local", "the loader's threads work meanwhile"
+        waits.capturing = True
+        try:
+            yield
+        finally:
+            waits.capturing = False
+
+    def use_stream(stream: Any) -> nullcontext:
+        if waits.capturing:
+            raise NotCapturable("another stream in a CUDA graph")
+        return nullcontext()
+
+    def launch(*_: object, **__: object) -> None:
+        waits.launches += 1
+
+    graph = SimpleNamespace(pool=lambda: None, replay=launch)
     stream = SimpleNamespace(wait_stream=lambda other: None)
     answers = {"is_bf16_supported": True, "get_device_capability": (9, 0), "get_device_properties": H100}
-    for name, answer in (answers | {"Stream": stream, "current_stream": stream}).items():
+    for name, answer in (answers | {"Stream": stream, "current_stream": stream, "CUDAGraph": graph}).items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
-    for name in ("stream", "device_of"):
-        monkeypatch.setattr(torch.cuda, name, nullcontext)
-    monkeypatch.setattr(triton.JITFunction, "run", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "stream", use_stream)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "device_of", nullcontext)
+    monkeypatch.setattr(triton.JITFunction, "run", launch)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.autograd, "backward", backward)
+    monkeypatch.setattr(torch.autograd, "grad", grad)
     monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: None)
-    waits = HostWaits()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), waits:
             yield waits

@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from loss import nt_xent
 from model import EncoderConfig, HeadConfig, SimCLR, create_encoder, encoder_spec, feature_dim, projection_head
-from tests.fake_cuda import HostWait, backward, fake_cuda
+from tests.fake_cuda import HostWait, NotCapturable, backward, fake_cuda
 
 
 def forward_on_cuda(module: nn.Module, views: tuple[int, ...]):
@@ -87,6 +87,26 @@ def test_work_that_the_host_only_launches_does_not_raise(monkeypatch):
         with waits.allow("here"):
             assert x.tolist() == [0, 0, 0, 0]
     assert x.is_cuda and waits.waited == {"here": 1}
+
+
+UNCAPTURABLE = {
+    "item": WAITS["item"],
+    "branch": WAITS["bool"],
+    "pinned copy to cuda": lambda x: torch.ones(4).pin_memory().to("cuda", non_blocking=True),
+    "random numbers of the host": lambda x: x * torch.rand(()),
+    "collective": lambda x: torch.ops._c10d_functional.all_reduce(x, "sum", "0"),
+    "stream": lambda x: torch.cuda.stream(torch.cuda.Stream()),
+}
+
+
+@pytest.mark.parametrize("operation", UNCAPTURABLE.values(), ids=UNCAPTURABLE)
+def test_what_a_graph_cannot_hold_raises(monkeypatch, operation):
+    with fake_cuda(monkeypatch):
+        x = torch.zeros(4, device="cuda")
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+            (x * torch.rand_like(x) + torch.tensor(3.0)).sum()
+            with pytest.raises(NotCapturable):
+                operation(x)
 
 
 class Both(torch.autograd.Function):

@@ -18,6 +18,7 @@ import engine.session
 import finetune
 import loss.distributed
 import train
+from common import UserError
 from engine import run_lock
 from engine.session import Session
 from engine.trackers import Trackers
@@ -60,8 +61,9 @@ class FakeLoader:
             shape = self.views * self.images, 3, self.size, self.size
             views = torch.empty(shape, device="cuda").to(memory_format=torch.channels_last)
             label = torch.zeros(self.images, dtype=torch.int64, device="cuda")
-            self.waits.watching = True
+            self.waits.watching, before = True, self.waits.launches
             yield Batch(views, label, torch.arange(self.images))
+            self.waits.launched.append(self.waits.launches - before)
         self.waits.watching = False
         raise Finished
 
@@ -88,7 +90,10 @@ def teacher(data, tmp_path_factory):
 
 @pytest.fixture
 def run(data, tmp_path, monkeypatch):
-    """run("train", *options, ranks=2) a few steps of a stage; returns where the host waited in them, with counts."""
+    """run("train", *options, ranks=2) a few steps of a stage; returns where the host waited in them, with counts.
+
+    `run.launched` is the number of operations that the host launched in each step of the latest run.
+    """
 
     def run_stage(name, *options, ranks=1):
         script, stage, presets = STAGES[name]
@@ -106,6 +111,7 @@ def run(data, tmp_path, monkeypatch):
             allow(waits, loss.distributed, "check_equal_calls")
             with pytest.raises(Finished):
                 stage(config)
+        run_stage.launched = waits.launched
         return waits.waited
 
     def join_ranks(ranks):
@@ -151,6 +157,17 @@ ROWS = Counter(mean_of=STEPS // LOG_EVERY)
 def test_pretraining_waits_once_per_row(run, ranks, options):
     first_call = Counter(check_equal_calls=3 if ranks > 1 else 0)  # of the loss, compared over the ranks
     assert run("train", *options.split(), ranks=ranks) == ROWS + first_call
+
+
+def test_graphs_leave_little_to_launch(run):
+    """The first step warms up and captures; the capture raises at whatever a graph cannot hold."""
+    assert run("train", "--cuda-graph") == ROWS
+    assert 5 * run.launched[-1] < run.launched[0]
+
+
+def test_graphs_of_several_processes_are_refused(run):
+    with pytest.raises(UserError, match="--cuda-graph works in one process only"):
+        run("train", "--cuda-graph", ranks=2)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

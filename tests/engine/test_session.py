@@ -79,6 +79,11 @@ def test_fp32_means_no_tf32(tf32, precision):
     assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == (precision != "fp32")
 
 
+def test_graphs_are_refused_on_a_cpu():
+    with pytest.raises(UserError, match="--cuda-graph needs an NVIDIA GPU; omit the option on a CPU"):
+        Session(cuda_graph=True)
+
+
 def test_ranks_wait_longer_for_each_other_than_nccl_does(monkeypatch):
     def create(kwargs_handlers, **_):
         assert {"timeout": RANK_TIMEOUT} in [each.to_kwargs() for each in kwargs_handlers]
