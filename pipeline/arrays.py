@@ -25,7 +25,7 @@ FIELDS = [
 def npy_pixels(encoded: bytes) -> np.ndarray:
     """Read an image of 1 to 16 channels from a .npy file; returns a new (H, W, C) uint8 or uint16 array.
 
-    The file holds (H, W), one channel; (H, W, C); or (C, H, W) if only its first axis is at most 16 long.
+    The file holds (H, W), one channel; (H, W, C); or (C, H, W) if its last axis is longer than 16 and its first is not.
 
     Raises:
         DecodeError: the file is truncated or damaged, or holds an array of another type or shape.

@@ -2,7 +2,7 @@
 
 Rules, with the sections of DICOM PS3.3 (https://dicom.nema.org/medical/dicom/current/output/html/part03.html):
 
-- CT: Hounsfield units + 1024, where units = Rescale Slope * stored value + Rescale Intercept (C.8.2.1, C.11.1.1.2),
+- CT: Hounsfield units + 1024, where units = Rescale Slope * stored value + Rescale Intercept (C.8.2.1, C.11.1),
   rounded and limited to 0..65535; air has -1000 units.
 - Other unsigned images of one channel: the stored values (C.7.6.3.1), as 16 bits if more than 8 are allocated.
 - MONOCHROME1, whose smallest value is white, is inverted: the largest value of Bits Stored minus the stored value

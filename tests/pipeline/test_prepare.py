@@ -70,7 +70,7 @@ ENCODED = {
     "reduced RGB array": (npy(COLOR), {"bits": 8}, "png", RGB8, COLOR >> 8),
     "reduced array": (npy(DEEP), {"bits": 8}, "npy", PixelFormat(8, 8), DEEP >> 8),
     "reduced gray PNG": (png16(GRAY, 0), {"bits": 8}, "png", RGB8, np.repeat(GRAY >> 8, 3, 2)),
-    "reduced gray TIFF": (tiff16(GRAY), {"bits": 8}, "tif", RGB8, np.repeat(GRAY >> 8, 3, 2)),
+    "reduced, rotated TIFF": (tiff16(GRAY, tiffinfo=ORIENTATION), {"bits": 8}, "tif", RGB8, np.repeat(GRAY >> 8, 3, 2)),
 }
 """Content, options, extension, format and pixels of what a shard holds."""
 
