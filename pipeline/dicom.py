@@ -4,7 +4,8 @@ Rules, with the sections of DICOM PS3.3 (https://dicom.nema.org/medical/dicom/cu
 
 - CT: Hounsfield units + 1024, where units = Rescale Slope * stored value + Rescale Intercept (C.8.2.1, C.11.1),
   rounded and limited to 0..65535; air has -1000 units.
-- Other unsigned images of one channel: the stored values (C.7.6.3.1), as 16 bits if more than 8 are allocated.
+- Other images of one channel: the stored values (C.7.6.3.1), as 16 bits if more than 8 are allocated. Values below 0
+  are refused, because nothing says which of them is black.
 - MONOCHROME1, whose smallest value is white, is inverted: the largest value of Bits Stored minus the stored value
   (C.7.6.3.1.2).
 - RGB and YBR_FULL of 8 bits: RGB (C.7.6.3.1.2).
@@ -53,7 +54,6 @@ def open_dicom(encoded: bytes) -> DeepImage:
         data = pydicom.dcmread(io.BytesIO(encoded))
         height, width, frames = int(data.Rows), int(data.Columns), int(data.get("NumberOfFrames") or 1)
         kind, allocated = str(data.PhotometricInterpretation), int(data.BitsAllocated)
-        signed = bool(data.PixelRepresentation)
         rescale = ("RescaleSlope", "RescaleIntercept") if data.get("Modality") == "CT" else ()
         scale = [float(data[name].value) for name in rescale if data.get(name) is not None]
     except Exception as error:  # pydicom raises many types for damaged files
@@ -68,8 +68,6 @@ def open_dicom(encoded: bytes) -> DeepImage:
         raise DecodeError(f"{kind} of {allocated} bits; images must be MONOCHROME of 8 or 16 bits or RGB of 8 bits")
     if len(scale) == 2:
         return DeepImage(PixelFormat(1, 16), height, width, "", lambda: _hounsfield(data, *scale))
-    if signed:
-        raise DecodeError("signed values without Hounsfield units, whose black level is unknown; save it as .npy")
     if allocated == 8:
         return DeepImage(RGB8, height, width, "", lambda: np.repeat(_gray(data), 3, 2))
     return DeepImage(PixelFormat(1, 16), height, width, "", lambda: _gray(data))
@@ -87,9 +85,14 @@ def _stored_values(data: "Dataset") -> np.ndarray:
 
 
 def _gray(data: "Dataset") -> np.ndarray:
-    """(H, W, 1) stored values, in which the largest one is white."""
+    """(H, W, 1) unsigned stored values, in which the largest one is white."""
     values = _stored_values(data)[..., None]
-    return 2 ** int(data.BitsStored) - 1 - values if data.PhotometricInterpretation == "MONOCHROME1" else values
+    if values.min() < 0:
+        raise DecodeError("values below 0 that are not Hounsfield units; save it as .npy with levels from 0")
+    if data.PhotometricInterpretation == "MONOCHROME1":
+        bits = int(data.BitsStored) - int(data.PixelRepresentation)  # one bit of signed values is the sign
+        values = 2**bits - 1 - values
+    return values.astype(f"u{values.itemsize}")
 
 
 def _hounsfield(data: "Dataset", slope: float, intercept: float) -> np.ndarray:

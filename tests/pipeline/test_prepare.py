@@ -226,6 +226,8 @@ DICOM = {
     "signed CT": (HOUNSFIELD, CT, (HOUNSFIELD + 1024).clip(0)),
     "scaled CT": (TWELVE_BITS, CT | {"RescaleSlope": "2", "RescaleIntercept": "-1000"}, 2 * TWELVE_BITS + 24),
     "MR": (TWELVE_BITS, {"Modality": "MR", "stored": 12}, TWELVE_BITS),
+    "signed MR": (TWELVE_BITS.astype(np.int16), {"Modality": "MR", "stored": 13}, TWELVE_BITS),
+    "signed MONOCHROME1": (TWELVE_BITS.astype(np.int16), {"kind": "MONOCHROME1", "stored": 13}, 4095 - TWELVE_BITS),
     "overlay bits": (TWELVE_BITS | 0x8000, {"Modality": "MR", "stored": 12}, TWELVE_BITS),
     "MONOCHROME1": (TWELVE_BITS, {"kind": "MONOCHROME1", "stored": 12}, 4095 - TWELVE_BITS),
 }
@@ -251,7 +253,7 @@ def test_dicom_images_of_8_bits_are_rgb(pydicom):
 def test_other_dicom_images_are_refused(pydicom):
     refused = {
         "2 frames; save each as a file of its own": dicom(TWELVE_BITS, NumberOfFrames=2),
-        "signed values without Hounsfield units": dicom(HOUNSFIELD, Modality="MR"),
+        "values below 0 that are not Hounsfield units": dicom(HOUNSFIELD, Modality="MR"),
         "PALETTE COLOR of 16 bits": dicom(TWELVE_BITS, "PALETTE COLOR"),
         "damaged, or of an unusual kind": dicom(TWELVE_BITS)[:-10],
         "its header is damaged": dicom(TWELVE_BITS)[:200],
