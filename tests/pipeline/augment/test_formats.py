@@ -283,7 +283,7 @@ def scans(tmp_path_factory) -> ShardSet:
 def test_loaders_pass_the_format_on(scans):
     """Views have one channel and, normalized as measured, mean 0 and standard deviation 1, about."""
     config = AugmentConfig(size=SIZE, jitter_p=0, blur_p=0).for_images(scans.pixel_format, scans.manifest["statistics"])
-    loader = view_loader(scans, config, batch_size=8, seed=0, device=CPU)
+    loader = view_loader(scans, config, batch_size=8, seed=0, device=CPU, epochs=1)
     batch = next(iter(loader))
     loader.close()
     (crops,) = center_crops(scans, config, np.arange(8), batch_size=8, device=CPU)
