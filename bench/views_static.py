@@ -27,8 +27,8 @@ from bench.loss_static import GPUS, ROOT, VERSIONS, environment_with, fitting_pr
 from pipeline.augment.config import AugmentConfig
 from pipeline.augment.gpu import CHUNK
 from pipeline.augment.params import AugmentParams, draw_params
-from pipeline.augment.triton import color
 from pipeline.augment.triton.kernels import crop_kernel, finish_kernel, whole_views_kernel
+from pipeline.augment.triton.record import VIEW
 from pipeline.augment.triton.render import BLOCK, TILE, constants
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
@@ -144,8 +144,8 @@ def bytes_moved(params: AugmentParams, config: AugmentConfig, dtype: torch.dtype
     """Bytes read and written for all views: crops, records and views once, intermediate levels twice."""
     pixels = 3 * params.flip.size * config.size**2
     levels = 0 if config.size <= TILE else 2 * 2 * pixels
-    records = 4 * color.WORDS.value * params.flip.size
-    return 3 * int(params.crop[..., 2:].prod(-1).sum()) + records + levels + pixels * dtype.itemsize
+    crops = 3 * int(params.crop[..., 2:].prod(-1).sum())
+    return crops + VIEW.itemsize * params.flip.size + levels + pixels * dtype.itemsize
 
 
 def tensor_core_flops(params: AugmentParams, config: AugmentConfig) -> int:

@@ -1,7 +1,7 @@
 """The whole augmentation in fused Triton kernels, on NVIDIA GPUs of compute capability 8.0 or later.
 
     backend.py    the augmentation backend: decoding, batches
-    render.py     records of views, launches
+    record.py     what the kernels know of a view; render.py: launches
     kernels.py    whole_views_kernel: views of up to 32 px, one program each
                   crop_kernel, finish_kernel: tiles of larger views
     filters.py    device functions: crop, resize, flip and blur as products with matrices of weights
@@ -13,8 +13,8 @@ augmented in tiles. Contrast needs the mean gray of the whole view, so a first k
 A second one adds up the sums and does the rest, reading a margin around its tile for the blur. Sums are added in a
 fixed order: views do not depend on the run or the rest of the batch.
 
-Images stay where they are: a table of 80 bytes per view, copied to the device in one transfer, holds the address and
-the strides of its image, interleaved or planar, next to the drawn parameters.
+Images stay where they are: a record of 112 bytes per view, copied to the device with all others in one transfer, holds
+the address and the strides of its image, interleaved or planar, next to the drawn parameters.
 """
 
 import torch

@@ -4,20 +4,12 @@ import triton
 import triton.language as tl
 
 from .. import params
+from .record import AMOUNT, BEFORE, CONTRAST_FACTOR, GRAY, MATRIX, MEAN_WEIGHT, OPERATION
 
 BRIGHTNESS = tl.constexpr(params.BRIGHTNESS)
 SATURATION = tl.constexpr(params.SATURATION)
 HUE = tl.constexpr(params.HUE)
 RED, GREEN, BLUE = map(tl.constexpr, params.LUMA.tolist())
-
-# Words of a view's record, of 32 bits each. The first two are the address of the crop's first pixel.
-ROW_STRIDE, COLUMN_STRIDE, CHANNEL_STRIDE, HEIGHT, WIDTH, FLIP, SIGMA = map(tl.constexpr, range(2, 9))
-# exact jitter: three operations and their amounts in the order of the view, of which `BEFORE` precede contrast
-BEFORE, GRAY, CONTRAST, OPERATION, AMOUNT = map(tl.constexpr, (9, 10, 11, 12, 15))
-# affine jitter: matrix by rows, weight of the mean gray
-MATRIX, MEAN_WEIGHT = map(tl.constexpr, (9, 18))
-WORDS = tl.constexpr(20)
-NO_OPERATION = -1
 
 
 @triton.jit
@@ -83,7 +75,7 @@ def before_mean(r, g, b, record, EXACT: tl.constexpr):
 def after_mean(r, g, b, record, mean, EXACT: tl.constexpr):
     # contrast, the operations behind it and grayscale; or the affine map
     if EXACT:
-        contrast = load_float(record + CONTRAST)
+        contrast = load_float(record + CONTRAST_FACTOR)
         rest = (1 - contrast) * mean
         r, g, b = clip(r * contrast + rest), clip(g * contrast + rest), clip(b * contrast + rest)
         r, g, b = apply_operations(r, g, b, record, tl.load(record + BEFORE), 3)

@@ -8,7 +8,7 @@ and pixels are centered around zero, where float16 is finest: the result is exac
 import triton
 import triton.language as tl
 
-from .color import CHANNEL_STRIDE, COLUMN_STRIDE, FLIP, HEIGHT, ROW_STRIDE, WIDTH
+from .record import CHANNEL_STRIDE, COLUMN_STRIDE, FLIP, HEIGHT, ROW_STRIDE, WIDTH
 
 MIDDLE = tl.constexpr(128.0)
 """Level that is subtracted from pixels; all differences are whole numbers up to 128, exact in float16."""

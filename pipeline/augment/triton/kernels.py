@@ -3,14 +3,17 @@
 import triton
 import triton.language as tl
 
-from .color import SIGMA, WORDS, after_mean, before_mean, load_float, to_gray
+from .color import after_mean, before_mean, load_float, to_gray
 from .filters import blur_parameters, blur_weights, resized_tile
+from .record import SIGMA, WORDS
 
 LEVELS = tl.constexpr(65535)
 """White in the intermediate views, which have 16 bits per channel."""
+BATCH = ("images", "view_stride")
+"""Arguments that change in the last batch of an epoch, which must not be compiled for their divisors."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH)
 def whole_views_kernel(
     records_ptr,  # (V k, WORDS) int32
     out_ptr,  # (V, k, S, S, 3), view v at v * view_stride
@@ -69,7 +72,7 @@ def crop_kernel(
     tl.store(gray_ptr + view * tl.num_programs(0) + tile, tl.sum(gray_inside(r, g, b, i0, j0, SIZE, TILE)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH)
 def finish_kernel(
     records_ptr,  # (V k, WORDS) int32
     levels_ptr,  # (V k, 3, S, S) uint16
