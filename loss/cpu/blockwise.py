@@ -8,10 +8,12 @@ With u_i = z_i / |z_i|, s_ij = u_i . u_j / tau and p(i) the other view of i:
     dL/dtau = -1/(2 tau) sum_i u_i . dL/du_i    (s = u.u / tau; every pair contributes from both ends)
 
 This is equation 1 of SimCLR (arXiv 2002.05709) with the positive separated; the decoupled loss (arXiv 2110.06848) has
-l_i = L_i - s_ip(i), lse_i = L_i and q_i = 1. S is symmetric, so pairs among a rank's own
-rows are visited once, in the upper triangle, and every block contributes to its rows and to its columns:
-P_ij + P_ji = exp(s_ij) (exp(-lse_i) + exp(-lse_j)) needs one exponential. Positives are excluded from the blocks' sums:
-subtracting them afterwards would cancel all other terms once the model is trained.
+l_i = L_i - s_ip(i), lse_i = L_i and q_i = 1. S is symmetric, so pairs among a rank's own rows are visited once, in the
+upper triangle, and every block contributes to its rows and to its columns: P_ij + P_ji = exp(s_ij) (exp(-lse_i) +
+exp(-lse_j)) needs one exponential. Positives are excluded from the blocks' sums: subtracting them afterwards would
+cancel all other terms once the model is trained.
+
+`one_pass` is the same for batches of a single rank that are small enough to keep all exponentials.
 """
 
 import math
