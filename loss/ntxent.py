@@ -69,7 +69,7 @@ def nt_xent(
             as under torch.compile.
         group: ranks that share one global batch, all with the same 2n, including this process. None: the default group
             if torch.distributed is initialized, else this process alone.
-        impl: "blockwise" needs O(M D + block) memory for the M rows of all ranks, and on a single rank up to 2,048 rows
+        impl: "blockwise" needs O(M D + block) memory for the M rows of all ranks, and on a single rank up to 4,096 rows
             keeps M^2 / 2 exponentials instead of computing them twice; "triton" computes the same in fused
             kernels on NVIDIA GPUs of compute capability 8.0 or later, for all dtypes except float64. Both can be
             differentiated once, in reverse mode and outside torch.func. "reference" is the dense oracle, O(2n M)

@@ -8,10 +8,12 @@ With u_i = z_i / |z_i|, s_ij = u_i . u_j / tau and p(i) the other view of i:
     dL/dtau = -1/(2 tau) sum_i u_i . dL/du_i    (s = u.u / tau; every pair contributes from both ends)
 
 This is equation 1 of SimCLR (arXiv 2002.05709) with the positive separated; the decoupled loss (arXiv 2110.06848) has
-l_i = L_i - s_ip(i), lse_i = L_i and q_i = 1. S is symmetric, so pairs among a rank's own
-rows are visited once, in the upper triangle, and every block contributes to its rows and to its columns:
-P_ij + P_ji = exp(s_ij) (exp(-lse_i) + exp(-lse_j)) needs one exponential. Positives are excluded from the blocks' sums:
-subtracting them afterwards would cancel all other terms once the model is trained.
+l_i = L_i - s_ip(i), lse_i = L_i and q_i = 1. S is symmetric, so pairs among a rank's own rows are visited once, in the
+upper triangle, and every block contributes to its rows and to its columns: P_ij + P_ji = exp(s_ij) (exp(-lse_i) +
+exp(-lse_j)) needs one exponential. Positives are excluded from the blocks' sums: subtracting them afterwards would
+cancel all other terms once the model is trained.
+
+`one_pass` is the same for batches of a single rank that are small enough to keep all exponentials.
 """
 
 import math
@@ -58,13 +60,12 @@ def negatives_logsumexp(z_all: Tensor, temperature: Tensor, rows: int) -> Tensor
 
 def _negatives_logsumexp(workers: Workers, z_all: Tensor, temperature: Tensor, rows: int) -> Tensor:
     u, _ = unit_rows(z_all)
-    u_t = u.t().contiguous()  # (D, M): contiguous for the GEMM of a block
     tau = temperature.item()
     fits = exp_fits(u.dtype, tau)
 
     def over_bands(bands: Iterable[slice]) -> Tensor:
         total = u.new_full((rows,), 0.0 if fits else -math.inf)
-        for block in _blocks(u, u_t, rows, tau, bands):
+        for block in _blocks(u, rows, tau, bands):
             i, mirrored, s = block.rows, block.mirrored, block.s
             if fits:
                 s.exp_()
@@ -126,7 +127,6 @@ def _loss_gradient(
     decoupled: bool,
 ) -> tuple[Tensor, Tensor]:
     u, norm = unit_rows(z_all)
-    u_t = u.t().contiguous()
     tau = temperature.item()
     positives = positives_of(u, rows, tau)  # (M,)
     if decoupled:
@@ -140,7 +140,7 @@ def _loss_gradient(
     def over_bands(bands: Iterable[slice]) -> Tensor:
         du = u.new_zeros(rows, u.shape[1])
         weights = u.new_empty(_block_size(u, rows))
-        for block in _blocks(u, u_t, rows, tau, bands):
+        for block in _blocks(u, rows, tau, bands):
             i, j, s = block.rows, block.columns, block.s
             w = weights[: s.numel()].view_as(s)
             if fits:
@@ -221,7 +221,7 @@ class Block(NamedTuple):
         return self.s[:, self.mirrored.start - self.columns.start : self.mirrored.stop - self.columns.start]
 
 
-def _blocks(u: Tensor, u_t: Tensor, rows: int, tau: float, bands: Iterable[slice]) -> Iterator[Block]:
+def _blocks(u: Tensor, rows: int, tau: float, bands: Iterable[slice]) -> Iterator[Block]:
     """Blocks of S for the `bands` of u's first `rows` rows, from the diagonal to the last column."""
     n = rows // 2
     buffer = u.new_empty(_block_size(u, rows))
@@ -230,7 +230,7 @@ def _blocks(u: Tensor, u_t: Tensor, rows: int, tau: float, bands: Iterable[slice
         for left in range(i.start, u.shape[0], BLOCK_COLUMNS):
             j = slice(left, min(left + BLOCK_COLUMNS, u.shape[0]))
             s = buffer[: u_i.shape[0] * (j.stop - left)].view(u_i.shape[0], j.stop - left)
-            torch.mm(u_i, u_t[:, j], out=s)
+            torch.mm(u_i, u[j].t(), out=s)
             # self-pairs, and positives: n columns to the right of a first view, n to the left of a second view
             for shift, stop in ((0, i.stop), (n, min(i.stop, n)), (-n, i.stop)):
                 if i.start + shift < j.stop and left < stop + shift:

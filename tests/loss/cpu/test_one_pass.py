@@ -15,10 +15,11 @@ def test_float32_error_is_that_of_dense_torch(n, d, tau, decoupled):
     check_accuracy(trained_like(n, d, torch.float32), tau, "blockwise", decoupled)
 
 
-@pytest.mark.parametrize("rows", [1, 4, 7, 64])
+@pytest.mark.parametrize("block", [(1, 4), (4, 8), (8, 4), (7, 3), (64, 64)])
 @pytest.mark.parametrize("n", [1, 3, 15, 17])
-def test_every_band_gives_the_same_result(monkeypatch, rows, n):
-    monkeypatch.setattr(one_pass, "BAND_ROWS", rows)
+def test_every_block_shape_gives_the_same_result(monkeypatch, block, n):
+    monkeypatch.setattr(one_pass, "BAND_ROWS", block[0])
+    monkeypatch.setattr(one_pass, "BLOCK_COLUMNS", block[1])
     z = trained_like(n, 10)
     truth = loss_and_gradients(z, 0.1, "reference")
     for ours, true in zip(loss_and_gradients(z, 0.1, "blockwise"), truth, strict=True):
