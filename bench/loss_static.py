@@ -32,7 +32,7 @@ from triton.compiler import ASTSource
 from bench.harness import write_rows
 from loss.triton.grad_matmul import grad_matmul_kernel
 from loss.triton.lse_forward import lse_forward_kernel
-from loss.triton.lse_triangle import lse_triangle_kernel
+from loss.triton.lse_triangle import lse_triangle_kernel, uses_wgmma
 from loss.triton.rows import gradient_rows_kernel, log2_headroom, row_losses_kernel, scale_rows_kernel
 from loss.triton.tiles import REGISTERS, SHARED_BYTES, TILES, Tile, row_block, tile_for
 
@@ -143,6 +143,7 @@ def compile_case(case: Case, target: int | None = None) -> Compiled:
         "ONLINE": case.form.online,
         "TAU_IS_POINTER": case.form.tau_is_pointer,
         "PRECISION": case.precision,
+        "WGMMA": uses_wgmma(case.architecture, case.dtype, case.precision),
     }
     capability = target or int(case.architecture.removeprefix("sm_"))
     options = {

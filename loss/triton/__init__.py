@@ -2,8 +2,9 @@
 
     rows.py          norms and positives, row losses, gradient rows: kernels over rows, O(M D)
     lse_forward.py   log-sum-exp over the negatives of every row: one product of all pairs
+    lse_triangle.py  the same among this rank's rows from half of the product, where the temperature allows
     grad_matmul.py   gradient with respect to the rows: two products of all pairs
-    blocks.py        device functions of both
+    blocks.py        device functions of these three
     tiles.py         tile sizes per GPU; temperature.py: a temperature that stays on the device
     ops.py           custom operators for autograd and torch.compile, on one rank or several
 
@@ -32,9 +33,9 @@ neither 2^t, nor a sum of a million of them, nor its inverse leaves the normal f
 and no maximum has to be subtracted. Below it, ONLINE keeps a running maximum in the forward pass and computes two
 exponentials in the backward pass, 2^(t_ij - lse_i) + 2^(t_ij - lse_j) with lse in base 2.
 
-The upper triangle of S would be enough for the forward pass and save half of one GEMM of three. But then every tile
-also sums its columns, into its own slots because results must not depend on the order of programs: M M / BLOCK_M
-numbers, which exceed x itself from M = BLOCK_M D on. That is why the forward pass computes the full square.
+Half of S is enough for the forward pass, which saves half of one GEMM of three. But then every tile also sums its
+columns, for rows of other programs. `lse_triangle` adds these as integers, whose sum does not depend on the order of
+programs. It runs where 64 bits hold all possible sums to float32's precision, from tau of about 0.08 on.
 
 float16 cannot represent (a_i + a_j) g_j for every row. There, rows are scaled by the power of two that brings g_i into
 [1/2, 1), which is exact, and a by 2^14.

@@ -159,9 +159,9 @@ for _architecture in SHARED_BYTES:  # no tensor cores: the operands should stay 
     TILES[_architecture, "grad_matmul", "ieee"] = {math.inf: Tile(32, 32, 32, 128, 8, 1, 2, 2)}
 # The triangle keeps more sums in registers. It reads the copy of the rows made for the square: block_k is the same.
 for _architecture in SHARED_BYTES:
-    for _arithmetic in ("half", "tf32"):
+    for _arithmetic in ("half", "tf32", "ieee"):
         TILES[_architecture, "lse_triangle", _arithmetic] = dict(TILES[_architecture, "lse_forward", _arithmetic])
-    TILES[_architecture, "lse_triangle", "ieee"] = {math.inf: Tile(64, 64, 32, 32, 8, 1, 2, 2)}
+TILES["sm_80", "lse_triangle", "half"][128] = Tile(64, 64, 128, 128, 4, 3, 2, 2)
 TILES["sm_80", "lse_triangle", "tf32"][math.inf] = Tile(128, 64, 32, 32, 8, 2, 1, 1)
 TILES["sm_86", "lse_triangle", "tf32"][math.inf] = Tile(128, 64, 32, 32, 8, 2, 1, 1)
 TILES["sm_86", "lse_triangle", "half"][math.inf] = Tile(128, 64, 64, 64, 8, 2, 1, 1)
@@ -169,8 +169,9 @@ TILES["sm_90", "lse_triangle", "half"] = {
     64: Tile(128, 64, 64, 64, 8, 3, 2, 2),
     128: Tile(128, 64, 128, 128, 8, 3, 2, 2),
     256: Tile(128, 64, 256, 256, 8, 2, 1, 1),
-    math.inf: Tile(128, 128, 64, 64, 8, 2, 1, 1),
+    math.inf: Tile(128, 64, 64, 64, 8, 3, 1, 1),
 }
+TILES["sm_90", "lse_triangle", "ieee"] = {math.inf: Tile(64, 64, 32, 32, 8, 1, 2, 2)}
 
 MAX_SPLITS = 16
 """Most programs that share the columns of a block of rows."""
