@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.gpu.checks import Case, Check, Measurement, Setup, imports
+from bench.gpu.checks import Case, Check, Measurement, Setup, Skipped, imports
 from bench.gpu.training import SHARDS, quiet
 from bench.harness import percentiles_ms
 from engine.environment import peak_resident_mb
@@ -45,7 +45,7 @@ def counts(setup: Setup) -> tuple[int, int]:
     return (1, TRACED_STEPS) if setup.small else (WARM, STEPS)
 
 
-def configuration(setup: Setup, network: Network, out: str, backend: str, compile: bool = False):
+def configuration(setup: Setup, network: Network, out: str, backend: str, **modes: bool):
     """One epoch that is longer than the measured steps, so that no checkpoint falls into them."""
     import presets
 
@@ -58,7 +58,7 @@ def configuration(setup: Setup, network: Network, out: str, backend: str, compil
         batch_size=network.batch,
         log_every=10**6,
         precision=PRECISION,
-        compile=compile,
+        **modes,
         loader=replace(config.loader, backend=backend),
         encoder=replace(config.encoder, width=0.125) if setup.small else config.encoder,
     )
@@ -79,23 +79,33 @@ def step_speed(setup: Setup) -> Iterator[Case]:
         for name in networks(setup):
             yield Case(f"{name}, {source}", partial(time_training, setup, name, source))
     yield Case("profiler trace", partial(trace, setup))
+    for name in networks(setup):
+        yield Case(f"{name}, CUDA graph", partial(time_training, setup, name, "views in memory", cuda_graph=True))
     if not setup.small:  # compilation takes minutes
+        compiled = partial(time_training, setup, source="views in memory", compile=True)
         for name in networks(setup):
-            yield Case(f"{name}, compiled", partial(time_training, setup, name, "views in memory", compile=True))
+            yield Case(f"{name}, compiled", partial(compiled, name=name))
+            yield Case(f"{name}, compiled, CUDA graph", partial(compiled, name=name, cuda_graph=True))
     if imports("kornia"):
         for name in networks(setup):
             yield Case(f"{name}, kornia", partial(time_training, setup, name, "kornia"))
 
 
-def time_training(setup: Setup, name: str, source: str, compile: bool = False) -> Iterator[Measurement]:
+def time_training(
+    setup: Setup, name: str, source: str, compile: bool = False, cuda_graph: bool = False
+) -> Iterator[Measurement | Skipped]:
     """Time steps of `train.pretrain`; the parts of a step are marked as in bench/trainers.py."""
+    if cuda_graph and setup.device.type != "cuda":
+        yield Skipped("CUDA graphs need a GPU")
+        return
     import train
     from bench.trainers import PARTS, LoopMarks, Marks, supplied
     from engine.metrics import verdict
 
     network, (warm, steps) = networks(setup)[name], counts(setup)
     backend = "opencv" if source == "views in memory" else source
-    config = configuration(setup, network, f"{name} {source} {compile}", backend, compile)
+    modes = {"compile": compile, "cuda_graph": cuda_graph}
+    config = configuration(setup, network, " ".join(map(str, (name, source, *modes.values()))), backend, **modes)
     repeated, marks = "same batch" if source == "views in memory" else "images", Marks(setup.device)
     with quiet():
         supply = partial(supplied, source=repeated, warm=warm, steps=steps, device=setup.device)
@@ -109,7 +119,8 @@ def time_training(setup: Setup, name: str, source: str, compile: bool = False) -
     mean_ms = sum(ms) / len(ms)
     yield Measurement(
         "step",
-        {"network": name, "batch": network.batch, "source": source, "compiled": compile, "precision": PRECISION}
+        {"network": name, "batch": network.batch, "source": source, "precision": PRECISION}
+        | {"compiled": compile, "cuda_graph": cuda_graph}
         | {"images_per_s": round(1000 * network.batch / mean_ms, 1), "step_ms": round(mean_ms, 3)}
         | percentiles_ms([value / 1000 for value in ms])
         | {f"{part}_ms": round(value, 3) for part, value in parts.items()}
