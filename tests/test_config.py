@@ -58,6 +58,7 @@ def run_folder(tmp_path):
         ("train.py", "--precision fp16", "Invalid choice 'fp16' for argument '--precision'; expected one of ('auto', "),
         ("train.py", "--out", "Missing value for argument '--out'; expected 1 value; see train.py --help."),
         ("train.py", "--resume=", "--resume is empty; use auto, none, or the path"),
+        ("train.py", "--cuda-graph --batch-size 16 --micro-batch 8", "but --micro-batch 8 takes several; omit one of"),
         ("finetune.py", "--data x --labels.fraction inf", "--labels.fraction is inf; use a fraction above 0"),
         ("finetune.py", "--start.run nowhere", "nowhere is not the folder of a run"),
     ],

@@ -43,11 +43,17 @@ class Measurement(NamedTuple):
     row: dict
 
 
+class Skipped(NamedTuple):
+    """A case that cannot run on the device."""
+
+    reason: str
+
+
 class Case(NamedTuple):
     """One case of a check."""
 
     name: str
-    run: Callable[[], Iterable[Outcome | Measurement]]
+    run: Callable[[], Iterable[Outcome | Measurement | Skipped]]
 
 
 @dataclass(frozen=True)
@@ -157,6 +163,9 @@ def _run_check(check: Check, setup: Setup, report: Report, limit: float) -> bool
             for result in case.run():
                 if isinstance(result, Measurement):
                     report.add(result.table, result.row)
+                    continue
+                if isinstance(result, Skipped):
+                    report.status(check.name, case.name, "skipped", result.reason)
                     continue
                 numbers = {"what": result.what, "value": f"{result.value:.4g}", "limit": f"{result.limit:.4g}"}
                 status = "passed" if result.passed else "failed"

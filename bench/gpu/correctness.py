@@ -262,6 +262,7 @@ CHECKS = [
     Check(loss_tensor_temperature, 30, ("triton",)),
     Check(training.host_waits, 120, training.SHARDS),
     Check(training.kill_and_resume, 90, training.SHARDS),
+    Check(training.cuda_graphs, 90, training.SHARDS),
     Check(ranks.two_ranks, 60),
     Check(files.image_files, 60, ("cv2",)),
     Check(loss_opcheck, 60, ("triton",)),

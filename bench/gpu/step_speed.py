@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.gpu.checks import Case, Check, Measurement, Setup, imports
+from bench.gpu.checks import Case, Check, Measurement, Setup, Skipped, imports
 from bench.gpu.training import SHARDS, quiet
 from bench.harness import percentiles_ms
 from engine.environment import peak_resident_mb
@@ -45,9 +45,7 @@ def counts(setup: Setup) -> tuple[int, int]:
     return (1, TRACED_STEPS) if setup.small else (WARM, STEPS)
 
 
-def configuration(
-    setup: Setup, network: Network, out: str, backend: str, compile: bool = False, resident: bool = False
-):
+def configuration(setup: Setup, network: Network, out: str, backend: str, resident: bool = False, **modes: bool):
     """Epochs that are longer than the measured steps, so that no checkpoint falls into them.
 
     One of them, or three with resident images: the first one decodes, the second is measured while the third is
@@ -64,7 +62,7 @@ def configuration(
         batch_size=network.batch,
         log_every=10**6,
         precision=PRECISION,
-        compile=compile,
+        **modes,
         loader=replace(config.loader, backend=backend, resident="on" if resident else "off"),
         encoder=replace(config.encoder, width=0.125) if setup.small else config.encoder,
     )
@@ -92,9 +90,13 @@ def step_speed(setup: Setup) -> Iterator[Case]:
         for name in networks(setup):
             yield Case(f"{name}, {source}", partial(time_training, setup, name, source))
     yield Case("profiler trace", partial(trace, setup))
+    for name in networks(setup):
+        yield Case(f"{name}, CUDA graph", partial(time_training, setup, name, "views in memory", cuda_graph=True))
     if not setup.small:  # compilation takes minutes
+        compiled = partial(time_training, setup, source="views in memory", compile=True)
         for name in networks(setup):
-            yield Case(f"{name}, compiled", partial(time_training, setup, name, "views in memory", compile=True))
+            yield Case(f"{name}, compiled", partial(compiled, name=name))
+            yield Case(f"{name}, compiled, CUDA graph", partial(compiled, name=name, cuda_graph=True))
     backends = ["opencv"] + ["kornia"] * imports("kornia")
     backends += ["triton"] * (not setup.small)  # the interpreter takes minutes
     for name in networks(setup):
@@ -105,21 +107,28 @@ def step_speed(setup: Setup) -> Iterator[Case]:
             yield Case(f"{name}, {source}", partial(time_training, setup, name, source))
 
 
-def time_training(setup: Setup, name: str, source: str, compile: bool = False) -> Iterator[Measurement]:
+def time_training(
+    setup: Setup, name: str, source: str, compile: bool = False, cuda_graph: bool = False
+) -> Iterator[Measurement | Skipped]:
     """Time steps of `train.pretrain`; the parts of a step are marked as in bench/trainers.py.
 
     Args:
         setup, name: which network of `networks(setup)`, and where.
         source: "views in memory"; or a backend, with ", resident" for images that an earlier epoch has decoded.
-        compile: --compile.
+        compile, cuda_graph: --compile, --cuda-graph.
     """
+    if cuda_graph and setup.device.type != "cuda":
+        yield Skipped("CUDA graphs need a GPU")
+        return
     import train
     from bench.trainers import PARTS, LoopMarks, Marks, supplied
     from engine.metrics import verdict
 
     network, (warm, steps) = networks(setup)[name], counts(setup)
     backend, _, resident = ("opencv" if source == "views in memory" else source).partition(", ")
-    config = configuration(setup, network, f"{name} {source} {compile}", backend, compile, bool(resident))
+    modes = {"compile": compile, "cuda_graph": cuda_graph}
+    out = " ".join(map(str, (name, source, *modes.values())))
+    config = configuration(setup, network, out, backend, bool(resident), **modes)
     repeated, marks = "same batch" if source == "views in memory" else "images", Marks(setup.device)
     epoch = epoch_steps(warm + steps) if resident else 0
     with quiet():
@@ -134,7 +143,8 @@ def time_training(setup: Setup, name: str, source: str, compile: bool = False) -
     mean_ms = sum(ms) / len(ms)
     yield Measurement(
         "step",
-        {"network": name, "batch": network.batch, "source": source, "compiled": compile, "precision": PRECISION}
+        {"network": name, "batch": network.batch, "source": source, "precision": PRECISION}
+        | {"compiled": compile, "cuda_graph": cuda_graph}
         | {"images_per_s": round(1000 * network.batch / mean_ms, 1), "step_ms": round(mean_ms, 3)}
         | percentiles_ms([value / 1000 for value in ms])
         | {f"{part}_ms": round(value, 3) for part, value in parts.items()}

@@ -14,6 +14,8 @@ from bench.harness import read_rows
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = ("README.md", "docs/benchmarks.md")
 NOT_MEASURED = "Not measured yet: no row of `python -m bench.gpu {part}` is in `bench/results`."
+MODES = {"compiled": "compiled", "cuda_graph": "CUDA graph"}
+"""Column -> how a training step runs if it is true."""
 Rows = list[dict[str, str]]
 
 
@@ -78,7 +80,7 @@ def tiles_table(rows: Rows) -> str:
 def step_table(rows: Rows) -> str:
     lines = [
         row
-        | {"source": row["source"] + (", compiled" if row["compiled"] == "True" else "")}
+        | {"source": ", ".join([row["source"], *(mode for column, mode in MODES.items() if row.get(column) == "True")])}
         | {"wait": f"{float(row['wait_share']):.1%}", "verdict": row["verdict"].split(":")[0]}
         for row in sorted(rows, key=lambda row: row["network"])
     ]

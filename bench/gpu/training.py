@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from bench.gpu.checks import Case, Outcome, Setup, largest
+from bench.gpu.checks import Case, Outcome, Setup, Skipped, largest
 
 SHARDS = ("cv2", "rich")
 """What training needs that neither torch nor timm nor accelerate installs."""
@@ -82,6 +82,8 @@ def host_waits(setup: Setup) -> Iterator[Case]:
         "fine-tuning": ("finetune", {}),
         "distillation": ("distill", {"teacher": str(setup.scratch / "waits fine-tuning")}),
     }
+    if setup.device.type == "cuda":
+        stages["pretraining with CUDA graphs"] = "train", {"cuda_graph": True}
     for name, (stage, changes) in stages.items():
         yield Case(name, partial(steps_without_waits, setup, stage, f"waits {name}", changes))
 
@@ -136,14 +138,41 @@ def compare_resumed(setup: Setup) -> Iterator[Outcome]:
         train.pretrain(killed)
     resumed = "resumes from" in " ".join(printed.getvalue().split())
     yield Outcome("did not resume", float(not resumed), 0)
-    rows, expected = ([r for r in metrics(Path(c.out)) if "loss" in r] for c in (killed, whole))
+    yield from compare_runs(killed, whole)
+
+
+def compare_runs(run: Any, reference: Any) -> Iterator[Outcome]:
+    """Steps, losses and weights of two runs in float32."""
+    rows, expected = ([r for r in metrics(Path(c.out)) if "loss" in r] for c in (run, reference))
     yield Outcome("rows of other steps", float([r["step"] for r in rows] != [r["step"] for r in expected]), 0)
     # on a GPU a run is not repeatable bit for bit, but after few steps in float32 its rounding is still small
     pairs = zip(rows, expected, strict=True)
     yield Outcome("relative difference of a loss", largest(abs(r["loss"] / e["loss"] - 1) for r, e in pairs), 1e-3)
-    weights, truth = (load_file(Path(config.out) / "encoder.safetensors") for config in (killed, whole))
+    weights, truth = (load_file(Path(config.out) / "encoder.safetensors") for config in (run, reference))
     error = largest((weights[n] - truth[n]).norm() / truth[n].norm() for n in truth if truth[n].ndim > 1)
     yield Outcome("relative difference of the weights", error, 1e-2)
+
+
+def cuda_graphs(setup: Setup) -> Iterator[Case]:
+    """Replayed passes, eager or compiled, train like eager ones."""
+    for name, modes in {"graphs": {}, "graphs of compiled passes": {"compile": True}}.items():
+        yield Case(name, partial(compare_graphs, setup, name, modes))
+
+
+def compare_graphs(setup: Setup, name: str, modes: dict) -> Iterator[Outcome | Skipped]:
+    import train
+    from engine.optim import OptimConfig
+
+    if setup.device.type != "cuda":
+        yield Skipped("CUDA graphs need a GPU")
+        return
+    changes = {"log_every": 1, "precision": "fp32", "optim": OptimConfig("lars", scaling="none")}
+    eager = configuration(setup, "train", f"{name} eager", **changes)
+    graphs = replace(eager, out=str(setup.scratch / name), cuda_graph=True, **modes)
+    for config in (eager, graphs):
+        with quiet():
+            train.pretrain(config)
+    yield from compare_runs(graphs, eager)
 
 
 def train_until_killed(config: Any, steps: int) -> None:

@@ -55,7 +55,7 @@ def test_outcomes_pass_up_to_their_limit():
 
 def test_a_part_reports_every_check(setup, capsys):
     given = [
-        check(Outcome("error", 1, 2), Outcome("error", 3, 2), Measurement("speed", {"ms": 4})),
+        check(Outcome("error", 1, 2), Outcome("error", 3, 2), Measurement("speed", {"ms": 4}), checks.Skipped("why")),
         check(ValueError("broken\nsecond line"), Outcome("error", 0, 0), name="raises"),
         check(Outcome("error", 0, 0), name="lacks", needs=("json", "no_such_module")),
         check(name="without_cases"),
@@ -67,6 +67,7 @@ def test_a_part_reports_every_check(setup, capsys):
     assert found == [
         ("example", "case 0", "passed", ""),
         ("example", "case 1", "failed", ""),
+        ("example", "case 3", "skipped", "why"),
         ("raises", "case 0", "failed", "ValueError: broken"),
         ("raises", "case 1", "passed", ""),
         ("lacks", "", "skipped", "no_such_module can't be imported"),
@@ -257,6 +258,7 @@ def test_steps_are_timed_and_traced(setup, one_thread):
     parts = sum(row[f"{part}_ms"] for part in ("wait", "forward", "loss", "backward", "optimizer", "other"))
     assert parts == pytest.approx(row["step_ms"], rel=0.01) and row["runs"] == step_speed.TRACED_STEPS
     assert row["verdict"].startswith("Compute-bound")
+    assert list(cases["ResNet-18 x 1/8, 32 px, CUDA graph"].run()) == [checks.Skipped("CUDA graphs need a GPU")]
     kernels = [result.row for result in cases["profiler trace"].run()]
     assert 0 < sum(kernel["share"] for kernel in kernels) <= 1 and "conv" in str(kernels)
     assert (setup.out / "gpu_trace.json.gz").stat().st_size > 10_000
@@ -302,10 +304,11 @@ def test_tables_are_filled_from_rows(tmp_path):
     assert "Not measured yet: no row of `python -m bench.gpu step`" in tables.fill(text, tmp_path)
     row = {"date": "2000-01-01", "device": "a GPU", "torch": "1", "triton": "2", "network": "net", "batch": "4"}
     row |= {"source": "opencv", "compiled": "True", "images_per_s": "5", "step_ms": "6", "peak_mb": "7"}
+    row |= {"cuda_graph": "True"}
     harness.write_rows("gpu_step", [row | {"wait_share": "0.25", "verdict": "Data-bound: 25 %"}], tmp_path)
     filled = tables.fill(text, tmp_path)
     assert "Measured on 2000-01-01, a GPU, torch 1, Triton 2." in filled and "old" not in filled
-    assert "| net | 4 | opencv, compiled | 5 | 6 | 7 | 25.0% | Data-bound |" in filled
+    assert "| net | 4 | opencv, compiled, CUDA graph | 5 | 6 | 7 | 25.0% | Data-bound |" in filled
     assert tables.fill(filled, tmp_path) == filled and filled.startswith("before ") and filled.endswith(" after")
 
 
