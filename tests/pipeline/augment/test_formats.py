@@ -197,7 +197,7 @@ def test_the_lower_byte_survives(pixel_format, dtype):
 
 
 @pytest.mark.parametrize("jitter", ["exact", "affine"])
-@pytest.mark.parametrize("pixel_format", FORMATS)
+@pytest.mark.parametrize("pixel_format", [*FORMATS, pytest.param(PixelFormat(1, 8), id="gray, 8 bits")])
 def test_bfloat16_views_are_the_rounded_float32_views(pixel_format, jitter):
     images = noise(pixel_format, 8)
     config = AugmentConfig(size=SIZE, jitter=jitter, mean=(0.4,), std=(0.2,))
