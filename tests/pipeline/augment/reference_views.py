@@ -116,7 +116,14 @@ def _view(image: Tensor, params: AugmentParams, at: tuple[int, int], config: Aug
         x = F.rgb_to_grayscale(x, 3) if config.jitter == "exact" else _gray(x).expand(3, -1, -1)
     x = x.clamp(0, 1)  # the affine jitter clips once
     sigma = float(params.sigma[at])
-    return F.gaussian_blur(x, [config.blur_window] * 2, [sigma, sigma]) if sigma > 0 else x
+    return blurred(x, config.blur_window, sigma) if sigma > 0 else x
+
+
+def blurred(x: Tensor, window: int, sigma: float) -> Tensor:
+    """Gaussian blur of (C, S, S), one axis after the other: torchvision convolves with a square, many times slower."""
+    for window_of_axes in ([window, 1], [1, window]):
+        x = F.gaussian_blur(x, window_of_axes, [sigma, sigma])
+    return x
 
 
 def denormalize(views: Tensor, config: AugmentConfig) -> Tensor:
