@@ -142,8 +142,8 @@ def test_bfloat16_views_and_a_single_copy_of_parameters(views_of, images, monkey
 
 @pytest.mark.soak
 @pytest.mark.parametrize("jitter", ["exact", "affine"])
-@pytest.mark.parametrize("size", [32, 96, 224])
-def test_views_of_odd_photographs_match_the_reference(views_of, size, jitter):
-    images = reference.photographs(3, seed=21, sizes=((375, 501), (181, 240), (131, 301)))
+@pytest.mark.parametrize(("size", "count"), [(32, 3), (96, 2), (224, 1)])
+def test_views_of_odd_photographs_match_the_reference(views_of, size, count, jitter):
+    images = reference.photographs(count, seed=21, sizes=((375, 501), (181, 240), (131, 301)))
     config = AugmentConfig(size=size, jitter=jitter)
     check(views_of, config, images, reference.random_params(images, config, seed=6), LEVELS[jitter])
