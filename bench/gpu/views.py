@@ -121,9 +121,10 @@ def time_fused(setup: Setup, size: int, jitter: str, dtype: torch.dtype) -> Iter
     from pipeline.augment.gpu import CHUNK
     from pipeline.augment.params import draw_params
     from pipeline.augment.triton.render import render
+    from pipeline.pixel_format import RGB8
 
     count = 2 if setup.small else CHUNK
-    config = AugmentConfig(size=size, jitter=jitter)
+    config = AugmentConfig(size=size, jitter=jitter).for_images(RGB8, {})
     height, width = (32, 32) if size == 32 else (400, 500)
     params = draw_params(config, 0, 0, np.arange(count), np.full(count, height), np.full(count, width))
     images = [torch.randint(256, (3, height, width), dtype=torch.uint8, device=setup.device) for _ in range(count)]

@@ -88,17 +88,18 @@ def choose_backend(
         return BackendChoice("opencv", "the fastest on a CPU")
     if pixel_format != RGB8:
         return BackendChoice("opencv", f"the only one for images of this kind: {pixel_format}")
+    measured = "not measured; neither is triton" if device.type == "cuda" else "not measured"
     dali = device.type == "cuda" and _dali_loads()
     if size <= SMALL_VIEW:
         small = f"views of {size} px"
         if dali:
-            return BackendChoice("dali", f"expected to be the fastest for {small}, not measured")
-        return BackendChoice("opencv", f"expected to be the fastest for {small} without DALI, not measured")
+            return BackendChoice("dali", f"expected to be the fastest for {small}, {measured}")
+        return BackendChoice("opencv", f"expected to be the fastest for {small} without DALI, {measured}")
     if threads >= ENOUGH_THREADS:
-        return BackendChoice("opencv", f"expected to be fast enough with {threads} host threads, not measured")
+        return BackendChoice("opencv", f"expected to be fast enough with {threads} host threads, {measured}")
     if dali:
-        return BackendChoice("dali", f"expected to be the fastest with {threads} host threads, not measured")
-    return BackendChoice("kornia", f"expected to be the fastest with {threads} host threads without DALI, not measured")
+        return BackendChoice("dali", f"expected to be the fastest with {threads} host threads, {measured}")
+    return BackendChoice("kornia", f"expected to be the fastest with {threads} host threads without DALI, {measured}")
 
 
 def _dali_loads() -> bool:

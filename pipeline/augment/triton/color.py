@@ -34,10 +34,8 @@ def shift_hue(r, g, b, turns):
     value = tl.maximum(tl.maximum(r, g), b)
     chroma = value - tl.minimum(tl.minimum(r, g), b)
     inverse = 1 / tl.where(chroma > 0, chroma, 1.0)
-    hue = tl.where(
-        value == r, (g - b) * inverse, tl.where(value == g, 2 + (b - r) * inverse, 4 + (r - g) * inverse)
-    )  # -1..5
-    hue += 6 * turns
+    not_red = tl.where(value == g, 2 + (b - r) * inverse, 4 + (r - g) * inverse)
+    hue = tl.where(value == r, (g - b) * inverse, not_red) + 6 * turns
     return _on_wheel(value, chroma, hue + 5), _on_wheel(value, chroma, hue + 3), _on_wheel(value, chroma, hue + 1)
 
 

@@ -8,6 +8,7 @@ and pixels are centered around zero, where float16 is finest: the result is exac
 import triton
 import triton.language as tl
 
+from .color import clip
 from .record import CHANNEL_STRIDE, COLUMN_STRIDE, FLIP, HEIGHT, ROW_STRIDE, WIDTH
 
 MIDDLE = tl.constexpr(128.0)
@@ -101,7 +102,7 @@ def resized_channel(
         down = resize_weights(i[:, None], y[None, :], height, SIZE)  # (TILE, TILE)
         tile = tl.dot(down, (lines * by_across[None, :]).to(tl.float16), tile)
     levels = tile * by_down[:, None] + MIDDLE
-    return tl.minimum(tl.maximum(levels * (1 / 255), 0.0), 1.0)
+    return clip(levels * (1 / 255))  # also NaN, of pixels beyond SIZE
 
 
 @triton.jit

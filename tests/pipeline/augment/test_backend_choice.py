@@ -29,6 +29,7 @@ def test_auto_chooses_by_device_size_threads_and_what_is_installed(
     monkeypatch.setattr(backend, "_dali_loads", lambda: dali)
     choice = choose_backend("auto", torch.device(device), size, threads)
     assert choice.name == name and reason in choice.reason
+    assert ("neither is triton" in choice.reason) == (device == "cuda")
     assert str(choice) == f"{name} ({choice.reason})" and "\n" not in str(choice)
 
 
