@@ -43,7 +43,7 @@ KERNELS = {
     "lse_triangle": lse_triangle_kernel,
     "grad_matmul": grad_matmul_kernel,
 }
-PASSES = {"lse_forward": "forward", "lse_triangle": "forward, triangle", "grad_matmul": "backward"}
+PASSES = {"lse_forward": "forward", "lse_triangle": "forward_triangle", "grad_matmul": "backward"}
 THREADS = 2048  # per multiprocessor: CUDA C++ programming guide, technical specifications
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 

@@ -37,6 +37,7 @@ SHAPES = [
     (8192, 512, 0.01),
     (514, 64, 0.05),
     (4096, 200, 1.0),
+    (4098, 128, 0.08),
     (66, 512, 0.1),
     (8192, 64, 1.0),
     (6, 96, 0.02),
@@ -139,7 +140,9 @@ def compare_temperatures(setup: Setup, tau: float) -> Iterator[Outcome]:
         loss = nt_xent(z, tensor, impl="triton")
         loss.backward()
     yield Outcome("loss", (loss - expected).abs().item(), 1e-6 * max(1, expected.item()))
-    yield Outcome("dL/dz", ((z.grad - by_number).norm() / by_number.norm()).item(), 1e-6)
+    # A number may select the triangle, a tensor on the device does not. log2 of a sum, about ten, is accurate to 2^-22
+    # of that, and scales all weights of the row.
+    yield Outcome("dL/dz", ((z.grad - by_number).norm() / by_number.norm()).item(), 5e-6)
 
 
 def invalid_temperature(setup: Setup) -> Iterator[Outcome]:
