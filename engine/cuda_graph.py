@@ -30,8 +30,8 @@ class GraphedForward:
     issue collectives; batch norm updates its buffers in place, and dropout follows `torch.manual_seed`.
 
     Args:
-        module: all trainable parameters receive gradients of this module alone. Its forward maps views of one shape to
-            differentiable tensors, or a tuple of those and None.
+        module: its forward maps views of one shape to differentiable tensors, or a tuple of those and None. Parameters
+            that the forward does not use, such as a temperature, may receive their gradients elsewhere.
     """
 
     def __init__(self, module: nn.Module):

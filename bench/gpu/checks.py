@@ -197,7 +197,8 @@ def _sentence(error: Exception) -> str:
 
 def _print_check(name: str, rows: list[dict], seconds: float) -> None:
     counts = {status: sum(row["status"] == status for row in rows) for status in STATUSES}
-    verdict = "FAIL" if counts["failed"] else "pass" if counts["passed"] else next(iter(rows), {}).get("status", "done")
+    whole = next((row["status"] for row in rows if not row["case"]), "done")  # of the check, not of one of its cases
+    verdict = "FAIL" if counts["failed"] else "pass" if counts["passed"] else whole
     counted = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
     print(f"{verdict:>11}  {name}: {counted or 'measured'} ({seconds:.0f} s)", flush=True)
     for row in rows:
