@@ -30,6 +30,7 @@ from pipeline.augment.params import AugmentParams, draw_params
 from pipeline.augment.triton.kernels import crop_kernel, finish_kernel, whole_views_kernel
 from pipeline.augment.triton.record import VIEW
 from pipeline.augment.triton.render import BLOCK, TILE, constants
+from pipeline.pixel_format import RGB8
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
@@ -113,7 +114,7 @@ def bound_rows() -> list[dict]:
     for gpu, peak in GPUS.items():
         for size, (height, width) in IMAGES.items():
             for jitter in ("exact", "affine"):
-                config = AugmentConfig(size=size, jitter=jitter)
+                config = AugmentConfig(size=size, jitter=jitter).for_images(RGB8, {})
                 images = np.arange(VIEWS // VIEWS_PER_IMAGE)
                 params = draw_params(config, 0, 0, images, np.full(len(images), height), np.full(len(images), width))
                 flops = tensor_core_flops(params, config) / VIEWS
