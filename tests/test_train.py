@@ -428,6 +428,7 @@ def test_compiled_networks_train_alike(run_here, data, tmp_path):
     """Compiling takes two minutes; the losses differ by rounding, which AdamW would magnify."""
     options = ["--data", data, "--epochs", 1, "--precision", "fp32", "--eval.no-baselines", *SMALL]
     options += ["--optim.name", "sgd", "--optim.lr", 0.02, "--encoder.stem", "small", "--loss.temperature", 0.5]
+    options += ["--loss.learn-temperature"]
     losses = {}
     for name, compiled in (("plain", []), ("compiled", ["--compile"])):
         run_here(*options, *compiled, "--out", tmp_path / name)

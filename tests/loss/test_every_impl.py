@@ -27,9 +27,8 @@ def test_a_single_sample_has_no_negatives_and_zero_loss(impl):
         nt_xent(trained_like(1, 8, WIDEST), 0.1, impl=impl, decoupled=True)
 
 
-@pytest.mark.parametrize("tau", [0.005, 0.1])
+@pytest.mark.parametrize(("tau", "decoupled"), [(0.005, False), (0.1, False), (0.1, True)])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("decoupled", [False, True])
 def test_zero_rows_are_finite_and_get_no_gradient(impl, dtype, tau, decoupled):
     z = trained_like(6, 24, dtype)
     z[[2, 7]] = 0
@@ -38,11 +37,13 @@ def test_zero_rows_are_finite_and_get_no_gradient(impl, dtype, tau, decoupled):
     assert not grad[[2, 7]].any() and grad.any()
 
 
-@pytest.mark.parametrize("tau", [0.005, 0.1])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize(("n", "decoupled"), [(1, False), (6, False), (6, True)])
+@pytest.mark.parametrize(
+    ("n", "tau", "decoupled"),
+    [(1, 0.005, False), (1, 0.1, False), (6, 0.005, False), (6, 0.1, False), (6, 0.1, True)],
+)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nan_and_inf_make_the_loss_nan(impl, dtype, n, decoupled, bad, tau):
+def test_nan_and_inf_make_the_loss_nan(impl, dtype, n, tau, decoupled, bad):
     z = trained_like(n, 24, dtype)
     z[n, 3] = bad
     loss, grad, _ = loss_and_gradients(z, tau, impl, decoupled=decoupled)

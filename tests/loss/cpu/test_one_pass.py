@@ -10,7 +10,7 @@ from tests.loss.cases import check_accuracy, loss_and_gradients, trained_like
 
 @pytest.mark.parametrize("decoupled", [False, True])
 @pytest.mark.parametrize("tau", [0.01, 0.1, 1.0])  # the first is too low for exponentials in float32
-@pytest.mark.parametrize(("n", "d"), [(3, 37), (65, 48), (513, 128)])
+@pytest.mark.parametrize(("n", "d"), [(3, 37), (65, 48), (400, 64)])
 def test_float32_error_is_that_of_dense_torch(n, d, tau, decoupled):
     check_accuracy(trained_like(n, d, torch.float32), tau, "blockwise", decoupled)
 
@@ -45,8 +45,7 @@ def test_without_gradients_only_the_loss_is_computed(tau):
     assert torch.equal(nt_xent(z, tau), loss)
 
 
-@pytest.mark.parametrize("tau", [0.01, 0.1])
-@pytest.mark.parametrize("with_gradient", [False, True])
+@pytest.mark.parametrize(("tau", "with_gradient"), [(0.01, False), (0.1, True)])
 def test_operator_passes_opcheck(tau, with_gradient):
     z = trained_like(3, 10, torch.bfloat16).requires_grad_(with_gradient)
     temperature = torch.tensor(tau, requires_grad=with_gradient)
