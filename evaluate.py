@@ -158,7 +158,8 @@ def evaluate(options: Knn | Linear | Embed) -> None:
     channels = model.read_spec(target.encoder).channels
     for option in ("mean", "std"):
         if len(getattr(views, option)) not in (1, channels):
-            raise UserError(f"--{option} must be one number, or {channels}: one for each channel of the encoder.")
+            several = f", or {channels}: one for each channel of the encoder" if channels > 1 else ""
+            raise UserError(f"--{option} must be one number{several}.")
     try:
         width = model.feature_dim(encoder, views.size, channels)
     except UserError as error:  # which names the option of train.py
@@ -200,7 +201,7 @@ def evaluate(options: Knn | Linear | Embed) -> None:
     made_from |= {"backend": backend, decoder.__name__: decoder.__version__, "torch": torch.__version__}
     made_from |= {"timm": timm.__version__, "code_sha256": code_checksum(pipeline, model)}
     record = {"what": name, "arguments": sys.argv[1:], "options": asdict(options), **made_from}
-    record |= {"encoder": str(target.encoder), "processes": session.world_size, "data": {}}
+    record |= {"encoder": str(target.encoder), "processes": session.world_size, "source": target.data, "data": {}}
 
     with feature_folder(ShardCache().folder / "features" if options.cache else None) as folder:
         store = FeatureStore(

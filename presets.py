@@ -257,7 +257,8 @@ def parse(presets: dict[str, Callable[[], StageConfig]], arguments: list[str], p
         raise UserError("--preset and --config both set every option; use one of them.")
     given, continued = dict.fromkeys(named_options(arguments), "given"), continued_run(chosen)
     if source := chosen["config"] or continued:
-        arguments = [*config_arguments(Path(source), presets, prog), *arguments]
+        other_data = chosen["data"] if chosen["config"] else ""
+        arguments = [*config_arguments(Path(source), presets, prog, other_data), *arguments]
         chosen = first_options(arguments)
     default, inherited = default_options(presets, chosen)
     config = parse_options(default, arguments, prog, f"{type(default).__doc__}\n\n{describe(presets)}")
@@ -335,8 +336,16 @@ def read_options(file: Path) -> dict[str, Any]:
         return {}
 
 
-def config_arguments(path: Path, presets: dict[str, Callable[[], StageConfig]], prog: str) -> list[str]:
+def config_arguments(
+    path: Path, presets: dict[str, Callable[[], StageConfig]], prog: str, data: str | None = ""
+) -> list[str]:
     """Command line with the options of another run of the same stage.
+
+    Args:
+        path: run folder, its config.json, or the record.json of a checkpoint.
+        presets, prog: see `parse`.
+        data: --data on the command line, if any. Other images than the run's are not normalized by what was measured on
+            those of the run.
 
     Raises:
         UserError: the file can't be read, or belongs to another stage or version.
@@ -358,6 +367,8 @@ def config_arguments(path: Path, presets: dict[str, Callable[[], StageConfig]], 
         raise UserError(
             f"{path} belongs to another script or version: {prog} has no option {foreign[0]}; use another --config."
         )
+    if data and data != stored.get("data") and "views" in stored:
+        stored["views"] = {name: value for name, value in stored["views"].items() if name not in ("mean", "std")}
     return as_arguments(stored)
 
 

@@ -393,7 +393,10 @@ class TrainingLoop:
         tensors, record = checkpoint.load(path)
         checkpoint.check_same_run(self.config, record["config"])
         if record["data"] != self._data():
-            raise UserError(f"{path} was trained on other shards than {loader.shards.root}; set its --data.")
+            raise UserError(
+                f"{path} was trained on other shards than {loader.shards.root}; use the same --data, unchanged, or "
+                "start again with another --out."
+            )
         if changed := [name for name, digest in self.inputs.items() if record["inputs"].get(name) != digest]:
             raise UserError(
                 f"{' and '.join(changed)} changed since {path} was written; start a new run with another --out."

@@ -7,6 +7,7 @@ credentials or queries.
 import json
 import math
 import os
+import posixpath
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -199,7 +200,10 @@ def evaluation_scores(run: Path, encoder_file: Path) -> list[tuple[str, dict[str
         name = path.stem
         with suppress(KeyError, TypeError, AttributeError):
             test = record["data"]["test"]
-            name += f" on {test['images']} images of {last_parts(test['root'], 2)}"
+            root = test["root"]
+            if record.get("source"):  # shards that were converted from images are in the cache, under another name
+                root = f"{record['source'].rstrip('/')}/{posixpath.basename(root)}"
+            name += f" on {test['images']} images of {last_parts(root, 2)}"
         results = record.get("results", [record])
         for result in results if isinstance(results, list) else []:
             if isinstance(result, dict) and (numbers := _numbers(result)):

@@ -44,7 +44,7 @@ def open_dicom(encoded: bytes) -> DeepImage:
 
     Raises:
         DecodeError: it is damaged or of another kind.
-        UserError: pydicom is not installed.
+        UserError: pydicom, or a package that decompresses the image, is not installed.
     """
     try:
         import pydicom
@@ -77,11 +77,28 @@ def _stored_values(data: "Dataset") -> np.ndarray:
     """(H, W) or (H, W, 3) stored values, colors converted to RGB."""
     try:
         values, stored = data.pixel_array, int(data.BitsStored)
-    except Exception as error:  # see open_dicom; the message names missing packages of compressed images
+    except Exception as error:  # see open_dicom
+        _require_decoder(data)
         cause = " ".join(str(error).split())
         raise DecodeError(f"damaged, or of an unusual kind ({cause})") from error
     unused = 8 * values.itemsize - stored  # bits that may hold an overlay
     return values << unused >> unused
+
+
+def _require_decoder(data: "Dataset") -> None:
+    """Raise UserError if a missing package would decompress the image, which must not be left out as damaged."""
+    from pydicom.pixels import get_decoder
+
+    try:
+        decoder = get_decoder(data.file_meta.TransferSyntaxUID)
+    except (NotImplementedError, AttributeError):  # a compression that no package reads, or an unknown one
+        return
+    if not decoder.is_available:
+        packages = "; ".join(decoder.missing_dependencies)
+        raise UserError(
+            f"Reading DICOM images compressed by {decoder.UID.name} requires another package ({packages}); install one "
+            "of them, or decompress the images."
+        )
 
 
 def _gray(data: "Dataset") -> np.ndarray:

@@ -7,6 +7,7 @@ so these are read by the package tifffile.
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from itertools import islice
 from typing import Any
 
@@ -45,7 +46,7 @@ def open_tiff(encoded: bytes, bits: int | None = None, pages_as_channels: bool =
 
     Raises:
         DecodeError: the header is truncated, the pages are not alike, or there are more than 16 channels.
-        UserError: the package tifffile is required, but not installed.
+        UserError: the package tifffile or imagecodecs is required, but not installed.
     """
     if pages_as_channels:
         return _open_pages(encoded)
@@ -71,14 +72,21 @@ def open_tiff(encoded: bytes, bits: int | None = None, pages_as_channels: bool =
 
 @contextmanager
 def _damage() -> Iterator[None]:
-    """Turn errors of the libraries, which raise many types for damaged files, into DecodeErrors."""
+    """Turn errors of the libraries, which raise many types for damaged files, into DecodeErrors.
+
+    A missing package is a UserError: an image that it can read must not be left out as damaged.
+    """
     try:
         yield
     except DecodeError:
         raise
     except Exception as error:
-        missing = f" ({error})" if "imagecodecs" in str(error) else ""
-        raise DecodeError(DAMAGED_TIFF + missing) from error
+        if "imagecodecs" in str(error) and not find_spec("imagecodecs"):
+            raise UserError(
+                "Reading a TIFF of this compression requires the package imagecodecs: pip install imagecodecs, or save "
+                "it uncompressed or deflated."
+            ) from error
+        raise DecodeError(DAMAGED_TIFF) from error
 
 
 def _pages(encoded: bytes) -> Iterator[ImageFileDirectory_v2]:

@@ -125,6 +125,16 @@ def test_the_configuration_of_another_run_is_read_back(script, options, name, tm
     )
 
 
+def test_other_data_is_not_normalized_as_the_data_of_the_other_run(tmp_path):
+    started = ["--preset", "cifar10", "--data", "x", "--views.mean", "0.1", "0.2", "0.3", "--views.std", "0.5"]
+    (tmp_path / "config.json").write_text(json.dumps(asdict(read("train.py", *started))))
+    for data, mean, std in ("x", (0.1, 0.2, 0.3), (0.5,)), ("y", None, None):
+        views = read("train.py", "--config", str(tmp_path), "--data", data).views
+        assert (views.mean, views.std) == (mean, std)
+    views = read("train.py", "--config", str(tmp_path), "--data", "y", "--views.mean", "0.4").views
+    assert (views.mean, views.std) == ((0.4,), None)
+
+
 def test_an_older_configuration_gets_the_preset_for_what_it_lacks(tmp_path):
     stored = asdict(read("train.py", "--preset", "cifar10", "--data", "x"))
     del stored["views"]["gray_p"], stored["max_skipped"]

@@ -15,10 +15,12 @@ import torch
 import tyro
 
 from ..common import UserError, check_range
+from ..data import open_data
 from ..images import DecodeError
+from ..loader.config import LoaderConfig
 from ..pictures import to_pictures
 from ..pixel_format import decode_pixels
-from ..shards.dataset import ShardSet, open_splits
+from ..shards.dataset import ShardSet
 from ..shards.reader import Reader
 from .backend import create_backend
 from .config import AugmentConfig
@@ -38,7 +40,7 @@ class PreviewConfig:
     """Draw a contact sheet: a row per image, with the original and two views by each backend."""
 
     data: str
-    """Folder or URL of shards, with train/ below it or itself one shard set."""
+    """Folder or URL of shards, or a folder, zip or tar of images, which is converted once, as train.py does."""
     out: Path
     """Image file to write, .png or .jpg."""
     backend: tuple[Literal["opencv", "kornia", "dali"], ...] = ("opencv",)
@@ -59,7 +61,7 @@ def main() -> None:
         config = tyro.extras.subcommand_cli_from_dict(
             {"preview": PreviewConfig}, prog="python -m pipeline.augment", description="Tools for the augmentation."
         )
-        shards, _ = open_splits(config.data)
+        shards, _ = open_data(config.data, LoaderConfig())
         sheet = contact_sheet(shards, config.views, config.backend, config.samples, config.seed)
         save_image(sheet, config.out)
     except KeyboardInterrupt:

@@ -95,9 +95,10 @@ class AugmentConfig:
                     "and --views.std, or convert the images again."
                 )
             if len(values) not in (1, pixel_format.channels):
+                channels = "1 channel" if pixel_format.channels == 1 else f"{pixel_format.channels} channels"
                 raise UserError(
-                    f"--views.{name} has {len(values)} values, but the images have {pixel_format.channels} channels; "
-                    "use one value per channel, or one for all."
+                    f"--views.{name} has {len(values)} values, but the images have {channels}; use one value per "
+                    "channel, or one for all."
                 )
             found[name] = tuple(map(float, values)) * (pixel_format.channels if len(values) == 1 else 1)
         return replace(self, **found)

@@ -132,7 +132,7 @@ def write_split(
         if part == (1, 1):
             shutil.rmtree(unfinished, ignore_errors=True)
         counts = _count_formats(source, f"{source.name} {split}: count", reading)
-        raise mixed_formats(source.name, counts, "pipeline.convert") from error
+        raise mixed_formats(f"{source.name} ({split})", counts, "pipeline.convert") from error
     except OSError as error:
         if not target.exists():  # otherwise another process has just completed it
             raise UserError(

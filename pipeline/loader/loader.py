@@ -93,7 +93,7 @@ class ViewLoader:
             part = "data set" if samples is None else "subset of"
             raise UserError(
                 f"A batch of {batch_size} is larger than the {part} {shards.root} ({population} images); "
-                f"use --batch-size {population} or less."
+                + (f"use --batch-size {population} or less." if population > 1 else "use more images.")
             )
         self.shards, self.seed, self.epochs = shards, seed, epochs
         self.rank, self.world_size = rank, world_size

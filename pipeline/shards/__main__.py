@@ -4,7 +4,8 @@
     python -m pipeline.shards verify ROOT    compare every file with its checksum
     python -m pipeline.shards show ROOT      print classes, image sizes, colors and copies
 
-If one folder, such as hf://datasets/OWNER/NAME, holds X-train-*.tar and X-validation-*.tar, each split is indexed.
+If a folder has train/ and test/ or val/, or, such as hf://datasets/OWNER/NAME, holds X-train-*.tar and
+X-validation-*.tar, each split is indexed.
 The index of such a split, and of a set in a read-only location such as an http:// address, is kept in the local cache
 ($STREAMCLR_CACHE or ~/.cache/streamclr); run an interrupted command again to resume it.
 """

@@ -18,7 +18,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -77,7 +77,9 @@ class _Tar(NamedTuple):
 def index_splits(
     root: str, cache: ShardCache | None = None, image_extension: str | None = None, bits: int | None = None
 ) -> list[ShardSet]:
-    """Index every split of a folder or URL whose tars are in that one folder (see `SPLIT_TARS`), or one shard set.
+    """Index one shard set, or every split of a folder or URL: train/ and others, or tars in one folder (`SPLIT_TARS`).
+
+    All splits have the classes of the train split.
 
     Raises:
         UserError, OSError: as `index_shards`.
@@ -85,10 +87,9 @@ def index_splits(
     cache = cache or ShardCache()
     indexed: list[ShardSet] = []
     splits = [root] if "{" in root or folder_and_tars(root)[1] != ALL_TARS else split_roots(root, cache)
-    if folder_and_tars(splits[0])[1] == ALL_TARS:
-        return [index_shards(root, cache, image_extension, bits=bits)]
     for split in splits:
-        with _indexing(split, cache):
+        in_cache = folder_and_tars(split)[1] != ALL_TARS
+        with _indexing(split, cache) if in_cache else nullcontext():
             classes = indexed[0].classes if indexed else None
             indexed.append(index_shards(split, cache, image_extension, classes, bits))
     return indexed

@@ -28,16 +28,17 @@ def channel_moments(pixels: np.ndarray) -> list[float]:
 def mixed_formats(name: str, counts: Counter[PixelFormat], command: str) -> UserError:
     """Error for a set whose images differ in channels or bits, with the number of images of each kind.
 
+    It proposes --bits 8 only where that makes image files alike: not for five channels, or if all have 8 bits already.
+
     Args:
         name: of the set.
         counts: number of images of each format.
         command: name of the module whose option --bits 8 reads the set all the same.
     """
     kinds = "; ".join(f"{pixel_format}: {count:,}" for pixel_format, count in sorted(counts.items()))
-    return UserError(
-        f"{name} mixes kinds of images ({kinds}); separate them, or use `python -m {command}` with --bits 8, which "
-        "reads every image file as 8-bit RGB."
-    )
+    reduces = {pixel_format.channels for pixel_format in counts} <= {1, 3} and any(each.bits > 8 for each in counts)
+    remedy = f", or use `python -m {command}` with --bits 8, which reads every image file as 8-bit RGB"
+    return UserError(f"{name} mixes kinds of images ({kinds}); separate them{remedy if reduces else ''}.")
 
 
 def measure(moments: list[list[float]], pixel_format: PixelFormat) -> dict[str, Any]:

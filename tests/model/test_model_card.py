@@ -131,8 +131,12 @@ def test_images_and_convergence_of_evaluations(tmp_path):
     results = [{"seed": 0, "top1": 0.75, "converged": False}, {"seed": 1, "top1": 0.5, "converged": True}]
     record = {"data": data, "results": results}
     (tmp_path / "run" / "evaluation" / "linear-fast.json").write_text(json.dumps(record))
+    converted = {"data": {"test": {"root": "/cache/photos/birds-1a2b/3c4d/test", "images": 4}}, "results": results[1:]}
+    converted["source"] = "/home/someone/birds/"
+    (tmp_path / "run" / "evaluation" / "knn.json").write_text(json.dumps(converted))
     tables = [line for line in exported_card(tmp_path / "run", tmp_path / "out").splitlines() if line.startswith("|")]
-    assert tables[-2:] == [
+    assert tables[-3:] == [
+        "| knn on 4 images of birds/test | seed 1, top1 0.5 |",
         "| linear-fast on 40 images of birds/val, not converged | seed 0, top1 0.75 |",
         "| linear-fast on 40 images of birds/val | seed 1, top1 0.5 |",
     ]

@@ -1,6 +1,7 @@
 """Images beyond 8-bit RGB as a shard holds them: formats, damage, depth, shrinking, and what is refused."""
 
 import io
+import struct
 import sys
 
 import cv2
@@ -209,6 +210,27 @@ def test_a_missing_package_is_named(monkeypatch):
     assert prepare(rgb16, bits=8).pixel_format == RGB8
     with pytest.raises(UserError, match=r"requires the package pydicom: pip install 'streamclr\[dicom\]'\.$"):
         prepare(bytes(128) + b"DICM" + bytes(20))
+
+
+def test_a_missing_codec_is_named_and_its_images_are_not_damaged(monkeypatch):
+    """LZW needs imagecodecs, and JPEG-LS a package that pydicom names; without verification, too."""
+    tifffile, pydicom = pytest.importorskip("tifffile"), pytest.importorskip("pydicom")
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    monkeypatch.setattr("pipeline.tiff.find_spec", lambda name: None)
+    file = io.BytesIO()
+    tifffile.imwrite(file, COLOR, photometric="rgb")
+    lzw = file.getvalue().replace(struct.pack("<HHII", 259, 3, 1, 1), struct.pack("<HHII", 259, 3, 1, 5))
+    jpeg_ls = pydicom.dcmread(io.BytesIO(dicom(GRAY[..., 0])))
+    jpeg_ls.file_meta.TransferSyntaxUID = pydicom.uid.JPEGLSLossless
+    jpeg_ls.PixelData = pydicom.encaps.encapsulate([b"damaged"])
+    file = io.BytesIO()
+    jpeg_ls.save_as(file)
+    decoder = pydicom.pixels.get_decoder(pydicom.uid.JPEGLSLossless)
+    monkeypatch.setattr(decoder, "_available", {})
+    for encoded, packages in (lzw, "requires the package imagecodecs"), (file.getvalue(), "JPEG-LS.*pyjpegls"):
+        for verify in True, False:
+            with pytest.raises(UserError, match=packages):
+                prepare(encoded, verify)
 
 
 # ---- DICOM

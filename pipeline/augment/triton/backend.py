@@ -40,9 +40,9 @@ class TritonBackend:
         pixel_format: PixelFormat = RGB8,
     ):
         self._device = self.image_device = torch.device(device)
+        check_rgb8("Triton", pixel_format)  # first, because the other reason names backends that refuse such images
         if reason := unsupported_reason(self._device):
             raise UserError(reason)
-        check_rgb8("Triton", pixel_format)
         self._config, self._dtype = config, dtype
         self._decoder = ImageDecoder(self._device, workers)
 

@@ -222,10 +222,12 @@ def test_8_bit_rgb_keeps_its_own_paths(monkeypatch):
         backend.close()
 
 
-@pytest.mark.parametrize(("name", "title"), [("kornia", "Kornia"), ("dali", "DALI")])
+@pytest.mark.parametrize(("name", "title"), [("kornia", "Kornia"), ("dali", "DALI"), ("triton", "Triton")])
 def test_other_backends_refuse_other_formats(name, title):
     if name == "dali":
         pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is available for Linux only")
+    elif name == "triton":
+        pytest.importorskip("triton")
     for pixel_format, shown in ((GRAY16, "gray, 16 bits"), (FOUR8, "4 channels, 8 bits")):
         with pytest.raises(UserError) as error:
             create_backend(name, AugmentConfig(mean=(0,), std=(1,)), CPU, 1, 2, 1, pixel_format=pixel_format)

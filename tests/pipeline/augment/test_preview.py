@@ -1,6 +1,7 @@
 """Tests of the preview command: contents of the contact sheet, and its error messages."""
 
 from importlib.util import find_spec
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -80,6 +81,18 @@ def test_the_command(shards, tmp_path):
     done = run_module("pipeline.augment", "preview", *options)
     assert done.returncode == 0 and str(out) in done.stdout and not done.stderr
     assert cv2.imread(str(out)).shape == (GAP + LINE + 2 * (224 + 3 * LINE + 2 * GAP), GAP + 3 * (224 + GAP), 3)
+
+
+def test_a_folder_of_images_is_converted_like_the_shards(shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("STREAMCLR_CACHE", str(tmp_path / "cache"))
+    folder, sheets = Path(shards.root).parents[1] / "in", []
+    for number, data in enumerate((folder, shards.root)):
+        out = tmp_path / f"{number}.png"
+        options = ["--data", str(data), "--out", str(out), "--samples", "1"]
+        monkeypatch.setattr("sys.argv", ["augment", "preview", *options])
+        main()
+        sheets.append(cv2.imread(str(out)))
+    assert np.array_equal(*sheets)
 
 
 def run(monkeypatch, *options: object) -> object:

@@ -259,6 +259,8 @@ def test_invalid_sizes_and_backends_are_rejected(shards):
         UserError, match=r"of 32 is larger than the data set .*\(31 images\); use --batch-size 31 or less"
     ):
         loader(shards, batch_size=32)
+    with pytest.raises(UserError, match=r"of 2 is larger than the subset of .*\(1 images\); use more images\.$"):
+        loader(shards, batch_size=2, samples=np.arange(1))
     with pytest.raises(UserError, match="batch of 10 does not divide by 4 processes: use --batch-size 8"):
         loader(shards, batch_size=10, world_size=4)
     with pytest.raises(UserError, match="no backend 'cv2'; use one of auto, dali, kornia, opencv"):

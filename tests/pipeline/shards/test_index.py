@@ -28,7 +28,7 @@ from tests.pipeline.web_server import cache_at, serving
 
 def foreign_tars(root: Path, files: list[dict[str, bytes]]) -> Path:
     """Write tars with webdataset's TarWriter, one per dictionary."""
-    root.mkdir()
+    root.mkdir(parents=True)
     for number, samples in enumerate(files):
         with webdataset.TarWriter(str(root / f"shard-{number:03d}.tar")) as writer:
             for name, content in samples.items():
@@ -566,6 +566,16 @@ def test_mixed_formats_are_refused_unless_reduced_to_8_bits(tmp_path, monkeypatc
     with pytest.raises(UserError, match=refused):
         index_shards(str(other))
     assert index_shards(str(other), bits=8).pixel_format == RGB8  # what was found with other options is not resumed
+
+
+def test_folders_of_splits_are_indexed_with_the_classes_of_the_train_split(tmp_path, monkeypatch, capsys):
+    for split, files in ("train", labeled(0)), ("test", {"7.": {"jpg": pictures()["class_0/image_0.jpg"], "cls": 0}}):
+        foreign_tars(tmp_path / "set" / split, [files])
+    monkeypatch.setattr("sys.argv", ["shards", "index", str(tmp_path / "set")])
+    main()
+    assert capsys.readouterr().out == "3 images in 1 shards indexed.\n1 images in 1 shards indexed.\n"
+    train, test = open_splits(str(tmp_path / "set"))
+    assert len(train) == 3 and len(test) == 1 and test.classes == ["0", "1"]
 
 
 def test_images_that_need_options_or_packages_are_left_out(tmp_path):
