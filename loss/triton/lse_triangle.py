@@ -111,9 +111,11 @@ def triangle_places(x: Tensor, temperature: Tensor, n: int, precision: str) -> i
 
     Integers are used where this is at most 2^-24 T, the rounding of a single t_ij of that row in float32: with strips
     of 128 rows down to tau = 0.077 at 2n = 2048, 0.080 at 8192 and 0.086 at 65536. They are not used for a temperature
-    on the device, which the host does not know, and where the device runs all tiles of the square at once, so that half
-    as many would take as long.
+    on the device, which the host does not know, where the device runs all tiles of the square at once, so that half as
+    many would take as long, and on chips with tensor memory: their layout of a tile makes the kernel spill registers.
     """
+    if (here := chip(x.device)) is not None and here.tensor_memory:
+        return None
     tile, tau = tile_of("lse_triangle", x, precision), temperature_argument(temperature)
     square = 2 * triton.cdiv(n, tile.block_m) * tile.own_tiles(n)
     if isinstance(tau, Tensor) or square <= programs_at_once(tile, x.device, n) or tile.block_m % tile.block_n:

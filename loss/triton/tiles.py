@@ -74,6 +74,7 @@ class Tile(NamedTuple):
 class Chip(NamedTuple):
     architecture: str  # of the lines in TILES
     multiprocessors: int
+    tensor_memory: bool = False  # holds what older tensor cores return in registers
 
 
 # Registers per multiprocessor and maximum of shared memory per block: CUDA C++ programming guide, technical
@@ -202,7 +203,7 @@ def chip(device: torch.device) -> Chip | None:
             f"impl='triton' needs 99 KB of shared memory per block, but {properties.name} has "
             f"{shared_bytes // 1024} KB; use impl='blockwise'."
         )
-    return Chip(architecture, properties.multi_processor_count)
+    return Chip(architecture, properties.multi_processor_count, properties.major in (10, 11))
 
 
 def tile_for(kernel: str, architecture: str, dtype: torch.dtype, precision: str, width: int) -> Tile:

@@ -11,6 +11,7 @@ from loss.triton import ops
 from loss.triton.lse_forward import lse_forward
 from loss.triton.lse_triangle import lse_triangle, triangle_places
 from loss.triton.rows import scale_rows
+from loss.triton.tiles import Chip
 from tests.loss.cases import trained_like
 from tests.loss.triton.interpreted import shuffle_programs, tile  # noqa: F401, a fixture
 
@@ -109,6 +110,9 @@ def test_where_the_triangle_is_used(tile, monkeypatch):  # noqa: F811
     tile(16, 32, 16, 16, programs=1)
     assert triangle_places(z, torch.tensor(0.1), 65, "ieee") is None
     tile(32, 16, 16, 16, programs=16)
+    with monkeypatch.context() as patch:
+        patch.setattr("loss.triton.lse_triangle.chip", lambda device: Chip("sm_90", 132, tensor_memory=True))
+        assert triangle_places(z, torch.tensor(0.1), 65, "ieee") is None
     monkeypatch.setattr("loss.triton.temperature.is_on_host", lambda temperature: False)
     assert triangle_places(z, torch.tensor(0.1), 65, "ieee") is None
 
