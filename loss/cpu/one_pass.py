@@ -35,7 +35,7 @@ def loss_and_gradient(
         return blockwise.loss_and_gradient(z, temperature, decoupled, with_gradient)
     m, n = len(z), len(z) // 2
     u, norm = unit_rows(z)
-    positives = (u[:n] * u[n:]).sum(1).div_(tau).repeat(2)
+    positives = torch.cat([(u[:n] * u[n:]).sum(1).div_(tau)] * 2)
 
     kept, total = [], u.new_zeros(m)
     scaled, u_t = u / tau, u.t()
