@@ -71,7 +71,8 @@ def cases(architectures: tuple[str, ...] = ARCHITECTURES) -> Iterator[Case]:
 
 def compile_case(case: Case) -> Compiled:
     """Compile a case and read its resources."""
-    values = constants(case.kernel, AugmentConfig(size=case.size, jitter=case.jitter))
+    capability = int(case.architecture.removeprefix("sm_"))
+    values = constants(case.kernel, AugmentConfig(size=case.size, jitter=case.jitter), capability // 10)
     options = {name: values.pop(name) for name in ("num_warps", "maxnreg")}
     signature, attributes = {}, {}
     for position, name in enumerate(case.kernel.arg_names):
@@ -83,8 +84,7 @@ def compile_case(case: Case) -> Compiled:
         else:
             signature[name] = "i32" if name in ("images", "view_stride") else "fp32"
     source = ASTSource(case.kernel, signature, values, attributes)
-    target = GPUTarget("cuda", int(case.architecture.removeprefix("sm_")), 32)
-    compiled = triton.compile(source, target, options)
+    compiled = triton.compile(source, GPUTarget("cuda", capability, 32), options)
     registers, stack_bytes = resources(compiled.asm["cubin"])
     like = "sm_80" if case.architecture == "sm_80" else "sm_90"  # as much shared memory
     shared_bytes = compiled.metadata.shared

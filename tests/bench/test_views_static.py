@@ -12,24 +12,22 @@ pytest.importorskip("triton")
 
 from bench.loss_static import VERSIONS, environment_with
 from bench.views_static import Case, compile_case
-from pipeline.augment.triton.kernels import crop_kernel, whole_views_kernel
-from pipeline.augment.triton.render import REGISTERS, WARPS
-
-PROGRAMS = {name: 65536 // (32 * WARPS * registers) for name, registers in REGISTERS.items()}
+from pipeline.augment.triton.kernels import crop_kernel, finish_kernel
 
 
 @pytest.mark.parametrize(
     "case",
     [
-        Case("sm_90", whole_views_kernel, 32, "exact", torch.bfloat16),
         Case("sm_80", crop_kernel, 224, "exact", torch.bfloat16),
+        Case("sm_90", finish_kernel, 224, "exact", torch.bfloat16),
     ],
     ids=lambda case: f"{case.kernel.__name__}-{case.architecture}",
 )
 def test_kernels_meet_their_limits(case):
+    """Both kernels of large views, which have every device function."""
     compiled = compile_case(case)
     assert compiled.stack_bytes == 0, f"{compiled.stack_bytes} bytes of registers spilled"
-    assert compiled.programs >= PROGRAMS[case.kernel.__name__]
+    assert compiled.programs == (4 if case.kernel is crop_kernel else 3)
 
 
 @pytest.mark.soak
@@ -46,5 +44,5 @@ def test_every_version_of_triton_meets_the_limits(version):
     assert len(rows) == 30
     for row in rows:
         assert row["triton"] == version
-        assert row["stack_bytes"] == 0 or (row["architecture"] == "sm_100" and row["stack_bytes"] <= 64), row
-        assert row["programs"] >= PROGRAMS[f"{row['kernel']}_kernel"], row
+        four = row["kernel"] != "finish" and row["architecture"] != "sm_100"
+        assert row["stack_bytes"] == 0 and row["programs"] >= (4 if four else 3), row

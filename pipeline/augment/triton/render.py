@@ -16,8 +16,8 @@ BLOCK = 16
 """Number of pixels of a line that are multiplied with weights at a time. Smaller than a tile: Triton would give blocks
 of both the same layout, in which neighboring threads do not read neighboring pixels of the image."""
 WARPS = 4
-REGISTERS = {"whole_views_kernel": 128, "crop_kernel": 128, "finish_kernel": 168}
-"""Maximum per thread, so that four or three programs fit a multiprocessor."""
+FOUR_PROGRAMS, THREE_PROGRAMS = 128, 168
+"""Maximum of registers per thread with which as many programs fit a multiprocessor."""
 
 
 def render(images: list[Tensor], params: AugmentParams, config: AugmentConfig, out: Tensor) -> None:
@@ -30,22 +30,23 @@ def render(images: list[Tensor], params: AugmentParams, config: AugmentConfig, o
         out: (V, k, 3, S, S), float32 or bfloat16; each out[v] is contiguous in channels-last order.
     """
     records = copy_to(out.device, view_records(images, params, config))
+    major = torch.cuda.get_device_capability(out.device)[0] if out.device.type == "cuda" else 0
     views, size = len(records), config.size
     gain = [1 / std for std in config.std]
     shift = [-mean / std for mean, std in zip(config.mean, config.std, strict=True)]
     target = (out, len(images), out.stride(0), *gain, *shift)
     if size <= TILE:
-        whole_views_kernel[(views,)](records, *target, **constants(whole_views_kernel, config))
+        whole_views_kernel[(views,)](records, *target, **constants(whole_views_kernel, config, major))
         return
     tiles = triton.cdiv(size, TILE) ** 2
     levels = torch.empty((views, 3, size, size), dtype=torch.uint16, device=out.device)
     gray = torch.empty((views, tiles), dtype=torch.float32, device=out.device)
-    crop_kernel[tiles, views](records, levels, gray, **constants(crop_kernel, config))
-    finish_kernel[tiles, views](records, levels, gray, *target, **constants(finish_kernel, config))
+    crop_kernel[tiles, views](records, levels, gray, **constants(crop_kernel, config, major))
+    finish_kernel[tiles, views](records, levels, gray, *target, **constants(finish_kernel, config, major))
 
 
-def constants(kernel: triton.JITFunction, config: AugmentConfig) -> dict[str, int | bool]:
-    """Compile-time arguments of a kernel and number of its warps."""
+def constants(kernel: triton.JITFunction, config: AugmentConfig, major: int) -> dict[str, int | bool]:
+    """Compile-time arguments, warps and registers of a kernel on a GPU of compute capability `major`.x."""
     tiles = triton.cdiv(config.size, TILE) ** 2
     values = {
         "SIZE": config.size,
@@ -57,5 +58,7 @@ def constants(kernel: triton.JITFunction, config: AugmentConfig) -> dict[str, in
         "TILES_PADDED": triton.next_power_of_2(tiles),
         "BLOCK": BLOCK,
     }
-    options = {"num_warps": WARPS, "maxnreg": REGISTERS[kernel.__name__]}
+    # the assembler for Blackwell needs more registers to spill none
+    registers = THREE_PROGRAMS if kernel is finish_kernel or major >= 10 else FOUR_PROGRAMS
+    options = {"num_warps": WARPS, "maxnreg": registers}
     return {name: value for name, value in values.items() if name in kernel.arg_names} | options
