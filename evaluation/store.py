@@ -38,7 +38,10 @@ def eval_splits(train: Any, test: Any | None, labeled: bool) -> list[EvalSplit]:
     if not labeled:
         return [EvalSplit(name, shards, np.arange(len(shards))) for name, shards in named.items()]
     if test is None:
-        raise UserError(f"There is no test split in {train.root}; use a folder with train/ and test/ or val/.")
+        raise UserError(
+            f"There is no test split in {train.root}; use a folder with train/ and test/ or val/, or images in "
+            "one folder per class."
+        )
     splits = [EvalSplit(name, shards, np.flatnonzero(shards.index["label"] >= 0)) for name, shards in named.items()]
     for split in splits:
         if not len(split.samples):

@@ -113,9 +113,8 @@ shape (H, W, {channels}) and dtype uint{bits}, such as `{read}`.
 
 ```python
 import torch
-{load}
 from torchvision.transforms.v2.functional import InterpolationMode, center_crop, resize
-
+{load}
 config = encoder.pretrained_cfg
 mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
 x = torch.tensor(pixels.astype("float32") / {2**bits - 1}).permute(2, 0, 1)  # ({channels}, H, W) in 0..1

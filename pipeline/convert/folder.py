@@ -90,12 +90,26 @@ def parts_of(name: str) -> list[str]:
 
 
 def read_file(root: Path, name: str, size: int) -> bytes:
-    """Read the file `name` below `root`, whatever its size; errors as in `read_range`."""
+    """Read the file `name` below `root`, whatever its size.
+
+    Raises:
+        OSError, UserError: as in `read_range`; a UserError also if the file may not be read, because the shards would
+            stay without it when its permissions are changed, which changes neither its size nor its time.
+    """
     try:
         return (root / name).read_bytes()
     except OSError as error:
         raise_if_gone(root, error)
+        if isinstance(error, PermissionError):
+            raise unreadable_below(root, error) from error
         raise
+
+
+def unreadable_below(folder: Path, error: PermissionError) -> UserError:
+    """Error for a file or folder below `folder` that may not be read."""
+    return UserError(
+        f"{error.filename} can't be read ({error.strerror}); change its permissions, or move it out of {folder}."
+    )
 
 
 def files_below(
@@ -141,9 +155,7 @@ def files_below(
     try:
         yield from walk(folder, "", frozenset())
     except PermissionError as error:
-        raise UserError(
-            f"{error.filename} can't be read ({error.strerror}); change its permissions, or move it out of {folder}."
-        ) from error
+        raise unreadable_below(folder, error) from error
 
 
 def named(files: Iterable[tuple[str, tuple]], class_level: str | None = None) -> list[Item]:

@@ -134,7 +134,8 @@ def write_split(
         counts = _count_formats(source, f"{source.name} {split}: count", reading)
         raise mixed_formats(f"{source.name} ({split})", counts, "pipeline.convert") from error
     except OSError as error:
-        if not target.exists():  # otherwise another process has just completed it
+        # otherwise another process has just completed it; Path.exists would raise in a folder that may not be entered
+        if not os.path.exists(target):
             raise UserError(
                 f"{out} can't be written ({error.strerror or error}); free some space or use a folder with write "
                 "permission, and run the same command again, which keeps the finished shards."

@@ -404,3 +404,18 @@ def test_a_folder_without_permission(config, folder, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", refusing)
     refuse(folder, config, "class_1 can't be read .Permission denied.; change its permissions, or move it out of")
+
+
+def test_an_image_without_permission_is_not_left_out(config, folder, monkeypatch):
+    """The next run would use the shards without it, after its permissions are changed, too."""
+    read = Path.read_bytes
+
+    def refusing(path):
+        if path.name == "image_1.jpg":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", refusing)
+        refuse(folder, config, "image_1.jpg can't be read .Permission denied.; change its permissions, or move it")
+    assert sum(map(len, open_data(str(folder), config))) == 30

@@ -491,6 +491,20 @@ UNWRITABLE = (
 )
 
 
+def test_a_folder_that_may_not_be_entered(images, tmp_path, monkeypatch):
+    """As root, tests can enter every folder."""
+    exists = Path.exists
+
+    def refusing(path):
+        if path == tmp_path / "out" / "train":
+            raise PermissionError(13, "Permission denied", str(path))
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", refusing)
+    with pytest.raises(UserError, match=f"^{tmp_path}/out can't be written .Permission denied.; {UNWRITABLE}$"):
+        write_split(folder_source(images), tmp_path / "out", "train")
+
+
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_full_disk(images, undisturbed, tmp_path, workers):
     """The size of files is limited, as by a quota or a full disk."""
