@@ -19,7 +19,7 @@ from common import available_cores
 from config import DistillConfig, FinetuneConfig, PretrainConfig, StageConfig
 from engine.session import computes_in_bf16
 from pipeline.data import open_data
-from pipeline.pixel_format import RGB8, PixelFormat
+from pipeline.images.pixel_format import RGB8, PixelFormat
 from pipeline.shards.dataset import ShardSet
 
 SMALL_PX = 64

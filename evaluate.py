@@ -43,8 +43,8 @@ from pipeline.augment import AugmentConfig
 from pipeline.augment.backend import choose_backend
 from pipeline.augment.config import SMALLEST_STD
 from pipeline.data import open_data
+from pipeline.images.pixel_format import PixelFormat
 from pipeline.loader import LoaderConfig, ViewLoader, center_crop_batches
-from pipeline.pixel_format import PixelFormat
 from pipeline.shards.cache import ShardCache
 from report import write_report
 

@@ -25,9 +25,9 @@ from evaluation.sgd_probe import linear_predictions
 from model import load_classifier, load_encoder
 from pipeline.augment.config import AugmentConfig
 from pipeline.data import open_data
+from pipeline.images.pixel_format import PixelFormat, decode_pixels
 from pipeline.loader import LoaderConfig, ViewLoader, center_crop_batches
 from pipeline.pictures import to_pictures
-from pipeline.pixel_format import PixelFormat, decode_pixels
 from pipeline.shards.dataset import ShardSet
 from pipeline.shards.reader import Reader
 

@@ -25,7 +25,7 @@ import numpy as np
 from common import available_cores
 from pipeline.convert.sources import Source, folder_source
 from pipeline.convert.writer import SAMPLES_PER_SHARD, write_split
-from pipeline.images import decode
+from pipeline.images.files import decode
 
 HEIGHT, WIDTH = 375, 500
 QUALITY = 95

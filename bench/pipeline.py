@@ -42,9 +42,9 @@ from bench.stages import Candidate, Prepared, dali_stages, kornia_stages, opencv
 from common import UserError
 from pipeline.augment.backend import create_backend
 from pipeline.augment.config import AugmentConfig
-from pipeline.images import decode
+from pipeline.images.files import decode
+from pipeline.images.pixel_format import RGB8
 from pipeline.loader import LoaderConfig, ViewLoader
-from pipeline.pixel_format import RGB8
 from pipeline.shards.dataset import ShardSet, open_shards
 from pipeline.shards.reader import Reader
 

@@ -17,7 +17,7 @@ from common import UserError
 from pipeline.augment import opencv
 from pipeline.augment.config import AugmentConfig
 from pipeline.augment.params import AugmentParams, draw_params
-from pipeline.images import decode
+from pipeline.images.files import decode
 from pipeline.shards.dataset import ShardSet
 from pipeline.shards.reader import Reader
 

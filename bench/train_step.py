@@ -41,7 +41,7 @@ from common import available_cores
 from pipeline.convert import textures
 from pipeline.convert.sources import folder_source
 from pipeline.convert.writer import write_split
-from pipeline.images import decode
+from pipeline.images.files import decode
 
 ROOT = Path(__file__).parents[1]
 AHEAD = 5

@@ -30,7 +30,7 @@ from pipeline.augment.params import AugmentParams, draw_params
 from pipeline.augment.triton.kernels import crop_kernel, finish_kernel, whole_views_kernel
 from pipeline.augment.triton.record import VIEW
 from pipeline.augment.triton.render import BLOCK, TILE, constants
-from pipeline.pixel_format import RGB8
+from pipeline.images.pixel_format import RGB8
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}

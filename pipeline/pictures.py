@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .augment.config import AugmentConfig
-from .pixel_format import PixelFormat
+from .images.pixel_format import PixelFormat
 
 LOW, HIGH = 0.01, 0.99
 """Percentiles of a 16-bit image that are shown in black and white. A 12-bit scan uses a sixteenth of the levels."""

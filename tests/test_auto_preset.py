@@ -21,7 +21,7 @@ from model.encoder import EncoderConfig
 from pipeline.convert import textures
 from pipeline.convert.sources import folder_source
 from pipeline.convert.writer import write_split
-from pipeline.pixel_format import PixelFormat
+from pipeline.images.pixel_format import PixelFormat
 from presets import DISTILL, FINETUNE, PRETRAIN, encoder_of, parse
 from tests.ranks import run_ranks
 from tests.small_sets import remove_labels, texture_shards

@@ -31,7 +31,7 @@ from auto_preset import Facts
 from options import parse_options
 from pipeline.augment.__main__ import PreviewConfig
 from pipeline.convert import textures
-from pipeline.pixel_format import RGB8
+from pipeline.images.pixel_format import RGB8
 from presets import DISTILL, FINETUNE, PRETRAIN
 
 ROOT = Path(__file__).parents[1]

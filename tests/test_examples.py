@@ -22,7 +22,7 @@ from common import available_cores
 from engine import run_lock
 from model import load_encoder
 from model.export import export_encoder
-from pipeline.images import png
+from pipeline.images.files import png
 from pipeline.loader import LoaderConfig, center_crop_batches
 from pipeline.shards import open_shards
 from presets import PRETRAIN, parse, textures

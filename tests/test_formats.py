@@ -25,7 +25,7 @@ from engine import run_lock, session
 from model.export import export_encoder
 from pipeline.augment.config import AugmentConfig
 from pipeline.convert import __main__ as convert
-from pipeline.pixel_format import decode_pixels
+from pipeline.images.pixel_format import decode_pixels
 from pipeline.shards.dataset import open_shards
 from pipeline.shards.reader import Reader
 from presets import DISTILL, FINETUNE, PRETRAIN, parse

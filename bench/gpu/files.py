@@ -52,7 +52,7 @@ def image_files(setup: Setup) -> Iterator[Case]:
 def decode_by_nvjpeg(file: bytes, device: torch.device) -> Iterator[Outcome]:
     from torchvision.io import ImageReadMode, decode_jpeg
 
-    from pipeline.images import decode
+    from pipeline.images.files import decode
 
     expected = decode(file)
     on_host = "the host refuses it" if expected is None else "the host decodes it"
@@ -72,8 +72,8 @@ def compare_with_opencv(setup: Setup, name: str, file: bytes) -> Iterator[Outcom
     from pipeline.augment.backend import create_backend
     from pipeline.augment.config import AugmentConfig
     from pipeline.augment.params import draw_params
-    from pipeline.images import DecodeError
-    from pipeline.pixel_format import RGB8
+    from pipeline.images.files import DecodeError
+    from pipeline.images.pixel_format import RGB8
 
     config = AugmentConfig(size=64).for_images(RGB8, {})
     params = draw_params(config, 0, 0, np.arange(2), np.array([400, 400]), np.array([400, 400]))  # fits upright ones

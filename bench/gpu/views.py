@@ -47,7 +47,7 @@ def compare_views(setup: Setup, name: str, jitter: str) -> Iterator[Outcome]:
     from pipeline.augment.backend import create_backend
     from pipeline.augment.config import AugmentConfig
     from pipeline.augment.params import AugmentParams, draw_params
-    from pipeline.pixel_format import RGB8
+    from pipeline.images.pixel_format import RGB8
 
     count = 6 if setup.small else 32
     config = AugmentConfig(size=32 if setup.small else 224, jitter=jitter).for_images(RGB8, {})
@@ -121,7 +121,7 @@ def time_fused(setup: Setup, size: int, jitter: str, dtype: torch.dtype) -> Iter
     from pipeline.augment.gpu import CHUNK
     from pipeline.augment.params import draw_params
     from pipeline.augment.triton.render import render
-    from pipeline.pixel_format import RGB8
+    from pipeline.images.pixel_format import RGB8
 
     count = 2 if setup.small else CHUNK
     config = AugmentConfig(size=size, jitter=jitter).for_images(RGB8, {})

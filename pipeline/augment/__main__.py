@@ -16,10 +16,10 @@ import tyro
 
 from ..common import UserError, check_range
 from ..data import open_data
-from ..images import DecodeError
+from ..images.files import DecodeError
+from ..images.pixel_format import decode_pixels
 from ..loader.config import LoaderConfig
 from ..pictures import to_pictures
-from ..pixel_format import decode_pixels
 from ..shards.dataset import ShardSet
 from ..shards.reader import Reader
 from .backend import create_backend

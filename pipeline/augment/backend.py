@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..common import UserError
-from ..pixel_format import RGB8, PixelFormat
+from ..images.pixel_format import RGB8, PixelFormat
 from .config import AugmentConfig
 from .params import AugmentParams
 

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from ..common import UserError
-from ..pixel_format import RGB8, PixelFormat
+from ..images.pixel_format import RGB8, PixelFormat
 
 Jitter = Literal["exact", "affine"]
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..common import UserError
-from ..images import DecodeError, contains, decode, decodes_alike, ppm
-from ..pixel_format import RGB8, PixelFormat
+from ..images.files import DecodeError, contains, decode, decodes_alike, ppm
+from ..images.pixel_format import RGB8, PixelFormat
 from .config import AugmentConfig
 from .gpu import CHUNK, augment_in_chunks, check_rgb8, refusal, warn_once
 from .params import BRIGHTNESS, CONTRAST, HUE, LUMA, SATURATION, AugmentParams

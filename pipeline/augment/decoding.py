@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from ..images import DecodeError, contains, decode, nvjpeg_decodes_alike
+from ..images.files import DecodeError, contains, decode, nvjpeg_decodes_alike
 from .gpu import pinned, refusal, warn_once
 
 NVJPEG_REFUSALS = re.compile(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..common import UserError
-from ..images import DecodeError
-from ..pixel_format import RGB8, PixelFormat
+from ..images.files import DecodeError
+from ..images.pixel_format import RGB8, PixelFormat
 from .config import AugmentConfig
 from .params import AugmentParams
 

@@ -19,7 +19,7 @@ from kornia.enhance.adjust import adjust_contrast_with_mean_subtraction
 from kornia.filters import filter2d_separable, get_gaussian_kernel1d
 from torch import Tensor
 
-from ..pixel_format import RGB8, PixelFormat
+from ..images.pixel_format import RGB8, PixelFormat
 from .config import AugmentConfig
 from .decoding import ImageDecoder
 from .gpu import augment_in_chunks, check_rgb8, copy_to

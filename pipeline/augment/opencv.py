@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from ..images import DecodeError, contains
-from ..pixel_format import RGB8, PixelFormat, decode_pixels
+from ..images.files import DecodeError, contains
+from ..images.pixel_format import RGB8, PixelFormat, decode_pixels
 from .config import AugmentConfig
 from .params import BRIGHTNESS, CONTRAST, LUMA, SATURATION, AugmentParams, affine_jitter
 

@@ -29,7 +29,7 @@ from itertools import islice
 from pathlib import Path
 
 from ..common import UserError, available_cores, check_range
-from ..prepare import QUALITY
+from ..images.prepare import QUALITY
 from ..shards.archives import one_line
 from ..shards.dataset import ShardSet, open_shards
 from ..shards.duplicates import shared_images

@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import replace
 
 from ..common import progress_bar
-from ..images import DecodeError
+from ..images.files import DecodeError
 from .base import Source
 
 

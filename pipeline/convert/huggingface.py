@@ -15,8 +15,8 @@ import fsspec
 import numpy as np
 
 from ..common import UserError, available_cores, progress_bar
-from ..images import DecodeError
-from ..prepare import QUALITY, Prepared, prepare
+from ..images.files import DecodeError
+from ..images.prepare import QUALITY, Prepared, prepare
 from ..shards.samples import CLASS_LIMIT, NO_CLASS
 from .base import Source, modified_ns, read_range
 
@@ -68,8 +68,8 @@ def huggingface_sources(
         streaming: read the rows once in order and store the images in the folder for temporary files, instead of
             preparing Arrow files in the cache of `datasets`, from which rows are read in any order. Folders written
             by `save_to_disk` hold Arrow files already and are always read in place.
-        short_side, quality, bits, pages_as_channels: see `pipeline.prepare.prepare`; a short side shrinks streamed
-            images before they are stored.
+        short_side, quality, bits, pages_as_channels: see `pipeline.images.prepare.prepare`; a short side shrinks
+            streamed images before they are stored.
 
     Raises:
         UserError: `datasets` is not installed; the data set can't be found, reached or read; a column can't be chosen;

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..common import UserError
-from ..images import png
+from ..images.files import png
 from ..shards.archives import unpacked
 from .base import Item, Source, modified_ns, read_range
 

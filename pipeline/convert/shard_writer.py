@@ -23,9 +23,9 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from ..common import UserError, file_sha256, progress_bar
-from ..images import DecodeError
-from ..pixel_format import PixelFormat, decode_pixels
-from ..prepare import Prepared
+from ..images.files import DecodeError
+from ..images.pixel_format import PixelFormat, decode_pixels
+from ..images.prepare import Prepared
 from ..shards.format import Sample, index_name, shard_entry, write_shard
 from ..shards.measure import channel_moments
 from .base import Item
@@ -44,7 +44,7 @@ class ShardWriter:
     read: Callable[..., bytes]
     """See `Source.read`."""
     prepare: Callable[[bytes], Prepared]
-    """`pipeline.prepare.prepare` with its options."""
+    """`pipeline.images.prepare.prepare` with its options."""
     labels: dict[str | None, int]
     partial: Path
     split: str

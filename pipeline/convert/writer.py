@@ -30,10 +30,10 @@ from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
 
 from ..common import UserError, progress_bar
-from ..images import DecodeError
+from ..images.files import DecodeError
+from ..images.pixel_format import PixelFormat
+from ..images.prepare import QUALITY, prepare, read_format
 from ..philox import uniforms
-from ..pixel_format import PixelFormat
-from ..prepare import QUALITY, prepare, read_format
 from ..shards.dataset import ShardSet, open_shards
 from ..shards.duplicates import identical, size_and_crc
 from ..shards.format import index_name, write_manifest
@@ -72,7 +72,7 @@ def write_split(
         split: name of the split, such as "train".
         seed: seed of the sample order.
         samples_per_shard: number of source images per shard; unreadable ones are missing from the shard.
-        verify, short_side, quality, bits, pages_as_channels: see `pipeline.prepare.prepare`.
+        verify, short_side, quality, bits, pages_as_channels: see `pipeline.images.prepare.prepare`.
         workers: number of processes; 1 uses the current process.
         threads: use threads instead of processes.
         part: (i, n) writes the i-th of n shares of the shards, i from 1. The call that finds all shards written

@@ -6,7 +6,7 @@ from pathlib import Path
 from stat import S_ISLNK
 
 from ..common import UserError
-from ..images import DecodeError
+from ..images.files import DecodeError
 from ..shards.archives import TOO_LONG, is_image, is_long, refuse_leading_out
 from .base import read_range
 

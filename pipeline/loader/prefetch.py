@@ -13,7 +13,7 @@ from torch import Tensor
 from ..augment.backend import Backend
 from ..augment.gpu import copy_to
 from ..augment.params import AugmentParams
-from ..images import DecodeError
+from ..images.files import DecodeError
 from ..shards.dataset import ShardSet
 from ..shards.reader import Reader, ReadFailure
 from .bad_samples import UNDECODABLE, BadSampleTracker

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..augment.gpu import pinned
 from ..common import UserError
-from ..pixel_format import decode_pixels
+from ..images.pixel_format import decode_pixels
 from ..shards.dataset import ShardSet
 from ..shards.format import ROWS
 from ..shards.reader import Reader, ReadFailure

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..common import UserError
-from ..images import IMAGE_SUFFIXES
+from ..images.files import IMAGE_SUFFIXES
 
 NOT_PLAIN = "not a plain file"
 LONGEST_NAME = 1024

@@ -30,9 +30,9 @@ import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
-from ..arrays import MOST_CHANNELS
 from ..common import UserError
-from ..pixel_format import RGB8, PixelFormat
+from ..images.arrays import MOST_CHANNELS
+from ..images.pixel_format import RGB8, PixelFormat
 from .cache import ShardCache
 from .format import FORMAT, READ_WHOLE, ROWS, index_dtype, index_name
 from .remote import HUB, PERMANENT_ERRORS, RetryPolicy, filesystem, is_local, read_file, unreadable, with_retries

@@ -17,6 +17,7 @@ import numpy as np
 from fsspec.spec import AbstractFileSystem
 
 from ..common import file_sha256
+from ..images.arrays import npy_bytes
 
 FORMAT = "streamclr-shards-1"
 READ_WHOLE = 16
@@ -48,7 +49,7 @@ class Sample(NamedTuple):
 
     key: str
     form: tuple[str, int, int]
-    """(file extension, height, width), as returned by `pipeline.images.inspect`."""
+    """(file extension, height, width), as returned by `pipeline.images.files.inspect`."""
     encoded: bytes
     label: int
     """Class number, -1 for none."""
@@ -89,13 +90,6 @@ def shard_entry(name: str, rows: np.ndarray, size: int, sha256: str, index: byte
     index_sha256, top_label = hashlib.sha256(index).hexdigest(), int(rows["label"].max(initial=-1))
     entry = {"file": name, "samples": len(rows), "bytes": size, "sha256": sha256, "index_sha256": index_sha256}
     return entry | {"top_label": top_label}  # lets large sets open without reading every label
-
-
-def npy_bytes(array: np.ndarray) -> bytes:
-    """Content of a .npy file."""
-    file = io.BytesIO()
-    np.save(file, array)
-    return file.getvalue()
 
 
 def index_rows(rows: list[tuple]) -> np.ndarray:

@@ -28,9 +28,10 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from ..common import UserError, available_cores, file_sha256, progress_bar
-from ..images import DecodeError
-from ..pixel_format import RGB8, PixelFormat, decode_pixels
-from ..prepare import open_deep, prepare
+from ..images.arrays import npy_bytes
+from ..images.files import DecodeError
+from ..images.pixel_format import RGB8, PixelFormat, decode_pixels
+from ..images.prepare import open_deep, prepare
 from .archives import CheckedMember, forgetting
 from .cache import ShardCache
 from .dataset import (
@@ -44,7 +45,7 @@ from .dataset import (
     open_shards,
     split_roots,
 )
-from .format import FORMAT, READ_WHOLE, index_name, index_rows, npy_bytes, shard_entry, write_manifest
+from .format import FORMAT, READ_WHOLE, index_name, index_rows, shard_entry, write_manifest
 from .measure import MEASURED_IMAGES, channel_moments, measure, mixed_formats
 from .remote import HUB, PERMANENT_ERRORS, RetryPolicy, disk_errors, filesystem, is_local, read_file, with_retries
 from .samples import CLASS_LIMIT, NO_CLASS, Part, class_number, paired, read_parts

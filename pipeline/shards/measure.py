@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 
 from ..common import UserError
-from ..pixel_format import PixelFormat
+from ..images.pixel_format import PixelFormat
 from .format import SHORT_SIDE_PX, short_side_counts
 
 MEASURED_IMAGES = 1000

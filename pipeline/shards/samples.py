@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..common import UserError
-from ..images import ARRAY_SUFFIX, IMAGE_SUFFIXES
+from ..images.files import ARRAY_SUFFIX, IMAGE_SUFFIXES
 from .archives import LONGEST_NAME, clean_key, is_image, member_fault
 
 CLASS_LIMIT = 10**6

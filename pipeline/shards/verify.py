@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..common import UserError
-from ..pixel_format import PixelFormat
+from ..images.pixel_format import PixelFormat
 from .cache import ShardCache
 from .dataset import ShardSet, folder_and_tars, label_fault, list_tars, open_shards, split_roots
 from .duplicates import shared_images

@@ -4,7 +4,7 @@ import pytest
 
 from bench import convert
 from pipeline.convert.shard_writer import ShardWriter
-from pipeline.images import decode
+from pipeline.images.files import decode
 
 
 def test_images_have_the_typical_size_of_imagenet():

@@ -11,8 +11,8 @@ from bench import pipeline as bench
 from bench import plot, stages
 from pipeline.augment.config import AugmentConfig
 from pipeline.augment.opencv import resized_crop
-from pipeline.images import decode
-from pipeline.pixel_format import RGB8
+from pipeline.images.files import decode
+from pipeline.images.pixel_format import RGB8
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ from torch import nn
 from config import PretrainConfig, StageConfig
 from model import EncoderConfig, EncoderSpec, create_encoder, encoder_spec, save_encoder
 from pipeline.augment.config import AugmentConfig
-from pipeline.pixel_format import PixelFormat
+from pipeline.images.pixel_format import PixelFormat
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 

@@ -21,7 +21,7 @@ from common import UserError
 from model.export import TORCHVISION, export_encoder, torchvision_state
 from pipeline.augment.config import AugmentConfig
 from pipeline.augment.params import center_crop
-from pipeline.pixel_format import PixelFormat
+from pipeline.images.pixel_format import PixelFormat
 from tests.model.networks import MEAN, STD, spec, write_run, write_small_run
 
 ROOT = Path(__file__).parents[2]

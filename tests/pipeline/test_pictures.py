@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from pipeline.augment.config import AugmentConfig
+from pipeline.images.pixel_format import PixelFormat
 from pipeline.pictures import to_pictures
-from pipeline.pixel_format import PixelFormat
 
 
 def random_levels(pixel_format, *shape, largest=None, seed=0):

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ...common import UserError
-from ...pixel_format import RGB8, PixelFormat
+from ...images.pixel_format import RGB8, PixelFormat
 from ..config import AugmentConfig
 from ..decoding import ImageDecoder
 from ..gpu import augment_in_chunks, check_rgb8

@@ -13,7 +13,7 @@ from pipeline.augment.backend import create_backend
 from pipeline.augment.config import AugmentConfig
 from pipeline.augment.params import AugmentParams
 from pipeline.augment.triton import render
-from pipeline.images import DecodeError, decode
+from pipeline.images.files import DecodeError, decode
 from tests.pipeline.augment import reference_views as reference
 
 CPU = torch.device("cpu")

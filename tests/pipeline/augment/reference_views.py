@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline.augment.config import AugmentConfig
 from pipeline.augment.params import AugmentParams, draw_params
-from pipeline.pixel_format import RGB8
+from pipeline.images.pixel_format import RGB8
 
 SIZES = ((180, 240), (256, 200), (131, 301), (96, 96), (320, 213))  # (height, width): landscape, portrait, odd, small
 IDENTITY = {"flip": False, "brightness": 1, "contrast": 1, "saturation": 1, "hue": 0, "gray": False, "sigma": 0}

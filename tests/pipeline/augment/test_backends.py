@@ -15,7 +15,7 @@ from pipeline.augment import gpu
 from pipeline.augment.backend import create_backend
 from pipeline.augment.config import AugmentConfig
 from pipeline.augment.params import ORDERS, AugmentParams, center_crop, draw_params
-from pipeline.images import DecodeError, inspect
+from pipeline.images.files import DecodeError, inspect
 from tests.pipeline.augment import reference_views as reference
 
 CPU = torch.device("cpu")

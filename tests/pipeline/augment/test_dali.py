@@ -21,8 +21,8 @@ from pipeline.augment import dali as dali_backend
 from pipeline.augment.config import AugmentConfig
 from pipeline.augment.dali import DaliBackend, view_graph
 from pipeline.augment.gpu import warn_once
-from pipeline.images import DecodeError
-from pipeline.pixel_format import RGB8
+from pipeline.images.files import DecodeError
+from pipeline.images.pixel_format import RGB8
 from tests.pipeline.augment import reference_views as reference
 
 

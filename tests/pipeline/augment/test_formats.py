@@ -19,8 +19,8 @@ from pipeline.augment.config import AugmentConfig
 from pipeline.augment.params import BRIGHTNESS, CONTRAST, LUMA, AugmentParams, center_crop, draw_params
 from pipeline.convert.sources import folder_source
 from pipeline.convert.writer import write_split
-from pipeline.images import DecodeError
-from pipeline.pixel_format import RGB8, PixelFormat
+from pipeline.images.files import DecodeError
+from pipeline.images.pixel_format import RGB8, PixelFormat
 from pipeline.shards.dataset import ShardSet
 from tests.pipeline.augment import reference_views as reference
 from tests.pipeline.image_sets import write_folder

@@ -15,8 +15,8 @@ from pipeline.augment.config import AugmentConfig
 from pipeline.augment.decoding import ImageDecoder, decode_on_gpu
 from pipeline.augment.gpu import warn_once
 from pipeline.augment.kornia import KorniaBackend, augment
-from pipeline.images import DecodeError, decode
-from pipeline.pixel_format import RGB8
+from pipeline.images.files import DecodeError, decode
+from pipeline.images.pixel_format import RGB8
 from tests.pipeline.augment import reference_views as reference
 
 CUDA = torch.device("cuda:0")

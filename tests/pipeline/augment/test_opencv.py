@@ -7,7 +7,7 @@ import torch
 from pipeline.augment.config import AugmentConfig
 from pipeline.augment.opencv import SMALL, OpenCVBackend
 from pipeline.augment.params import center_crop
-from pipeline.pixel_format import RGB8
+from pipeline.images.pixel_format import RGB8
 from tests.pipeline.augment import reference_views as reference
 
 CONFIG = AugmentConfig(size=64).for_images(RGB8, {})

@@ -16,7 +16,7 @@ from torchvision import transforms
 from common import UserError
 from pipeline.augment.config import AugmentConfig
 from pipeline.augment.params import LUMA, ORDERS, AugmentParams, affine_jitter, center_crop, draw_params
-from pipeline.pixel_format import RGB8, PixelFormat
+from pipeline.images.pixel_format import RGB8, PixelFormat
 from presets import PRETRAIN, parse
 
 N = 20_000

@@ -15,7 +15,7 @@ from pipeline.augment import triton as backend
 from pipeline.augment.backend import create_backend
 from pipeline.augment.config import AugmentConfig
 from pipeline.augment.triton.backend import TritonBackend
-from pipeline.pixel_format import PixelFormat
+from pipeline.images.pixel_format import PixelFormat
 
 CONFIG = AugmentConfig(size=32)
 

@@ -11,8 +11,8 @@ from pipeline.convert.__main__ import main
 from pipeline.convert.folder import folder_source
 from pipeline.convert.writer import write_split
 from pipeline.data import open_data
+from pipeline.images.pixel_format import RGB8, PixelFormat, decode_pixels
 from pipeline.loader import LoaderConfig
-from pipeline.pixel_format import RGB8, PixelFormat, decode_pixels
 from pipeline.shards.dataset import open_shards, open_splits
 from pipeline.shards.verify import show
 from tests.pipeline.deep_images import levels, npy, png16, tiff_pages

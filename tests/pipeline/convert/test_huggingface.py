@@ -15,8 +15,8 @@ from pipeline.convert.huggingface import huggingface_sources
 from pipeline.convert.sources import folder_source
 from pipeline.convert.writer import write_split
 from pipeline.data import open_data
+from pipeline.images.pixel_format import RGB8, PixelFormat
 from pipeline.loader import LoaderConfig
-from pipeline.pixel_format import RGB8, PixelFormat
 from pipeline.shards.dataset import ShardSet, open_shards, open_splits
 from tests.pipeline.deep_images import levels, png16
 from tests.pipeline.image_sets import contents, damaged, digests, pictures, rejected, run_module, write_folder

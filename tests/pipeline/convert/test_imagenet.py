@@ -14,7 +14,7 @@ from PIL import Image
 from common import UserError
 from pipeline.convert.imagenet import imagenet_sources, read_synsets
 from pipeline.convert.writer import write_split
-from pipeline.images import decode
+from pipeline.images.files import decode
 from pipeline.shards.dataset import open_splits
 from tests.pipeline.augment.reference_views import encode, smooth_field
 from tests.pipeline.image_sets import (

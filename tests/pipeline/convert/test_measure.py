@@ -11,7 +11,7 @@ import pytest
 from pipeline.convert import writer
 from pipeline.convert.folder import folder_source
 from pipeline.convert.writer import write_split
-from pipeline.images import decode
+from pipeline.images.files import decode
 from pipeline.shards.dataset import open_shards
 from pipeline.shards.duplicates import identical, shared_images, size_and_crc
 from pipeline.shards.verify import show

@@ -14,7 +14,7 @@ from common import UserError
 from pipeline.convert.pixels import cifar_sources, stl10_sources
 from pipeline.convert.textures import textures_source
 from pipeline.convert.writer import write_split
-from pipeline.images import decode, png
+from pipeline.images.files import decode, png
 from pipeline.shards.dataset import open_shards
 from tests.pipeline.image_sets import (
     cifar_files,

@@ -16,7 +16,7 @@ from pipeline.convert.imagenet import imagenet_sources
 from pipeline.convert.pixels import cifar_sources, stl10_sources
 from pipeline.convert.webdataset import webdataset_source
 from pipeline.convert.writer import write_split
-from pipeline.images import DecodeError, decode, inspect
+from pipeline.images.files import DecodeError, decode, inspect
 from pipeline.shards.archives import LONGEST_NAME
 from pipeline.shards.index import index_shards
 from tests.pipeline.augment.reference_views import encode, smooth_field

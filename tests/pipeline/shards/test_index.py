@@ -14,8 +14,8 @@ import webdataset
 from common import UserError
 from pipeline.convert.sources import folder_source, webdataset_source
 from pipeline.convert.writer import write_split
-from pipeline.pixel_format import RGB8, PixelFormat, decode_pixels
-from pipeline.prepare import prepare
+from pipeline.images.pixel_format import RGB8, PixelFormat, decode_pixels
+from pipeline.images.prepare import prepare
 from pipeline.shards.__main__ import main
 from pipeline.shards.dataset import open_shards, open_splits
 from pipeline.shards.index import index_shards

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from common import UserError
-from pipeline.images import DecodeError
-from pipeline.pixel_format import RGB8, PixelFormat, decode_pixels
-from pipeline.prepare import prepare, read_format
+from pipeline.images.files import DecodeError
+from pipeline.images.pixel_format import RGB8, PixelFormat, decode_pixels
+from pipeline.images.prepare import prepare, read_format
 from tests.pipeline.augment.reference_views import encode, smooth_field
 from tests.pipeline.deep_images import dicom, levels, npy, png16, tiff_pages
 
@@ -216,7 +216,7 @@ def test_a_missing_codec_is_named_and_its_images_are_not_damaged(monkeypatch):
     """LZW needs imagecodecs, and JPEG-LS a package that pydicom names; without verification, too."""
     tifffile, pydicom = pytest.importorskip("tifffile"), pytest.importorskip("pydicom")
     monkeypatch.setitem(sys.modules, "imagecodecs", None)
-    monkeypatch.setattr("pipeline.tiff.find_spec", lambda name: None)
+    monkeypatch.setattr("pipeline.images.tiff.find_spec", lambda name: None)
     file = io.BytesIO()
     tifffile.imwrite(file, COLOR, photometric="rgb")
     lzw = file.getvalue().replace(struct.pack("<HHII", 259, 3, 1, 1), struct.pack("<HHII", 259, 3, 1, 5))

@@ -5,11 +5,10 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from .arrays import NPY_MARK, npy_pixels
+from .arrays import NPY_MARK, npy_bytes, npy_pixels
 from .dicom import is_dicom, open_dicom
-from .images import TIFF_MARKS, DecodeError, inspect, png, read_header, verified_pixels
+from .files import TIFF_MARKS, DecodeError, inspect, png, read_header, verified_pixels
 from .pixel_format import RGB8, DeepImage, PixelFormat, png16_pixels, png_format
-from .shards.format import npy_bytes
 from .tiff import open_tiff
 
 QUALITY = 90
@@ -22,7 +21,7 @@ class Prepared(NamedTuple):
     form: tuple[str, int, int]
     """(file extension, height, width), with sizes in pixels."""
     encoded: bytes
-    """Content that `pipeline.pixel_format.decode_pixels` decodes."""
+    """Content that `pipeline.images.pixel_format.decode_pixels` decodes."""
     pixel_format: PixelFormat
 
 

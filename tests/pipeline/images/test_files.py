@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from pipeline.images import (
+from pipeline.images.files import (
     LARGEST_PIXELS,
     DecodeError,
     decode,
@@ -19,8 +19,8 @@ from pipeline.images import (
     inspect,
     nvjpeg_decodes_alike,
 )
-from pipeline.pixel_format import RGB8
-from pipeline.prepare import prepare
+from pipeline.images.pixel_format import RGB8
+from pipeline.images.prepare import prepare
 from tests.pipeline.augment.reference_views import encode, smooth_field
 from tests.pipeline.image_sets import ROOT
 
@@ -206,7 +206,9 @@ def test_images_too_long_for_jpeg_are_refused():
 def test_pillow_does_not_warn_about_large_images():
     size = struct.pack("<ii", 10_000, 10_000)
     bmp = encode(PICTURE, "BMP")
-    program = "import sys; from pipeline.images import inspect; print(inspect(sys.stdin.buffer.read(), verify=False))"
+    program = (
+        "import sys; from pipeline.images.files import inspect; print(inspect(sys.stdin.buffer.read(), verify=False))"
+    )
     command = [sys.executable, "-W", "default", "-c", program]
     result = subprocess.run(command, input=bmp[:18] + size + bmp[26:], cwd=ROOT, capture_output=True, timeout=60)
     assert (result.stdout, result.stderr) == (b"('bmp', 10000, 10000)\n", b"")

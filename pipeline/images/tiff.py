@@ -24,9 +24,9 @@ from PIL.TiffImagePlugin import (
     ImageFileDirectory_v2,
 )
 
+from ..common import UserError
 from .arrays import MOST_CHANNELS
-from .common import UserError
-from .images import LARGEST_PIXELS, TOO_LARGE, DecodeError, open_unrotated, tiff_checksums_agree
+from .files import LARGEST_PIXELS, TOO_LARGE, DecodeError, open_unrotated, tiff_checksums_agree
 from .pixel_format import DAMAGED_TIFF, DeepImage, PixelFormat, gray16_pixels
 
 UNSIGNED, RGB, ALPHA, BIG_TIFF = 1, 2, (1, 2), 43
@@ -35,13 +35,13 @@ TAGS = (IMAGELENGTH, IMAGEWIDTH, SAMPLESPERPIXEL, BITSPERSAMPLE, SAMPLEFORMAT, P
 
 
 def open_tiff(encoded: bytes, bits: int | None = None, pages_as_channels: bool = False) -> DeepImage | None:
-    """Describe a TIFF from its header; None for one that `pipeline.images.decode` decodes, or that is no TIFF.
+    """Describe a TIFF from its header; None for one that `pipeline.images.files.decode` decodes, or that is no TIFF.
 
     Alpha is dropped, as far as ExtraSamples declares it, or four samples are RGB without such a declaration.
 
     Args:
         encoded: content of the file.
-        bits: 8 for images that `pipeline.images.decode` reduces to 8 bits.
+        bits: 8 for images that `pipeline.images.files.decode` reduces to 8 bits.
         pages_as_channels: whether each page is a channel, instead of using the first page.
 
     Raises:

@@ -5,11 +5,12 @@ reading from memory allocates whatever the header claims. The format is describe
 https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html.
 """
 
+import io
 import re
 
 import numpy as np
 
-from .images import LARGEST_PIXELS, TOO_LARGE, DecodeError
+from .files import LARGEST_PIXELS, TOO_LARGE, DecodeError
 
 NPY_MARK = b"\x93NUMPY"
 MOST_CHANNELS = 16
@@ -68,3 +69,10 @@ def _wrong_type(descr: str) -> str:
         f"an array of {kind}, whose white level is unknown; scale it to uint16 by the same range for all images, as in "
         "np.clip((x - low) / (high - low) * 65535, 0, 65535).round().astype(np.uint16)"
     )
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    """Content of a .npy file."""
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .common import UserError
-from .images import LARGEST_PIXELS, TOO_LARGE, DecodeError
+from ..common import UserError
+from .files import LARGEST_PIXELS, TOO_LARGE, DecodeError
 from .pixel_format import RGB8, DeepImage, PixelFormat
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import numpy as np
 from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION
 
 from .arrays import NPY_MARK, npy_pixels
-from .images import PNG_MARK, TIFF_MARKS, DecodeError, decode, open_unrotated
+from .files import PNG_MARK, TIFF_MARKS, DecodeError, decode, open_unrotated
 
 WHITE_IS_ZERO = 0
 """Photometric interpretation of inverted TIFFs (TIFF 6.0, section 8), which Pillow inverts only at 8 bits."""
@@ -58,9 +58,9 @@ class DeepImage(NamedTuple):
 def decode_pixels(encoded: bytes, pixel_format: PixelFormat) -> np.ndarray | None:
     """Decode an image to (H, W, C) of the format's channels and dtype; None if it is damaged or has another format.
 
-    Every image file decodes to 8-bit RGB (see `pipeline.images.decode`), also one with more bits, of which the upper
-    eight are kept. Other formats are read from arrays (.npy), 16-bit PNGs, and TIFFs of one channel, as far as they
-    have exactly this format. Alpha is dropped, and orientation tags are ignored.
+    Every image file decodes to 8-bit RGB (see `pipeline.images.files.decode`), also one with more bits, of which the
+    upper eight are kept. Other formats are read from arrays (.npy), 16-bit PNGs, and TIFFs of one channel, as far as
+    they have exactly this format. Alpha is dropped, and orientation tags are ignored.
     """
     if pixel_format == RGB8:
         return decode(encoded)
