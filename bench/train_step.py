@@ -100,7 +100,7 @@ GPU_BATCHES = {"textures": 128, "cifar10": 512, "stl10": 256, "imagenet": 256}
 MEMORY = Setting(["--preset", "cifar10", "--loader.prefetch", "1"], 4096, texture, warm=1, steps=1)
 SLICES = ((4096, 64), (128, 0))
 """(batch size, --micro-batch)."""
-EPOCH = 40
+EPOCH = 120
 """Steps of an epoch of `RESIDENT`; the first one fills the memory, the third provides batches to prepare ahead."""
 RESIDENT = Setting(["--preset", "textures", "--epochs", "3"], 128, texture, warm=EPOCH + 5, steps=EPOCH - 5)
 SOURCES = {"images": "off", "resident": "on"}
