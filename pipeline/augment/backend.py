@@ -56,7 +56,13 @@ class BackendChoice(NamedTuple):
 
 
 def choose_backend(
-    name: str, device: torch.device, size: int, threads: int, pixel_format: PixelFormat = RGB8
+    name: str,
+    device: torch.device,
+    size: int,
+    threads: int,
+    pixel_format: PixelFormat = RGB8,
+    *,
+    fits_device: bool = False,
 ) -> BackendChoice:
     """Resolve "auto" by what limits each backend.
 
@@ -68,7 +74,9 @@ def choose_backend(
         32 px     10,000            10,000 to 25,000   5,000 to 8,000   15,000 to 30,000 (ResNet-18)
 
     So at 224 px half of these cores are enough, and the GPU is left to the training step. Small views cost OpenCV time
-    in Python, which more threads do not reduce. The Triton backend is not chosen before it was measured.
+    in Python, which more threads do not reduce. Where the decoded images stay in the GPU's memory, the Triton kernels
+    need neither the host nor a decoder; the bound of their memory traffic is 2.4 us for 1,024 views of 32 px
+    (bench/results/views_bounds.csv).
 
     Args:
         name: one of `BACKENDS`.
@@ -76,6 +84,7 @@ def choose_backend(
         size: side of a view in pixels.
         threads: number of threads of this process on the host.
         pixel_format: format of the images; only OpenCV supports others than 8-bit RGB.
+        fits_device: whether the decoded images may stay in the device's memory.
 
     Raises:
         UserError: unknown backend.
@@ -88,18 +97,25 @@ def choose_backend(
         return BackendChoice("opencv", "the fastest on a CPU")
     if pixel_format != RGB8:
         return BackendChoice("opencv", f"the only one for images of this kind: {pixel_format}")
-    measured = "not measured; neither is triton" if device.type == "cuda" else "not measured"
+    if fits_device and device.type == "cuda" and _triton_runs(device):
+        return BackendChoice("triton", "expected to be the fastest for images in the GPU's memory, not measured")
     dali = device.type == "cuda" and _dali_loads()
     if size <= SMALL_VIEW:
         small = f"views of {size} px"
         if dali:
-            return BackendChoice("dali", f"expected to be the fastest for {small}, {measured}")
-        return BackendChoice("opencv", f"expected to be the fastest for {small} without DALI, {measured}")
+            return BackendChoice("dali", f"expected to be the fastest for {small}, not measured")
+        return BackendChoice("opencv", f"expected to be the fastest for {small} without DALI, not measured")
     if threads >= ENOUGH_THREADS:
-        return BackendChoice("opencv", f"expected to be fast enough with {threads} host threads, {measured}")
+        return BackendChoice("opencv", f"expected to be fast enough with {threads} host threads, not measured")
     if dali:
-        return BackendChoice("dali", f"expected to be the fastest with {threads} host threads, {measured}")
-    return BackendChoice("kornia", f"expected to be the fastest with {threads} host threads without DALI, {measured}")
+        return BackendChoice("dali", f"expected to be the fastest with {threads} host threads, not measured")
+    return BackendChoice("kornia", f"expected to be the fastest with {threads} host threads without DALI, not measured")
+
+
+def _triton_runs(device: torch.device) -> bool:
+    from .triton import unsupported_reason
+
+    return unsupported_reason(device) is None
 
 
 def _dali_loads() -> bool:

@@ -17,7 +17,7 @@ from ..shards.reader import Reader
 from .bad_samples import BadSampleTracker
 from .config import LoaderConfig
 from .prefetch import Batch, Prefetcher, shards_of
-from .resident import ResidentReader, create_store, find_store
+from .resident import ResidentReader, create_store, find_store, fits
 from .sampler import PlannedBatch, ShardSampler
 
 
@@ -109,7 +109,8 @@ class ViewLoader:
             return draw_params(augment, seed, epoch, samples, height, width, views=views_per_image)
 
         images = shards.pixel_format
-        choice = choose_backend(config.backend, device, augment.size, config.threads, images)
+        on_gpu = device.type == "cuda" and config.resident != "off" and epochs != 1 and fits(shards, samples, device)
+        choice = choose_backend(config.backend, device, augment.size, config.threads, images, fits_device=on_gpu)
         self.backend_name = str(choice)
         local_batch = batch_size // world_size
         backend = create_backend(
@@ -235,7 +236,9 @@ def center_crop_batches(
         return center_crop(augment, shards.index["height"][chosen], shards.index["width"][chosen])
 
     bad_samples = BadSampleTracker(shards, 0, config.max_bad, bad_samples_file, samples)
-    backend = create_backend(config.backend, augment, device, batch_size, 1, config.threads, dtype, shards.pixel_format)
+    images, on_device = shards.pixel_format, find_store(shards, device) is not None
+    choice = choose_backend(config.backend, device, augment.size, config.threads, images, fits_device=on_device)
+    backend = create_backend(choice.name, augment, device, batch_size, 1, config.threads, dtype, images)
     reader = Reader(shards, cache or config.cache())
     store = find_store(shards, backend.image_device) if config.resident != "off" else None
     if store is not None:

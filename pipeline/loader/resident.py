@@ -185,17 +185,22 @@ def create_store(
             "The augmentation backend decodes the images itself, so they can't be resident; use --loader.backend "
             "opencv or --loader.resident auto."
         )
-    limit = memory_bytes(image_device, whole=resident == "on")
-    needed = decoded_bytes(shards, samples, math.inf if resident == "on" else limit)
-    if needed > limit and resident == "auto":
+    if resident == "auto" and not fits(shards, samples, image_device):
         return None
-    if needed > limit:
+    needed, limit = decoded_bytes(shards, samples), memory_bytes(image_device, whole=resident == "on")
+    if resident == "on" and needed > limit:
         raise UserError(
             f"The decoded images of {shards.root} take {needed / 1e9:.3g} GB, more than the {limit / 1e9:.3g} GB of "
             "memory that are available to each process; use --loader.resident auto or off."
         )
     store = _stores[id(shards)] = PixelStore(shards, image_device, samples)
     return store
+
+
+def fits(shards: ShardSet, samples: np.ndarray | None, device: torch.device) -> bool:
+    """Whether "auto" keeps the decoded images of `samples`, see `decoded_bytes`, in the memory of a device."""
+    limit = memory_bytes(device, whole=False)
+    return decoded_bytes(shards, samples, enough=limit) <= limit
 
 
 def find_store(shards: ShardSet, image_device: torch.device | None) -> PixelStore | None:

@@ -5,6 +5,7 @@ import torch
 
 from pipeline.augment import backend
 from pipeline.augment.backend import choose_backend
+from pipeline.images.pixel_format import RGB8, PixelFormat
 
 
 @pytest.mark.parametrize(
@@ -29,8 +30,26 @@ def test_auto_chooses_by_device_size_threads_and_what_is_installed(
     monkeypatch.setattr(backend, "_dali_loads", lambda: dali)
     choice = choose_backend("auto", torch.device(device), size, threads)
     assert choice.name == name and reason in choice.reason
-    assert ("neither is triton" in choice.reason) == (device == "cuda")
     assert str(choice) == f"{name} ({choice.reason})" and "\n" not in str(choice)
+
+
+@pytest.mark.parametrize(
+    ("device", "pixel_format", "runs", "name"),
+    [
+        ("cuda", RGB8, True, "triton"),
+        ("cuda", RGB8, False, "opencv"),
+        ("cuda", PixelFormat(1, 16), True, "opencv"),
+        ("mps", RGB8, True, "opencv"),
+        ("cpu", RGB8, True, "opencv"),
+    ],
+)
+def test_auto_chooses_the_fused_kernels_for_images_in_the_memory_of_a_gpu(
+    monkeypatch, device, pixel_format, runs, name
+):
+    monkeypatch.setattr(backend, "_dali_loads", lambda: False)
+    monkeypatch.setattr(backend, "_triton_runs", lambda device: runs)
+    assert choose_backend("auto", torch.device(device), 32, 16, pixel_format, fits_device=True).name == name
+    assert choose_backend("auto", torch.device(device), 32, 16, pixel_format).name == "opencv"
 
 
 @pytest.mark.parametrize("name", ["dali", "kornia", "opencv", "triton"])

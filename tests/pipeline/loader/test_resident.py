@@ -262,6 +262,25 @@ def test_auto_takes_a_quarter_of_a_gpu(monkeypatch):
     assert resident.memory_bytes(cuda, whole=False) == 20
 
 
+def test_the_backend_is_chosen_for_images_that_fit_into_a_quarter_of_a_gpu(whole, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def choose_backend(*_, fits_device):
+        raise Asked(fits_device)
+
+    def fits(total, **options):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total, total))
+        with pytest.raises(Asked) as asked:
+            loader(whole, device=torch.device("cuda"), **{"epochs": 2} | options)
+        return asked.value.args[0]
+
+    monkeypatch.setattr("pipeline.loader.loader.choose_backend", choose_backend)
+    needed = resident.decoded_bytes(whole, None)
+    assert fits(4 * needed) and fits(4 * needed, resident="on") and not fits(4 * needed - 1)
+    assert not fits(4 * needed, resident="off") and not fits(4 * needed, epochs=1)
+
+
 def test_on_is_refused_where_it_is_impossible(whole, monkeypatch):
     monkeypatch.setattr(resident, "available_memory", lambda: 10_000)
     with pytest.raises(UserError, match=r"take \S+ GB, more than the 1e-05 GB of memory that are available to each"):
