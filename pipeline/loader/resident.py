@@ -187,12 +187,13 @@ def create_store(
         )
     if resident == "auto" and not fits(shards, samples, image_device):
         return None
-    needed, limit = decoded_bytes(shards, samples), memory_bytes(image_device, whole=resident == "on")
-    if resident == "on" and needed > limit:
-        raise UserError(
-            f"The decoded images of {shards.root} take {needed / 1e9:.3g} GB, more than the {limit / 1e9:.3g} GB of "
-            "memory that are available to each process; use --loader.resident auto or off."
-        )
+    if resident == "on":
+        needed, limit = decoded_bytes(shards, samples), memory_bytes(image_device, whole=True)
+        if needed > limit:
+            raise UserError(
+                f"The decoded images of {shards.root} take {needed / 1e9:.3g} GB, more than the {limit / 1e9:.3g} GB "
+                "of memory that are available to each process; use --loader.resident auto or off."
+            )
     store = _stores[id(shards)] = PixelStore(shards, image_device, samples)
     return store
 
