@@ -1,6 +1,6 @@
 """Images per second of the pipeline, two views of 224 px under the full augmentation, next to decoding and to peers.
 
-    python bench/pipeline.py                   bench/results/pipeline.csv, docs/pipeline.png
+    python bench/pipeline.py                   bench/results/pipeline.csv, docs/pipeline.png, docs/benchmarks.md
     python bench/pipeline.py --quick           few images and rounds, no file written
     python bench/pipeline.py --data SHARDS     a shard set of your own instead of the rendered photographs
     make bench                                 installs the peers first
@@ -304,9 +304,9 @@ def main() -> None:
         sys.exit(str(error))
     show(rows)
     if not arguments.quick:
-        from bench.plot import plot_pipeline
+        from bench.plot import fill_loader_table, plot_pipeline
 
-        console.print(f"written: {write_rows('pipeline', rows)} and {plot_pipeline()}")
+        console.print(f"written: {write_rows('pipeline', rows)}, {plot_pipeline()} and {fill_loader_table()}")
     console.print(
         "Not measured: reading from a disk or object store (these reads come from the page cache); FFCV (it has no hue "
         "jitter, grayscale or blur, so it does not support these views)."

@@ -1,5 +1,6 @@
 """Tests of the pipeline benchmark: rendered images, candidates, and the arithmetic of its rows, on a few images."""
 
+import re
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -104,6 +105,25 @@ def test_the_plot_is_drawn_from_the_rows(rows, tmp_path, monkeypatch):
     monkeypatch.setattr(plot, "DOCS", tmp_path)
     monkeypatch.setattr(plot, "read_rows", lambda name: [{k: str(v) for k, v in row.items()} for row in rows])
     assert plot.plot_pipeline().stat().st_size > 10_000
+
+
+def test_the_loader_table_is_filled_from_the_rows(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(plot, "DOCS", tmp_path)
+    columns = dict.fromkeys(name for row in rows for name in row)  # a CSV has every column in every row
+    monkeypatch.setattr(plot, "read_rows", lambda _: [{k: str(row.get(k, "")) for k in columns} for row in rows])
+    marks = ("<!-- pipeline:loader -->", "<!-- /pipeline:loader -->")
+    document = tmp_path / "benchmarks.md"
+    document.write_text(f"before\n\n{marks[0]}\n\nold\n\n{marks[1]}\n\nafter\n")
+    for _ in range(2):  # filling it again changes nothing
+        plot.fill_loader_table()
+        before, table, after = (part.strip() for part in re.split("|".join(marks), document.read_text()))
+        assert (before, after) == ("before", "after")
+        _, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+        named = {(row["implementation"], row["jitter"]): row for row in rows if row["stage"] == "all"}
+        for jitter, cells in zip(("exact", "affine"), lines, strict=True):
+            alone, loader = (named[name, jitter] for name in ("opencv", "loader"))
+            rates = [str(row["images_per_s"]) for row in (alone, loader)]
+            assert cells == ["small", jitter, *rates, str(loader["ratio_to_backend"])]
 
 
 def test_each_stage_of_dali_receives_the_output_of_the_previous_one(tmp_path):
