@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from . import distributed
 from .common import check_range
 from .cpu import one_pass
-from .cpu.blockwise import nt_xent_blockwise
+from .cpu.blockwise import compute_dtype, nt_xent_blockwise
 from .queue import NegativeQueue
 from .reference import nt_xent_reference, past_similarities
 from .triton import NO_C_COMPILER, unsupported_reason
@@ -143,6 +143,8 @@ def nt_xent(
             z_all = z if group is None else distributed.GatherRowsWithGradient.apply(z, group)
             past = None if queue is None else past_similarities(z, temperature, sample, queue.z, queue.sample)
             return nt_xent_reference(z, temperature, z_all, decoupled, past)
+        if queue is not None and impl != "triton":
+            z = z.to(compute_dtype(z))  # once, so that the gradient is rounded to z's dtype once
         past = None if queue is None else queue.log_sums(z, temperature, sample)
         gather = None if group is None else partial(distributed.gather_rows, group=group)
         if impl == "triton":

@@ -28,8 +28,8 @@ from .cpu.workers import Workers, workers
 
 EMPTY = -1
 """Sample index of an entry that has not been filled yet."""
-CPU_BLOCK, DEVICE_BLOCK = (384, 768), (8192, 2048)
-"""Largest block of similarities, rows x entries: fits the cache of a core, or keeps an accelerator busy (64 MB)."""
+CPU_BLOCK, DEVICE_BLOCK = (384, 2048), (8192, 2048)
+"""Largest block of similarities, rows x entries: 3 MB per thread on a CPU, 67 MB on an accelerator."""
 
 
 class NegativeQueue(nn.Module):
