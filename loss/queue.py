@@ -134,8 +134,8 @@ def _log_sums(
             result[i, :1] = highest + total.log_()
         return result
 
-    q, m = sum(workers.map_bands(over_bands, rows, band_rows)).split([1, width * slopes], dim=1)
-    q = q.flatten()
+    packed = sum(workers.map_bands(over_bands, rows, band_rows))
+    q, m = packed[:, 0].contiguous(), packed[:, 1:]
     if not slopes:
         return q, u.new_empty(0), u.new_empty(0)
     along = (u * m).sum(1, keepdim=True)
