@@ -18,7 +18,6 @@ Q_i adds to the log-sum L_i of the batch's negatives: logaddexp(L_i, Q_i) takes 
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import distributed
@@ -54,7 +53,7 @@ class NegativeQueue(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
-    def append(self, z: Tensor, sample: Tensor, group: dist.ProcessGroup | None = None) -> None:
+    def append(self, z: Tensor, sample: Tensor, group: torch.distributed.ProcessGroup | None = None) -> None:
         """Add the projections of a global batch in the order of one process, the same on every rank.
 
         A batch with projections that are not finite is left out, as its step is skipped by the non-finite guard.
@@ -64,21 +63,17 @@ class NegativeQueue(nn.Module):
             sample: (n,) int64 on the device of z, not negative: index of each image.
             group: ranks that share the global batch, as for `nt_xent`.
         """
-        z, _ = unit_rows(z)
-        views = z.view(2, len(sample), -1)
-        group = distributed.participants(group)
-        if group is not None:
-            rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-            views, sample = (distributed.gather_rows(x, group) for x in (z, sample))  # this rank's rows first
-            views = views.view(world_size, 2, -1, z.shape[1]).roll(rank, 0).transpose(0, 1)
-            sample = sample.view(world_size, -1).roll(rank, 0).flatten()
-        new = views.reshape(2 * len(sample), -1)[-len(self.z) :].to(self.z)
-        new_sample = sample.repeat(2)[-len(self.z) :]
-        slots = (self.count + torch.arange(len(new), device=new.device)) % len(self.z)
-        taken = new.isfinite().all()
-        self.z.index_copy_(0, slots, new.where(taken, self.z[slots]))
-        self.sample.index_copy_(0, slots, new_sample.where(taken, self.sample[slots]))
-        self.count += taken * len(new)
+        views = unit_rows(z)[0].unflatten(0, (2, -1))  # (2, n, D)
+        if (group := distributed.participants(group)) is not None:
+            views = distributed.gather_by_rank(views, group).transpose(0, 1).flatten(1, 2)  # (2, W n, D)
+            sample = distributed.gather_by_rank(sample, group).flatten()
+        length = len(self.z)
+        rows, samples = views.flatten(0, 1)[-length:].to(self.z), sample.repeat(2)[-length:]
+        slots = (self.count + torch.arange(len(rows), device=rows.device)) % length
+        taken = rows.isfinite().all()
+        self.z.index_copy_(0, slots, rows.where(taken, self.z[slots]))
+        self.sample.index_copy_(0, slots, samples.where(taken, self.sample[slots]))
+        self.count += taken * len(rows)
 
     def log_sums(self, z: Tensor, temperature: Tensor, sample: Tensor) -> Tensor:
         """Q_i (2n,) in float32 or wider, differentiable once in z and in temperature.

@@ -1,4 +1,4 @@
-"""The queue of past projections: loss and gradients with it, what it holds, masks and blocks. Ranks: test_loss_ranks.py."""
+"""The queue of past projections: loss and gradients with it, what it holds, masks and blocks."""
 
 import copy
 import math
