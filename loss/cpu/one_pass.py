@@ -70,8 +70,8 @@ def _loss_and_gradient(
         return loss, u.new_empty(0), u.new_empty(0)
     # exp(-lse) and q, from sums that are in range: logarithms and their exponentials would only add rounding
     a = (total if decoupled else total + positives.exp()).reciprocal()  # (2, n)
-    pull = (total * a).sum(0)[:, None]  # (n, 1): q_i + q_p(i), which is 2 for the decoupled loss
-    du = (views.flip(0) * pull).neg_().view(m, d)
+    pull = (total * a).sum(0).neg_()[:, None]  # (n, 1): -(q_i + q_p(i)), which is -2 for the decoupled loss
+    du = views.flip(0).mul_(pull).view(m, d)
     a = a.view(m)
     buffer = torch.empty_like(kept[0][-1])
     for i, j, mirrored, e in kept:
@@ -79,7 +79,7 @@ def _loss_and_gradient(
         du[i].addmm_(e, u[j])
         if mirrored.start < m:
             du[mirrored].addmm_(e[:, mirrored.start - j.start :].t(), u[i])
-    along = (u * du).sum(1, keepdim=True)
+    along = torch.mul(u, du, out=scaled).sum(1, keepdim=True)
     d_tau = along.sum().div_(-2 * m * tau * tau)
     return loss, du.addcmul_(u, along, value=-1).div_(norm.mul_(m * tau)), d_tau
 
@@ -104,7 +104,9 @@ def _backward(ctx, grad_loss, *_):
     if grad_loss is None:
         return None, None, None, None
     temperature, dz, d_tau = ctx.saved_tensors
-    return (grad_loss * dz).to(ctx.dtype), (grad_loss * d_tau).to(temperature), None, None
+    needs_dz, needs_d_tau = ctx.needs_input_grad[:2]
+    grad_z = (grad_loss * dz).to(ctx.dtype) if needs_dz else None
+    return grad_z, (grad_loss * d_tau).to(temperature) if needs_d_tau else None, None, None
 
 
 loss_and_gradient.register_autograd(_backward, setup_context=_save_gradient)

@@ -21,6 +21,15 @@ def test_functions_are_timed_in_turn():
     assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
 
 
+def test_a_shuffled_function_has_every_predecessor():
+    turns = []
+    functions = {name: lambda name=name: turns.append(name) for name in "abc"}
+    times = harness.interleave(functions, seconds=0.01, device=CPU, shuffled=True)
+    rounds = ["".join(turns[i : i + 3]) for i in range(3, len(turns), 3)]
+    assert {"".join(sorted(turn)) for turn in rounds} == {"abc"} and len(set(rounds)) == 6
+    assert {len(values) for values in times.values()} == {len(rounds)}
+
+
 def test_percentiles():
     timing = harness.percentiles_ms([n / 1000 for n in range(1, 12)])
     assert timing == {"p20_ms": 3.0, "median_ms": 6.0, "p80_ms": 9.0, "runs": 11}
@@ -57,7 +66,7 @@ def test_every_shape_is_compiled(monkeypatch):
         compiled.append(len(inputs[0]))
         return graph.forward
 
-    def once(functions, seconds, device):
+    def once(functions, seconds, device, shuffled=False):
         return {name: [1.0, 1.0] for name, function in functions.items() if [function()]}
 
     monkeypatch.setattr(loss_kernel, "interleave", once)
