@@ -23,6 +23,8 @@ of two of columns, the transposed GEMM and the sums over columns would compete f
 def nt_xent_one_pass(z: Tensor, temperature: Tensor, decoupled: bool) -> Tensor:
     """`nt_xent` of projections z (M, D), in O(M D + M^2 / 2) memory. Arguments and result are those of `blockwise`."""
     differentiable = torch.is_grad_enabled()
+    # Graphs and vmap need the operator. Its wrappers in Python slow down a small batch, and its first call imports
+    # torch._dynamo.
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return loss_and_gradient(z, temperature, decoupled, differentiable)[0]
     if differentiable and (z.requires_grad or temperature.requires_grad):
@@ -113,7 +115,7 @@ loss_and_gradient.register_autograd(_backward, setup_context=_save_gradient)
 
 
 class OnePass(torch.autograd.Function):
-    """`loss_and_gradient` outside torch.compile and torch.func, without the operator's overhead of 0.3 ms."""
+    """The operator's gradient without the operator, for eager mode."""
 
     @staticmethod
     def forward(ctx, z, temperature, decoupled):
