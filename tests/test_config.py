@@ -190,7 +190,7 @@ def numbers(config: Any, prefix: str = "--") -> Iterator[tuple[str, Any, str, fl
         if is_dataclass(value):
             yield from numbers(value, f"{option}.")
         else:
-            number = value[0] if isinstance(value, tuple) else value
+            number = next(iter(value), None) if isinstance(value, tuple) else value
             if isinstance(number, int | float) and not isinstance(number, bool):
                 yield option, config, field.name, number
 
