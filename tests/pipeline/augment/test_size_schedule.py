@@ -67,25 +67,28 @@ class CountedBackend:
     """Backend that only notes whether it is open."""
 
     image_device = torch.device("cpu")
-    opened: list["CountedBackend"] = []
 
-    def __init__(self, config: AugmentConfig):
-        assert not any(backend.open for backend in self.opened)
-        self.size, self.open = config.size, True
-        self.opened.append(self)
+    def __init__(self, size: int):
+        self.size, self.open = size, True
 
     def close(self) -> None:
         self.open = False
 
 
-def test_one_backend_exists_at_a_time(monkeypatch):
-    monkeypatch.setattr(CountedBackend, "opened", [])
-    backends = EpochBackends(GROWING, CountedBackend)
-    assert backends.image_device == torch.device("cpu") and len(CountedBackend.opened) == 1
+def test_one_backend_exists_at_a_time():
+    created = []
+
+    def create(config: AugmentConfig) -> CountedBackend:
+        assert not any(backend.open for backend in created)
+        created.append(CountedBackend(config.size))
+        return created[-1]
+
+    backends = EpochBackends(GROWING, create)
+    assert backends.image_device == torch.device("cpu") and len(created) == 1
     assert [backends.at_epoch(epoch).size for epoch in (0, 0, 1, 2, 3, 4)] == [16, 16, 16, 24, 32, 32]
-    assert len(CountedBackend.opened) == 3
+    assert len(created) == 3
     backends.close()
-    assert not any(backend.open for backend in CountedBackend.opened)
+    assert not any(backend.open for backend in created)
 
 
 def test_an_unavailable_backend_is_refused_at_once():
