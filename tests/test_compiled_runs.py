@@ -23,7 +23,7 @@ COMMON = "--preset textures --encoder.name test_resnet --encoder.width 1 --preci
 COMMON += " --checkpoint.every-steps 2 --no-report --trackers none --compile"
 STAGES = {
     "slices": (train.pretrain, PRETRAIN, "--eval.no-baselines --eval.knn-every 1 --micro-batch 3"),
-    "sizes": (train.pretrain, PRETRAIN, "--eval.no-baselines --batch-size 48 --epochs 4 --views.size-schedule 16:1 24:1"),
+    "sizes": (train.pretrain, PRETRAIN, "--batch-size 48 --epochs 4 --views.size-schedule 16:1 24:1"),
     "finetune": (finetune.finetune, FINETUNE, "--labels.fraction 1 --validate-every 1"),
 }
 
