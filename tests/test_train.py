@@ -281,7 +281,7 @@ def test_two_ranks_equal_one_process(run_here, data, tmp_path):
         (["--preset", "textures", "--batch-size", "16", "--encoder.name", "vit_tiny_patch16_224"], "--encoder.width 1"),
         (["--epochs", "3", "--views.size-schedule", "16:3"], "covers 3 epochs, but --epochs is 3"),
         (
-            ["--views.size-schedule", "16:1", "--encoder.name", "test_vit", "--encoder.width", "1"],
+            ["--views.size-schedule", "16:1", "--encoder.name", "vit_tiny_patch16_224", "--encoder.width", "1"],
             "can't take views of 16 px (Input height (16) doesn't match model (32).); change --views.size-schedule",
         ),
         (["--data", "EMPTY"], "No images in"),
