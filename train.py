@@ -92,7 +92,7 @@ def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> 
     # Optimization: the probe has an optimizer of its own, so that the encoder's settings do not change the yardstick.
     groups = parameter_groups([simclr.encoder, simclr.head], config.optim.weight_decay)
     schedule = create_schedule(config.optim, config.batch_size, config.epochs, len(loader))
-    optimizers = [create_optimizer(config.optim, groups, lr=schedule(0))]
+    optimizers = [create_optimizer(config.optim, groups, schedule(0), session.dtype)]
     if simclr.probe is not None:
         optimizers.append(torch.optim.AdamW(simclr.probe.parameters(), 1e-3, fused=True))
     if config.loss.learn_temperature:

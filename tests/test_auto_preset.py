@@ -321,6 +321,13 @@ def test_a_run_stores_the_reasons(run):
     assert record["reasons"]["loss.temperature"].startswith("used in")
 
 
+@pytest.mark.parametrize("stem", ["small", "strided", "standard"])
+def test_the_stem_of_a_run_is_known(stem, tmp_path):
+    spec = encoder_spec(EncoderConfig("resnet18", stem, 0.5), 32)
+    (tmp_path / "config.json").write_text(json.dumps({"timm_name": spec.name, "timm_kwargs": spec.kwargs}))
+    assert encoder_of(tmp_path) == EncoderConfig("resnet18", stem, 0.5)
+
+
 def test_a_run_that_continues_keeps_its_choices(run, data, monkeypatch, capsys):
     """Even on another machine, where a new run would choose differently."""
     started = read("train.py", "--data", data, "--out", run, *QUICK)
