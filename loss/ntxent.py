@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from numbers import Real
@@ -138,7 +139,8 @@ def nt_xent(
     if queue is not None:
         _check_queue(z, queue, sample)
 
-    with torch.autocast(z.device.type, enabled=False):
+    autocast = torch.is_autocast_enabled(z.device.type)
+    with torch.autocast(z.device.type, enabled=False) if autocast else nullcontext():
         if impl == "reference":
             z_all = z if group is None else distributed.GatherRowsWithGradient.apply(z, group)
             past = None if queue is None else past_similarities(z, temperature, sample, queue.z, queue.sample)
