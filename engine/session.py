@@ -172,6 +172,10 @@ class Session:
         """The object that rank 0 passes, on every rank: what ranks choose by their own hardware must not differ."""
         return broadcast_object_list([value])[0]
 
+    def copy_to_device(self, x: Tensor) -> Tensor:
+        """Copy a tensor of the host to the device; on CUDA through pinned memory, so that the host does not wait."""
+        return (x.pin_memory() if self.device.type == "cuda" else x).to(self.device, non_blocking=True)
+
     def gather(self, x: Tensor) -> Tensor:
         """(n, ...) of each rank -> (world_size * n, ...), rank-major, on every rank."""
         return self.accelerator.gather(x)

@@ -27,7 +27,7 @@ from tests.small_sets import texture_shards
 ROOT = Path(__file__).parents[1]
 OPTIONS = ["--no-report", "--encoder.width", "0.125", "--head.hidden", "32", "--head.out", "16", "--batch-size", "16"]
 OPTIONS += ["--eval.no-baselines", "--eval.knn-every", "1", "--log-every", "2", "--precision", "fp32"]
-OPTIONS += ["--preset", "textures", "--loss.learn-temperature"]
+OPTIONS += ["--preset", "textures", "--loss.learn-temperature", "--loss.queue", "100"]
 
 GROWING = ["--views.size-schedule", "16:1", "24:1", "--epochs", "3", "--batch-size", "40", "--eval.knn-every", "0"]
 GROWING += ["--checkpoint.every-steps", "1", "--checkpoint.keep", "9"]
