@@ -102,7 +102,8 @@ class Clock:
             torch.cuda.synchronize(self.device)
         seconds = time.perf_counter() - self.start_s
         self.stamps.append((seconds, images + (self.stamps[-1][1] if self.stamps else 0)))
-        self.over = ends or seconds + seconds / self.steps > self.budget_s  # the next step would end too late
+        # two steps ahead, because train.py takes one more if the time is up at the end of an epoch
+        self.over = ends or seconds + 2 * seconds / self.steps > self.budget_s
         if due and not self.over:
             self.keep(self.weights())
             self.start_s += time.perf_counter() - self.start_s - seconds
