@@ -3,7 +3,7 @@
     python -m bench.learning                                          the built-in textures, 8 minutes each
     python -m bench.learning --data SHARDS --peer simclr-cifar10.py   other images, and a training script in one file
     python -m bench.learning --contenders ours lightly --minutes 4    some contenders only; their rows are replaced
-    python -m bench.learning --encoder.width 0.5 --seed 1             options of train.py apply to every contender
+    python -m bench.learning -- --encoder.width 0.5 --seed 1          options of train.py apply to every contender
 
 Every contender trains the same encoder on the same images for the same time, in a process of its own with all cores;
 nothing else should run. `ours-lightly` is this project with the recipe of `lightly` and `plain`, so that only speed
@@ -175,7 +175,7 @@ def rows_of(contender: str, race: Race, take: Take = in_a_process) -> list[dict[
     return rows
 
 
-def open_race(arguments: argparse.Namespace, options: list[str]) -> Race:
+def open_race(arguments: argparse.Namespace) -> Race:
     """Open the images.
 
     Raises:
@@ -188,7 +188,7 @@ def open_race(arguments: argparse.Namespace, options: list[str]) -> Race:
     if Path(train.root).exists():  # contenders run in the folder of this project
         train = replace(train, root=str(Path(train.root).resolve()))
     preset = arguments.preset or ("auto" if arguments.data else "textures")
-    return Race(train, test, 60 * arguments.minutes, arguments.points, preset, options, arguments.peer)
+    return Race(train, test, 60 * arguments.minutes, arguments.points, preset, arguments.options, arguments.peer)
 
 
 def available(arguments: argparse.Namespace) -> list[str]:
@@ -221,18 +221,17 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="", help="shards or images with labels and a test split (default: textures)")
     parser.add_argument("--minutes", type=float, default=8, help="training time of each contender (default: 8)")
     parser.add_argument("--points", type=int, default=6, help="evaluations of each contender (default: 6)")
     parser.add_argument("--preset", choices=PRETRAIN, help="preset of ours (default: that of train.py)")
     parser.add_argument("--peer", default="", help="training script in one file, as github.com/dkobak/simclr-cifar10")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, help="default: all that are available")
-    arguments, options = parser.parse_known_args()
+    parser.add_argument("options", nargs="*", help="after --: options of train.py for every contender")
+    arguments = parser.parse_args()
     try:
-        chosen, race = available(arguments), open_race(arguments, options)
+        chosen, race = available(arguments), open_race(arguments)
         rows = []
         for contender in chosen:
             console.print(f"{contender} ...")

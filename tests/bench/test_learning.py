@@ -93,7 +93,9 @@ def ticking(monkeypatch):
 
 
 def arguments(data, **others):
-    return SimpleNamespace(**{"data": str(data), "minutes": 1.0, "points": 3, "preset": None, "peer": ""} | others)
+    return SimpleNamespace(
+        **{"data": str(data), "minutes": 1.0, "points": 3, "preset": None, "peer": "", "options": TINY} | others
+    )
 
 
 def entry_of(race, contender, images):
@@ -149,7 +151,7 @@ def test_race(data, take, ticking, tmp_path, monkeypatch):
     """Rows are complete; times grow and stay within the budget; encoders differ."""
     monkeypatch.setattr(learning, "warmed_up", lambda entry, images, take: replace(entry, images=9 * 16))
     monkeypatch.setattr(plot, "DOCS", tmp_path)
-    race = replace(learning.open_race(arguments(data), TINY), preset="textures")
+    race = replace(learning.open_race(arguments(data)), preset="textures")
     rows = [row for name in ("ours", "plain") for row in learning.rows_of(name, race, take)]
     for name in ("ours", "plain"):
         mine = [row for row in rows if row["contender"] == name]
@@ -172,7 +174,7 @@ def test_race(data, take, ticking, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("contender", "steps"), [("ours-lightly", 19), ("plain", 18)])
 def test_training_ends_with_its_time(data, take, ticking, tmp_path, contender, steps):
     """The time is up at the end of the sixth epoch, which train.py notices a step later."""
-    race = replace(learning.open_race(arguments(data), TINY), seconds=19.5)
+    race = replace(learning.open_race(arguments(data)), seconds=19.5)
     result = take(entry_of(race, contender, 30 * 48), tmp_path)
     assert result["planned_steps"] == 90 and len(result["stamps"]) == steps
     (point,) = result["points"]
@@ -182,7 +184,7 @@ def test_training_ends_with_its_time(data, take, ticking, tmp_path, contender, s
 
 def test_lightly_races(data, take, tmp_path):
     pytest.importorskip("lightly", reason="`make bench` installs lightly")
-    result = take(entry_of(learning.open_race(arguments(data), TINY), "lightly", 32), tmp_path)
+    result = take(entry_of(learning.open_race(arguments(data)), "lightly", 32), tmp_path)
     assert result["planned_steps"] == 2 and result["points"][-1]["images"] == 32
     assert result["mean"] == [0.485, 0.456, 0.406] and "decay 0.0005" in result["recipe"]
 
@@ -191,7 +193,7 @@ def test_script_in_one_file(data, take, tmp_path):
     """Its loop runs with our images, encoder and number of epochs, and its evaluation does not."""
     file = tmp_path / "simclr.py"
     file.write_text(FILE)
-    race = learning.open_race(arguments(data, peer=str(file)), TINY)
+    race = learning.open_race(arguments(data, peer=str(file)))
     result = take(entry_of(race, "peer", 60), tmp_path)
     assert result["planned_steps"] == 4, "two epochs of two batches of 24"
     assert [point["images"] for point in result["points"]] == [48, 96] and result["batch"] == 24
@@ -222,6 +224,6 @@ def test_missing_contenders(data, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"none\.py is not a file"):
         learning.available(arguments(data, contenders=None, peer=str(tmp_path / "none.py")))
     with pytest.raises(UserError, match="Batches of 64 exceed the 48 images"):
-        learning.open_race(asked, ["--batch-size", "64"]).config("plain")
+        learning.open_race(arguments(data, options=["--batch-size", "64"])).config("plain")
     with pytest.raises(UserError, match="no test split"):
-        learning.open_race(arguments(data / "train"), [])
+        learning.open_race(arguments(data / "train"))
