@@ -58,7 +58,7 @@ LIGHTLY = shlex.split(
 CONTENDERS = ("ours", "ours-lightly", "lightly", "plain", "peer")
 WORKERS = (0, 1, 2)
 """Processes of a peer's DataLoader, of which the fastest number is kept."""
-WARM_UP, FIRST_EPOCH, CHOICE = 1 / 16, 1 / 4, 1 / 64
+WARM_UP, FIRST_EPOCH, CHOICE = 1 / 16, 1 / 4, 1 / 48
 """Share of the time for which the speed is measured: of a peer; of ours, whose later epochs find resident images and
 differ from the first; and of each precision and number of workers of a peer."""
 console = Console()
@@ -188,7 +188,8 @@ def open_race(arguments: argparse.Namespace) -> Race:
     if Path(train.root).exists():  # contenders run in the folder of this project
         train = replace(train, root=str(Path(train.root).resolve()))
     preset = arguments.preset or ("auto" if arguments.data else "textures")
-    return Race(train, test, 60 * arguments.minutes, arguments.points, preset, arguments.options, arguments.peer)
+    file = str(Path(arguments.peer).resolve()) if arguments.peer else ""
+    return Race(train, test, 60 * arguments.minutes, arguments.points, preset, arguments.options, file)
 
 
 def available(arguments: argparse.Namespace) -> list[str]:
@@ -197,17 +198,26 @@ def available(arguments: argparse.Namespace) -> list[str]:
     Raises:
         UserError: one that was asked for is not there.
     """
-    missing = (
-        {} if find_spec("lightly") else {"lightly": "lightly is not installed; run `make bench`, which installs it"}
-    )
+    missing = {}
+    if not find_spec("lightly"):
+        missing["lightly"] = "lightly is not installed; run `make bench`, which installs it."
     if not arguments.peer:
-        missing["peer"] = "There is no script for the contender peer; use --peer FILE"
+        missing["peer"] = "There is no script for the contender peer; use --peer FILE."
     for name in arguments.contenders or ():
         if name in missing:
-            raise UserError(f"{missing[name]}.")
+            raise UserError(missing[name])
     if arguments.peer and not Path(arguments.peer).is_file():
         raise UserError(f"--peer {arguments.peer} is not a file; use the path of a training script.")
     return arguments.contenders or [name for name in CONTENDERS if name not in missing]
+
+
+def other_rows(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Committed rows of other contenders, data sets, encoders, times or seeds than `rows`."""
+
+    def key(row: dict[str, Any]) -> tuple[str, ...]:
+        return tuple(str(row[name]) for name in ("data", "encoder", "budget_s", "seed", "contender"))
+
+    return [row for row in read_rows("learning") if key(row) not in set(map(key, rows))]
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -235,16 +245,14 @@ def main() -> None:
         rows = []
         for contender in chosen:
             console.print(f"{contender} ...")
-            rows += rows_of(contender, race)
+            rows += (new := rows_of(contender, race))
+            path = write_rows("learning", [*other_rows(new), *new])  # now, because the next one may fail
     except UserError as error:
         sys.exit(str(error))
     show(rows)
-    key = ("data", "encoder", "budget_s", "seed", "contender")
-    measured = {tuple(str(row[name]) for name in key) for row in rows}
-    kept = [row for row in read_rows("learning") if tuple(row[name] for name in key) not in measured]
-    from bench.plot import plot_learning
+    from bench.plot import plot_learning  # not at the top: it imports matplotlib, which nothing else needs
 
-    console.print(f"written: {write_rows('learning', kept + rows)} and {plot_learning()}")
+    console.print(f"written: {path} and {plot_learning()}")
 
 
 if __name__ == "__main__":

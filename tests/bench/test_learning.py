@@ -136,15 +136,15 @@ def test_the_fastest_loader_of_a_peer_is_kept(monkeypatch):
         rate = {"bf16": 2, "fp32": 1}[entry.precision] * [1, 3, 2][entry.workers] if entry.trainer == "plain" else 7
         return {"stamps": [(1, rate), (2, 2 * rate)]}
 
-    entry = Entry("plain", [], 0, 640.0, 6, "auto", 0)
+    entry = Entry("plain", [], 0, 480.0, 6, "auto", 0)
     found = learning.warmed_up(entry, 50, take)
-    assert found == replace(entry, precision="bf16", workers=1, images=6 * 640)
+    assert found == replace(entry, precision="bf16", workers=1, images=6 * 480)
     assert {(e.precision, e.workers) for e in asked[:6]} == {(p, w) for p in ("bf16", "fp32") for w in (0, 1, 2)}
-    assert [e.seconds for e in asked] == [10.0] * 6 + [40.0] and {e.images for e in asked} == {150}
+    assert [e.seconds for e in asked] == [10.0] * 6 + [30.0] and {e.images for e in asked} == {150}
     assert learning.warmed_up(replace(entry, trainer="ours"), 50, take) == replace(
-        entry, trainer="ours", images=7 * 640
+        entry, trainer="ours", images=7 * 480
     )
-    assert len(asked) == 8 and asked[-1].seconds == 160 and asked[-1].precision == "auto"
+    assert len(asked) == 8 and asked[-1].seconds == 120 and asked[-1].precision == "auto"
 
 
 def test_race(data, take, ticking, tmp_path, monkeypatch):
@@ -169,6 +169,10 @@ def test_race(data, take, ticking, tmp_path, monkeypatch):
     monkeypatch.setattr(plot, "read_rows", lambda name: [{k: str(v) for k, v in row.items()} for row in rows])
     assert plot.plot_learning().stat().st_size > 10_000
     learning.show(rows)
+    earlier = [{**row, "seed": seed} for row in rows for seed in ("0", "1")]
+    monkeypatch.setattr(learning, "read_rows", lambda name: [{k: str(v) for k, v in row.items()} for row in earlier])
+    kept = {(row["contender"], row["seed"]) for row in learning.other_rows(rows[:3])}
+    assert kept == {("ours", "1"), ("plain", "0"), ("plain", "1")}
 
 
 @pytest.mark.parametrize(("contender", "steps"), [("ours-lightly", 19), ("plain", 18)])
