@@ -154,7 +154,7 @@ def rows_of(contender: str, race: Race, take: Take = in_a_process) -> list[dict[
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         result = take(entry, Path(folder))
-        views = replace(config.views, mean=tuple(result["mean"]), std=tuple(result["std"]))
+        views = replace(config.views.full_size, mean=tuple(result["mean"]), std=tuple(result["std"]))
         for point in result["points"]:
             last = point is result["points"][-1]
             found = scores(race, Path(folder, point["file"]), views, config, linear=last)
