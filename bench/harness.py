@@ -2,20 +2,26 @@
 
 import csv
 import datetime
+import json
 import math
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 
 from common import available_cores
 from engine.environment import device_name
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
 TURN_S = 0.02
 """Seconds of a turn on a GPU: launches of a few microseconds are hidden behind the kernels of earlier calls."""
 
@@ -86,6 +92,21 @@ def calls_per_turn(function: Callable[[], object], device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return min(1000, max(1, math.ceil(TURN_S / seconds_per_call(function, 1, device))))
+
+
+def run_module(module: str, argument: Any, out: Path) -> dict[str, Any]:
+    """Run `python -m module ARGUMENT OUT` in a new process, so that runs share neither threads, memory nor caches.
+
+    Args:
+        argument: dataclass, which the process receives as JSON.
+        out: second argument, a path for what the process writes.
+
+    Returns:
+        The JSON object in the last line that the process prints.
+    """
+    command = [sys.executable, "-m", module, json.dumps(asdict(argument)), str(out)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def percentiles_ms(seconds: list[float]) -> dict[str, float]:
