@@ -28,7 +28,7 @@ from engine.trackers import view_sheet
 from evaluation.evaluator import Evaluator
 from evaluation.features import raw_pixels
 from evaluation.tables import report_table
-from loss import Temperature, nt_xent
+from loss import NegativeQueue, Temperature, nt_xent
 from model import (
     SimCLR,
     create_encoder,
@@ -58,6 +58,9 @@ def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> 
     spec = encoder_spec(config.encoder, config.views.size)
     encoder = create_encoder(spec)
     features = feature_dim(encoder, config.views.size)
+    config.views.check_epochs(config.epochs)
+    for size, _ in config.views.phases:
+        feature_dim(encoder, size, option="--views.size-schedule")
 
     # Data: shards -> two augmented views of every image, on the device.
     train, test = open_data(config.data, config.loader)
@@ -66,7 +69,7 @@ def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> 
     reading = {"device": session.device, "dtype": session.dtype, "bad_samples_file": session.out / "bad_samples.jsonl"}
     loader = ViewLoader(
         train,
-        config.views,
+        views.full_size if config.dry_run else views,  # what the run costs at most
         config.loader,
         batch_size=config.batch_size,
         seed=config.seed,
@@ -83,8 +86,9 @@ def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> 
     head = projection_head(config.head, features)
     simclr = SimCLR(encoder, head, features, classes=len(train.classes))
     simclr.temperature = Temperature(config.loss)
-    simclr = session.to_device(synchronize_batchnorm(simclr))
+    simclr = session.to_device(synchronize_batchnorm(simclr), view_sizes=1 + len(views.phases))
     model = session.distribute(simclr)
+    queue = NegativeQueue(config.loss.queue, config.head.out).to(session.device) if config.loss.queue else None
 
     # Optimization: the probe has an optimizer of its own, so that the encoder's settings do not change the yardstick.
     groups = parameter_groups([simclr.encoder, simclr.head], config.optim.weight_decay)
@@ -110,7 +114,14 @@ def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> 
         simclr.train()
         return h
 
-    contrast = partial(nt_xent, impl=config.loss.impl, decoupled=config.loss.decoupled)
+    def contrast(z: Tensor, temperature: float | Tensor, sample: Tensor | None) -> Tensor:
+        """Loss () of this rank's z (2B, out); with a queue, z then joins it under the images' indices, sample (B,)."""
+        options = {"impl": config.loss.impl, "decoupled": config.loss.decoupled}
+        loss = nt_xent(z, temperature=temperature, queue=queue, sample=sample, **options)
+        if queue is not None:
+            queue.append(z, sample)
+        return loss
+
     with TrainingLoop(
         session,
         config,
@@ -119,8 +130,10 @@ def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> 
         optimizers,
         schedule,
         validate_every=config.eval.knn_every if evaluate else 0,
-        # all candidates are equally similar: 2B - 1, or 2B - 2 without the positive
-        collapse_loss=math.log(2 * config.batch_size - 1 - config.loss.decoupled),
+        # All candidates are equally similar: 2B - 1, or 2B - 2 without the positive, and those of a full queue. At most
+        # 1 / images + 2 / queue of these are of the row's own image, a difference within the tolerance.
+        collapse_loss=math.log(2 * config.batch_size - 1 - config.loss.decoupled + config.loss.queue),
+        memory=queue,
         about={"timm_name": spec[0], "timm_kwargs": spec[1], "pixels": train.pixel_format._asdict()},
         draw_views=partial(view_sheet, draw=partial(to_pictures, pixel_format=train.pixel_format, augment=views)),
         instruments=instruments,
@@ -133,15 +146,16 @@ def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> 
 
         for batch in loop:  # views (2B, C, S, S), label (B,)
             temperature = simclr.temperature()  # a number, or () if it is learned
+            contrast_with = partial(contrast, sample=session.copy_to_device(batch.index) if queue else None)
             probe = partial(probe_objective, label=batch.label)
             if 0 < config.micro_batch < len(batch.label):
                 loss, top1 = cached_backward(
-                    session, model, batch.views, config.micro_batch, contrast, probe, temperature, mark=loop.mark
+                    session, model, batch.views, config.micro_batch, contrast_with, probe, temperature, mark=loop.mark
                 )
             else:
                 with session.autocast():
                     z, logits = model(batch.views)  # (2B, out), (2B, classes)
-                loss = contrast(z, temperature=temperature)
+                loss = contrast_with(z, temperature)
                 probe_loss, *top1 = probe(logits)
                 loop.backward(loss + probe_loss)
             learned = {"temperature": temperature} if config.loss.learn_temperature else {}

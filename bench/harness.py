@@ -2,20 +2,27 @@
 
 import csv
 import datetime
+import json
 import math
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Generator
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import torch
 
 from common import available_cores
 from engine.environment import device_name
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
 TURN_S = 0.02
 """Seconds of a turn on a GPU: launches of a few microseconds are hidden behind the kernels of earlier calls."""
 
@@ -71,7 +78,9 @@ class SteadyState:
             torch.cuda.synchronize(self.device)
 
 
-def interleave(functions: dict[str, Callable[[], object]], seconds: float, device: torch.device) -> dict[str, list]:
+def interleave(
+    functions: dict[str, Callable[[], object]], seconds: float, device: torch.device, shuffled: bool = False
+) -> dict[str, list]:
     """Time functions in turns, so that a slow moment of the machine affects all of them.
 
     On a GPU a turn is as many calls as fill `TURN_S`, between two events: a single call that waits for the device would
@@ -82,6 +91,8 @@ def interleave(functions: dict[str, Callable[[], object]], seconds: float, devic
             clock, one call per turn.
         seconds: approximate total time; every function is timed at least three times.
         device: device that the functions use.
+        shuffled: whether every round has another order. In a fixed one, a function always runs on the caches that the
+            same predecessor left, which doubles the time of a call of a millisecond or halves it.
 
     Returns:
         Name -> seconds per call of every turn.
@@ -90,10 +101,13 @@ def interleave(functions: dict[str, Callable[[], object]], seconds: float, devic
         function()
     calls = {name: calls_per_turn(function, device) for name, function in functions.items()}
     times: dict[str, list[float]] = {name: [] for name in functions}
+    order, random = list(functions), Random(0)
     started = time.perf_counter()
     while time.perf_counter() - started < seconds or len(next(iter(times.values()))) < 3:
-        for name, function in functions.items():
-            times[name].append(seconds_per_call(function, calls[name], device))
+        if shuffled:
+            random.shuffle(order)
+        for name in order:
+            times[name].append(seconds_per_call(functions[name], calls[name], device))
     return times
 
 
@@ -121,6 +135,21 @@ def calls_per_turn(function: Callable[[], object], device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return min(1000, max(1, math.ceil(TURN_S / seconds_per_call(function, 1, device))))
+
+
+def run_module(module: str, argument: Any, out: Path) -> dict[str, Any]:
+    """Run `python -m module ARGUMENT OUT` in a new process, so that runs share neither threads, memory nor caches.
+
+    Args:
+        argument: dataclass, which the process receives as JSON.
+        out: second argument, a path for what the process writes.
+
+    Returns:
+        The JSON object in the last line that the process prints.
+    """
+    command = [sys.executable, "-m", module, json.dumps(asdict(argument)), str(out)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def percentiles_ms(seconds: list[float]) -> dict[str, float]:

@@ -78,6 +78,32 @@ def fill_loader_table() -> Path:
     return path
 
 
+def plot_learning() -> Path:
+    """docs/learning.png: kNN accuracy over seconds of training, from learning.csv; one panel per data set and time."""
+    rows = read_rows("learning")
+    races = list(dict.fromkeys((row["data"], row["encoder"], row["budget_s"]) for row in rows))
+    figure, panels = plt.subplots(
+        1, len(races), figsize=(max(7, 5.5 * len(races)), 4.2), layout="constrained", squeeze=False
+    )
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    for axes, race in zip(panels[0], races, strict=True):
+        mine = [row for row in rows if (row["data"], row["encoder"], row["budget_s"]) == race]
+        for name, seed in dict.fromkeys((row["contender"], row["seed"]) for row in mine):
+            points = [row for row in mine if (row["contender"], row["seed"]) == (name, seed)]
+            seconds, top1 = ([float(row[column]) for row in points] for column in ("seconds", "knn_top1"))
+            label = f"{name}: {float(points[-1]['images_per_s']):,.0f} images/s, linear {points[-1]['linear_top1']}"
+            width, color = 2.5 if name.startswith("ours") else 1.2, f"C{names.index(name)}"
+            axes.plot(seconds, top1, "o-", label=label, color=color, linewidth=width, markersize=4)
+        axes.set(title=f"{race[0]}, {race[1]}", xlabel="seconds of training", ylabel="kNN top-1")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, loc="lower right")
+    figure.suptitle(f"Equal time for all, {rows[0]['device']}, {rows[0]['threads']} threads", fontsize=10)
+    path = DOCS / "learning.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
 def _points(rows: list[dict[str, str]], column: str) -> tuple[list[int], list[float]]:
     pairs = sorted({int(row["M"]): float(row[column]) for row in rows if float(row[column] or 0) > 0}.items())
     return [m for m, _ in pairs], [value for _, value in pairs]
@@ -87,3 +113,5 @@ if __name__ == "__main__":
     print(plot_loss_kernel())
     print(plot_pipeline())
     print(fill_loader_table())
+    if read_rows("learning"):
+        print(plot_learning())

@@ -16,14 +16,12 @@ are read and decoded in every epoch.
 """
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
@@ -34,7 +32,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.harness import environment, read_rows, write_rows
+from bench.harness import environment, read_rows, run_module, write_rows
 from bench.pipeline import encode, photograph
 from bench.trainers import PARTS, Turn
 from common import available_cores
@@ -43,7 +41,6 @@ from pipeline.convert.sources import folder_source
 from pipeline.convert.writer import write_split
 from pipeline.images.files import decode
 
-ROOT = Path(__file__).parents[1]
 AHEAD = 5
 """Largest number of batches that a loader prepares in advance; as many must follow the measured ones."""
 console = Console()
@@ -133,11 +130,9 @@ def contestants(setting: Setting, folder: Path) -> list[Turn]:
 
 
 def in_a_process(turn: Turn, folder: Path) -> dict:
-    """Run `bench.trainers.take_turn` in a new process, so that turns do not share threads, memory or caches."""
+    """Run `bench.trainers.take_turn` in a new process."""
     with tempfile.TemporaryDirectory(dir=folder) as out:
-        command = [sys.executable, "-m", "bench.trainers", json.dumps(asdict(turn)), f"{out}/run"]
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+        return run_module("bench.trainers", turn, Path(out, "run"))
 
 
 def in_turns(turns: list[Turn], take: Callable[[Turn], dict], seconds: float) -> list[tuple[Turn, list[dict]]]:

@@ -12,7 +12,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, pairwise, repeat
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 
 import train
@@ -141,34 +141,58 @@ def _on_device(batch: object, device: torch.device) -> object:
 
 def train_peer(turn: Turn, config: PretrainConfig, marks: Marks, supply: Callable[[Iterable], Iterator]) -> float:
     """Run lightly's example loop or a plain one on torch's default number of threads; returns the last loss."""
-    device, views = marks.device, config.views
     torch.manual_seed(config.seed)
-    encoder = create_encoder(encoder_spec(config.encoder, views.size))
-    peer = (lightly if turn.trainer == "lightly" else plain)(config, feature_dim(encoder, views.size))
-    model = nn.Sequential(encoder, peer.head).to(device)
+    model, peer = create_peer(turn.trainer, config, marks.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.06)  # as in lightly's examples
-    loader = DataLoader(
-        ImageFolder(turn.images, peer.transform),
-        config.batch_size,
+    loader = peer_loader(ImageFolder(turn.images, peer.transform), config.batch_size, turn.workers, marks.device)
+    for views, _ in marks.batches(supply(loader)):
+        loss = peer_step(model, peer, optimizer, views, turn.precision, marks)
+    return loss.item()
+
+
+def create_peer(name: str, config: PretrainConfig, device: torch.device) -> tuple[nn.Sequential, "Peer"]:
+    """Encoder and head, on the device, and the other parts of a peer's step; `name` is lightly or plain."""
+    encoder = create_encoder(encoder_spec(config.encoder, config.views.size))
+    peer = (lightly if name == "lightly" else plain)(config, feature_dim(encoder, config.views.size))
+    return nn.Sequential(encoder, peer.head).to(device), peer
+
+
+def peer_loader(images: Dataset, batch_size: int, workers: int, device: torch.device) -> DataLoader:
+    """Shuffled full batches of a data set of (views, label); workers survive the end of an epoch."""
+    return DataLoader(
+        images,
+        batch_size,
         shuffle=True,
         drop_last=True,
-        num_workers=turn.workers,
+        num_workers=workers,
+        persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
     )
-    for (first, second), _ in marks.batches(supply(loader)):
-        first, second = first.to(device, non_blocking=True), second.to(device, non_blocking=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=turn.precision == "bf16"):
-            marks("forward")
-            z = peer.encode(model, first, second)
-            marks("loss")
-            loss = peer.contrast(*z)
-        marks("backward")
-        loss.backward()
-        marks("optimizer")
-        optimizer.step()
-        optimizer.zero_grad()
-        marks("other")
-    return loss.item()
+
+
+def peer_step(
+    model: nn.Sequential,
+    peer: "Peer",
+    optimizer: torch.optim.Optimizer,
+    views: Sequence[Tensor],
+    precision: str,
+    mark: Callable[[str], None],
+) -> Tensor:
+    """One step of a peer on both views of a batch, each (B, 3, S, S) on the host; returns the loss ()."""
+    device = next(model.parameters()).device
+    first, second = (view.to(device, non_blocking=True) for view in views)
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        mark("forward")
+        z = peer.encode(model, first, second)
+        mark("loss")
+        loss = peer.contrast(*z)
+    mark("backward")
+    loss.backward()
+    mark("optimizer")
+    optimizer.step()
+    optimizer.zero_grad()
+    mark("other")
+    return loss
 
 
 @dataclass(frozen=True)

@@ -179,24 +179,33 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from error
 
 
-def state_tensors(module: nn.Module, optimizers: list[Optimizer]) -> dict[str, Tensor]:
-    """Weights, buffers and optimizer states as one dictionary of tensors on the CPU."""
+def state_tensors(module: nn.Module, optimizers: list[Optimizer], memory: nn.Module | None = None) -> dict[str, Tensor]:
+    """Weights, buffers and optimizer states as one dictionary of tensors on the CPU.
+
+    Args:
+        memory: state of the run outside of the network, see `engine.loop.TrainingLoop`.
+    """
     tensors = {f"model/{name}": tensor for name, tensor in module.state_dict().items()}
+    if memory is not None:
+        tensors |= {f"memory/{name}": tensor for name, tensor in memory.state_dict().items()}
     for number, optimizer in enumerate(optimizers):
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{number}/{index}/{name}": value for name, value in state.items()}
     return {name: tensor.detach().cpu() for name, tensor in tensors.items() if tensor is not None}
 
 
-def load_state_tensors(tensors: dict[str, Tensor], module: nn.Module, optimizers: list[Optimizer]) -> None:
-    """Load what `state_tensors` returned into a module and its optimizers.
+def load_state_tensors(
+    tensors: dict[str, Tensor], module: nn.Module, optimizers: list[Optimizer], memory: nn.Module | None = None
+) -> None:
+    """Load what `state_tensors` returned into a module, its optimizers and the memory of the run.
 
     Raises:
         UserError: a tensor is missing, unexpected or of another shape.
     """
-    own = {name.removeprefix("model/"): tensor for name, tensor in tensors.items() if name.startswith("model/")}
     try:
-        module.load_state_dict(own)
+        for prefix, owner in (("model/", module), ("memory/", memory or nn.Module())):
+            own = {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
+            owner.load_state_dict(own)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"The checkpoint belongs to another model ({reason}); use the same --encoder.") from error

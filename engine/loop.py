@@ -114,6 +114,7 @@ class TrainingLoop:
         validate_every: epochs between validations; 0 for none.
         collapse_loss: loss of a network that maps all images to the same output; nan where there is none.
         inputs: option -> checksum of what else the result depends on; a resumed run must have the same.
+        memory: state of the run outside of the network that checkpoints hold, such as a queue of past projections.
         about: what config.json states in addition to the configuration.
         draw_views: batch -> picture of its views for trackers, (H, W, 3) uint8 on the device; None for no picture.
         instruments: hooks for benchmarks.
@@ -140,6 +141,7 @@ class TrainingLoop:
         validate_every: int = 0,
         collapse_loss: float = math.nan,
         inputs: dict[str, str] | None = None,
+        memory: nn.Module | None = None,
         about: dict[str, Any] | None = None,
         draw_views: Callable[[Any], Tensor] | None = None,
         instruments: Instruments | None = None,
@@ -148,6 +150,7 @@ class TrainingLoop:
         self.module = model.module if isinstance(model, DistributedDataParallel) else model
         self.optimizers, self.schedule, self.validate_every = optimizers, schedule, validate_every
         self.inputs, self.about, self.instruments = inputs or {}, about or {}, instruments
+        self.memory = memory
         self.trackers, self.draw_views, self.views = Trackers(session), draw_views, None
         self.mark = instruments.mark if instruments else lambda part: None
         self.guard = NonFiniteGuard(self.module, optimizers, session.device)
@@ -404,7 +407,7 @@ class TrainingLoop:
         if record["bf16"] != session.bf16:
             before = "bf16" if record["bf16"] else "fp32"
             raise UserError(f"{path} was trained in {before}; resume it on such hardware or with --precision {before}.")
-        checkpoint.load_state_tensors(tensors, self.module, self.optimizers)
+        checkpoint.load_state_tensors(tensors, self.module, self.optimizers, self.memory)
         self.means.load(record["metrics"], tensors["means"].to(device))
         self.guard.load(tensors["guard"].to(device))
         loader.load_state_dict(record["loader"])
@@ -418,7 +421,7 @@ class TrainingLoop:
         replaced, means = int(session.sum(replaced)), session.mean(self.means.sums)
         if session.is_main and self.guard.weights_are_finite():
             run_lock.check(session.out)
-            tensors = checkpoint.state_tensors(self.module, self.optimizers)
+            tensors = checkpoint.state_tensors(self.module, self.optimizers, self.memory)
             tensors |= {"means": means.cpu(), "guard": self.guard.counts.cpu()}
             record = {"loader": loader.state_dict(), "results": self.results, "data": self._data()}
             record |= {"inputs": self.inputs, "bf16": session.bf16, "metrics": self.means.names}

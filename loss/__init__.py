@@ -2,6 +2,7 @@
 
 from .distill import distillation, labeled_cross_entropy
 from .ntxent import LossConfig, nt_xent
+from .queue import NegativeQueue
 from .temperature import Temperature
 
-__all__ = ["LossConfig", "Temperature", "distillation", "labeled_cross_entropy", "nt_xent"]
+__all__ = ["LossConfig", "NegativeQueue", "Temperature", "distillation", "labeled_cross_entropy", "nt_xent"]

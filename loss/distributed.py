@@ -74,6 +74,11 @@ def gather_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return gathered
 
 
+def gather_by_rank(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Stack x (m, ...) of all W ranks in their order: (W, m, ...), the same on every rank."""
+    return gather_rows(x, group).view(-1, *x.shape).roll(dist.get_rank(group), dims=0)
+
+
 class GatherRowsWithGradient(torch.autograd.Function):
     """Differentiable `gather_rows` for the reference; its gradient is a second collective, `SumOwnRows`."""
 

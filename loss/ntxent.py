@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from numbers import Real
@@ -15,8 +16,9 @@ from torch.autograd import forward_ad
 from . import distributed
 from .common import check_range
 from .cpu import one_pass
-from .cpu.blockwise import nt_xent_blockwise
-from .reference import nt_xent_reference
+from .cpu.blockwise import compute_dtype, nt_xent_blockwise
+from .queue import NegativeQueue
+from .reference import nt_xent_reference, past_similarities
 from .triton import NO_C_COMPILER, unsupported_reason
 
 Impl = Literal["auto", "blockwise", "reference", "triton"]
@@ -36,11 +38,14 @@ class LossConfig:
     """Learn the temperature, within 0.01 to 1."""
     decoupled: bool = False
     """Leave the positive out of the denominator (DCL, arXiv 2110.06848)."""
+    queue: int = 0
+    """Number of projections of past steps that are further negatives; 0 for none."""
     impl: Impl = "auto"
     """Implementation of NT-Xent. auto: triton on NVIDIA GPUs that support it, blockwise elsewhere."""
 
     def __post_init__(self) -> None:
         check_range("--loss.temperature", self.temperature, 0.001, 1000)
+        check_range("--loss.queue", self.queue, 0, 10**6)
         if self.learn_temperature:
             check_range("--loss.temperature with --loss.learn-temperature", self.temperature, *LEARNED_RANGE)
 
@@ -52,10 +57,14 @@ def nt_xent(
     impl: Impl = "auto",
     precision: Precision | None = None,
     decoupled: bool = False,
+    *,
+    queue: NegativeQueue | None = None,
+    sample: Tensor | None = None,
 ) -> Tensor:
     """NT-Xent, the contrastive loss of SimCLR (arXiv 2002.05709, section 2.1, equation 1 and Algorithm 1).
 
-    The negatives of a row are all rows of all ranks except itself and the other view of its sample.
+    The negatives of a row are all rows of all ranks except itself and the other view of its sample, and, with a queue,
+    its entries of other samples.
 
     Args:
         z: (2n, D) projections of this rank, not normalized. Rows i and n + i are the two views of sample i. float64,
@@ -81,6 +90,9 @@ def nt_xent(
             torch.set_float32_matmul_precision("medium") a CPU may multiply in bfloat16.
         decoupled: omit the positive from the denominator of equation 1 (DCL, arXiv 2110.06848). This needs at least two
             samples over all ranks, and the loss may be negative.
+        queue: projections of past steps, on z's device, the same on every rank; constants, which receive no gradient.
+            The caller appends those of each step after this call (`NegativeQueue.append`).
+        sample: with a queue, the index of each sample, (n,) int64 on z's device, not negative.
 
     Returns:
         (): mean over the 2n row losses of this rank, float32 (float64 for a float64 z). Its mean over ranks is the loss
@@ -89,9 +101,9 @@ def nt_xent(
 
     Raises:
         ValueError: z is not a floating (2n, D) with n, D >= 1, temperature is not positive and finite, impl or
-            precision is unknown, impl does not run here, decoupled is set for a single sample, this process is not in
-            the group, or the ranks' calls differ (on an accelerator only checked in the first call of a group: see
-            `loss.distributed.check_equal_calls`).
+            precision is unknown, impl does not run here, decoupled is set for a single sample, queue or sample do not
+            fit z, this process is not in the group, or the ranks' calls differ (on an accelerator only checked in the
+            first call of a group: see `loss.distributed.check_equal_calls`).
         TypeError: z is not a tensor, or temperature is neither a number nor a tensor.
         RuntimeError: a second, forward-mode or torch.func derivative of an implementation other than "reference".
     """
@@ -124,18 +136,38 @@ def nt_xent(
     if decoupled and group is None and z.shape[0] == 2:
         raise ValueError("decoupled=True needs negatives, but z holds a single sample; use at least two samples.")
 
-    with torch.autocast(z.device.type, enabled=False):
+    if queue is not None:
+        _check_queue(z, queue, sample)
+
+    autocast = torch.is_autocast_enabled(z.device.type)
+    with torch.autocast(z.device.type, enabled=False) if autocast else nullcontext():
         if impl == "reference":
             z_all = z if group is None else distributed.GatherRowsWithGradient.apply(z, group)
-            return nt_xent_reference(z, temperature, z_all, decoupled)
+            past = None if queue is None else past_similarities(z, temperature, sample, queue.z, queue.sample)
+            return nt_xent_reference(z, temperature, z_all, decoupled, past)
+        if queue is not None and impl != "triton":
+            z = z.to(compute_dtype(z))  # once, so that the gradient is rounded to z's dtype once
+        past = None if queue is None else queue.log_sums(z, temperature, sample)
         gather = None if group is None else partial(distributed.gather_rows, group=group)
         if impl == "triton":
             from .triton.ops import nt_xent_triton
 
-            return nt_xent_triton(z, temperature, gather, precision or _torch_precision(), decoupled)
-        if gather is None and len(z) <= one_pass.MAX_ROWS:
+            return nt_xent_triton(z, temperature, gather, precision or _torch_precision(), decoupled, past)
+        if gather is None and past is None and len(z) <= one_pass.MAX_ROWS:
             return one_pass.nt_xent_one_pass(z, temperature, decoupled)
-        return nt_xent_blockwise(z, temperature, gather or Tensor.detach, decoupled)
+        return nt_xent_blockwise(z, temperature, gather or Tensor.detach, decoupled, past)
+
+
+def _check_queue(z: Tensor, queue: NegativeQueue, sample: Tensor | None) -> None:
+    if queue.z.shape[1:] != z.shape[1:] or queue.z.device != z.device:
+        raise ValueError(
+            f"queue must hold projections of z's width on its device, (N, {z.shape[1]}) on {z.device}; got "
+            f"{tuple(queue.z.shape)} on {queue.z.device}."
+        )
+    n = len(z) // 2
+    fits = isinstance(sample, Tensor) and sample.shape == (n,) and sample.dtype == torch.int64
+    if not fits or sample.device != z.device:
+        raise ValueError(f"With a queue, sample must hold an int64 index on {z.device} for each of {n} samples.")
 
 
 def _choose_impl(device: torch.device, dtype: torch.dtype) -> Impl:

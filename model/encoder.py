@@ -185,10 +185,16 @@ def create_encoder(spec: EncoderSpec) -> nn.Module:
         ) from error
 
 
-def feature_dim(encoder: nn.Module, image_size: int, channels: int = 3) -> int:
+def feature_dim(encoder: nn.Module, image_size: int, channels: int = 3, *, option: str = "--views.size") -> int:
     """Number of features of h for views of `image_size` pixels, measured by encoding two black images.
 
     timm's `num_features` is wrong for models that project the pooled features to another width.
+
+    Args:
+        encoder: takes views (N, channels, image_size, image_size).
+        image_size: side of a view in pixels.
+        channels: channels of the images.
+        option: option that sets the size, for the error.
 
     Raises:
         UserError: the encoder does not accept views of this size, or does not return one vector per view.
@@ -200,7 +206,7 @@ def feature_dim(encoder: nn.Module, image_size: int, channels: int = 3) -> int:
             h = encoder(torch.zeros(2, channels, image_size, image_size))
     except Exception as error:  # timm's models raise errors of many types
         raise UserError(
-            f"The encoder can't take views of {image_size} px ({_first_line(error)}); change --views.size or "
+            f"The encoder can't take views of {image_size} px ({_first_line(error)}); change {option} or "
             "--encoder.name."
         ) from error
     if not isinstance(h, torch.Tensor) or h.ndim != 2 or len(h) != 2:

@@ -27,6 +27,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from loss import queue
 from loss.triton import ops, tiles
 
 aten = torch.ops.aten
@@ -80,9 +81,9 @@ class HostWaits(TorchDispatchMode):
         if func in KERNELS:
             self.launches += 1
             return KERNELS[func](*args, **kwargs)
-        if func in TRITON_OPERATORS:
+        if func in CUSTOM_OPERATORS:
             with self:
-                return TRITON_OPERATORS[func](*args, **kwargs)
+                return CUSTOM_OPERATORS[func](*args, **kwargs)
         if func is aten._pin_memory.default:
             self._pinned.add(args[0].data_ptr())
             return args[0]
@@ -146,8 +147,10 @@ KERNELS = {
 }
 """CUDA kernels that have no fake implementation in torch."""
 
-TRITON_OPERATORS = {op._opoverload: op._init_fn for op in vars(ops).values() if isinstance(op, CustomOpDef)}
-"""Custom operators of the loss and their bodies, which launch kernels."""
+CUSTOM_OPERATORS = {
+    op._opoverload: op._init_fn for op in [*vars(ops).values(), *vars(queue).values()] if isinstance(op, CustomOpDef)
+}
+"""Custom operators of the loss that run on GPUs, and their bodies, which launch kernels."""
 
 
 def backward(tensors, grad_tensors=None, *_, **__) -> None:

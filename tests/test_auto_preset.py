@@ -205,6 +205,12 @@ def test_the_table_shows_value_and_reason_of_each_choice(capsys):
     )
 
 
+def test_the_estimated_time_is_that_of_views_of_full_size():
+    config = pretraining(CASES["small images on two cores"], views__size_schedule=("16:1",))
+    assert config.views.size_schedule == ("16:1",) and config.views.size == 32
+    assert "images/s and 32 px in every epoch, estimated" in config.reasons[auto_preset.TIME]
+
+
 # ---- the facts
 
 

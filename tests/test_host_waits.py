@@ -152,6 +152,8 @@ ROWS = Counter(mean_of=STEPS // LOG_EVERY)
         (2, "--loss.impl triton --optim.name lars --micro-batch 4"),
         (1, "--loss.impl triton --loss.learn-temperature --loss.decoupled"),
         (2, "--loss.impl triton --loss.learn-temperature --micro-batch 4"),
+        (1, "--loss.impl triton --loss.learn-temperature --loss.queue 5000"),
+        (2, "--loss.impl triton --loss.queue 40 --micro-batch 4"),
     ],
 )
 def test_pretraining_waits_once_per_row(run, ranks, options):

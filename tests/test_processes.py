@@ -35,7 +35,7 @@ OPTIONS = [
     "16",
 ]
 OPTIONS += ["--batch-size", "16", "--epochs", "1", "--log-every", "1", "--precision", "fp32"]
-OPTIONS += ["--loss.temperature", "0.5"]
+OPTIONS += ["--loss.temperature", "0.5", "--loss.queue", "50"]
 OPTIONS += ["--optim.name", "sgd", "--optim.lr", "0.02", "--eval.no-baselines", "--no-report"]
 
 

@@ -279,6 +279,11 @@ def test_two_ranks_equal_one_process(run_here, data, tmp_path):
         (["--data", "DATA", "--optim.lr", "-1"], "--optim.lr is -1"),
         (["--data", "DATA", "--views.crop-area", "1.0", "0.1"], "--views.crop-area is 1.0 0.1"),
         (["--preset", "textures", "--batch-size", "16", "--encoder.name", "vit_tiny_patch16_224"], "--encoder.width 1"),
+        (["--epochs", "3", "--views.size-schedule", "16:3"], "covers 3 epochs, but --epochs is 3"),
+        (
+            ["--views.size-schedule", "16:1", "--encoder.name", "vit_tiny_patch16_224", "--encoder.width", "1"],
+            "can't take views of 16 px (Input height (16) doesn't match model (32).); change --views.size-schedule",
+        ),
         (["--data", "EMPTY"], "No images in"),
     ],
 )
@@ -409,13 +414,15 @@ def test_out_of_memory_raises_one_sentence(run_here, data, monkeypatch, error):
         run_here("--data", data)
 
 
-@pytest.mark.parametrize(("options", "candidates"), [([], 31), (["--loss.decoupled"], 30)])
+@pytest.mark.parametrize(("options", "candidates"), [([], 31), (["--loss.decoupled"], 30), (["--loss.queue", 8], 39)])
 def test_collapse_is_reported(run_here, data, tmp_path, monkeypatch, capsys, options, candidates):
     """All projections are equal, as in a collapsed network: the loss is ln(2B - 1) from the first step.
 
-    The decoupled loss does not count the positive.
+    The decoupled loss does not count the positive; the entries of a full queue are as similar as the batch.
     """
+    append = train.NegativeQueue.append
     monkeypatch.setattr(train, "nt_xent", lambda z, **options: nt_xent(0 * z + 1, **options))
+    monkeypatch.setattr(train.NegativeQueue, "append", lambda self, z, sample: append(self, 0 * z + 1, sample))
     monkeypatch.setattr(loop, "CollapseWatch", partial(CollapseWatch, patience_steps=6))
     options = ["--data", data, "--epochs", 2, "--eval.no-baselines", "--eval.knn-every", 0, *SMALL, *options]
     run_here(*options, "--out", tmp_path / "run")
@@ -440,6 +447,7 @@ def test_micro_batches_keep_the_contrastive_batch(run_here, data, tmp_path):
     """Slices of 4 images; only the statistics of the head's batch norm tell them from the whole batch."""
     encoder = ["--encoder.name", "convnext_atto", "--encoder.stem", "auto", "--encoder.width", 1, "--precision", "fp32"]
     options = ["--data", data, "--epochs", 1, "--eval.no-baselines", *SHORT, *encoder, "--optim.name", "sgd"]
+    options += ["--loss.queue", 40]
     losses = []
     for name, sliced in (("whole", []), ("sliced", ["--micro-batch", 5])):
         run_here(*options, "--optim.lr", 0.0, "--out", tmp_path / name, *sliced)

@@ -33,7 +33,13 @@ from .workers import Workers, workers
 BAND_ROWS, BLOCK_COLUMNS = 384, 768
 
 
-def nt_xent_blockwise(z: Tensor, temperature: Tensor, gather: Callable[[Tensor], Tensor], decoupled: bool) -> Tensor:
+def nt_xent_blockwise(
+    z: Tensor,
+    temperature: Tensor,
+    gather: Callable[[Tensor], Tensor],
+    decoupled: bool,
+    past: Tensor | None = None,
+) -> Tensor:
     """`nt_xent` of this rank's projections, computed in blocks.
 
     Args:
@@ -42,14 +48,36 @@ def nt_xent_blockwise(z: Tensor, temperature: Tensor, gather: Callable[[Tensor],
         gather: concatenates a tensor's rows over all ranks, this rank's first. Both gathers take place in the forward
             pass, after which every rank has all it needs for the complete gradient of its own rows.
         decoupled: whether to omit the positive from the denominator.
+        past: (2n,) log-sums over negatives outside the batch, differentiable; None for no others.
 
     Returns:
-        () float32 (float64 for a float64 z), differentiable once in z and in temperature.
+        () float32 (float64 for a float64 z), differentiable once in z, in temperature and in past.
     """
+    rows = z.shape[0]
     with torch.no_grad():
         z_all = gather(z)  # (M, D)
-        negatives_all = gather(negatives_logsumexp(z_all, temperature, z.shape[0]))  # (M,)
-    return loss_from_negatives(z, temperature, z_all, negatives_all, decoupled)
+        negatives = negatives_logsumexp(z_all, temperature, rows)
+        if past is not None:
+            negatives = negatives.logaddexp(past)
+        negatives_all = gather(negatives)  # (M,)
+    loss = loss_from_negatives(z, temperature, z_all, negatives_all, decoupled)
+    if past is None:
+        return loss
+    with torch.no_grad():
+        lse = negatives if decoupled else negatives.logaddexp(positives_of(unit_rows(z)[0], rows, temperature))
+    return with_gradient_in(past, loss, lse)
+
+
+def with_gradient_in(past: Tensor, loss: Tensor, lse: Tensor) -> Tensor:
+    """`loss` (), the mean of row losses l_i, with its gradient in `past` (2n,): dl_i/dpast_i = exp(past_i - lse_i).
+
+    Args:
+        past: (2n,) log-sums of a part of every row's denominator.
+        loss: () without that gradient.
+        lse: (2n,) lse_i, of the whole denominator; a constant.
+    """
+    share = (past.detach() - lse).exp()
+    return loss + (share * (past - past.detach())).mean()  # adds zero
 
 
 @torch.library.custom_op(f"{OPERATOR_NAMESPACE}::negatives_logsumexp", mutates_args=())
@@ -258,12 +286,12 @@ def unit_rows(z: Tensor) -> tuple[Tensor, Tensor]:
     z = z.to(compute_dtype(z))
     norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
     # A finite row whose square overflows would become a zero row: NaN stops a run that has diverged this far.
-    norm = norm.masked_fill(norm == math.inf, math.nan)
-    norm = norm.masked_fill(norm < 100 * math.sqrt(torch.finfo(z.dtype).tiny), math.inf)
+    norm.nan_to_num_(math.nan, posinf=math.nan)
+    norm.masked_fill_(norm < 100 * math.sqrt(torch.finfo(z.dtype).tiny), math.inf)
     return z / norm, norm
 
 
-def positives_of(u: Tensor, rows: int, tau: float) -> Tensor:
+def positives_of(u: Tensor, rows: int, tau: float | Tensor) -> Tensor:
     """s_ip(i) (M,) of u (M, D): `rows` rows of every rank in turn, first views before second views."""
     views = u.view(-1, 2, rows // 2, u.shape[1])  # (W, 2, n, D)
     positives = (views[:, 0] * views[:, 1]).sum(-1) / tau  # (W, n)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..common import OPERATOR_NAMESPACE
+from ..cpu.blockwise import positives_of, unit_rows, with_gradient_in
 from .grad_matmul import grad_matmul
 from .lse_forward import lse_forward
 from .lse_triangle import lse_triangle, triangle_places
@@ -35,6 +36,7 @@ def nt_xent_triton(
     gather: Callable[[Tensor], Tensor] | None = None,
     precision: str = "tf32",
     decoupled: bool = False,
+    past: Tensor | None = None,
 ) -> Tensor:
     """`nt_xent` of this rank's projections, computed by Triton kernels.
 
@@ -46,30 +48,38 @@ def nt_xent_triton(
             overlaps with the sums over this rank's own columns.
         precision: of the products of float32 rows, "tf32" or "ieee".
         decoupled: whether to omit the positive from the denominator.
+        past: (2n,) float32 log-sums over negatives outside the batch, differentiable; None for no others.
 
     Returns:
-        () float32, differentiable once in z and in temperature.
+        () float32, differentiable once in z, in temperature and in past.
     """
     z = z.contiguous()
     with torch.no_grad():
+        others = None if past is None else past[None] / math.log(2)
         if gather is None:
             z_all = z.detach()
-            terms = RowTerms(*own_losses(z_all, temperature, precision, decoupled))
+            terms = RowTerms(*own_losses(z_all, temperature, precision, decoupled, others))
             b_all = terms.b
         else:
             wait = _start(gather, z.detach())
             own_partial, own_sums, positives = own_log_sums(z.detach(), temperature, precision)
             z_all = wait()
-            terms = RowTerms(*all_losses(z_all, temperature, own_partial, own_sums, positives, precision, decoupled))
+            own = own_partial if others is None else torch.cat([own_partial, others])
+            terms = RowTerms(*all_losses(z_all, temperature, own, own_sums, positives, precision, decoupled))
             b_all = gather(terms.b)
-    return mean_loss(z, temperature, terms.losses, z_all, terms.a, b_all, terms.q, terms.g, precision)
+    loss = mean_loss(z, temperature, terms.losses, z_all, terms.a, b_all, terms.q, terms.g, precision)
+    if past is None:
+        return loss
+    with torch.no_grad():
+        lse = positives_of(unit_rows(z)[0], z.shape[0], temperature) + terms.losses  # whether decoupled or not
+    return with_gradient_in(past, loss, lse)
 
 
 @torch.library.custom_op(f"{OPERATOR_NAMESPACE}::triton_own_losses", mutates_args=())
 def own_losses(
-    z: Tensor, temperature: Tensor, precision: str, decoupled: bool
+    z: Tensor, temperature: Tensor, precision: str, decoupled: bool, others: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`RowTerms` of z (2n, D) on a single rank."""
+    """`RowTerms` of z (2n, D) on a single rank; others (1, 2n) are base-2 log-sums over negatives outside the batch."""
     with torch.cuda.device_of(z):
         n = z.shape[0] // 2
         y, g, positives, sums = scale_rows(z, temperature, n, precision, "lse_forward")
@@ -79,11 +89,13 @@ def own_losses(
         else:
             partial = g.new_empty(0, 2 * n)
             lse_triangle(y, g, sums, places, n, precision)
+        if others is not None:
+            partial = torch.cat([partial, others])
         return *row_losses(partial, sums, places, positives, g, temperature, z.dtype, decoupled), g
 
 
 @own_losses.register_fake
-def _(z, temperature, precision, decoupled):
+def _(z, temperature, precision, decoupled, others=None):
     return tuple(z.new_empty(z.shape[0], dtype=torch.float32) for _ in range(5))
 
 

@@ -1,8 +1,8 @@
 """Arithmetic of the benchmarks, on small shapes."""
 
 import csv
-import itertools
 import re
+from itertools import count
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_only_the_steady_state_of_a_stream_is_timed(monkeypatch):
     def stream():
         now[0] += 100
         try:
-            for number in itertools.count():
+            for number in count():
                 now[0] += 10 if number < 2 else 1
                 yield number
         finally:
@@ -40,6 +40,16 @@ def test_only_the_steady_state_of_a_stream_is_timed(monkeypatch):
     steady = harness.SteadyState(stream, skipped=2, count=5, device=CPU)
     assert harness.interleave({"stream": steady}, seconds=0.0, device=CPU) == {"stream": [5.0] * 3}
     assert closed == [6] * 4, "closed after every turn, and no batch beyond the last one was taken"
+
+
+def test_a_shuffled_function_has_every_predecessor(monkeypatch):
+    monkeypatch.setattr(harness.time, "perf_counter", count().__next__)  # 7 readings per round
+    turns = []
+    functions = {name: lambda name=name: turns.append(name) for name in "abc"}
+    times = harness.interleave(functions, seconds=7 * 30, device=CPU, shuffled=True)
+    rounds = ["".join(turns[i : i + 3]) for i in range(3, len(turns), 3)]
+    assert {"".join(sorted(turn)) for turn in rounds} == {"abc"} and len(set(rounds)) == 6
+    assert {len(values) for values in times.values()} == {len(rounds)}
 
 
 def test_percentiles():
@@ -78,7 +88,7 @@ def test_every_shape_is_compiled(monkeypatch):
         compiled.append(len(inputs[0]))
         return graph.forward
 
-    def once(functions, seconds, device):
+    def once(functions, seconds, device, shuffled=False):
         return {name: [1.0, 1.0] for name, function in functions.items() if [function()]}
 
     monkeypatch.setattr(loss_kernel, "interleave", once)

@@ -1,11 +1,14 @@
 """Several gloo processes compared with one: loss, gradients averaged by DDP, errors for differing calls."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from loss import nt_xent
+from loss import NegativeQueue, nt_xent
+from tests.loss import cases
 from tests.ranks import run_ranks
 
 SAMPLES_PER_RANK, WIDTH, D = 5, 9, 7
@@ -39,6 +42,26 @@ def loss_and_gradients(module, views, **options):
     return [loss.detach()] + [p.grad.clone() for p in module.parameters()]
 
 
+def steps_with_a_queue(rank, world_size):
+    """Losses and gradients of four steps on a rank's share of six samples, and the queue after them.
+
+    Batches have 12 rows and the queue 17, so that entries would be others if ranks appended in another order. Most
+    samples are those of earlier batches, in other places.
+    """
+    own = slice(rank * 6 // world_size, (rank + 1) * 6 // world_size)
+    queue, results = NegativeQueue(17, 8).double(), []
+    for step in range(4):
+        z = cases.trained_like(6, 8, seed=step).unflatten(0, (2, -1))[:, own].flatten(0, 1)
+        sample = (torch.arange(6) * (step + 1) % 7)[own]
+        compute = partial(nt_xent, queue=queue, sample=sample)
+        loss, grad, _ = cases.loss_and_gradients(z, 0.2, None, compute, decoupled=step % 2 == 1)
+        queue.append(z, sample)
+        if world_size > 1:
+            dist.all_reduce(loss)
+        results.append((loss / world_size, grad.unflatten(0, (2, -1)) / world_size))
+    return results, queue.state_dict()
+
+
 def compare_with_one_process(rank, world_size):
     own = batch_views(world_size)[:, rank * SAMPLES_PER_RANK : (rank + 1) * SAMPLES_PER_RANK]
     module = DistributedDataParallel(Projector())
@@ -47,6 +70,8 @@ def compare_with_one_process(rank, world_size):
         loss, *gradients = loss_and_gradients(module, own, impl=impl, decoupled=decoupled)
         dist.all_reduce(loss)
         results[impl, decoupled] = [loss / world_size, *gradients]
+
+    results["queue"] = steps_with_a_queue(rank, world_size)
 
     # In a group of one, the loss is that of a single process.
     alone = [dist.new_group([r]) for r in range(world_size)][rank]
@@ -97,10 +122,15 @@ def test_ranks_equal_one_process(world_size, tmp_path):
     # before averaging over ranks, dL/dz of a rank is W times the gradient of the mean over all rows
     (gradient,) = torch.autograd.grad(world_size * nt_xent(z, 0.2, impl="reference"), z, create_graph=True)
     second_derivative = torch.autograd.grad((gradient**3).sum(), z)[0].unflatten(0, (2, -1))
+    steps, queue = steps_with_a_queue(0, 1)
     for rank, results in enumerate(run_ranks(world_size, tmp_path, compare_with_one_process)):
         for impl, decoupled in CASES:
             for actual, true in zip(results[impl, decoupled], expected[decoupled], strict=True):
                 torch.testing.assert_close(actual, true, rtol=1e-12, atol=1e-12)
+        for (loss, grad), (true_loss, true_grad) in zip(results["queue"][0], steps, strict=True):
+            torch.testing.assert_close(loss, true_loss, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(grad, true_grad.chunk(world_size, dim=1)[rank], rtol=1e-12, atol=1e-12)
+        assert all(torch.equal(results["queue"][1][name], queue[name]) for name in queue)
         own = views[:, rank * SAMPLES_PER_RANK : (rank + 1) * SAMPLES_PER_RANK]
         for actual, true in zip(results["alone"], loss_and_gradients(Projector(), own), strict=True):
             torch.testing.assert_close(actual, true, rtol=1e-12, atol=1e-12)

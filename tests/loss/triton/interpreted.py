@@ -4,6 +4,8 @@ Small tiles give several programs, tiles and splits on a small batch. The interp
 float32 for every `precision`.
 """
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from bench.loss_launches import launches
-from loss import nt_xent
+from loss import NegativeQueue, nt_xent
 from loss.triton import ops, tiles
 from loss.triton.tiles import Tile
 from tests.loss.cases import check_accuracy, errors, loss_and_gradients, trained_like
@@ -75,6 +77,38 @@ def test_accuracy_on_both_sides_of_the_online_switch(tile, tau):
     # and backward: NumPy, in place of the tensor cores, multiplies tiles of other shapes in another order.
     for true_norm, error in errors(z, tau, "triton").values():
         assert error <= (5e-7 + 4 * 2**-24 / tau) * true_norm
+
+
+def queue_like(z, sample):
+    """A queue of entries like the rows of z, some of the same samples, some not filled."""
+    queue = NegativeQueue(len(z) + 20, z.shape[1])
+    queue.append(z.float() + torch.randn(z.shape, generator=torch.Generator().manual_seed(1)), sample.flip(0))
+    return queue
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tau", "decoupled"),
+    [
+        (torch.float32, 0.01, True),
+        (torch.float32, 0.5, False),
+        (torch.bfloat16, 0.05, False),
+        (torch.float16, 0.1, True),
+    ],
+)
+def test_a_queue_adds_negatives(tile, dtype, tau, decoupled):
+    """At the first temperature the sums of the batch are log-sums, at the second those of the triangle, in integers."""
+    tile(16, 16, 64, 64, programs=1)
+    z, sample = trained_like(17, 24, dtype), torch.arange(17) // 2
+    queue, tau = queue_like(z, sample), torch.tensor(tau).item()
+    results = []
+    for x, impl in ((z.double(), "reference"), (z, "triton")):
+        compute = partial(nt_xent, impl=impl, queue=queue, sample=sample)
+        results.append(loss_and_gradients(x, tau, None, compute, decoupled))
+    ulp, rounding = 2**-23 / tau, 2 * torch.finfo(dtype).eps * (dtype.itemsize == 2)
+    # dL/dtau is a difference of terms up to 1 / tau^2
+    bounds = (4 * ulp, 0), (0, 8 * ulp + rounding), (ulp / tau**2, 8 * ulp + rounding)
+    for true, ours, (absolute, relative) in zip(*results, bounds, strict=True):
+        assert (ours - true).norm() <= absolute + relative * true.norm()
 
 
 def test_a_larger_batch(tile):
@@ -163,15 +197,16 @@ RANK_CASES = [
     (torch.float32, 0.1, False),
     (torch.float16, 0.1, False),
     (torch.float32, 0.01, True),
-]
+]  # the last one with a queue
 
 
-def losses_of_rank(rank, world_size, views):
+def losses_of_rank(rank, world_size, views, queue):
     results = []
     tiles.INTERPRETER_TILE = Tile(16, 16, 64, 64, 1, 1, 1, 1)  # the own columns on the triangle, except at tau 0.01
     for dtype, tau, decoupled in RANK_CASES:
-        own = views[:, rank::world_size].flatten(0, 1).to(dtype)
-        loss, grad, grad_temperature = loss_and_gradients(own, tau, "triton", decoupled=decoupled)
+        own, sample = views[:, rank::world_size].flatten(0, 1).to(dtype), torch.arange(22)[rank::world_size]
+        compute = partial(nt_xent, impl="triton", queue=queue, sample=sample) if tau == 0.01 else None
+        loss, grad, grad_temperature = loss_and_gradients(own, tau, "triton", compute, decoupled)
         for shared in (loss, grad_temperature):
             dist.all_reduce(shared)
         results.append((loss / world_size, grad.unflatten(0, (2, -1)) / world_size, grad_temperature / world_size))
@@ -180,10 +215,12 @@ def losses_of_rank(rank, world_size, views):
 
 def test_two_ranks_equal_one_process(tmp_path):
     views = trained_like(22, 24, torch.float32).unflatten(0, (2, -1))  # (2, N, D)
-    ranks = run_ranks(2, tmp_path, losses_of_rank, views)
+    queue = queue_like(views.flatten(0, 1), torch.arange(22))
+    ranks = run_ranks(2, tmp_path, losses_of_rank, views, queue)
     for (dtype, tau, decoupled), first, second in zip(RANK_CASES, *ranks, strict=True):
         z = views.flatten(0, 1).to(dtype)
-        loss, grad, grad_temperature = loss_and_gradients(z, tau, "triton", decoupled=decoupled)
+        compute = partial(nt_xent, impl="triton", queue=queue, sample=torch.arange(22)) if tau == 0.01 else None
+        loss, grad, grad_temperature = loss_and_gradients(z, tau, "triton", compute, decoupled)
         gathered = torch.stack([first[1], second[1]], dim=2).flatten(1, 2).flatten(0, 1)
         assert (gathered - grad).norm() <= max(2 * torch.finfo(dtype).eps, 1e-5) * grad.norm()
         for rank in (first, second):

@@ -52,10 +52,11 @@ class LiveBatches:
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 2, 4])
-def test_batches_in_memory(shards, ahead):
+def test_batches_in_memory(shards, ahead, monkeypatch):
     """While a step runs, `ahead` more batches are prepared; one more exists when the step takes the next."""
     whole, live = loader(shards, prefetch=ahead), LiveBatches()
-    whole.prefetcher.backend = live.counting(whole.prefetcher.backend)
+    counted = live.counting(whole.prefetcher.backends.at_epoch(0))
+    monkeypatch.setattr(whole.prefetcher.backends, "at_epoch", lambda epoch: counted)
     steps = (batch for _ in range(3) for batch in whole)
     for batch in islice(steps, 12):
         assert len(batch.index) == 2
@@ -71,10 +72,10 @@ def test_batches_in_memory(shards, ahead):
     assert live.now == 0
 
 
-def test_parameters_are_drawn_while_an_earlier_batch_is_augmented(shards):
+def test_parameters_are_drawn_while_an_earlier_batch_is_augmented(shards, monkeypatch):
     """Otherwise the threads of the backend are idle in the meantime."""
     whole, drawn, in_time = loader(shards, prefetch=2), threading.Semaphore(0), []
-    draw, backend = whole.prefetcher.draw, whole.prefetcher.backend
+    draw, backend = whole.prefetcher.draw, whole.prefetcher.backends.at_epoch(0)
 
     def counted(epoch, samples):
         drawn.release()
@@ -85,8 +86,8 @@ def test_parameters_are_drawn_while_an_earlier_batch_is_augmented(shards):
             in_time.extend(drawn.acquire(timeout=5) for _ in range(3))
         return backend(images, params)
 
-    augment.close = backend.close
-    whole.prefetcher.draw, whole.prefetcher.backend = counted, augment
+    monkeypatch.setattr(whole.prefetcher, "draw", counted)
+    monkeypatch.setattr(whole.prefetcher.backends, "at_epoch", lambda epoch: augment)
     next(iter(whole))
     whole.close()
     assert in_time == [True] * 3
