@@ -1,0 +1,326 @@
+"""Views of 8-bit RGB images by one compiled function, instead of about ten calls of OpenCV for each view.
+
+At 32 px such calls take ten times as long as the arithmetic inside them. Numba compiles the function for the processor
+at hand when it is first needed and stores the result next to this file or, if that folder is read-only, in the user's
+cache. Everything compiled is in this file, because Numba compiles again only if the file of the entry point changes.
+
+A view is computed in float32 planes, but resizing, each operation of the exact jitter, the affine map, grayscale and
+blur round to whole levels, halves to even, and clip to 0..255, as PIL does. Views are independent of each other. No
+sum is reordered and no multiplication fused with an addition (there is no `fastmath`), so that views depend neither on
+the slices and threads that compute them nor on the processor.
+
+Planes are transposed, (3, x, y): both passes of a separable filter then run along contiguous memory.
+"""
+
+import math
+
+import numpy as np
+from numba import carray, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from .params import BRIGHTNESS, CONTRAST, LUMA, SATURATION, AugmentParams, affine_jitter
+
+VIEW = np.dtype(
+    [
+        ("address", np.int64),  # of the image's first byte
+        ("pitch", np.int64),  # bytes from one line of the image to the next
+        ("crop", np.int32, 4),
+        ("order", np.uint8, 4),
+        ("flip", np.bool_),
+        ("gray", np.bool_),
+        ("recolor", np.bool_),  # whether the affine map changes the view
+        ("brightness", np.float32),
+        ("contrast", np.float32),
+        ("saturation", np.float32),
+        ("hue", np.float32),
+        ("sigma", np.float32),
+        ("matrix", np.float32, (3, 3)),  # of `affine_jitter`, like the mean weight
+        ("mean_weight", np.float32),
+    ],
+    align=True,
+)
+"""One view: its image and its parameters, with the names of `AugmentParams`."""
+RED, GREEN, BLUE = (np.float32(weight) for weight in LUMA)
+ZERO, ONE, TWO, THREE, FOUR, FIVE, SIX = map(np.float32, range(7))
+ROUND = np.float32(1.5 * 2**23)
+"""x + ROUND - ROUND rounds 0 <= x <= 255 to an integer, because float32 has no fractions from 2**23 on."""
+
+
+def view_table(params: AugmentParams, affine: bool) -> np.ndarray:
+    """Parameters of V views of n images as (V, n) `VIEW`, for `render`; the images are still missing."""
+    table = np.zeros(params.flip.shape, VIEW)
+    for name in ("crop", "order", "flip", "gray", "brightness", "contrast", "saturation", "hue", "sigma"):
+        table[name] = getattr(params, name)
+    if affine:
+        table["matrix"], table["mean_weight"] = affine_jitter(params)
+        table["recolor"] = params.jittered | params.gray
+    return table
+
+
+@njit(nogil=True, cache=True)
+def render(views, images, affine, window, scale, offset, out):  # pragma: no cover
+    """Write all views of some images into a batch.
+
+    Args:
+        views: (V, n) `VIEW`, all views of the batch, with the addresses of the images to render. They must be 8-bit RGB
+            with contiguous lines that contain their crops.
+        images: first and last + 1 of the images to render.
+        affine: whether the jitter is affine.
+        window: side of the blur kernel, odd, at most 2 S - 1.
+        scale, offset: (3,) float32; a level x of a channel becomes scale x + offset.
+        out: (V n, S, S, 3), bit patterns of float32 (uint32) or of bfloat16 (uint16).
+    """
+    size = out.shape[1]
+    planes = np.empty((3, size, size), np.float32)
+    filtered = np.empty((3, size, size), np.float32)
+    for v in range(views.shape[0]):
+        for i in range(images[0], images[1]):
+            view = views[v, i]
+            _resized_crop(view, planes)
+            if affine:
+                if view.recolor:
+                    _recolor(planes.reshape(3, -1), view)
+            else:
+                _jitter(planes.reshape(3, -1), view)
+                if view.gray:
+                    _gray(planes.reshape(3, -1))
+            if view.sigma > 0:
+                _blur(planes, filtered, view.sigma, window)
+            _store(planes, scale, offset, out[v * views.shape[1] + i])
+
+
+@intrinsic
+def _pointer(typing_context, address):
+    """Convert an address (int64) to a pointer, which `carray` takes."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(address), generate
+
+
+@njit
+def _level(x):
+    """Round to whole levels and clip."""
+    x = x if x > np.float32(0) else np.float32(0)
+    x = x if x < np.float32(255) else np.float32(255)
+    return (x + ROUND) - ROUND
+
+
+@njit
+def _resized_crop(view, planes):
+    """Crop, resize by antialiased bicubic interpolation and flip into `planes` (3, S, S)."""
+    size = planes.shape[1]
+    top, left, height, width = view.crop
+    first = view.address + top * view.pitch + left * 3
+    starts, counts, weights = _taps(height, size)
+    line = np.empty(3 * width, np.float32)
+    columns = np.empty((3 * width, size), np.float32)  # the crop, resized to (S, 3 width), transposed
+    for y in range(size):
+        line[:] = 0
+        for k in range(counts[y]):
+            pixels = carray(_pointer(first + (starts[y] + k) * view.pitch), (3 * width,), np.uint8)
+            weight = weights[y, k]
+            for j in range(3 * width):
+                line[j] += weight * np.float32(pixels[j])
+        for j in range(3 * width):
+            columns[j, y] = line[j]
+    starts, counts, weights = _taps(width, size)
+    for x in range(size):
+        for channel in range(3):
+            column = planes[channel, size - 1 - x if view.flip else x]
+            column[:] = 0
+            for k in range(counts[x]):
+                weight = weights[x, k]
+                other = columns[3 * (starts[x] + k) + channel]
+                for y in range(size):
+                    column[y] += weight * other[y]
+            for y in range(size):
+                column[y] = _level(column[y])
+
+
+@njit
+def _taps(length, size):
+    """Weights of an antialiased bicubic interpolation from `length` to `size` pixels, a = -0.5 as in PIL.
+
+    Computed in float64 as in ATen's `_compute_indices_min_size_weights_aa`.
+
+    Returns:
+        For each of the `size` pixels the first pixel that contributes, their number, and their weights (float32).
+    """
+    scale = length / size
+    stretch = max(scale, 1.0)
+    support = 2 * stretch
+    starts, counts = np.empty(size, np.int64), np.empty(size, np.int64)
+    weights = np.empty((size, 2 * int(math.ceil(support)) + 1), np.float32)
+    exact = np.empty(weights.shape[1])
+    for i in range(size):
+        center = scale * (i + 0.5)
+        start = max(int(center - support + 0.5), 0)
+        count = min(int(center + support + 0.5), length) - start
+        total = 0.0
+        for k in range(count):
+            t = abs((start + k - center + 0.5) / stretch)
+            exact[k] = (1.5 * t - 2.5) * t * t + 1 if t < 1 else ((-0.5 * t + 2.5) * t - 4) * t + 2 if t < 2 else 0.0
+            total += exact[k]
+        for k in range(count):
+            weights[i, k] = exact[k] / total
+        starts[i], counts[i] = start, count
+    return starts, counts, weights
+
+
+@njit
+def _jitter(x, view):
+    """Apply the exact jitter to levels (3, S S), in the order of the view."""
+    for operation in view.order:
+        if operation == BRIGHTNESS:
+            if view.brightness != 1:
+                _scale(x, view.brightness, np.float32(0))
+        elif operation == CONTRAST:
+            if view.contrast != 1:
+                _scale(x, view.contrast, (np.float32(1) - view.contrast) * _mean_gray(x))
+        elif operation == SATURATION:
+            if view.saturation != 1:
+                _saturate(x, view.saturation)
+        elif view.hue != 0:
+            _shift_hue(x, view.hue)
+
+
+@njit
+def _scale(x, factor, offset):
+    values = x.reshape(-1)
+    for p in range(values.size):
+        values[p] = _level(factor * values[p] + offset)
+
+
+@njit
+def _mean_gray(x):
+    """Mean gray of levels (3, S S); sums of integers are exact."""
+    red, green, blue = 0, 0, 0
+    for p in range(x.shape[1]):
+        red += int(x[0, p])
+        green += int(x[1, p])
+        blue += int(x[2, p])
+    return np.float32((LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue) / x.shape[1])
+
+
+@njit
+def _saturate(x, factor):
+    rest = np.float32(1) - factor
+    for p in range(x.shape[1]):
+        red, green, blue = x[0, p], x[1, p], x[2, p]
+        gray = rest * (RED * red + GREEN * green + BLUE * blue)
+        x[0, p], x[1, p], x[2, p] = _level(factor * red + gray), _level(factor * green + gray), _level(factor * blue + gray)
+
+
+@njit
+def _shift_hue(x, turns):
+    """Shift the hue in HSV, whose hue is in sixths of a turn here."""
+    shift = np.float32(6 * (turns - math.floor(turns)))
+    for p in range(x.shape[1]):
+        red, green, blue = x[0, p], x[1, p], x[2, p]
+        high, low = _larger(red, _larger(green, blue)), _smaller(red, _smaller(green, blue))
+        chroma = high - low
+        unit = ONE / (chroma if chroma > ZERO else ONE)
+        of_red, of_green, of_blue = (green - blue) * unit, (blue - red) * unit + TWO, (red - green) * unit + FOUR
+        hue = of_red if high == red else of_green if high == green else of_blue
+        hue += shift
+        hue = hue + SIX if hue < ZERO else hue
+        hue = hue - SIX if hue >= SIX else hue
+        x[0, p] = _level(high - chroma * _share(hue + FIVE))
+        x[1, p] = _level(high - chroma * _share(hue + THREE))
+        x[2, p] = _level(high - chroma * _share(hue + ONE))
+
+
+@njit
+def _share(k):
+    """Share of the chroma that a channel lacks, at 0 <= k < 12 sixths of a turn."""
+    k = k - SIX if k >= SIX else k
+    share = _smaller(k, FOUR - k)
+    return _larger(ZERO, _smaller(ONE, share))
+
+
+@njit
+def _larger(a, b):  # unlike max, without a case for nan, so that loops are vectorized
+    return a if a > b else b
+
+
+@njit
+def _smaller(a, b):
+    return a if a < b else b
+
+
+@njit
+def _gray(x):
+    for p in range(x.shape[1]):
+        x[0, p] = x[1, p] = x[2, p] = _level(RED * x[0, p] + GREEN * x[1, p] + BLUE * x[2, p])
+
+
+@njit
+def _recolor(x, view):
+    """Apply the map of `affine_jitter` to levels (3, S S)."""
+    m = view.matrix
+    offset = view.mean_weight * _mean_gray(x)
+    for p in range(x.shape[1]):
+        red, green, blue = x[0, p], x[1, p], x[2, p]
+        for channel in range(3):
+            x[channel, p] = _level(m[channel, 0] * red + m[channel, 1] * green + m[channel, 2] * blue + offset)
+
+
+@njit
+def _blur(planes, filtered, sigma, window):
+    """Blur (3, S, S) by a Gaussian, reflecting at the edges without repeating the last pixel."""
+    size, radius = planes.shape[1], window // 2
+    weights = np.empty(window, np.float32)
+    total = 0.0
+    for k in range(window):
+        total += math.exp(-((k - radius) ** 2) / (2.0 * sigma * sigma))
+    for k in range(window):
+        weights[k] = math.exp(-((k - radius) ** 2) / (2.0 * sigma * sigma)) / total
+    line = np.empty(size + 2 * radius, np.float32)
+    for channel in range(3):
+        for x in range(size):
+            column = filtered[channel, x]
+            column[:] = 0
+            for k in range(window):
+                other = planes[channel, _reflected(x + k - radius, size)]
+                for y in range(size):
+                    column[y] += weights[k] * other[y]
+        for x in range(size):
+            for y in range(line.size):
+                line[y] = filtered[channel, x, _reflected(y - radius, size)]
+            column = planes[channel, x]
+            column[:] = 0
+            for k in range(window):
+                for y in range(size):
+                    column[y] += weights[k] * line[y + k]
+            for y in range(size):
+                column[y] = _level(column[y])
+
+
+@njit
+def _reflected(place, size):
+    place = abs(place)
+    return 2 * (size - 1) - place if place >= size else place
+
+
+@njit
+def _store(planes, scale, offset, out):
+    """Normalize levels (3, S, S) into `out` (S, S, 3), as bit patterns."""
+    size = out.shape[0]
+    for channel in range(3):
+        values = planes[channel].reshape(-1)
+        for p in range(values.size):
+            values[p] = scale[channel] * values[p] + offset[channel]
+    bits = planes.view(np.uint32)
+    shift = np.uint32(0)
+    if out.itemsize == 2:  # bfloat16 is the upper half of float32, rounded to even
+        shift = np.uint32(16)
+        values = bits.reshape(-1)
+        for p in range(values.size):
+            values[p] += np.uint32(0x7FFF) + ((values[p] >> shift) & np.uint32(1))
+    for y in range(size):
+        for x in range(size):
+            for channel in range(3):
+                out[y, x, channel] = bits[channel, x, y] >> shift
