@@ -2,14 +2,16 @@
 
 OpenCV releases the global interpreter lock inside its calls, so plain threads use all cores and nothing is pickled.
 Each step rounds to whole levels of the image's own depth, 8 or 16 bits, as PIL does for 8 bits. Views of 8-bit RGB
-images have paths of their own, which are faster, and whose results stay identical across versions. Images with one
-channel are (H, W) arrays after the crop, because OpenCV drops a last dimension of 1.
+images have paths of their own, which are faster: up to `SMALL` px a compiled function (compiled.py), because the calls
+of OpenCV would take longer than their arithmetic; above, calls of OpenCV whose results stay identical across versions.
+Images with other channels or 16 bits take the general path at every size. Images with one channel are (H, W) arrays
+after the crop, because OpenCV drops a last dimension of 1.
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import partial
 
 import cv2
 import numpy as np
@@ -21,8 +23,10 @@ from ..images.pixel_format import RGB8, PixelFormat, decode_pixels
 from .config import AugmentConfig
 from .params import BRIGHTNESS, CONTRAST, LUMA, SATURATION, AugmentParams, affine_jitter
 
-SMALL = 40
-"""Largest side in pixels that is resized by two matrix products, which take less time than the overhead of torch."""
+SMALL = 64
+"""Largest side in pixels of the views of 8-bit RGB images that are compiled."""
+SLICE = 16
+"""Largest number of images that a thread augments by one call of the compiled function."""
 KEPT_BATCHES = 8
 """Largest number of unused batches whose memory is kept for reuse; a loader has about five batches in flight."""
 
@@ -58,17 +62,26 @@ class OpenCVBackend:
         self.workers, self.dtype, self.pixel_format = workers, dtype, pixel_format
         self.unused: list[np.ndarray] = []  # memory of earlier batches
         self.normalize = Normalize(config, dtype, pixel_format)
+        self.compiled = None
+        if config.size <= SMALL and pixel_format == RGB8:
+            from .compiled import CompiledViews  # importing Numba takes as long as a hundred batches
+
+            self.compiled = CompiledViews(config, dtype)
 
     def __call__(self, images: list[bytes | np.ndarray], params: AugmentParams) -> torch.Tensor:
         """Augment V views of n images; see `Backend`."""
         n = len(images)
         batch = self._batch(self.views * n)
         out = (batch.view(torch.uint16) if self.dtype == torch.bfloat16 else batch).numpy()  # NumPy has no bfloat16
-        maps = affine_maps(params) if self.config.jitter == "affine" else None
-        remaining = iter(range(n))  # shared by the threads, because images and cores differ in speed
-        jobs = [
-            self.pool.submit(self._augment, images, params, maps, out, remaining) for _ in range(min(self.workers, n))
-        ]
+        if self.compiled:
+            step = min(SLICE, -(-n // (4 * self.workers)))
+            write = partial(self.compiled, self.compiled.table(params), out)
+        else:
+            step, maps = 1, affine_maps(params) if self.config.jitter == "affine" else None
+            write = partial(self._write, params, maps, out)
+        parts = [slice(first, min(first + step, n)) for first in range(0, n, step)]
+        remaining = iter(parts)  # shared by the threads, because images and cores differ in speed
+        jobs = [self.pool.submit(self._augment, images, write, remaining) for _ in range(min(self.workers, len(parts)))]
         for job in jobs:
             job.result()
         return batch.permute(0, 3, 1, 2).to(self.device, non_blocking=True)
@@ -95,26 +108,29 @@ class OpenCVBackend:
         weakref.finalize(lent, _reuse, self.unused, memory).atexit = False
         return torch.from_numpy(lent).view(self.dtype)
 
-    def _augment(
-        self,
-        images: list[bytes | np.ndarray],
-        params: AugmentParams,
-        maps: tuple | None,
-        out: np.ndarray,
-        remaining: Iterator[int],
+    def _augment(self, images: list[bytes | np.ndarray], write: Callable, remaining: Iterator[slice]) -> None:
+        """Decode and augment the `remaining` images, and write their views into the batch."""
+        for part in remaining:
+            decoded = []
+            for i in range(part.start, part.stop):
+                image = decode_pixels(images[i], self.pixel_format) if isinstance(images[i], bytes) else images[i]
+                if image is None:
+                    raise DecodeError("the image can't be decoded", i)
+                decoded.append(image)
+            write(part, decoded)
+
+    def _write(
+        self, params: AugmentParams, maps: tuple | None, out: np.ndarray, part: slice, images: list[np.ndarray]
     ) -> None:
-        """Write all views of the images `remaining` into `out` (V n, S, S, C)."""
-        window = self.config.blur_window
-        for i in remaining:
-            image = decode_pixels(images[i], self.pixel_format) if isinstance(images[i], bytes) else images[i]
-            if image is None:
-                raise DecodeError("the image can't be decoded", i)
+        """Write all views of `images`, a part of the batch, into `out` (V n, S, S, C) by calls of OpenCV."""
+        for i, image in enumerate(images, part.start):
             if not contains(*image.shape[:2], params.crop[:, i]):
                 raise DecodeError("the image is smaller than its index says", i)
             for v in range(self.views):
                 view = resized_crop(image, params, v, i, self.config.size)
                 view = (color if self.pixel_format.channels == 3 else intensity)(view, params, v, i, maps)
-                self.normalize(blur(view, float(params.sigma[v, i]), window), out[v * len(images) + i])
+                view = blur(view, float(params.sigma[v, i]), self.config.blur_window)
+                self.normalize(view, out[v * params.flip.shape[1] + i])
 
 
 def _reuse(unused: list[np.ndarray], memory: np.ndarray) -> None:
@@ -237,10 +253,6 @@ def _resize(window: np.ndarray, size: int) -> np.ndarray:
     The kernel has a = -0.5, as in PIL and torchvision.
     """
     height, width, _ = window.shape
-    if max(height, width, size) <= SMALL:
-        wide = window.reshape(height, -1).astype(np.float32) @ _columns(width, size)  # (H, 3 W) -> (H, 3 S)
-        view = _weights(height, size) @ wide  # (S, 3 S)
-        return cv2.convertScaleAbs(np.maximum(view, 0, out=view)).reshape(size, size, 3)
     # reshape instead of [None], whose strides torch does not recognize as channels-last
     pixels = torch.from_numpy(np.ascontiguousarray(window).reshape(1, height, width, 3)).permute(0, 3, 1, 2)
     # for 8-bit images, torch's SIMD code is faster on one thread than cv2.INTER_AREA
@@ -258,20 +270,6 @@ def _resize_exactly(window: np.ndarray, size: int) -> np.ndarray:
     view = view.permute(1, 2, 0).numpy().clip(0, np.iinfo(window.dtype).max)
     view = np.rint(view, out=view).astype(window.dtype, order="C")
     return view[..., 0] if view.shape[2] == 1 else view
-
-
-@lru_cache
-def _weights(length: int, size: int) -> np.ndarray:
-    """Interpolation matrix (size, length) float32 that resizes a line of pixels."""
-    unit = torch.eye(length, dtype=torch.float64)[None, None]
-    rows = interpolate(unit, (size, length), mode="bicubic", antialias=True, align_corners=False)
-    return rows[0, 0].float().numpy()
-
-
-@lru_cache
-def _columns(length: int, size: int) -> np.ndarray:
-    """Transposed interpolation matrix (3 length, 3 size) float32 for a line of interleaved RGB pixels."""
-    return np.ascontiguousarray(np.kron(_weights(length, size).T, np.eye(3, dtype=np.float32)))
 
 
 def _jitter(view: np.ndarray, params: AugmentParams, v: int, i: int) -> np.ndarray:
