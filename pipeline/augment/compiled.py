@@ -161,9 +161,9 @@ def _resized_crop(view, planes):
     for y in range(size):
         line[:] = 0
         for k in range(0, counts[y], 2):  # two lines at a time, which halves loads and stores of the sums
-            start = first + (starts[y] + k) * view.pitch
-            even = carray(_pointer(start), (3 * width,), np.uint8)
-            odd = carray(_pointer(start + (view.pitch if k + 1 < counts[y] else 0)), (3 * width,), np.uint8)
+            even = carray(_pointer(first + (starts[y] + k) * view.pitch), (3 * width,), np.uint8)
+            next_line = starts[y] + min(k + 1, counts[y] - 1)
+            odd = carray(_pointer(first + next_line * view.pitch), (3 * width,), np.uint8)
             a, b = weights[y, k], weights[y, k + 1]  # b is 0 without a second line
             for j in range(3 * width):
                 line[j] += a * np.float32(even[j]) + b * np.float32(odd[j])
@@ -174,10 +174,12 @@ def _resized_crop(view, planes):
         for channel in range(3):
             column = planes[channel, size - 1 - x if view.flip else x]
             column[:] = 0
-            for k in range(counts[x]):
-                weight, other = weights[x, k], columns[3 * (starts[x] + k) + channel]
+            for k in range(0, counts[x], 2):
+                even = columns[3 * (starts[x] + k) + channel]
+                odd = columns[3 * (starts[x] + min(k + 1, counts[x] - 1)) + channel]
+                a, b = weights[x, k], weights[x, k + 1]
                 for y in range(size):
-                    column[y] += weight * other[y]
+                    column[y] += a * even[y] + b * odd[y]
             for y in range(size):
                 column[y] = _level(column[y])
 
@@ -316,30 +318,33 @@ def _recolor(x, view):
 def _blur(planes, filtered, sigma, window):
     """Blur (3, S, S) by a Gaussian, reflecting at the edges without repeating the last pixel."""
     size, radius = planes.shape[1], window // 2
-    weights = np.empty(window, np.float32)
-    total = 0.0
-    for k in range(window):
-        total += math.exp(-((k - radius) ** 2) / (2.0 * sigma * sigma))
-    for k in range(window):
-        weights[k] = math.exp(-((k - radius) ** 2) / (2.0 * sigma * sigma)) / total
+    weights = np.empty(radius + 1, np.float32)  # from the center
+    total = 1.0
+    for k in range(1, radius + 1):
+        total += 2 * math.exp(-k * k / (2.0 * sigma * sigma))
+    for k in range(radius + 1):
+        weights[k] = math.exp(-k * k / (2.0 * sigma * sigma)) / total
     line = np.empty(size + 2 * radius, np.float32)
     for channel in range(3):
         for x in range(size):
-            column = filtered[channel, x]
-            column[:] = 0
-            for k in range(window):
-                weight, other = weights[k], planes[channel, _reflected(x + k - radius, size)]
+            column, center, weight = filtered[channel, x], planes[channel, x], weights[0]
+            for y in range(size):
+                column[y] = weight * center[y]
+            for k in range(1, radius + 1):
+                left, right = planes[channel, _reflected(x - k, size)], planes[channel, _reflected(x + k, size)]
+                weight = weights[k]
                 for y in range(size):
-                    column[y] += weight * other[y]
+                    column[y] += weight * (left[y] + right[y])
         for x in range(size):
             for y in range(line.size):
                 line[y] = filtered[channel, x, _reflected(y - radius, size)]
-            column = planes[channel, x]
-            column[:] = 0
-            for k in range(window):
-                weight = weights[k]
+            column, center, weight = planes[channel, x], line[radius:], weights[0]
+            for y in range(size):
+                column[y] = weight * center[y]
+            for k in range(1, radius + 1):
+                up, down, weight = line[radius - k :], line[radius + k :], weights[k]
                 for y in range(size):
-                    column[y] += weight * line[y + k]
+                    column[y] += weight * (up[y] + down[y])
             for y in range(size):
                 column[y] = _level(column[y])
 
