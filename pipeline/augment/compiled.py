@@ -15,7 +15,6 @@ Planes are transposed, (3, x, y): both passes of a separable filter then run alo
 import math
 
 import numpy as np
-import torch
 from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -55,15 +54,13 @@ class CompiledViews:
 
     Args:
         config: augmentation options, with a mean and a standard deviation.
-        dtype: of the views, float32 or bfloat16.
     """
 
-    def __init__(self, config: AugmentConfig, dtype: torch.dtype):
+    def __init__(self, config: AugmentConfig):
         self.affine, self.window = config.jitter == "affine", config.blur_window
         mean, std = (np.broadcast_to(np.float64(values), 3) for values in (config.mean, config.std))
         self.scale, self.offset = np.float32(1 / (255 * std)), np.float32(-mean / std)
-        self.stored = np.uint16 if dtype == torch.bfloat16 else np.uint32
-        nothing = np.empty((0, config.size, config.size, 3), self.stored)
+        nothing = np.empty((0, config.size, config.size, 3), np.float32)
         self(np.empty((1, 0), VIEW), nothing, slice(0, 0), [])
 
     def table(self, params: AugmentParams) -> np.ndarray:
@@ -96,7 +93,7 @@ class CompiledViews:
             raise DecodeError("the image is smaller than its index says", part.start + int(inside.argmin()))
         table["address"][:, part] = [image.__array_interface__["data"][0] for image in images]
         table["pitch"][:, part] = 3 * sizes[:, 1]
-        _render(table, (part.start, part.stop), self.affine, self.window, self.scale, self.offset, out.view(self.stored))
+        _render(table, (part.start, part.stop), self.affine, self.window, self.scale, self.offset, out.view(np.uint16))
 
 
 @njit(nogil=True, cache=True)
@@ -110,7 +107,7 @@ def _render(views, images, affine, window, scale, offset, out):  # pragma: no co
         affine: whether the jitter is affine.
         window: side of the blur kernel, odd, at most 2 S - 1.
         scale, offset: (3,) float32; a level x of a channel becomes scale x + offset.
-        out: (V n, S, S, 3), bit patterns of float32 (uint32) or of bfloat16 (uint16).
+        out: (V n, S, S, 3) uint16, bit patterns of bfloat16, or (V n, S, S, 6), those of float32 in halves.
     """
     size = out.shape[1]
     planes = np.empty((3, size, size), np.float32)
@@ -256,7 +253,11 @@ def _saturate(x, factor):
     for p in range(x.shape[1]):
         red, green, blue = x[0, p], x[1, p], x[2, p]
         gray = rest * (RED * red + GREEN * green + BLUE * blue)
-        x[0, p], x[1, p], x[2, p] = _level(factor * red + gray), _level(factor * green + gray), _level(factor * blue + gray)
+        x[0, p], x[1, p], x[2, p] = (
+            _level(factor * red + gray),
+            _level(factor * green + gray),
+            _level(factor * blue + gray),
+        )
 
 
 @njit
@@ -357,20 +358,25 @@ def _reflected(place, size):
 
 @njit
 def _store(planes, scale, offset, out):
-    """Normalize levels (3, S, S) into `out` (S, S, 3), as bit patterns."""
-    size = out.shape[0]
+    """Normalize levels (3, S, S) into `out`: (S, S, 3) for bfloat16 or (S, S, 6) for float32, see `_render`."""
+    size = planes.shape[1]
     for channel in range(3):
-        values = planes[channel].reshape(-1)
+        values, factor, shift = planes[channel].reshape(-1), scale[channel], offset[channel]
         for p in range(values.size):
-            values[p] = scale[channel] * values[p] + offset[channel]
+            values[p] = factor * values[p] + shift
     bits = planes.view(np.uint32)
-    shift = np.uint32(0)
-    if out.itemsize == 2:  # bfloat16 is the upper half of float32, rounded to even
-        shift = np.uint32(16)
+    if out.shape[2] == 3:  # bfloat16 is the upper half of float32, rounded to even
+        half, one, sixteen = np.uint32(0x7FFF), np.uint32(1), np.uint32(16)
         values = bits.reshape(-1)
         for p in range(values.size):
-            values[p] += np.uint32(0x7FFF) + ((values[p] >> shift) & np.uint32(1))
-    for y in range(size):
-        for x in range(size):
-            for channel in range(3):
-                out[y, x, channel] = bits[channel, x, y] >> shift
+            values[p] = (values[p] + half + ((values[p] >> sixteen) & one)) >> sixteen
+        for y in range(size):
+            for x in range(size):
+                for channel in range(3):
+                    out[y, x, channel] = bits[channel, x, y]
+    else:
+        whole = out.view(np.uint32)
+        for y in range(size):
+            for x in range(size):
+                for channel in range(3):
+                    whole[y, x, channel] = bits[channel, x, y]

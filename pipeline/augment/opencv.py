@@ -66,7 +66,7 @@ class OpenCVBackend:
         if config.size <= SMALL and pixel_format == RGB8:
             from .compiled import CompiledViews  # importing Numba takes as long as a hundred batches
 
-            self.compiled = CompiledViews(config, dtype)
+            self.compiled = CompiledViews(config)
 
     def __call__(self, images: list[bytes | np.ndarray], params: AugmentParams) -> torch.Tensor:
         """Augment V views of n images; see `Backend`."""
