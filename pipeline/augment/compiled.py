@@ -195,7 +195,7 @@ def _taps(length, size):
     stretch = max(scale, 1.0)
     support = 2 * stretch
     starts, counts = np.empty(size, np.int64), np.empty(size, np.int64)
-    weights = np.zeros((size, 2 * int(math.ceil(support)) + 2), np.float32)
+    weights = np.zeros((size, 2 * math.ceil(support) + 2), np.float32)
     exact = np.empty(weights.shape[1])
     for i in range(size):
         center = scale * (i + 0.5)

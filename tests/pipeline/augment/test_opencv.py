@@ -1,4 +1,4 @@
-"""Tests of the OpenCV backend's sizes, threads and memory, and of what is compiled; for its views see test_backends.py."""
+"""Tests of the OpenCV backend's sizes, slices, threads and memory; for its views see test_backends.py."""
 
 from dataclasses import replace
 
@@ -110,7 +110,7 @@ def test_a_bad_image_is_found_in_its_slice(photographs, workers):
     backend = OpenCVBackend(CONFIG, CPU, 12, 2, workers)
     crop = params.crop.copy()
     crop[1, 7, 3] += 400
-    for images, wrong in (photographs[:7] + [b""] + photographs[8:], params), (photographs, replace(params, crop=crop)):
+    for images, wrong in ([*photographs[:7], b"", *photographs[8:]], params), (photographs, replace(params, crop=crop)):
         with pytest.raises(DecodeError) as error:
             backend(images, wrong)
         assert error.value.args[1] == 7
