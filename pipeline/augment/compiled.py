@@ -1,8 +1,10 @@
-"""Views of 8-bit RGB images by one compiled function, instead of about ten calls of OpenCV for each view.
+"""Compiled functions for views of 8-bit RGB images: whole small views, and colors and normalization of larger ones.
 
-At 32 px such calls take ten times as long as the arithmetic inside them. Numba compiles the function for the processor
-at hand when it is first needed and stores the result next to this file or, if that folder is read-only, in the user's
-cache. Everything compiled is in this file, because Numba compiles again only if the file of the entry point changes.
+At 32 px the calls of OpenCV that a view needs, about ten, take several times as long as the arithmetic inside them; at
+224 px its conversion to HSV and its tables are slower than compiled loops. Numba compiles the functions for the
+processor at hand when they are first needed and stores the result next to this file or, if that folder is read-only, in
+the user's cache. Everything compiled is in this file, because Numba compiles again only if the file of the entry point
+changes.
 
 A view is computed in float32 planes, but resizing, each operation of the exact jitter, the affine map, grayscale and
 blur round to whole levels, halves to even, and clip to 0..255, as PIL does. Views are independent of each other. No
@@ -96,8 +98,67 @@ class CompiledViews:
         _render(table, (part.start, part.stop), self.affine, self.window, self.scale, self.offset, out.view(np.uint16))
 
 
+def exact_colors(pixels: np.ndarray, params: AugmentParams, v: int, i: int) -> np.ndarray:
+    """Apply the exact jitter and grayscale to view v of image i: (S, S, 3) uint8 -> the same, or (S, S) if gray."""
+    view = np.zeros(1, VIEW)
+    for name in ("order", "gray", "brightness", "contrast", "saturation", "hue"):
+        view[name] = getattr(params, name)[v, i]
+    levels = np.empty(pixels.shape[: 2 if params.gray[v, i] else 3], np.uint8)
+    _exact_colors(np.ascontiguousarray(pixels).reshape(-1), view, levels.reshape(-1))
+    return levels
+
+
+def compile_colors() -> None:
+    """Compile what `exact_colors` and `normalize` need, so that no batch has to wait."""
+    pixels, line = np.zeros(3, np.uint8), (ZERO, ZERO, ZERO)
+    _exact_colors(pixels, np.zeros(1, VIEW), pixels)
+    _normalize(pixels, line, line, np.empty(3, np.float32))
+
+
+def normalize(
+    levels: np.ndarray, scale: tuple[np.float32, ...], offset: tuple[np.float32, ...], out: np.ndarray
+) -> None:
+    """Write scale x + offset of levels x, (S, S, 3) or (S, S) uint8, into `out` (S, S, 3) float32."""
+    _normalize(levels.reshape(-1), scale, offset, out.reshape(-1))
+
+
 @njit(nogil=True, cache=True)
-def _render(views, images, affine, window, scale, offset, out):  # pragma: no cover
+def _exact_colors(pixels, view, levels):
+    """Apply the exact jitter to (3 S S,) uint8; `levels` is (3 S S,) or, for a gray view, (S S,)."""
+    count = pixels.size // 3
+    x = np.empty((3, count), np.float32)
+    red, green, blue = x[0], x[1], x[2]
+    for p in range(count):
+        red[p], green[p], blue[p] = pixels[3 * p], pixels[3 * p + 1], pixels[3 * p + 2]
+    _jitter(x, view[0])
+    if view[0].gray:
+        _gray(x)
+        for p in range(count):
+            levels[p] = np.int32(red[p])
+    else:
+        for p in range(count):
+            levels[3 * p] = np.int32(red[p])
+            levels[3 * p + 1] = np.int32(green[p])
+            levels[3 * p + 2] = np.int32(blue[p])
+
+
+@njit(nogil=True, cache=True)
+def _normalize(levels, scale, offset, out):
+    a, b, c = scale
+    d, e, f = offset
+    if 3 * levels.size == out.size:
+        for p in range(levels.size):
+            x = np.float32(levels[p])
+            out[3 * p], out[3 * p + 1], out[3 * p + 2] = a * x + d, b * x + e, c * x + f
+    else:
+        for p in range(levels.size // 3):
+            out[3 * p] = a * np.float32(levels[3 * p]) + d
+            out[3 * p + 1] = b * np.float32(levels[3 * p + 1]) + e
+            out[3 * p + 2] = c * np.float32(levels[3 * p + 2]) + f
+
+
+@njit(nogil=True, cache=True)
+def _render(views, images, affine, window, scale, offset, out):
     """Write all views of some images into a batch.
 
     Args:

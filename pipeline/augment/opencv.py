@@ -2,10 +2,11 @@
 
 OpenCV releases the global interpreter lock inside its calls, so plain threads use all cores and nothing is pickled.
 Each step rounds to whole levels of the image's own depth, 8 or 16 bits, as PIL does for 8 bits. Views of 8-bit RGB
-images have paths of their own, which are faster: up to `SMALL` px a compiled function (compiled.py), because the calls
-of OpenCV would take longer than their arithmetic; above, calls of OpenCV whose results stay identical across versions.
-Images with other channels or 16 bits take the general path at every size. Images with one channel are (H, W) arrays
-after the crop, because OpenCV drops a last dimension of 1.
+images have paths of their own, which are faster: up to `SMALL` px one compiled function (compiled.py), because the
+calls of OpenCV would take longer than their arithmetic; above, compiled functions for the exact jitter and for
+normalization in float32, and calls of torch and OpenCV for the rest. Images with other channels or 16 bits take the
+general path at every size. Images with one channel are (H, W) arrays after the crop, because OpenCV drops a last
+dimension of 1.
 """
 
 import weakref
@@ -20,6 +21,7 @@ from torch.nn.functional import interpolate
 
 from ..images.files import DecodeError, contains
 from ..images.pixel_format import RGB8, PixelFormat, decode_pixels
+from . import compiled
 from .config import AugmentConfig
 from .params import BRIGHTNESS, CONTRAST, LUMA, SATURATION, AugmentParams, affine_jitter
 
@@ -63,10 +65,10 @@ class OpenCVBackend:
         self.unused: list[np.ndarray] = []  # memory of earlier batches
         self.normalize = Normalize(config, dtype, pixel_format)
         self.compiled = None
-        if config.size <= SMALL and pixel_format == RGB8:
-            from .compiled import CompiledViews  # importing Numba takes as long as a hundred batches
-
-            self.compiled = CompiledViews(config)
+        if pixel_format == RGB8 and config.size <= SMALL:
+            self.compiled = compiled.CompiledViews(config)
+        elif pixel_format == RGB8:
+            compiled.compile_colors()
 
     def __call__(self, images: list[bytes | np.ndarray], params: AugmentParams) -> torch.Tensor:
         """Augment V views of n images; see `Backend`."""
@@ -162,6 +164,8 @@ def color(view: np.ndarray, params: AugmentParams, v: int, i: int, maps: tuple |
         (S, S, 3) RGB, or (S, S) if the view is gray, of the same dtype.
     """
     gray = params.gray[v, i]
+    if maps is None and view.dtype == np.uint8:
+        return compiled.exact_colors(view, params, v, i)
     if maps is None:
         view = _jitter(view, params, v, i)
         return _gray(view) if gray else view
@@ -221,21 +225,27 @@ class Normalize:
     def __init__(self, config: AugmentConfig, dtype: torch.dtype = torch.float32, pixel_format: PixelFormat = RGB8):
         self.channels, self.dtype = pixel_format.channels, dtype
         mean, std = np.array(config.mean, np.float32), np.array(config.std, np.float32)
-        # A linear map takes less time than a table of levels, but rounds the last bit differently. For 8 bits it is
-        # used only for the affine jitter, so that views of the exact jitter stay identical across versions.
-        self.table, self.map = None, np.column_stack([np.diag(1 / (pixel_format.white * std)), -mean / std])
+        scale, offset = 1 / (pixel_format.white * std), -mean / std
+        self.table, self.line, self.map = None, None, np.column_stack([np.diag(scale), offset])
         if pixel_format.bits == 16:
             return
         levels = np.arange(256, dtype=np.float32)[:, None]
         table = ((levels / 255 - mean) / std)[None]  # (1, 256, C): level and channel -> value
+        if pixel_format == RGB8:
+            table = (scale * levels + offset)[None]
+        elif config.jitter == "affine" and dtype == torch.bfloat16:
+            table = cv2.transform(np.repeat(levels, self.channels, 1)[None], self.map)
         if dtype == torch.bfloat16:
-            if config.jitter == "affine":
-                table = cv2.transform(np.repeat(levels, self.channels, 1)[None], self.map)
             self.table = torch.from_numpy(table).to(dtype).view(torch.uint16).numpy()
+        elif pixel_format == RGB8:
+            self.line = tuple(scale), tuple(offset)
         elif config.jitter == "exact":
             self.table = table
 
     def __call__(self, view: np.ndarray, out: np.ndarray) -> None:
+        if self.line is not None:
+            compiled.normalize(view, *self.line, out)
+            return
         if view.ndim == 2 and self.channels == 3:
             view = cv2.cvtColor(view, cv2.COLOR_GRAY2RGB)
         if self.table is not None:
@@ -273,7 +283,7 @@ def _resize_exactly(window: np.ndarray, size: int) -> np.ndarray:
 
 
 def _jitter(view: np.ndarray, params: AugmentParams, v: int, i: int) -> np.ndarray:
-    """Apply the exact jitter, in the order of the view; each operation rounds and clips."""
+    """Apply the exact jitter to (S, S, 3) uint16, in the order of the view; each operation rounds and clips."""
     for operation in params.order[v, i].tolist():
         if operation == BRIGHTNESS:
             view = _scale(view, float(params.brightness[v, i]), 0.0)
@@ -316,23 +326,12 @@ def _gray(view: np.ndarray) -> np.ndarray:
 
 
 def _saturate(view: np.ndarray, factor: float) -> np.ndarray:
-    if factor == 1:
-        return view
-    if view.dtype == np.uint16:
-        return cv2.transform(view, factor * np.eye(3) + (1 - factor) * LUMA)  # rounds once
-    return cv2.addWeighted(view, factor, cv2.cvtColor(_gray(view), cv2.COLOR_GRAY2RGB), 1 - factor, 0)
+    return view if factor == 1 else cv2.transform(view, factor * np.eye(3) + (1 - factor) * LUMA)  # rounds once
 
 
 def _shift_hue(view: np.ndarray, turns: float) -> np.ndarray:
     if turns == 0:
         return view
-    if view.dtype == np.uint16:  # OpenCV has HSV of 8 bits and of floats, whose hue is in degrees
-        hsv = cv2.cvtColor(view.astype(np.float32), cv2.COLOR_RGB2HSV)
-        hsv[..., 0] = (hsv[..., 0] + 360 * turns) % 360
-        return np.rint(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)).clip(0, 65535).astype(np.uint16)
-    hsv = cv2.cvtColor(view, cv2.COLOR_RGB2HSV_FULL)  # FULL: the hue has 256 steps, so uint8 wraps around
-    shift = np.zeros((len(view[0]), 3), np.uint8)
-    shift[:, 0] = round(turns * 256) % 256
-    lines = hsv.reshape(len(hsv), -1)
-    lines += shift.ravel()  # five times as fast as adding to every third byte
-    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+    hsv = cv2.cvtColor(view.astype(np.float32), cv2.COLOR_RGB2HSV)  # the hue in degrees
+    hsv[..., 0] = (hsv[..., 0] + 360 * turns) % 360
+    return np.rint(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)).clip(0, 65535).astype(np.uint16)
