@@ -357,7 +357,8 @@ def choose_epochs(choose: Choices, facts: Facts, wanted: int, why: str, views: i
     elif fitting < LEAST_EPOCHS < wanted:
         wanted, why = LEAST_EPOCHS, "the fewest that are worth training"
     epochs, rate = choose("epochs", wanted, why), images_per_s(choose.config, facts, views)
-    time = f"about {rounded(epochs * facts.images / rate)} of training at {rate:,.0f} images/s"
+    size = f" and {choose.config.views.size} px in every epoch" if choose.config.views.size_schedule else ""
+    time = f"about {rounded(epochs * facts.images / rate)} of training at {rate:,.0f} images/s{size}"
     choose.reasons[TIME] = f"{time}, estimated from an EPYC (Zen 5); --dry-run measures it"
 
 

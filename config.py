@@ -93,6 +93,8 @@ class FinetuneConfig(StageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("--validate-every", self.validate_every, 0, MANY)
+        if self.views.size_schedule:
+            raise UserError("--views.size-schedule is for pretraining (train.py) only; omit the option.")
 
     def check_complete(self) -> None:
         super().check_complete()

@@ -95,7 +95,7 @@ def distill(config: DistillConfig, instruments: Instruments | None = None) -> No
     # Optimization
     groups = parameter_groups([student.encoder, student.head], config.optim.weight_decay, student.fc)
     schedule = create_schedule(config.optim, config.batch_size, config.epochs, len(loader))
-    optimizer = create_optimizer(config.optim, groups, lr=schedule(0))
+    optimizer = create_optimizer(config.optim, groups, schedule(0), session.dtype)
 
     # Evaluation: top-1 and top-5 on the test split, if it has labels of the same classes.
     batches = partial(center_crop_batches, test, config.views, config=config.loader, batch_size=256, **reading)

@@ -58,6 +58,9 @@ def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> 
     spec = encoder_spec(config.encoder, config.views.size)
     encoder = create_encoder(spec)
     features = feature_dim(encoder, config.views.size)
+    config.views.check_epochs(config.epochs)
+    for size, _ in config.views.phases:
+        feature_dim(encoder, size, option="--views.size-schedule")
 
     # Data: shards -> two augmented views of every image, on the device.
     train, test = open_data(config.data, config.loader)
@@ -66,7 +69,7 @@ def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> 
     reading = {"device": session.device, "dtype": session.dtype, "bad_samples_file": session.out / "bad_samples.jsonl"}
     loader = ViewLoader(
         train,
-        config.views,
+        views.full_size if config.dry_run else views,  # what the run costs at most
         config.loader,
         batch_size=config.batch_size,
         seed=config.seed,
@@ -83,13 +86,13 @@ def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> 
     head = projection_head(config.head, features)
     simclr = SimCLR(encoder, head, features, classes=len(train.classes))
     simclr.temperature = Temperature(config.loss)
-    simclr = session.to_device(synchronize_batchnorm(simclr))
+    simclr = session.to_device(synchronize_batchnorm(simclr), view_sizes=1 + len(views.phases))
     model = session.distribute(simclr)
 
     # Optimization: the probe has an optimizer of its own, so that the encoder's settings do not change the yardstick.
     groups = parameter_groups([simclr.encoder, simclr.head], config.optim.weight_decay)
     schedule = create_schedule(config.optim, config.batch_size, config.epochs, len(loader))
-    optimizers = [create_optimizer(config.optim, groups, lr=schedule(0))]
+    optimizers = [create_optimizer(config.optim, groups, schedule(0), session.dtype)]
     if simclr.probe is not None:
         optimizers.append(torch.optim.AdamW(simclr.probe.parameters(), 1e-3, fused=True))
     if config.loss.learn_temperature:

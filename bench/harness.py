@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import torch
 
@@ -31,7 +32,9 @@ def environment(device: torch.device) -> dict[str, str | int]:
     }
 
 
-def interleave(functions: dict[str, Callable[[], object]], seconds: float, device: torch.device) -> dict[str, list]:
+def interleave(
+    functions: dict[str, Callable[[], object]], seconds: float, device: torch.device, shuffled: bool = False
+) -> dict[str, list]:
     """Time functions in turns, so that a slow moment of the machine affects all of them.
 
     On a GPU a turn is as many calls as fill `TURN_S`, between two events: a single call that waits for the device would
@@ -41,6 +44,8 @@ def interleave(functions: dict[str, Callable[[], object]], seconds: float, devic
         functions: name -> function to time; each is called before, as a warm-up.
         seconds: approximate total time; every function is timed at least three times.
         device: device that the functions use.
+        shuffled: whether every round has another order. In a fixed one, a function always runs on the caches that the
+            same predecessor left, which doubles the time of a call of a millisecond or halves it.
 
     Returns:
         Name -> seconds per call of every turn.
@@ -49,10 +54,13 @@ def interleave(functions: dict[str, Callable[[], object]], seconds: float, devic
         function()
     calls = {name: calls_per_turn(function, device) for name, function in functions.items()}
     times: dict[str, list[float]] = {name: [] for name in functions}
+    order, random = list(functions), Random(0)
     started = time.perf_counter()
     while time.perf_counter() - started < seconds or len(next(iter(times.values()))) < 3:
-        for name, function in functions.items():
-            times[name].append(seconds_per_call(function, calls[name], device))
+        if shuffled:
+            random.shuffle(order)
+        for name in order:
+            times[name].append(seconds_per_call(functions[name], calls[name], device))
     return times
 
 

@@ -103,7 +103,8 @@ def measure(m: int, d: int, dtype: str, device: torch.device, seconds: float, me
     calls = {name: lambda f=implementation: forward_backward(f, z) for name, implementation in chosen.items()}
     works = floor_works(z.dtype, device)
     cubic = {CUBIC: calls.pop(CUBIC)} if CUBIC in calls else {}
-    times = interleave(calls | {name: work.call for name, work in works.items()}, seconds, device)
+    timed = calls | {name: work.call for name, work in works.items()}
+    times = interleave(timed, seconds, device, shuffled=True)
     times |= interleave(cubic, 0, device) if cubic else {}
     floor = floor_ms(works, times, m, d)
     rows = []

@@ -24,10 +24,11 @@ WARM_UP_PASSES = 3
 class GraphedForward:
     """`forward` of a module on a CUDA device, whose passes in training are captured at the first call and replayed.
 
-    Evaluation mode and calls without gradients run the original forward. Outputs, and gradients of the parameters,
-    occupy the same memory in every step: each forward pass must be followed by its backward pass, and gradients must be
-    used before the next one. Captured code must not wait for the device, read numbers of the host that change, or
-    issue collectives; batch norm updates its buffers in place, and dropout follows `torch.manual_seed`.
+    Views of another shape are captured again, and the graphs of the shape before are freed. Evaluation mode and calls
+    without gradients run the original forward. Outputs, and gradients of the parameters, occupy the same memory in
+    every step: each forward pass must be followed by its backward pass, and gradients must be used before the next one.
+    Captured code must not wait for the device, read numbers of the host that change, or issue collectives; batch norm
+    updates its buffers in place, and dropout follows `torch.manual_seed`.
 
     Args:
         module: its forward maps views of one shape to differentiable tensors, or a tuple of those and None. Parameters
@@ -41,7 +42,8 @@ class GraphedForward:
     def __call__(self, views: Tensor) -> Any:
         if not (self.module.training and torch.is_grad_enabled()):
             return self.forward(views)
-        if self.passes is None:
+        if self.passes is None or self.passes.views.shape != views.shape:
+            self.passes = None  # first, because the activations of both shapes may not fit
             self.passes = CapturedPasses(self.module, self.forward, views)
         return self.passes(views)
 

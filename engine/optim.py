@@ -1,4 +1,4 @@
-"""Optimizers: LARS as used by SimCLR, and torch's SGD and AdamW."""
+"""Optimizers: LARS as used by SimCLR, Muon, and torch's SGD and AdamW."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .common import UserError, check_range
+from .muon import Muon
 
 ROW = 1024
 """Elements of a row of LARS's scratch memory."""
@@ -18,14 +19,15 @@ ROW = 1024
 class OptimConfig:
     """Optimizer and learning rate of the network; the online probe has its own."""
 
-    name: Literal["lars", "sgd", "nesterov", "adamw"] = "lars"
-    """Optimizer. lars: layer-wise adaptive rate scaling, for large batches."""
+    name: Literal["lars", "sgd", "nesterov", "adamw", "muon"] = "lars"
+    """Optimizer. lars: layer-wise adaptive rate scaling, for large batches. muon: orthogonalized momentum, for short
+    runs."""
     lr: float = 0.3
     """Base learning rate, scaled by batch/256 (linear), sqrt(batch) (sqrt) or unscaled (none)."""
     scaling: Literal["linear", "sqrt", "none"] = "linear"
     """How the learning rate grows with the batch size."""
     momentum: float = 0.9
-    """Momentum of LARS and SGD; first beta of AdamW."""
+    """Momentum of LARS, SGD and Muon; first beta of AdamW."""
     weight_decay: float = 1e-6
     """Weight decay, except of biases and normalization parameters."""
     warmup_epochs: float = 10
@@ -180,12 +182,22 @@ def parameter_groups(
     return groups
 
 
-def create_optimizer(config: OptimConfig, groups: list[dict], lr: float) -> Optimizer:
+def create_optimizer(
+    config: OptimConfig, groups: list[dict], lr: float, dtype: torch.dtype = torch.float32
+) -> Optimizer:
     """Create the configured optimizer; AdamW has betas (momentum, 0.95), usual for large-batch self-supervision.
 
     All of them skip a step if their attribute `found_inf` is 1, see `engine.nonfinite`.
+
+    Args:
+        config: optimizer options.
+        groups: see `parameter_groups`.
+        lr: learning rate of the first step.
+        dtype: in which Muon multiplies matrices.
     """
     momentum = config.momentum
+    if config.name == "muon":
+        return Muon(groups, lr, momentum, dtype=dtype)
     if config.name == "lars":
         return LARS(groups, lr, momentum)
     groups = [{key: value for key, value in group.items() if key != "adapt"} for group in groups]

@@ -70,7 +70,7 @@ class Session:
             torch.set_num_threads(self.cores)  # the launcher restricts each process to one thread
             if compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
                 raise UserError("--compile needs a C++ compiler on a CPU; install g++ or omit the option.")
-        torch.backends.cudnn.benchmark = True  # all steps have the same shapes
+        torch.backends.cudnn.benchmark = True  # most steps have the same shapes
         if precision == "fp32":  # cuDNN's default is TF32; the loss follows the setting of matmul
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         self.bf16 = precision == "bf16" or (precision == "auto" and computes_in_bf16(self.device))
@@ -138,12 +138,21 @@ class Session:
         """Context in which forward passes run in the precision of the session."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
-    def to_device(self, module: nn.Module) -> nn.Module:
-        """Move a module to the device in channels-last layout; compile it and capture CUDA graphs as configured."""
+    def to_device(self, module: nn.Module, view_sizes: int = 1) -> nn.Module:
+        """Move a module to the device in channels-last layout; compile it and capture CUDA graphs as configured.
+
+        Args:
+            module: its forward maps views to tensors.
+            view_sizes: number of sizes of views in training; with several, each is compiled by itself.
+        """
         module = module.to(self.device, memory_format=torch.channels_last)
         # in place, so that names in checkpoints do not change; hooks of the module stay outside, or would break graphs
         if self.compile:
-            module.forward = torch.compile(module.forward)
+            static = view_sizes > 1  # or torch compiles the second size for all sizes, which is slower
+            module.forward = torch.compile(module.forward, dynamic=False if static else None)
+            if static:  # at most four graphs per size: slices of two lengths, with and without gradients
+                limit = torch._dynamo.config.recompile_limit
+                torch._dynamo.config.recompile_limit = max(limit, 4 * view_sizes)
         if self.cuda_graph:
             module.forward = GraphedForward(module)
         return module

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from numbers import Real
@@ -124,7 +125,8 @@ def nt_xent(
     if decoupled and group is None and z.shape[0] == 2:
         raise ValueError("decoupled=True needs negatives, but z holds a single sample; use at least two samples.")
 
-    with torch.autocast(z.device.type, enabled=False):
+    autocast = torch.is_autocast_enabled(z.device.type)
+    with torch.autocast(z.device.type, enabled=False) if autocast else nullcontext():
         if impl == "reference":
             z_all = z if group is None else distributed.GatherRowsWithGradient.apply(z, group)
             return nt_xent_reference(z, temperature, z_all, decoupled)

@@ -205,6 +205,12 @@ def test_the_table_shows_value_and_reason_of_each_choice(capsys):
     )
 
 
+def test_the_estimated_time_is_that_of_views_of_full_size():
+    config = pretraining(CASES["small images on two cores"], views__size_schedule=("16:1",))
+    assert config.views.size_schedule == ("16:1",) and config.views.size == 32
+    assert "images/s and 32 px in every epoch, estimated" in config.reasons[auto_preset.TIME]
+
+
 # ---- the facts
 
 
@@ -313,6 +319,13 @@ def test_a_run_stores_the_reasons(run):
     record = json.loads((run / "config.json").read_text())
     assert record["preset"] == "auto" and record["reasons"]["views.size"] == "given"
     assert record["reasons"]["loss.temperature"].startswith("used in")
+
+
+@pytest.mark.parametrize("stem", ["small", "strided", "standard"])
+def test_the_stem_of_a_run_is_known(stem, tmp_path):
+    spec = encoder_spec(EncoderConfig("resnet18", stem, 0.5), 32)
+    (tmp_path / "config.json").write_text(json.dumps({"timm_name": spec.name, "timm_kwargs": spec.kwargs}))
+    assert encoder_of(tmp_path) == EncoderConfig("resnet18", stem, 0.5)
 
 
 def test_a_run_that_continues_keeps_its_choices(run, data, monkeypatch, capsys):

@@ -76,6 +76,19 @@ def test_a_dry_run_prints_configuration_and_cost_and_writes_nothing(script, run,
     assert STEPS < 10 and "kNN" not in printed and "top-1" not in printed  # no evaluation
 
 
+def test_a_dry_run_measures_views_of_full_size(run, data, monkeypatch, capsys):
+    """Their memory is the largest of the run; the printed configuration keeps the schedule."""
+    forward, sizes = train.SimCLR.forward, set()
+
+    def record_size(net, views):
+        sizes.add(views.shape[-1])
+        return forward(net, views)
+
+    monkeypatch.setattr(train.SimCLR, "forward", record_size)
+    run("train.py", "--data", data, "--views.size-schedule", "16:1", "--epochs", 2, "--dry-run")
+    assert sizes == {32} and "16:1" in capsys.readouterr().out
+
+
 def test_the_options_a_dry_run_prints_start_the_same_run(run, data, tmp_path, capsys):
     run("train.py", "--data", data, "--dry-run", "--seed", 5)
     printed = capsys.readouterr().out

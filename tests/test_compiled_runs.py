@@ -23,6 +23,7 @@ COMMON = "--preset textures --encoder.name test_resnet --encoder.width 1 --preci
 COMMON += " --checkpoint.every-steps 2 --no-report --trackers none --compile"
 STAGES = {
     "slices": (train.pretrain, PRETRAIN, "--eval.no-baselines --eval.knn-every 1 --micro-batch 3"),
+    "sizes": (train.pretrain, PRETRAIN, "--batch-size 48 --epochs 4 --views.size-schedule 16:1 24:1"),
     "finetune": (finetune.finetune, FINETUNE, "--labels.fraction 1 --validate-every 1"),
 }
 
@@ -66,6 +67,12 @@ def data(tmp_path, monkeypatch):
 def test_evaluation_of_the_compiled_network_compiles_once(data, tmp_path):
     """Evaluations follow steps 3 and 6; training after the first one is not compiled again."""
     assert graphs_before_each_step("finetune", data, tmp_path / "run") == [0, 1, 1, 2, 2, 2]
+
+
+def test_every_size_of_views_is_compiled_once(data, tmp_path):
+    """By itself, not for any size, and beyond torch's limit of graphs."""
+    with torch._dynamo.config.patch(recompile_limit=2):
+        assert graphs_before_each_step("sizes", data, tmp_path / "run") == [0, 1, 2, 3]
 
 
 def slices_on_a_rank(rank, world_size, data, out):

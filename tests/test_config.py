@@ -59,6 +59,9 @@ def run_folder(tmp_path):
         ("train.py", "--out", "Missing value for argument '--out'; expected 1 value; see train.py --help."),
         ("train.py", "--resume=", "--resume is empty; use auto, none, or the path"),
         ("train.py", "--cuda-graph --batch-size 16 --micro-batch 8", "but --micro-batch 8 takes several; omit one of"),
+        ("train.py", "--views.size-schedule 16", "--views.size-schedule is 16; it must be pairs SIZE:EPOCHS"),
+        ("finetune.py", "--data x --views.size-schedule 16:1", "schedule is for pretraining (train.py) only; omit the"),
+        ("distill.py", "--teacher RUN --views.size-schedule 16:1", "schedule is for pretraining (train.py) only; omit"),
         ("finetune.py", "--data x --labels.fraction inf", "--labels.fraction is inf; use a fraction above 0"),
         ("finetune.py", "--start.run nowhere", "nowhere is not the folder of a run"),
     ],
@@ -111,6 +114,7 @@ def test_help_lists_presets_with_cost_and_results(capsys, monkeypatch):
     ("script", "options"),
     [
         ("train.py", ["--preset", "stl10", "--data", "x", "--views.crop-area", "0.3", "0.9", "--no-eval.baselines"]),
+        ("train.py", ["--preset", "cifar10", "--data", "x", "--views.size-schedule", "16:30", "24:40"]),
         ("finetune.py", ["--preset", "v1-10", "--data", "x", "--optim.lr", "1e-7", "--compile"]),
     ],
 )
@@ -190,7 +194,7 @@ def numbers(config: Any, prefix: str = "--") -> Iterator[tuple[str, Any, str, fl
         if is_dataclass(value):
             yield from numbers(value, f"{option}.")
         else:
-            number = value[0] if isinstance(value, tuple) else value
+            number = next(iter(value), None) if isinstance(value, tuple) else value
             if isinstance(number, int | float) and not isinstance(number, bool):
                 yield option, config, field.name, number
 

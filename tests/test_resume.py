@@ -29,6 +29,9 @@ OPTIONS = ["--no-report", "--encoder.width", "0.125", "--head.hidden", "32", "--
 OPTIONS += ["--eval.no-baselines", "--eval.knn-every", "1", "--log-every", "2", "--precision", "fp32"]
 OPTIONS += ["--preset", "textures", "--loss.learn-temperature"]
 
+GROWING = ["--views.size-schedule", "16:1", "24:1", "--epochs", "3", "--batch-size", "40", "--eval.knn-every", "0"]
+GROWING += ["--checkpoint.every-steps", "1", "--checkpoint.keep", "9"]
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -98,6 +101,32 @@ def test_every_checkpoint_leads_to_the_same_result(pretrain, whole, data, tmp_pa
     assert rows(tmp_path / "run") == [row for row in known if row["step"] > step or "features" in row]
     actual, expected = (load_file(folder / "encoder.safetensors") for folder in (tmp_path / "run", whole))
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+@pytest.fixture(scope="module")
+def growing(pretrain, data, tmp_path_factory):
+    """A run of three epochs of two steps with views of 16, 24 and 32 px, and a checkpoint after every step."""
+    out = tmp_path_factory.mktemp("growing") / "run"
+    pretrain("--data", data, "--out", out, *GROWING)
+    return out
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_growing_views_resume_bit_for_bit(pretrain, growing, data, tmp_path, step):
+    """Between two phases and in the middle of one; tests/pipeline/loader/test_size_schedule.py tries every phase."""
+    resume_from = growing / "checkpoints" / f"step-{step:08d}"
+    pretrain("--data", data, "--out", tmp_path / "run", *GROWING, "--resume", resume_from)
+    known = rows(growing)
+    assert rows(tmp_path / "run") == [row for row in known if row["step"] > step or "features" in row]
+    actual, expected = (load_file(folder / "encoder.safetensors") for folder in (tmp_path / "run", growing))
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    views = json.loads((growing / "config.json").read_text())["views"]
+    assert (views["size"], views["size_schedule"]) == (32, ["16:1", "24:1"])
+
+
+def test_another_schedule_is_refused(pretrain, growing, data):
+    with pytest.raises(UserError, match=r"started with --views\.size-schedule \['16:1', '24:1'\] \(now \['16:2'\]\)"):
+        pretrain("--data", data, "--out", growing, *GROWING, "--views.size-schedule", "16:2")
 
 
 def test_stop_signal_saves_and_the_same_command_continues(pretrain, whole, data, tmp_path):

@@ -258,8 +258,8 @@ def unit_rows(z: Tensor) -> tuple[Tensor, Tensor]:
     z = z.to(compute_dtype(z))
     norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
     # A finite row whose square overflows would become a zero row: NaN stops a run that has diverged this far.
-    norm = norm.masked_fill(norm == math.inf, math.nan)
-    norm = norm.masked_fill(norm < 100 * math.sqrt(torch.finfo(z.dtype).tiny), math.inf)
+    norm.nan_to_num_(math.nan, posinf=math.nan)
+    norm.masked_fill_(norm < 100 * math.sqrt(torch.finfo(z.dtype).tiny), math.inf)
     return z / norm, norm
 
 

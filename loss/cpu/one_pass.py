@@ -22,7 +22,14 @@ of two of columns, the transposed GEMM and the sums over columns would compete f
 
 def nt_xent_one_pass(z: Tensor, temperature: Tensor, decoupled: bool) -> Tensor:
     """`nt_xent` of projections z (M, D), in O(M D + M^2 / 2) memory. Arguments and result are those of `blockwise`."""
-    return loss_and_gradient(z, temperature, decoupled, torch.is_grad_enabled())[0]
+    differentiable = torch.is_grad_enabled()
+    # Graphs and vmap need the operator. Its wrappers in Python slow down a small batch, and its first call imports
+    # torch._dynamo.
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return loss_and_gradient(z, temperature, decoupled, differentiable)[0]
+    if differentiable and (z.requires_grad or temperature.requires_grad):
+        return OnePass.apply(z, temperature, decoupled)
+    return _loss_and_gradient(z, temperature, decoupled, False)[0]
 
 
 @torch.library.custom_op(f"{OPERATOR_NAMESPACE}::nt_xent_one_pass", mutates_args=())
@@ -30,42 +37,53 @@ def loss_and_gradient(
     z: Tensor, temperature: Tensor, decoupled: bool, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (), dL/dz (M, D) and dL/dtau () in float32 or wider; without gradient, the last two are empty."""
+    return _loss_and_gradient(z, temperature, decoupled, with_gradient)
+
+
+def _loss_and_gradient(
+    z: Tensor, temperature: Tensor, decoupled: bool, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     tau, dtype = temperature.item(), compute_dtype(z)
     if not exp_fits(dtype, tau):  # a graph of torch.compile cannot know
         return blockwise.loss_and_gradient(z, temperature, decoupled, with_gradient)
-    m, n = len(z), len(z) // 2
+    (m, d), n = z.shape, len(z) // 2
     u, norm = unit_rows(z)
-    positives = torch.cat([(u[:n] * u[n:]).sum(1).div_(tau)] * 2)
+    views = u.view(2, n, d)
+    positives = (views[0] * views[1]).sum(1).div_(tau)  # (n,)
 
     kept, total = [], u.new_zeros(m)
     scaled, u_t = u / tau, u.t()
     for top in range(0, m, BAND_ROWS):
         i = slice(top, min(top + BAND_ROWS, m))
         for left in range(top, m, BLOCK_COLUMNS):
-            j, mirrored = slice(left, left + BLOCK_COLUMNS), slice(max(left, i.stop), left + BLOCK_COLUMNS)
+            j, mirrored = slice(left, min(left + BLOCK_COLUMNS, m)), slice(max(left, i.stop), left + BLOCK_COLUMNS)
             e = (scaled[i] @ u_t[:, j]).exp_()
             for shift in (0, n, -n):  # self-pairs, and positives to the right and left; a diagonal outside is empty
                 e.diagonal(top + shift - left).zero_()
-            total[i] += e.sum(1)
-            total[mirrored] += e[:, mirrored.start - left :].sum(0)
+            total[i].add_(e.sum(1))
+            if mirrored.start < m:
+                total[mirrored].add_(e[:, mirrored.start - left :].sum(0))
             kept.append((i, j, mirrored, e))
 
-    negatives = total.log_()
-    excess = negatives - positives
-    loss = excess.mean() if decoupled else -F.logsigmoid(-excess).mean()
+    total = total.view(2, n)
+    margin = positives - total.log()  # (2, n)
+    loss = -(margin if decoupled else F.logsigmoid(margin)).mean()
     if not with_gradient:
         return loss, u.new_empty(0), u.new_empty(0)
-    lse, q = (negatives, torch.ones_like(excess)) if decoupled else (negatives.logaddexp(positives), excess.sigmoid_())
-    a = lse.neg_().exp_()
-    du = (u.view(2, n, -1).flip(0) * (q[:n] + q[n:]).neg_()[:, None]).view(m, -1)
+    # exp(-lse) and q, from sums that are in range: logarithms and their exponentials would only add rounding
+    a = (total if decoupled else total + positives.exp()).reciprocal()  # (2, n)
+    pull = (total * a).sum(0).neg_()[:, None]  # (n, 1): -(q_i + q_p(i)), which is -2 for the decoupled loss
+    du = views.flip(0).mul_(pull).view(m, d)
+    a = a.view(m)
     buffer = torch.empty_like(kept[0][-1])
     for i, j, mirrored, e in kept:
         e.mul_(torch.add(a[i, None], a[j], out=buffer.view(-1)[: e.numel()].view_as(e)))
         du[i].addmm_(e, u[j])
-        du[mirrored].addmm_(e[:, mirrored.start - j.start :].t(), u[i])
-    du.div_(m * tau)
-    along = (u * du).sum(1, keepdim=True)
-    return loss, du.addcmul_(u, along, value=-1).div_(norm), along.sum().div_(-2 * tau)
+        if mirrored.start < m:
+            du[mirrored].addmm_(e[:, mirrored.start - j.start :].t(), u[i])
+    along = torch.mul(u, du, out=scaled).sum(1, keepdim=True)
+    d_tau = along.sum().div_(-2 * m * tau * tau)
+    return loss, du.addcmul_(u, along, value=-1).div_(norm.mul_(m * tau)), d_tau
 
 
 @loss_and_gradient.register_fake
@@ -88,7 +106,24 @@ def _backward(ctx, grad_loss, *_):
     if grad_loss is None:
         return None, None, None, None
     temperature, dz, d_tau = ctx.saved_tensors
-    return (grad_loss * dz).to(ctx.dtype), (grad_loss * d_tau).to(temperature), None, None
+    needs_dz, needs_d_tau = ctx.needs_input_grad[:2]
+    grad_z = (grad_loss * dz).to(ctx.dtype) if needs_dz else None
+    return grad_z, (grad_loss * d_tau).to(temperature) if needs_d_tau else None, None, None
 
 
 loss_and_gradient.register_autograd(_backward, setup_context=_save_gradient)
+
+
+class OnePass(torch.autograd.Function):
+    """The operator's gradient without the operator, for eager mode."""
+
+    @staticmethod
+    def forward(ctx, z, temperature, decoupled):
+        loss, dz, d_tau = _loss_and_gradient(z, temperature, decoupled, True)
+        ctx.dtype = z.dtype
+        ctx.save_for_backward(temperature, dz, d_tau)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        return _backward(ctx, grad_loss)[:3]

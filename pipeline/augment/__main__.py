@@ -54,6 +54,8 @@ class PreviewConfig:
     def __post_init__(self) -> None:
         check_range("--samples", self.samples, 1, 10**6)
         check_range("--views.size", self.views.size, 8, LARGEST)
+        if self.views.size_schedule:
+            raise UserError("The preview shows views of one size; omit --views.size-schedule and use --views.size.")
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Augmentation backends: interface, selection and creation."""
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import NamedTuple, Protocol
 
@@ -168,3 +169,40 @@ def create_backend(
     from .opencv import OpenCVBackend
 
     return OpenCVBackend(*options)
+
+
+class EpochBackends:
+    """Backend of every epoch, because the size of the views may change between epochs (`AugmentConfig.size_schedule`).
+
+    One backend exists at a time: when the size changes, the earlier one is closed, which must not be in use any more.
+
+    Args:
+        config: augmentation options.
+        create: creates the backend for the options of an epoch.
+
+    Attributes:
+        image_device: see `Backend`; the same in all epochs.
+
+    Raises:
+        UserError: the first backend is created at once, and is not available.
+    """
+
+    def __init__(self, config: AugmentConfig, create: Callable[[AugmentConfig], Backend]):
+        self.config, self.create = config, create
+        self._use(config.at_epoch(0))
+        self.image_device = self._backend.image_device
+
+    def _use(self, config: AugmentConfig) -> None:
+        self._size, self._backend = config.size, self.create(config)
+
+    def at_epoch(self, epoch: int) -> Backend:
+        """The backend for views of an epoch."""
+        config = self.config.at_epoch(epoch)
+        if config.size != self._size:
+            self._backend.close()
+            self._use(config)
+        return self._backend
+
+    def close(self) -> None:
+        """Close the backend."""
+        self._backend.close()

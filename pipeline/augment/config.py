@@ -1,6 +1,7 @@
 """Augmentation options."""
 
-from dataclasses import dataclass, replace
+import re
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -21,6 +22,9 @@ class AugmentConfig:
 
     size: int = 224
     """Side of a view in pixels."""
+    size_schedule: tuple[str, ...] = field(default=(), kw_only=True)
+    """Smaller views in the first epochs of train.py, as SIZE:EPOCHS: 128:30 160:40 is 128 px for 30 epochs, 160 px for
+    the next 40, then --views.size."""
     crop_area: tuple[float, float] = (0.08, 1.0)
     """Smallest and largest crop area, as a fraction of the image."""
     crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
@@ -45,29 +49,35 @@ class AugmentConfig:
     """Standard deviation to divide by, per channel or one for all. Default: as measured at conversion."""
 
     def __post_init__(self) -> None:
-        def require(holds: bool, field: str, expected: str) -> None:
+        def require(holds: bool, name: str, expected: str) -> None:
             if not holds:
-                value = getattr(self, field)
+                value = getattr(self, name)
                 shown = value if isinstance(value, str) or not np.iterable(value) else " ".join(map(str, value))
-                raise UserError(f"--views.{field.replace('_', '-')} is {shown}; it must be {expected}.")
+                raise UserError(f"--views.{name.replace('_', '-')} is {shown}; it must be {expected}.")
 
         # comparisons are written such that nan fails them
         require(self.size >= 8, "size", "at least 8 pixels")
+        pairs = all(re.fullmatch(r"\d{1,9}:0*[1-9]\d{0,8}", item) for item in self.size_schedule)
+        require(pairs, "size_schedule", "pairs SIZE:EPOCHS of whole numbers, such as 128:30 160:40")
+        sizes = [size for size, _ in self.phases]
+        require(sizes == sorted(set(sizes)), "size_schedule", "in ascending order of sizes, each size once")
+        expected = f"of sizes from 8 pixels to less than --views.size ({self.size}), which the remaining epochs have"
+        require(all(8 <= size < self.size for size in sizes), "size_schedule", expected)
         low, high = self.crop_area
         require(0 < low <= high <= 1, "crop_area", "two fractions of the image, 0 < smallest <= largest <= 1")
         low, high = self.crop_aspect
         require(0 < low <= high < np.inf, "crop_aspect", "two ratios of width to height, 0 < smallest <= largest")
-        for field in ("flip_p", "jitter_p", "gray_p", "blur_p"):
-            require(0 <= getattr(self, field) <= 1, field, "a probability from 0 to 1")
+        for name in ("flip_p", "jitter_p", "gray_p", "blur_p"):
+            require(0 <= getattr(self, name) <= 1, name, "a probability from 0 to 1")
         require(0 <= self.jitter_strength <= 2.5, "jitter_strength", "from 0 to 2.5, where the hue covers every color")
         require(self.jitter in get_args(Jitter), "jitter", " or ".join(get_args(Jitter)))
         low, high = self.blur_sigma
         expected = "two standard deviations in pixels, 0 < smallest <= largest; use --views.blur-p 0 for no blur"
         require(0 < low <= high < np.inf, "blur_sigma", expected)
-        for field, smallest in ("mean", 0), ("std", SMALLEST_STD):
-            values = getattr(self, field)
+        for name, smallest in ("mean", 0), ("std", SMALLEST_STD):
+            values = getattr(self, name)
             expected = f"one number per channel or one for all, {smallest:g} to 1, for an image in 0..1, not 0..255"
-            require(values is None or (len(values) and all(smallest <= x <= 1 for x in values)), field, expected)
+            require(values is None or (len(values) and all(smallest <= x <= 1 for x in values)), name, expected)
 
     def for_images(self, pixel_format: PixelFormat, statistics: dict[str, Any]) -> "AugmentConfig":
         """The configuration with a mean and a standard deviation for each channel of the images.
@@ -102,6 +112,41 @@ class AugmentConfig:
                 )
             found[name] = tuple(map(float, values)) * (pixel_format.channels if len(values) == 1 else 1)
         return replace(self, **found)
+
+    @property
+    def phases(self) -> list[tuple[int, int]]:
+        """Size and number of epochs of each item of `size_schedule`."""
+        return [tuple(map(int, item.split(":"))) for item in self.size_schedule]
+
+    @property
+    def full_size(self) -> "AugmentConfig":
+        """The configuration without a schedule, for views of `size` in every epoch."""
+        return replace(self, size_schedule=())
+
+    def at_epoch(self, epoch: int) -> "AugmentConfig":
+        """The configuration of one epoch (counted from 0), without a schedule.
+
+        The blur shrinks with the view, so that it covers the same part of the image at every size.
+        """
+        for size, epochs in self.phases:
+            if epoch < epochs:
+                low, high = (sigma * size / self.size for sigma in self.blur_sigma)
+                return replace(self, size=size, size_schedule=(), blur_sigma=(low, high))
+            epoch -= epochs
+        return self.full_size
+
+    def check_epochs(self, epochs: int) -> None:
+        """Refuse a schedule that leaves no epoch of a run at full size.
+
+        Raises:
+            UserError: names both numbers of epochs.
+        """
+        scheduled = sum(each for _, each in self.phases)
+        if scheduled >= epochs:
+            raise UserError(
+                f"--views.size-schedule covers {scheduled} epochs, but --epochs is {epochs}; shorten the schedule or "
+                f"use --epochs {scheduled + 1} or more, so that the run ends with views of {self.size} px."
+            )
 
     @property
     def blur_window(self) -> int:

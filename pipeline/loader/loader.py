@@ -2,12 +2,13 @@
 
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..augment.backend import choose_backend, create_backend
+from ..augment.backend import EpochBackends, choose_backend, create_backend
 from ..augment.config import AugmentConfig
 from ..augment.params import AugmentParams, center_crop, draw_params
 from ..common import UserError
@@ -29,6 +30,12 @@ def worth_whole_shards(shards: ShardSet, samples: np.ndarray, cache_bytes: int =
     used = shards_of(shards, samples)
     total_bytes = sum(shards.manifest["shards"][shard]["bytes"] for shard in used)
     return 4 * len(samples) >= np.diff(shards.shard_starts)[used].sum() or total_bytes <= cache_bytes
+
+
+def describe_schedule(augment: AugmentConfig) -> str:
+    """Sizes of the views in words, such as ", 16 px for 30 epochs, then 32 px"; "" if they do not change."""
+    parts = [f", {size} px for {epochs} epoch{'s' * (epochs > 1)}" for size, epochs in augment.phases]
+    return "".join(parts) + (f", then {augment.size} px" if parts else "")
 
 
 class ViewLoader:
@@ -57,7 +64,8 @@ class ViewLoader:
             several ranks the caller must check the total (`BadSampleTracker.check`).
 
     Attributes:
-        backend_name: augmentation backend; if "auto" chose it, the reason; and whether images are resident.
+        backend_name: augmentation backend; if "auto" chose it, the reason; sizes of the views if they change; and
+            whether images are resident.
         store: decoded images; None if images are decoded whenever they are needed.
 
     Raises:
@@ -106,22 +114,29 @@ class ViewLoader:
 
         def draw(epoch: int, samples: np.ndarray) -> AugmentParams:
             height, width = shards.index["height"][samples], shards.index["width"][samples]
-            return draw_params(augment, seed, epoch, samples, height, width, views=views_per_image)
+            return draw_params(augment.at_epoch(epoch), seed, epoch, samples, height, width, views=views_per_image)
 
         images = shards.pixel_format
         on_gpu = device.type == "cuda" and config.resident != "off" and epochs != 1 and fits(shards, samples, device)
         choice = choose_backend(config.backend, device, augment.size, config.threads, images, fits_device=on_gpu)
-        self.backend_name = str(choice)
-        local_batch = batch_size // world_size
-        backend = create_backend(
-            choice.name, augment, device, local_batch, views_per_image, config.threads, dtype, images
+        self.backend_name = f"{choice}{describe_schedule(augment)}"
+        create = partial(
+            create_backend,
+            choice.name,
+            device=device,
+            batch_size=batch_size // world_size,
+            views=views_per_image,
+            workers=config.threads,
+            dtype=dtype,
+            pixel_format=images,
         )
-        self.store = create_store(config.resident, shards, samples, backend.image_device, epochs)
+        backends = EpochBackends(augment, create)
+        self.store = create_store(config.resident, shards, samples, backends.image_device, epochs)
         if self.store is not None:
             self.backend_name += f", images resident ({len(self.store.pixels) / 1e6:,.0f} MB)"
             self.reader = ResidentReader(self.reader, self.store, config.threads)
         self.prefetcher = Prefetcher(
-            self.reader, draw, backend, self.bad_samples, device=device, prefetch=config.prefetch
+            self.reader, draw, backends, self.bad_samples, device=device, prefetch=config.prefetch
         )
         self._batches: Iterator[Batch] = iter(())
         self._next: tuple[int, int] | None = None  # position of the next batch in `_batches`
@@ -238,12 +253,22 @@ def center_crop_batches(
     bad_samples = BadSampleTracker(shards, 0, config.max_bad, bad_samples_file, samples)
     images, on_device = shards.pixel_format, find_store(shards, device) is not None
     choice = choose_backend(config.backend, device, augment.size, config.threads, images, fits_device=on_device)
-    backend = create_backend(choice.name, augment, device, batch_size, 1, config.threads, dtype, images)
+    create = partial(
+        create_backend,
+        choice.name,
+        device=device,
+        batch_size=batch_size,
+        views=1,
+        workers=config.threads,
+        dtype=dtype,
+        pixel_format=images,
+    )
+    backends = EpochBackends(augment.full_size, create)
     reader = Reader(shards, cache or config.cache())
-    store = find_store(shards, backend.image_device) if config.resident != "off" else None
+    store = find_store(shards, backends.image_device) if config.resident != "off" else None
     if store is not None:
         reader = ResidentReader(reader, store, config.threads)
-    prefetcher = Prefetcher(reader, draw, backend, bad_samples, device=device, prefetch=2)
+    prefetcher = Prefetcher(reader, draw, backends, bad_samples, device=device, prefetch=2)
     try:
         yield from prefetcher.batches(plan())
     finally:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..augment.backend import Backend
+from ..augment.backend import EpochBackends
 from ..augment.gpu import copy_to
 from ..augment.params import AugmentParams
 from ..images.files import DecodeError
@@ -63,9 +63,9 @@ class Prefetcher:
     reads it has ended.
 
     Args:
-        reader: reads images; closed together with the prefetcher, like the backend.
+        reader: reads images; closed together with the prefetcher, like the backends.
         draw: pure function of epoch and samples ((n,) int64) that returns their augmentation parameters.
-        backend: augmentation backend.
+        backends: augmentation backend of every epoch.
         bad_samples: chooses replacements and counts them.
         device: device of the batches.
         prefetch: number of batches to prepare ahead; 0 prepares each batch when it is needed.
@@ -75,13 +75,13 @@ class Prefetcher:
         self,
         reader: Reader | ResidentReader,
         draw: Callable[[int, np.ndarray], AugmentParams],
-        backend: Backend,
+        backends: EpochBackends,
         bad_samples: BadSampleTracker,
         *,
         device: torch.device,
         prefetch: int,
     ):
-        self.reader, self.draw, self.backend, self.bad_samples = reader, draw, backend, bad_samples
+        self.reader, self.draw, self.backends, self.bad_samples = reader, draw, backends, bad_samples
         self.device, self.prefetch = device, prefetch
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -125,7 +125,8 @@ class Prefetcher:
                 failures = {i: data for i, data in enumerate(images) if isinstance(data, ReadFailure)}
                 if not failures:
                     try:
-                        views = self.backend(images, self.draw(planned.epoch, samples))
+                        backend = self.backends.at_epoch(planned.epoch)
+                        views = backend(images, self.draw(planned.epoch, samples))
                     except DecodeError as error:
                         failures = {error.args[1]: UNDECODABLE}
                 if failures:
@@ -166,4 +167,4 @@ class Prefetcher:
     def close(self) -> None:
         """Close reader and backend."""
         self.reader.close()
-        self.backend.close()
+        self.backends.close()

@@ -2,6 +2,7 @@
 
 import csv
 import re
+from itertools import count
 
 import pytest
 import torch
@@ -19,6 +20,16 @@ def test_functions_are_timed_in_turn():
     times = harness.interleave(functions, seconds=0.0, device=CPU)
     assert turns == ["a", "b"] * 4, "one warm-up round, three timed rounds"
     assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
+
+
+def test_a_shuffled_function_has_every_predecessor(monkeypatch):
+    monkeypatch.setattr(harness.time, "perf_counter", count().__next__)  # 7 readings per round
+    turns = []
+    functions = {name: lambda name=name: turns.append(name) for name in "abc"}
+    times = harness.interleave(functions, seconds=7 * 30, device=CPU, shuffled=True)
+    rounds = ["".join(turns[i : i + 3]) for i in range(3, len(turns), 3)]
+    assert {"".join(sorted(turn)) for turn in rounds} == {"abc"} and len(set(rounds)) == 6
+    assert {len(values) for values in times.values()} == {len(rounds)}
 
 
 def test_percentiles():
@@ -57,7 +68,7 @@ def test_every_shape_is_compiled(monkeypatch):
         compiled.append(len(inputs[0]))
         return graph.forward
 
-    def once(functions, seconds, device):
+    def once(functions, seconds, device, shuffled=False):
         return {name: [1.0, 1.0] for name, function in functions.items() if [function()]}
 
     monkeypatch.setattr(loss_kernel, "interleave", once)

@@ -36,14 +36,14 @@ class Net(nn.Module):
             return self.head(h.float()), self.probe and self.probe(h.detach().float())
 
 
-def train_steps(net, steps=4):
+def train_steps(net, steps=4, size=6):
     """Outputs of every step and the final state, in bfloat16."""
     outputs, random = [], torch.Generator().manual_seed(1)
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
     for step in range(steps):
         torch.manual_seed(step)
         with torch.autocast("cpu", torch.bfloat16):
-            z, logits = net(torch.randn(4, 3, 6, 6, generator=random))
+            z, logits = net(torch.randn(4, 3, size, size, generator=random))
         outputs.append((z.detach().clone(), logits is None))
         (z.square().mean() + (0 if logits is None else logits.logsumexp(1).mean())).backward()
         optimizer.step()
@@ -79,6 +79,26 @@ def test_gradients_are_not_copied(monkeypatch):
         assert (parameter.grad is None) == (gradient is None)
         assert gradient is None or parameter.grad.data_ptr() == gradient.data_ptr()
     assert passes.gradients[-1] is None, "of the unused layer"
+
+
+def test_views_of_another_size_are_captured_again(monkeypatch):
+    """The steps equal eager ones bit for bit, and the first size's graphs are gone: each size comes once in a run."""
+    torch.manual_seed(0)
+    net = Net(3)
+    net.encoder[3] = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten())
+    initial = copy.deepcopy(net.state_dict())
+
+    def steps():
+        return [train_steps(net, 2, size) for size in (6, 9)]
+
+    expected = steps()
+    net.load_state_dict(initial)
+    net.forward = GraphedForward(net)
+    with graphs_on_the_cpu(monkeypatch) as graphs:
+        actual = steps()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    assert [graph.replays for graph in graphs] == [2, 2, 2, 2]
+    assert net.forward.passes.forward_graph is graphs[2]
 
 
 def test_evaluation_replays_nothing(monkeypatch):

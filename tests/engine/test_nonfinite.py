@@ -27,7 +27,9 @@ def everything(net, optimizer):
     return [tensor.clone() for tensor in [*floats, *states]]
 
 
-@pytest.mark.parametrize(("name", "momentum"), [*product(["lars", "sgd", "adamw"], [0.0, 0.9]), ("nesterov", 0.9)])
+@pytest.mark.parametrize(
+    ("name", "momentum"), [*product(["lars", "sgd", "adamw", "muon"], [0.0, 0.9]), ("nesterov", 0.9)]
+)
 @pytest.mark.parametrize("first", [True, False], ids=["in the first step", "later"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_non_finite_step_changes_nothing(name, first, bad, momentum):

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from engine.muon import Muon, orthogonalize
 from engine.optim import LARS, OptimConfig, create_optimizer, parameter_groups
 
 
@@ -114,6 +115,64 @@ def test_lars_passes_the_buffers_that_cuda_demands(momentum, monkeypatch):
     assert calls == [momentum, momentum]
 
 
+def orthogonalized(u):
+    """Five Newton-Schulz iterations as what they do to each singular value, in float64."""
+    left, values, right = np.linalg.svd(u, full_matrices=False)
+    values = values / np.linalg.norm(values)
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    return (left * values) @ right
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 2, 3, 3)])
+def test_muon_moves_weights_along_orthogonalized_momentum(shape):
+    random = np.random.default_rng(0)
+    w, gradients, rates = random.normal(size=shape), random.normal(size=(4, *shape)), [0.0, 0.5, 0.1, 0.2]
+    parameter = nn.Parameter(torch.tensor(w))
+    twin = nn.Parameter(torch.tensor(2 * w))  # of the same shape: both are updated by one multiplication
+    optimizer = Muon([parameter, twin], lr=0.0, momentum=0.9, weight_decay=0.1, dtype=torch.float64)
+    m = np.zeros_like(w)
+    for gradient, lr in zip(gradients, rates, strict=True):
+        optimizer.param_groups[0]["lr"] = lr
+        parameter.grad, twin.grad = torch.tensor(gradient), -torch.tensor(gradient)
+        optimizer.step()
+        m = 0.9 * m + 0.1 * gradient
+        update = orthogonalized((0.9 * m + 0.1 * gradient).reshape(shape[0], -1))
+        update *= max(1, update.shape[0] / update.shape[1]) ** 0.5
+        w = (1 - 0.1 * lr) * w - lr * update.reshape(shape)
+    np.testing.assert_allclose(parameter.detach().numpy(), w, atol=1e-6)  # the norm is increased by 1e-7
+    assert not torch.allclose(twin, 2 * parameter)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_muon_brings_singular_values_near_1(dtype, tolerance):
+    random = np.random.default_rng(0)
+    left, _ = np.linalg.qr(random.normal(size=(8, 8)))
+    right, _ = np.linalg.qr(random.normal(size=(20, 8)))
+    matrix = (left * np.geomspace(0.02, 1, 8)) @ right.T
+    result = orthogonalize(torch.tensor(matrix[None], dtype=torch.float32), dtype)[0].double().numpy()
+    values = np.linalg.svd(result)[1]
+    assert values.min() > 0.67 - tolerance and values.max() < 1.21 + tolerance
+    assert orthogonalize(torch.zeros(1, 3, 4)).count_nonzero() == 0
+
+
+def test_muon_treats_vectors_as_adamw():
+    """So it does with a new classifier, which does not adapt."""
+    torch.manual_seed(0)
+    start, gradients, ends = torch.randn(3), torch.randn(4, 3), []
+    for optimizer in (
+        lambda w: Muon([{"params": [w], "adapt": False}], lr=0.1),
+        lambda w: torch.optim.AdamW([w], lr=0.01, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    ):
+        parameter = nn.Parameter(start.clone())
+        created = optimizer(parameter)
+        for gradient in gradients:
+            parameter.grad = gradient.clone()
+            created.step()
+        ends.append(parameter.detach())
+    assert torch.equal(*ends)
+
+
 def test_norms_and_biases_neither_decay_nor_adapt():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
     net[2].weight.requires_grad_(False)
@@ -124,7 +183,7 @@ def test_norms_and_biases_neither_decay_nor_adapt():
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw", "muon"])
 def test_every_optimizer_reduces_the_loss_and_resumes(name, momentum):
     def run(steps, state=None):
         torch.manual_seed(0)

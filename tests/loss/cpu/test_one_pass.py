@@ -35,6 +35,17 @@ def test_the_gradient_is_scaled_by_every_backward_pass():
     torch.testing.assert_close(tripled, 3 * once, rtol=1e-15, atol=0)
 
 
+@pytest.mark.parametrize("differentiated", ["z", "temperature", "both"])
+def test_eager_mode_equals_the_operator_without_calling_it(monkeypatch, differentiated):
+    z = trained_like(5, 8).requires_grad_(differentiated != "temperature")
+    temperature = torch.tensor(0.1, requires_grad=differentiated != "z")
+    inputs = [x for x in (z, temperature) if x.requires_grad]
+    expected = torch.autograd.grad(one_pass.loss_and_gradient(z, temperature, False, True)[0], inputs)
+    monkeypatch.setattr(one_pass, "loss_and_gradient", None)
+    actual = torch.autograd.grad(nt_xent(z, temperature), inputs)
+    assert all(map(torch.equal, actual, expected))
+
+
 @pytest.mark.parametrize("tau", [0.001, 0.1])
 def test_without_gradients_only_the_loss_is_computed(tau):
     z = trained_like(5, 8, torch.float32)

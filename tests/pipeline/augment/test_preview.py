@@ -108,6 +108,7 @@ def run(monkeypatch, *options: object) -> object:
     [
         (["--data", "nowhere"], "nowhere"),
         (["--samples", "0"], "--samples is 0; it must be at least 1"),
+        (["--views.size-schedule", "16:1"], "one size; omit --views.size-schedule and use --views.size"),
         (["--views.size", "3"], "--views.size is 3; it must be at least 8"),
         (["--views.size", "100000"], "--views.size is 100000; it must be at most"),
         (["--out", "grid.txt"], "does not name an image"),

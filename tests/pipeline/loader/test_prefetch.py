@@ -52,10 +52,11 @@ class LiveBatches:
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 2, 4])
-def test_batches_in_memory(shards, ahead):
+def test_batches_in_memory(shards, ahead, monkeypatch):
     """While a step runs, `ahead` more batches are prepared; one more exists when the step takes the next."""
     whole, live = loader(shards, prefetch=ahead), LiveBatches()
-    whole.prefetcher.backend = live.counting(whole.prefetcher.backend)
+    counted = live.counting(whole.prefetcher.backends.at_epoch(0))
+    monkeypatch.setattr(whole.prefetcher.backends, "at_epoch", lambda epoch: counted)
     steps = (batch for _ in range(3) for batch in whole)
     for batch in islice(steps, 12):
         assert len(batch.index) == 2
