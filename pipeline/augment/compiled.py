@@ -15,6 +15,7 @@ Planes are transposed, (3, x, y): both passes of a separable filter then run alo
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from numba import carray, njit, types
@@ -49,6 +50,14 @@ RED, GREEN, BLUE = (np.float32(weight) for weight in LUMA)
 ZERO, ONE, TWO, THREE, FOUR, FIVE, SIX = map(np.float32, range(7))
 ROUND = np.float32(1.5 * 2**23)
 """x + ROUND - ROUND rounds 0 <= x <= 255 to an integer, because float32 has no fractions from 2**23 on."""
+
+
+def _entry_point(function: Callable) -> Callable:
+    """Compile without the global interpreter lock, and store the result where Numba can."""
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # neither this folder nor the user's cache can be written: every process compiles
+        return njit(nogil=True)(function)
 
 
 class CompiledViews:
@@ -122,7 +131,7 @@ def normalize(
     _normalize(levels.reshape(-1), scale, offset, out.reshape(-1))
 
 
-@njit(nogil=True, cache=True)
+@_entry_point
 def _exact_colors(pixels, view, levels):
     """Apply the exact jitter to (3 S S,) uint8; `levels` is (3 S S,) or, for a gray view, (S S,)."""
     count = pixels.size // 3
@@ -142,7 +151,7 @@ def _exact_colors(pixels, view, levels):
             levels[3 * p + 2] = np.int32(blue[p])
 
 
-@njit(nogil=True, cache=True)
+@_entry_point
 def _normalize(levels, scale, offset, out):
     a, b, c = scale
     d, e, f = offset
@@ -157,7 +166,7 @@ def _normalize(levels, scale, offset, out):
             out[3 * p + 2] = c * np.float32(levels[3 * p + 2]) + f
 
 
-@njit(nogil=True, cache=True)
+@_entry_point
 def _render(views, images, affine, window, scale, offset, out):
     """Write all views of some images into a batch.
 
