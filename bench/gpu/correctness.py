@@ -267,7 +267,7 @@ CHECKS = [
     Check(training.kill_and_resume, 90, training.SHARDS),
     Check(training.cuda_graphs, 90, training.SHARDS),
     Check(ranks.two_ranks, 60),
-    Check(files.image_files, 60, ("cv2",)),
+    Check(files.image_files, 60, ("cv2", "numba")),
     Check(loss_opcheck, 60, ("triton",)),
     Check(loss_compiled, 60, ("triton",)),
     Check(loss_accuracy, 200, ("triton",)),

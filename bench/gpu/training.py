@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from bench.gpu.checks import Case, Outcome, Setup, Skipped, largest
 
-SHARDS = ("cv2", "rich")
+SHARDS = ("cv2", "numba", "rich")
 """What training needs that neither torch nor timm nor accelerate installs."""
 BATCH = 8
 WARM, STEPS = 3, 10

@@ -2,14 +2,17 @@
 
 OpenCV releases the global interpreter lock inside its calls, so plain threads use all cores and nothing is pickled.
 Each step rounds to whole levels of the image's own depth, 8 or 16 bits, as PIL does for 8 bits. Views of 8-bit RGB
-images have paths of their own, which are faster, and whose results stay identical across versions. Images with one
-channel are (H, W) arrays after the crop, because OpenCV drops a last dimension of 1.
+images have paths of their own, which are faster: up to `SMALL` px one compiled function (compiled.py), because the
+calls of OpenCV would take longer than their arithmetic; above, compiled functions for the exact jitter and for
+normalization in float32, and calls of torch and OpenCV for the rest. Images with other channels or 16 bits take the
+general path at every size. Images with one channel are (H, W) arrays after the crop, because OpenCV drops a last
+dimension of 1.
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import partial
 
 import cv2
 import numpy as np
@@ -18,11 +21,14 @@ from torch.nn.functional import interpolate
 
 from ..images.files import DecodeError, contains
 from ..images.pixel_format import RGB8, PixelFormat, decode_pixels
+from . import compiled
 from .config import AugmentConfig
 from .params import BRIGHTNESS, CONTRAST, LUMA, SATURATION, AugmentParams, affine_jitter
 
-SMALL = 40
-"""Largest side in pixels that is resized by two matrix products, which take less time than the overhead of torch."""
+SMALL = 64
+"""Largest side in pixels of the views of 8-bit RGB images that are compiled."""
+SLICE = 16
+"""Largest number of images that a thread augments by one call of the compiled function."""
 KEPT_BATCHES = 8
 """Largest number of unused batches whose memory is kept for reuse; a loader has about five batches in flight."""
 
@@ -58,17 +64,26 @@ class OpenCVBackend:
         self.workers, self.dtype, self.pixel_format = workers, dtype, pixel_format
         self.unused: list[np.ndarray] = []  # memory of earlier batches
         self.normalize = Normalize(config, dtype, pixel_format)
+        self.compiled = None
+        if pixel_format == RGB8 and config.size <= SMALL:
+            self.compiled = compiled.CompiledViews(config)
+        elif pixel_format == RGB8:
+            compiled.compile_colors()
 
     def __call__(self, images: list[bytes | np.ndarray], params: AugmentParams) -> torch.Tensor:
         """Augment V views of n images; see `Backend`."""
         n = len(images)
         batch = self._batch(self.views * n)
         out = (batch.view(torch.uint16) if self.dtype == torch.bfloat16 else batch).numpy()  # NumPy has no bfloat16
-        maps = affine_maps(params) if self.config.jitter == "affine" else None
-        remaining = iter(range(n))  # shared by the threads, because images and cores differ in speed
-        jobs = [
-            self.pool.submit(self._augment, images, params, maps, out, remaining) for _ in range(min(self.workers, n))
-        ]
+        if self.compiled:
+            step = min(SLICE, -(-n // (4 * self.workers)))
+            write = partial(self.compiled, self.compiled.table(params), out)
+        else:
+            step, maps = 1, affine_maps(params) if self.config.jitter == "affine" else None
+            write = partial(self._write, params, maps, out)
+        parts = [slice(first, min(first + step, n)) for first in range(0, n, step)]
+        remaining = iter(parts)  # shared by the threads, because images and cores differ in speed
+        jobs = [self.pool.submit(self._augment, images, write, remaining) for _ in range(min(self.workers, len(parts)))]
         for job in jobs:
             job.result()
         return batch.permute(0, 3, 1, 2).to(self.device, non_blocking=True)
@@ -95,26 +110,29 @@ class OpenCVBackend:
         weakref.finalize(lent, _reuse, self.unused, memory).atexit = False
         return torch.from_numpy(lent).view(self.dtype)
 
-    def _augment(
-        self,
-        images: list[bytes | np.ndarray],
-        params: AugmentParams,
-        maps: tuple | None,
-        out: np.ndarray,
-        remaining: Iterator[int],
+    def _augment(self, images: list[bytes | np.ndarray], write: Callable, remaining: Iterator[slice]) -> None:
+        """Decode and augment the `remaining` images, and write their views into the batch."""
+        for part in remaining:
+            decoded = []
+            for i in range(part.start, part.stop):
+                image = decode_pixels(images[i], self.pixel_format) if isinstance(images[i], bytes) else images[i]
+                if image is None:
+                    raise DecodeError("the image can't be decoded", i)
+                decoded.append(image)
+            write(part, decoded)
+
+    def _write(
+        self, params: AugmentParams, maps: tuple | None, out: np.ndarray, part: slice, images: list[np.ndarray]
     ) -> None:
-        """Write all views of the images `remaining` into `out` (V n, S, S, C)."""
-        window = self.config.blur_window
-        for i in remaining:
-            image = decode_pixels(images[i], self.pixel_format) if isinstance(images[i], bytes) else images[i]
-            if image is None:
-                raise DecodeError("the image can't be decoded", i)
+        """Write all views of `images`, a part of the batch, into `out` (V n, S, S, C) by calls of OpenCV."""
+        for i, image in enumerate(images, part.start):
             if not contains(*image.shape[:2], params.crop[:, i]):
                 raise DecodeError("the image is smaller than its index says", i)
             for v in range(self.views):
                 view = resized_crop(image, params, v, i, self.config.size)
                 view = (color if self.pixel_format.channels == 3 else intensity)(view, params, v, i, maps)
-                self.normalize(blur(view, float(params.sigma[v, i]), window), out[v * len(images) + i])
+                view = blur(view, float(params.sigma[v, i]), self.config.blur_window)
+                self.normalize(view, out[v * params.flip.shape[1] + i])
 
 
 def _reuse(unused: list[np.ndarray], memory: np.ndarray) -> None:
@@ -146,6 +164,8 @@ def color(view: np.ndarray, params: AugmentParams, v: int, i: int, maps: tuple |
         (S, S, 3) RGB, or (S, S) if the view is gray, of the same dtype.
     """
     gray = params.gray[v, i]
+    if maps is None and view.dtype == np.uint8:
+        return compiled.exact_colors(view, params, v, i)
     if maps is None:
         view = _jitter(view, params, v, i)
         return _gray(view) if gray else view
@@ -205,21 +225,27 @@ class Normalize:
     def __init__(self, config: AugmentConfig, dtype: torch.dtype = torch.float32, pixel_format: PixelFormat = RGB8):
         self.channels, self.dtype = pixel_format.channels, dtype
         mean, std = np.array(config.mean, np.float32), np.array(config.std, np.float32)
-        # A linear map takes less time than a table of levels, but rounds the last bit differently. For 8 bits it is
-        # used only for the affine jitter, so that views of the exact jitter stay identical across versions.
-        self.table, self.map = None, np.column_stack([np.diag(1 / (pixel_format.white * std)), -mean / std])
+        scale, offset = 1 / (pixel_format.white * std), -mean / std
+        self.table, self.line, self.map = None, None, np.column_stack([np.diag(scale), offset])
         if pixel_format.bits == 16:
             return
         levels = np.arange(256, dtype=np.float32)[:, None]
         table = ((levels / 255 - mean) / std)[None]  # (1, 256, C): level and channel -> value
+        if pixel_format == RGB8:
+            table = (scale * levels + offset)[None]
+        elif config.jitter == "affine" and dtype == torch.bfloat16:
+            table = cv2.transform(np.repeat(levels, self.channels, 1)[None], self.map)
         if dtype == torch.bfloat16:
-            if config.jitter == "affine":
-                table = cv2.transform(np.repeat(levels, self.channels, 1)[None], self.map)
             self.table = torch.from_numpy(table).to(dtype).view(torch.uint16).numpy()
+        elif pixel_format == RGB8:
+            self.line = tuple(scale), tuple(offset)
         elif config.jitter == "exact":
             self.table = table
 
     def __call__(self, view: np.ndarray, out: np.ndarray) -> None:
+        if self.line is not None:
+            compiled.normalize(view, *self.line, out)
+            return
         if view.ndim == 2 and self.channels == 3:
             view = cv2.cvtColor(view, cv2.COLOR_GRAY2RGB)
         if self.table is not None:
@@ -237,10 +263,6 @@ def _resize(window: np.ndarray, size: int) -> np.ndarray:
     The kernel has a = -0.5, as in PIL and torchvision.
     """
     height, width, _ = window.shape
-    if max(height, width, size) <= SMALL:
-        wide = window.reshape(height, -1).astype(np.float32) @ _columns(width, size)  # (H, 3 W) -> (H, 3 S)
-        view = _weights(height, size) @ wide  # (S, 3 S)
-        return cv2.convertScaleAbs(np.maximum(view, 0, out=view)).reshape(size, size, 3)
     # reshape instead of [None], whose strides torch does not recognize as channels-last
     pixels = torch.from_numpy(np.ascontiguousarray(window).reshape(1, height, width, 3)).permute(0, 3, 1, 2)
     # for 8-bit images, torch's SIMD code is faster on one thread than cv2.INTER_AREA
@@ -260,22 +282,8 @@ def _resize_exactly(window: np.ndarray, size: int) -> np.ndarray:
     return view[..., 0] if view.shape[2] == 1 else view
 
 
-@lru_cache
-def _weights(length: int, size: int) -> np.ndarray:
-    """Interpolation matrix (size, length) float32 that resizes a line of pixels."""
-    unit = torch.eye(length, dtype=torch.float64)[None, None]
-    rows = interpolate(unit, (size, length), mode="bicubic", antialias=True, align_corners=False)
-    return rows[0, 0].float().numpy()
-
-
-@lru_cache
-def _columns(length: int, size: int) -> np.ndarray:
-    """Transposed interpolation matrix (3 length, 3 size) float32 for a line of interleaved RGB pixels."""
-    return np.ascontiguousarray(np.kron(_weights(length, size).T, np.eye(3, dtype=np.float32)))
-
-
 def _jitter(view: np.ndarray, params: AugmentParams, v: int, i: int) -> np.ndarray:
-    """Apply the exact jitter, in the order of the view; each operation rounds and clips."""
+    """Apply the exact jitter to (S, S, 3) uint16, in the order of the view; each operation rounds and clips."""
     for operation in params.order[v, i].tolist():
         if operation == BRIGHTNESS:
             view = _scale(view, float(params.brightness[v, i]), 0.0)
@@ -318,23 +326,12 @@ def _gray(view: np.ndarray) -> np.ndarray:
 
 
 def _saturate(view: np.ndarray, factor: float) -> np.ndarray:
-    if factor == 1:
-        return view
-    if view.dtype == np.uint16:
-        return cv2.transform(view, factor * np.eye(3) + (1 - factor) * LUMA)  # rounds once
-    return cv2.addWeighted(view, factor, cv2.cvtColor(_gray(view), cv2.COLOR_GRAY2RGB), 1 - factor, 0)
+    return view if factor == 1 else cv2.transform(view, factor * np.eye(3) + (1 - factor) * LUMA)  # rounds once
 
 
 def _shift_hue(view: np.ndarray, turns: float) -> np.ndarray:
     if turns == 0:
         return view
-    if view.dtype == np.uint16:  # OpenCV has HSV of 8 bits and of floats, whose hue is in degrees
-        hsv = cv2.cvtColor(view.astype(np.float32), cv2.COLOR_RGB2HSV)
-        hsv[..., 0] = (hsv[..., 0] + 360 * turns) % 360
-        return np.rint(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)).clip(0, 65535).astype(np.uint16)
-    hsv = cv2.cvtColor(view, cv2.COLOR_RGB2HSV_FULL)  # FULL: the hue has 256 steps, so uint8 wraps around
-    shift = np.zeros((len(view[0]), 3), np.uint8)
-    shift[:, 0] = round(turns * 256) % 256
-    lines = hsv.reshape(len(hsv), -1)
-    lines += shift.ravel()  # five times as fast as adding to every third byte
-    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+    hsv = cv2.cvtColor(view.astype(np.float32), cv2.COLOR_RGB2HSV)  # the hue in degrees
+    hsv[..., 0] = (hsv[..., 0] + 360 * turns) % 360
+    return np.rint(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)).clip(0, 65535).astype(np.uint16)

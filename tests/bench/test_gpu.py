@@ -163,7 +163,7 @@ from bench.gpu.__main__ import main
 arguments = ["all", "--device", "cpu", "--small", "--out", {out!r}]
 failed = main([*arguments, "--only", "optimizers", "host_waits", "image_files", "step_speed", "dali_overlap"])
 
-blocker.blocked = {blocked!r} | {{"scipy"}}  # OpenCV and rich may be there; training then needs nothing else
+blocker.blocked = {blocked!r} | {{"scipy"}}  # OpenCV, Numba and rich may be there; training then needs nothing else
 import train, finetune, distill, bench.trainers, bench.stages
 sys.exit(failed)
 """

@@ -211,7 +211,7 @@ def test_bfloat16_views_are_the_rounded_float32_views(pixel_format, jitter):
 
 
 def test_8_bit_rgb_keeps_its_own_paths(monkeypatch):
-    """Its views stay identical across versions, and fast, because nothing for other formats touches them."""
+    """Nothing for other formats touches its views, which stay fast."""
     for name in ("_resize_exactly", "_scale_channels", "intensity"):
         monkeypatch.setattr(opencv, name, lambda *_: pytest.fail("called"))
     encoded = reference.photographs(4, seed=1)

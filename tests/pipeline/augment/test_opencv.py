@@ -1,12 +1,17 @@
-"""Tests of the OpenCV backend's sizes, threads and memory; for its views see test_backends.py."""
+"""Tests of the OpenCV backend's sizes, slices, threads and memory; for its views see test_backends.py."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from pipeline.augment import compiled, opencv
 from pipeline.augment.config import AugmentConfig
 from pipeline.augment.opencv import SMALL, OpenCVBackend
 from pipeline.augment.params import center_crop
+from pipeline.images.files import DecodeError, decode
 from pipeline.images.pixel_format import RGB8
 from tests.pipeline.augment import reference_views as reference
 
@@ -40,8 +45,9 @@ def deviation(encoded, params, config) -> tuple[float, float]:
         (AugmentConfig(size=96), ((600, 801), (97, 1200))),
         (AugmentConfig(size=32, jitter_strength=0.5, blur_p=0), ((32, 32),)),
         (AugmentConfig(size=SMALL), ((SMALL, SMALL), (SMALL + 1, SMALL), (7, 3))),
+        (AugmentConfig(size=SMALL + 1), ((SMALL, SMALL), (SMALL + 1, SMALL), (7, 3))),
     ],
-    ids=["224", "96 from large", "32 from 32", "largest by matrix products"],
+    ids=["224", "96 from large", "32 from 32", "largest compiled", "smallest of OpenCV's calls"],
 )
 def test_view_and_image_sizes(config, sizes):
     encoded = reference.photographs(6, seed=3, sizes=sizes)
@@ -54,8 +60,8 @@ def test_view_and_image_sizes(config, sizes):
 @pytest.mark.parametrize("size", [(1, 1), (1, 90), (90, 1), (2, 3)])
 def test_the_smallest_images(size):
     encoded = [reference.encode(reference.smooth_field(1, 0, *size), "PNG")]
-    # 64 px are resized by torch, which clips between its two passes like PIL: up to 6 levels next to a hard edge
-    for config, largest in (AugmentConfig(size=32), 0.51), (AugmentConfig(size=64), 6):
+    # 65 px are resized by torch, which clips between its two passes like PIL: up to 6 levels next to a hard edge
+    for config, largest in (AugmentConfig(size=8), 0.51), (AugmentConfig(size=64), 0.51), (AugmentConfig(size=65), 6):
         assert deviation(encoded, reference.random_params(encoded, config, seed=1), config)[0] < 1.0
         center = center_crop(config, np.array(size[:1]), np.array(size[1:]))
         assert deviation(encoded, center, config)[1] < largest
@@ -70,6 +76,70 @@ def test_views_do_not_depend_on_the_number_of_threads(backend, photographs):
         part = other(photographs[3:10], reference.select(params, slice(3, 10)))
         assert torch.equal(part, views.view(2, 12, 3, 64, 64)[:, 3:10].flatten(0, 1))
         other.close()
+
+
+@pytest.mark.parametrize("size", [8, 31, 64])
+def test_compiled_geometry_is_exact(size):
+    """Crops of noise, whose edges are hard, are enlarged and shrunk; half of them are flipped."""
+    random, config = np.random.default_rng(size), AugmentConfig(size=size)
+    shapes = ((40, 56), (9, 7), (64, 64), (130, 30), (2, 150), (211, 190))
+    images = [random.integers(0, 256, (*shape, 3), np.uint8) for shape in shapes]
+    encoded = [reference.encode(Image.fromarray(image), "PNG") for image in images]
+    params = reference.keep_only(reference.random_params(encoded, config, seed=5), "flip")
+    assert 0 < params.flip.mean() < 1
+    assert deviation(encoded, params, config)[1] < 0.501  # half a level, and float32
+
+
+def test_decoded_images_give_the_views_of_encoded_ones(backend, photographs):
+    """Also arrays that cannot be written, or whose lines or pixels are not contiguous."""
+    params = reference.random_params(photographs, CONFIG, seed=4)
+    views = backend(photographs, params)
+    images = list(map(decode, photographs))
+    images[0].flags.writeable = False
+    images[1] = np.pad(images[1], ((0, 0), (3, 5), (0, 0)))[:, 3:-5]
+    images[2] = np.ascontiguousarray(images[2][..., ::-1])[..., ::-1]
+    images[3] = np.asfortranarray(images[3])
+    before = [image.copy() for image in images]
+    assert torch.equal(backend(images, params), views)
+    assert all(map(np.array_equal, images, before))
+
+
+@pytest.mark.parametrize("workers", [1, 5])
+def test_a_bad_image_is_found_in_its_slice(photographs, workers):
+    params = reference.random_params(photographs, CONFIG, seed=4)
+    backend = OpenCVBackend(CONFIG, CPU, 12, 2, workers)
+    crop = params.crop.copy()
+    crop[1, 7, 3] += 400
+    for images, wrong in ([*photographs[:7], b"", *photographs[8:]], params), (photographs, replace(params, crop=crop)):
+        with pytest.raises(DecodeError) as error:
+            backend(images, wrong)
+        assert error.value.args[1] == 7
+    backend.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_batch_waits_for_the_compiler(photographs, dtype):
+    backend = OpenCVBackend(replace(CONFIG, size=16), CPU, 12, 2, 2, dtype)
+    before = list(compiled._render.signatures)
+    for images in photographs, list(map(decode, photographs)):
+        for jitter in False, True:
+            backend.compiled.affine = jitter
+            backend(images, reference.random_params(photographs, CONFIG, seed=4))
+    backend.close()
+    assert before and compiled._render.signatures == before
+
+
+def test_sizes_that_are_compiled(photographs, monkeypatch):
+    monkeypatch.setattr(opencv, "resized_crop", lambda *_: 1 / 0)
+    params = reference.random_params(photographs, CONFIG, seed=4)
+    for size, calls in (SMALL, False), (SMALL + 1, True):
+        backend = OpenCVBackend(replace(CONFIG, size=size), CPU, 12, 2, 2)
+        if calls:
+            with pytest.raises(ZeroDivisionError):
+                backend(photographs, params)
+        else:
+            assert backend(photographs, params).shape == (24, 3, size, size)
+        backend.close()
 
 
 def test_memory_is_reused_once_a_batch_is_released(backend, photographs):
