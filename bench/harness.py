@@ -9,8 +9,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -38,6 +39,45 @@ def environment(device: torch.device) -> dict[str, str | int]:
     }
 
 
+class SteadyState:
+    """Function that consumes a stream of batches; only the time between two of its batches counts.
+
+    When the clock starts, threads run, memory is allocated, and batches prepared ahead are used up. At both ends the
+    next batches are in preparation, so the work in between is that of `count` batches.
+
+    Args:
+        start: starts the stream; closing the generator must end all that the stream has started.
+        skipped: number of batches before the clock starts, more than the stream prepares ahead.
+        count: number of batches to time.
+        device: device of the batches.
+    """
+
+    def __init__(self, start: Callable[[], Generator], skipped: int, count: int, device: torch.device):
+        self.start, self.skipped, self.count, self.device = start, skipped, count, device
+
+    def __call__(self) -> None:
+        self.seconds()
+
+    def seconds(self) -> float:
+        """Seconds for `count` batches; like a training step, the consumer holds each one until it has the next."""
+        batches = self.start()
+        try:
+            for _ in islice(batches, self.skipped):
+                pass
+            self._synchronize()
+            started = time.perf_counter()
+            for _ in islice(batches, self.count):
+                pass
+            self._synchronize()
+            return time.perf_counter() - started
+        finally:
+            batches.close()
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
 def interleave(
     functions: dict[str, Callable[[], object]], seconds: float, device: torch.device, shuffled: bool = False
 ) -> dict[str, list]:
@@ -47,7 +87,8 @@ def interleave(
     measure launches and the wait.
 
     Args:
-        functions: name -> function to time; each is called before, as a warm-up.
+        functions: name -> function to time; each is called before, as a warm-up. A `SteadyState` is timed by its own
+            clock, one call per turn.
         seconds: approximate total time; every function is timed at least three times.
         device: device that the functions use.
         shuffled: whether every round has another order. In a fixed one, a function always runs on the caches that the
@@ -72,6 +113,8 @@ def interleave(
 
 def seconds_per_call(function: Callable[[], object], calls: int, device: torch.device) -> float:
     """Mean seconds of `calls` calls in a row; on a GPU by events on the current stream."""
+    if isinstance(function, SteadyState):
+        return function.seconds()
     if device.type != "cuda":
         start = time.perf_counter()
         for _ in range(calls):

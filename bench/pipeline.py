@@ -1,6 +1,6 @@
 """Images per second of the pipeline, two views of 224 px under the full augmentation, next to decoding and to peers.
 
-    python bench/pipeline.py                   bench/results/pipeline.csv, docs/pipeline.png
+    python bench/pipeline.py                   bench/results/pipeline.csv, docs/pipeline.png, docs/benchmarks.md
     python bench/pipeline.py --quick           few images and rounds, no file written
     python bench/pipeline.py --data SHARDS     a shard set of your own instead of the rendered photographs
     make bench                                 installs the peers first
@@ -8,8 +8,12 @@
 The upper bound is decoding every image once with libjpeg-turbo in as many threads: no pipeline that decodes is faster.
 All candidates take turns, and a ratio is the median over the rounds, so a slow moment of the machine affects both
 sides. There are two kinds of shards: the original images, and the same images resized to a short side of 256. Backends
-and peers receive encoded images from memory and use the same number of threads or worker processes; `loader` is the
-whole path from the shards. The stages of each backend are timed separately, see `bench/stages.py`.
+and peers receive encoded images from memory and use the same number of threads or worker processes. The stages of each
+backend are timed separately, see `bench/stages.py`.
+
+`loader` is the whole path from the shards with the OpenCV backend, and `ratio_to_backend` compares it with that backend
+on the same batches: images that are all distinct, with encoded images and parameters already in memory. Both are timed
+in steady state, after their threads have started. Other rows repeat a few images.
 
 On a GPU, the backends leave their views there, and Kornia and DALI augment there (DALI and nvJPEG also decode there);
 decoding alone and the peers stay on the host.
@@ -21,9 +25,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 
 import cv2
@@ -37,18 +43,26 @@ from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.harness import environment, interleave, percentiles_ms, write_rows
+from bench.harness import SteadyState, environment, interleave, percentiles_ms, write_rows
 from bench.stages import Candidate, Prepared, dali_stages, kornia_stages, opencv_stages
 from common import UserError
 from pipeline.augment.backend import create_backend
 from pipeline.augment.config import AugmentConfig
+from pipeline.augment.params import draw_params
 from pipeline.images.files import decode
 from pipeline.images.pixel_format import RGB8
 from pipeline.loader import LoaderConfig, ViewLoader
+from pipeline.loader.sampler import ShardSampler
 from pipeline.shards.dataset import ShardSet, open_shards
 from pipeline.shards.reader import Reader
 
 BATCH = 32
+REPEATED = 4 * BATCH
+"""Images of the candidates that repeat a few."""
+DISTINCT = 32 * BATCH
+"""Images of loader and OpenCV backend, encoded about 100 MB: more than caches hold."""
+SKIPPED, TIMED = 6, 24
+"""Batches of a steady state before and while it is timed; with those prepared ahead, at most `DISTINCT` images."""
 GPU_BATCH = 256
 """Images per call of Kornia and DALI on a GPU."""
 STAGES = {"dali": dali_stages, "kornia": kornia_stages}
@@ -96,43 +110,68 @@ def make_shards(images: list[bytes], folder: Path) -> ShardSet:
 
 
 def backends(data: Prepared, config: AugmentConfig, device: torch.device) -> Iterator[Candidate]:
-    """Whole backends, with both kinds of jitter."""
+    """Kornia and DALI as a whole, with both kinds of jitter."""
     for name, count in counts(data, device).items():
-        size = BATCH if device.type == "cpu" or name == "opencv" else count
         for jitter in ("exact", "affine"):
-            backend = create_backend(name, replace(config, jitter=jitter), device, size, 2, data.threads)
-            batches = list(data.batches(count, size))
-            yield Candidate(name, "all", jitter, count, lambda b=backend, p=batches: [b(*batch) for batch in p])
+            backend = create_backend(name, replace(config, jitter=jitter), device, count, 2, data.threads)
+            ((encoded, params),) = data.batches(count, count)
+            yield Candidate(name, "all", jitter, count, lambda b=backend, e=encoded, p=params: b(e, p))
 
 
 def counts(data: Prepared, device: torch.device) -> dict[str, int]:
-    """Number of images per call of each installed backend, depending on its speed."""
+    """Number of images per call of Kornia and DALI if they are installed, depending on their speed."""
     images = len(data.samples)
     limits = {"kornia": BATCH // 2, "dali": 2 * BATCH} if device.type == "cpu" else dict.fromkeys(STAGES, GPU_BATCH)
     dali = find_spec("nvidia") and find_spec("nvidia.dali")
     installed = {"kornia": bool(find_spec("kornia")), "dali": bool(dali)}
-    return {"opencv": images} | {name: min(limits[name], images) for name, found in installed.items() if found}
+    return {name: min(limits[name], images) for name, found in installed.items() if found}
 
 
-def loaders(data: Prepared, config: AugmentConfig, device: torch.device) -> Iterator[Candidate]:
-    """Whole path from files to batches with the OpenCV backend: one epoch, including the start of its threads."""
+@dataclass(frozen=True)
+class Streams:
+    """Endless batches of views of a shard set, from its files and from memory; both yield the same views."""
 
-    def epoch(jitter: str) -> None:
-        loader = ViewLoader(
-            data.shards,
-            replace(config, jitter=jitter),
-            LoaderConfig(backend="opencv", workers=data.threads),
-            batch_size=BATCH,
-            seed=0,
-            device=device,
-            epochs=1,  # otherwise the next epoch would be prepared while others are timed
-        )
-        for _ in loader:
-            pass
-        loader.close()
+    shards: ShardSet
+    config: AugmentConfig
+    threads: int
+    device: torch.device
 
+    def loader(self) -> Generator[torch.Tensor, None, None]:
+        """Views of a loader, which reads the files."""
+        options = LoaderConfig(backend="opencv", workers=self.threads, resident="off")
+        loader = ViewLoader(self.shards, self.config, options, batch_size=BATCH, seed=0, device=self.device)
+        try:
+            while True:
+                yield from (batch.views for batch in loader)
+        finally:
+            loader.close()
+
+    def backend(self, batches: list[tuple]) -> Generator[torch.Tensor, None, None]:
+        """Views that the backend alone makes of `batches`, its arguments."""
+        backend = create_backend("opencv", self.config, self.device, BATCH, 2, self.threads)
+        try:
+            for encoded, params in batches:
+                yield backend(encoded, params)
+        finally:
+            backend.close()
+
+    def batches(self, count: int) -> Iterator[tuple]:
+        """The first batches of the loader, as arguments of the backend."""
+        reader = Reader(self.shards)
+        for epoch, samples, _ in islice(ShardSampler(self.shards.shard_starts, BATCH, 0).plan(0, 0), count):
+            height, width = (self.shards.index[side][samples] for side in ("height", "width"))
+            yield reader(samples), draw_params(self.config, 0, epoch, samples, height, width)
+
+
+def steady_states(
+    shards: ShardSet, config: AugmentConfig, threads: int, device: torch.device, timed: int
+) -> Iterator[Candidate]:
+    """OpenCV backend and loader on the same distinct images, `timed` batches of them."""
     for jitter in ("exact", "affine"):
-        yield Candidate("loader", "all", jitter, len(data.samples), lambda j=jitter: epoch(j))
+        streams = Streams(shards, replace(config, jitter=jitter), threads, device)
+        batches = list(streams.batches(SKIPPED + timed))
+        for name, start in (("opencv", lambda s=streams, b=batches: s.backend(b)), ("loader", streams.loader)):
+            yield Candidate(name, "all", jitter, timed * BATCH, SteadyState(start, SKIPPED, timed, device))
 
 
 class Photographs(Dataset):
@@ -191,23 +230,22 @@ def measure(
 ) -> list[dict]:
     """Time all candidates in turns; returns one row per candidate."""
     config = config.for_images(RGB8, {})
-    data = Prepared(shards, config, threads, BATCH)
+    data = Prepared(shards, config, threads, BATCH, REPEATED if device.type == "cpu" else GPU_BATCH)
+    timed = max(1, min(TIMED, len(shards) // BATCH - SKIPPED))
     candidates = [
         *opencv_stages(data, config, device),
-        *(
-            stage
-            for name, count in counts(data, device).items()
-            if name != "opencv"
-            for stage in STAGES[name](data, config, count, device)
-        ),
+        *(stage for name, count in counts(data, device).items() for stage in STAGES[name](data, config, count, device)),
         *backends(data, config, device),
-        *loaders(data, config, device),
+        *steady_states(shards, config, threads, device, timed),
         *(others := list(peers(data, config))),
     ]
     times = interleave({i: candidate.call for i, candidate in enumerate(candidates)}, seconds, device)
     per_image = [[t / c.images for t in times[i]] for i, c in enumerate(candidates)]
     floor = next(per_image[i] for i, c in enumerate(candidates) if c.stage == "decode")
     best = min((per_image[candidates.index(peer)] for peer in others), key=statistics.median)
+    backend = {
+        c.jitter: per_image[i] for i, c in enumerate(candidates) if c.implementation == "opencv" and c.stage == "all"
+    }
     mean_kb = sum(map(len, data.encoded)) / len(data.encoded) / 1000
     return [
         environment(device)
@@ -216,6 +254,7 @@ def measure(
         | {"images_per_s": round(1 / statistics.median(per_image[i]), 1)}
         | percentiles_ms(times[i])
         | {"ratio_to_decode": _ratio(floor, per_image[i]), "ratio_to_best_peer": _ratio(best, per_image[i])}
+        | ({"ratio_to_backend": _ratio(backend[c.jitter], per_image[i])} if c.implementation == "loader" else {})
         for i, c in enumerate(candidates)
     ]
 
@@ -226,10 +265,11 @@ def _ratio(reference: list[float], own: list[float]) -> float:
 
 
 def show(rows: list[dict]) -> None:
-    columns = ("shards", "implementation", "jitter", "stage", "images_per_s", "ratio_to_decode", "ratio_to_best_peer")
+    ratios = ("ratio_to_decode", "ratio_to_best_peer", "ratio_to_backend")
+    columns = ("shards", "implementation", "jitter", "stage", "images_per_s", *ratios)
     table = Table(*columns)
     for row in rows:
-        table.add_row(*(str(row[column]) for column in columns))
+        table.add_row(*(str(row.get(column, "")) for column in columns))
     console.print(table)
 
 
@@ -246,28 +286,27 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)  # Kornia's
     device = torch.device(arguments.device)
-    largest = 4 * BATCH if device.type == "cpu" else GPU_BATCH
-    count, seconds = (BATCH, 0) if arguments.quick else (largest, arguments.seconds)
+    count, seconds = (BATCH, 0) if arguments.quick else (DISTINCT, arguments.seconds)
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.threads) as threads:
             if arguments.data:
                 given = open_shards(arguments.data)
                 images = Reader(given)(np.arange(min(count, len(given))))
             else:
-                images = [photograph(number) for number in range(count)]
+                images = list(threads.map(photograph, range(count)))
             rows = []
             for kind in ("original", "short side 256"):
                 console.print(f"{kind}: {len(images)} images ...")
-                kept = images if kind == "original" else [with_short_side(image, 256) for image in images]
+                kept = images if kind == "original" else list(threads.map(lambda i: with_short_side(i, 256), images))
                 shards = make_shards(kept, Path(folder, kind))
                 rows += measure(shards, kind, AugmentConfig(), arguments.threads, seconds, device)
     except UserError as error:
         sys.exit(str(error))
     show(rows)
     if not arguments.quick:
-        from bench.plot import plot_pipeline
+        from bench.plot import fill_loader_table, plot_pipeline
 
-        console.print(f"written: {write_rows('pipeline', rows)} and {plot_pipeline()}")
+        console.print(f"written: {write_rows('pipeline', rows)}, {plot_pipeline()} and {fill_loader_table()}")
     console.print(
         "Not measured: reading from a disk or object store (these reads come from the page cache); FFCV (it has no hue "
         "jitter, grayscale or blur, so it does not support these views)."

@@ -1,5 +1,6 @@
-"""Plots of the committed CSVs: `python -m bench.plot`."""
+"""Plots and a table of the committed CSVs: `python -m bench.plot`."""
 
+import re
 from pathlib import Path
 
 import matplotlib
@@ -58,6 +59,25 @@ def plot_pipeline() -> Path:
     return path
 
 
+def fill_loader_table() -> Path:
+    """Table of docs/benchmarks.md between its marks, the loader next to its backend, from pipeline.csv."""
+    rows = [row for row in read_rows("pipeline") if row["stage"] == "all"]
+    rate = {(row["shards"], row["implementation"], row["jitter"]): row["images_per_s"] for row in rows}
+    lines = ["| images | jitter | OpenCV backend, images/s | loader, images/s | ratio |", "|---|---|---|---|---|"]
+    for row in rows:
+        if row.get("ratio_to_backend"):
+            of_backend = rate[row["shards"], "opencv", row["jitter"]]
+            cells = (row["shards"], row["jitter"], of_backend, row["images_per_s"], row["ratio_to_backend"])
+            lines.append(f"| {' | '.join(cells)} |")
+    path = DOCS / "benchmarks.md"
+    table = "<!-- pipeline:loader -->\n\n" + "\n".join(lines) + "\n\n<!-- /pipeline:loader -->"
+    text = re.sub(
+        "<!-- pipeline:loader -->.*<!-- /pipeline:loader -->", lambda _: table, path.read_text(), flags=re.DOTALL
+    )
+    path.write_text(text)
+    return path
+
+
 def plot_learning() -> Path:
     """docs/learning.png: kNN accuracy over seconds of training, from learning.csv; one panel per data set and time."""
     rows = read_rows("learning")
@@ -92,5 +112,6 @@ def _points(rows: list[dict[str, str]], column: str) -> tuple[list[int], list[fl
 if __name__ == "__main__":
     print(plot_loss_kernel())
     print(plot_pipeline())
+    print(fill_loader_table())
     if read_rows("learning"):
         print(plot_learning())

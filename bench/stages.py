@@ -35,11 +35,15 @@ class Candidate:
 
 
 class Prepared:
-    """Images of a shard set in memory, in whole batches, with the augmentation parameters of two views each."""
+    """First images of a shard set in memory, in whole batches, with the augmentation parameters of two views each.
 
-    def __init__(self, shards: ShardSet, config: AugmentConfig, threads: int, batch: int):
+    Args:
+        count: largest number of images.
+    """
+
+    def __init__(self, shards: ShardSet, config: AugmentConfig, threads: int, batch: int, count: int):
         self.shards, self.threads = shards, threads
-        self.samples = np.arange(len(shards) // batch * batch)
+        self.samples = np.arange(min(count, len(shards)) // batch * batch)
         if not len(self.samples):
             raise UserError(f"{shards.root} holds {len(shards)} images; use a shard set of at least {batch}.")
         self.encoded = Reader(shards)(self.samples)

@@ -36,14 +36,14 @@ def philox4x32(counter: tuple[np.ndarray, ...], key: tuple[int, int]) -> tuple[n
     return c0, c1, c2, c3
 
 
-def uniforms(seed: int, epoch: int, sample: np.ndarray, stream: int, count: int) -> np.ndarray:
+def uniforms(seed: int, epoch: int, sample: np.ndarray, stream: int | np.ndarray, count: int) -> np.ndarray:
     """Uniform numbers in [0, 1), addressed by (seed, epoch, sample, stream).
 
     Args:
         seed: seed of up to 64 bits.
         epoch: epoch below 2**32.
         sample: (n,) integers below 2**32.
-        stream: number below 2**32 of an independent use, such as a view.
+        stream: number below 2**32 of an independent use, such as a view; (n,) integers for one per sample.
         count: number of values per sample.
 
     Returns:
@@ -51,6 +51,6 @@ def uniforms(seed: int, epoch: int, sample: np.ndarray, stream: int, count: int)
     """
     key = (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
     blocks = np.arange((count + 3) // 4)
-    counter = (np.asarray(sample)[:, None], np.array(epoch), np.array(stream), blocks[None, :])
+    counter = (np.asarray(sample)[:, None], np.array(epoch), np.reshape(stream, (-1, 1)), blocks[None, :])
     words = np.stack(philox4x32(counter, key), axis=-1)  # (n, blocks, 4)
     return words.reshape(len(words), -1)[:, :count] * 2.0**-32

@@ -74,12 +74,15 @@ def draw_params(
         height, width: (n,) integers, size of the encoded image in pixels.
         views: V, number of views per sample.
     """
-    height, width = np.asarray(height), np.asarray(width)
-    drawn = [_draw_view(config, uniforms(seed, epoch, sample, view, 32), height, width) for view in range(views)]
-    return AugmentParams(**{name: np.stack([view[name] for view in drawn]) for name in drawn[0]})
+    n = len(sample)
+    # all views at once: for a batch, the overhead of NumPy's calls is larger than their work
+    u = uniforms(seed, epoch, np.tile(sample, views), np.repeat(np.arange(views), n), 32)
+    drawn = _draw(config, u, np.tile(height, views), np.tile(width, views))
+    return AugmentParams(**{name: values.reshape(views, n, *values.shape[1:]) for name, values in drawn.items()})
 
 
-def _draw_view(config: AugmentConfig, u: np.ndarray, height: np.ndarray, width: np.ndarray) -> dict[str, np.ndarray]:
+def _draw(config: AugmentConfig, u: np.ndarray, height: np.ndarray, width: np.ndarray) -> dict[str, np.ndarray]:
+    """Parameters of m views from u (m, 32); the first dimension of each is m."""
     strength = config.jitter_strength
     jitter = u[:, 23] < config.jitter_p
 

@@ -7,9 +7,11 @@ Data flows through the stages in one direction; no stage calls an earlier one::
         v
     shards/reader.py Reader            samples -> encoded images, or a ReadFailure each     2 threads
         |                              (resident images: decoded ones, read once: resident.py)
+    prefetch.py      draw              (epoch, samples) -> AugmentParams
+        |
         v
-    prefetch.py      draw              (epoch, samples) -> AugmentParams                    1 thread,
-                     augment backend   images, AugmentParams -> views (V B, C, S, S)          and the backend's own
+    prefetch.py      augment backend   images, AugmentParams -> views (V B, C, S, S)        1 thread,
+                                                                                              and the backend's own
         |                              (unreadable samples are replaced: bad_samples.py)
         v
     prefetch.py      Batch             views, label (B,), index (B,) on the training stream

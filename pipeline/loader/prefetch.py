@@ -111,26 +111,29 @@ class Prefetcher:
                 augmenter.shutdown(wait=False, cancel_futures=True)
                 readers.shutdown(wait=False, cancel_futures=True)
 
-    def _read(self, planned: PlannedBatch, stop: threading.Event) -> tuple[np.ndarray, list]:
-        """Read a batch; returns (n,) samples, with known bad ones replaced, and the images."""
+    def _read(self, planned: PlannedBatch, stop: threading.Event) -> tuple[np.ndarray, list, AugmentParams]:
+        """Read a batch; returns (n,) samples, with known bad ones replaced, their images and their parameters.
+
+        Parameters are drawn here, because the threads of a backend would be idle while the augment stage draws them.
+        """
         samples = self.bad_samples.choose(planned.samples, planned.epoch)
-        return samples, self.reader.read(samples, stop)
+        return samples, self.reader.read(samples, stop), self.draw(planned.epoch, samples)
 
     def _augment(self, planned: PlannedBatch, read: Future, stop: threading.Event) -> AugmentedBatch:
         """Augment a batch as soon as it is read, replacing samples until all of them can be decoded."""
-        samples, images = read.result()
+        samples, images, params = read.result()
         with torch.cuda.stream(self.stream):  # no effect without CUDA
             views = None
             while views is None:
                 failures = {i: data for i, data in enumerate(images) if isinstance(data, ReadFailure)}
                 if not failures:
                     try:
-                        backend = self.backends.at_epoch(planned.epoch)
-                        views = backend(images, self.draw(planned.epoch, samples))
+                        views = self.backends.at_epoch(planned.epoch)(images, params)
                     except DecodeError as error:
                         failures = {error.args[1]: UNDECODABLE}
                 if failures:
                     samples = self._replace(failures, planned, samples, images, stop)
+                    params = self.draw(planned.epoch, samples)
             label = copy_to(self.device, self.reader.shards.index["label"][samples])
             ready = self.stream.record_event() if self.stream else None
         replaced = int((samples != planned.samples).sum())

@@ -250,9 +250,9 @@ def _read_tar(path: str | Path, rows: np.ndarray) -> list[bytes]:
         try:
             with open(path, "rb", buffering=0) as tar:  # unbuffered: a buffer would read past every sample
                 found = []
-                for row in rows:
-                    tar.seek(int(row["offset"]))
-                    found.append(tar.read(int(row["size"])))
+                for offset, size in zip(rows["offset"].tolist(), rows["size"].tolist(), strict=True):
+                    tar.seek(offset)
+                    found.append(tar.read(size))
                 return found
         except PERMANENT_ERRORS:
             raise

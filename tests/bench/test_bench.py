@@ -22,6 +22,26 @@ def test_functions_are_timed_in_turn():
     assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
 
 
+def test_only_the_steady_state_of_a_stream_is_timed(monkeypatch):
+    """The clock runs from the last skipped batch to the last timed one; start and end of the stream are outside."""
+    now, closed = [0.0], []
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: now[0])
+
+    def stream():
+        now[0] += 100
+        try:
+            for number in count():
+                now[0] += 10 if number < 2 else 1
+                yield number
+        finally:
+            now[0] += 1000
+            closed.append(number)
+
+    steady = harness.SteadyState(stream, skipped=2, count=5, device=CPU)
+    assert harness.interleave({"stream": steady}, seconds=0.0, device=CPU) == {"stream": [5.0] * 3}
+    assert closed == [6] * 4, "closed after every turn, and no batch beyond the last one was taken"
+
+
 def test_a_shuffled_function_has_every_predecessor(monkeypatch):
     monkeypatch.setattr(harness.time, "perf_counter", count().__next__)  # 7 readings per round
     turns = []

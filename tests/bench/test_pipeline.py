@@ -1,5 +1,6 @@
 """Tests of the pipeline benchmark: rendered images, candidates, and the arithmetic of its rows, on a few images."""
 
+import re
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -13,6 +14,8 @@ from pipeline.augment.config import AugmentConfig
 from pipeline.augment.opencv import resized_crop
 from pipeline.images.files import decode
 from pipeline.images.pixel_format import RGB8
+from pipeline.loader import LoaderConfig
+from pipeline.shards.dataset import ShardSet
 
 CPU = torch.device("cpu")
 
@@ -28,13 +31,17 @@ def test_rendered_photographs():
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> list[dict]:
+def shards(tmp_path_factory) -> ShardSet:
+    images = [bench.with_short_side(bench.photograph(number), 64) for number in range(5)]
+    return bench.make_shards(images, tmp_path_factory.mktemp("bench"))
+
+
+@pytest.fixture(scope="module")
+def rows(shards) -> list[dict]:
     """Rows of a benchmark of four small images, without worker processes of the peers."""
     patch = pytest.MonkeyPatch()
     patch.setattr(bench, "BATCH", 4)
     patch.setattr(bench, "DataLoader", lambda dataset, batch, **_: torch.utils.data.DataLoader(dataset, batch))
-    images = [bench.with_short_side(bench.photograph(number), 64) for number in range(5)]
-    shards = bench.make_shards(images, tmp_path_factory.mktemp("bench"))
     yield bench.measure(shards, "small", AugmentConfig(size=48), threads=2, seconds=0, device=CPU)
     patch.undo()
 
@@ -51,6 +58,10 @@ def test_rows(rows):
     assert {("opencv", "", "read"), ("opencv", "", "decode")} <= set(named)
     assert ("dali" in backends) == (("dali", "", "decode by DALI") in named)
     assert ("torchvision", "exact", "all") in named
+    assert [name for name, row in named.items() if "ratio_to_backend" in row] == [
+        ("loader", "exact", "all"),
+        ("loader", "affine", "all"),
+    ]
     for row in rows:
         assert row["runs"] == 3 and row["images"] in (2, 4) and row["workers"] == 2 and row["shards"] == "small"
         assert row["images_per_s"] == pytest.approx(1000 * row["images"] / row["median_ms"], rel=0.01)
@@ -59,12 +70,31 @@ def test_rows(rows):
     assert max(peers, key=lambda row: row["images_per_s"])["ratio_to_best_peer"] == 1
 
 
+@pytest.mark.parametrize("jitter", ["exact", "affine"])
+def test_loader_and_backend_are_timed_on_the_same_views(shards, jitter, monkeypatch):
+    """Also over the end of an epoch, here after each batch."""
+    monkeypatch.setattr(bench, "BATCH", 4)
+    config = AugmentConfig(size=48, jitter=jitter).for_images(RGB8, {})
+    streams = bench.Streams(shards, config, 2, CPU)
+    batches = list(streams.batches(3))
+    assert [len(set(encoded)) for encoded, _ in batches] == [4] * 3
+    loader, backend = streams.loader(), streams.backend(batches)
+    pairs = list(zip(backend, loader, strict=False))
+    assert len(pairs) == 3 and all(torch.equal(alone, loaded) for alone, loaded in pairs)
+    loader.close()
+
+
+def test_the_largest_steady_state_repeats_no_image():
+    ahead = LoaderConfig().prefetch + 2  # see `Prefetcher`
+    assert bench.BATCH * (bench.SKIPPED + bench.TIMED) <= bench.DISTINCT and ahead < bench.SKIPPED
+
+
 def test_kornia_and_dali_take_large_batches_on_a_gpu():
     data = SimpleNamespace(samples=np.arange(1000))
     on_cpu = {"kornia": bench.BATCH // 2, "dali": 2 * bench.BATCH}
     for device, limits in ((CPU, on_cpu), (torch.device("cuda"), {"kornia": 256, "dali": 256})):
         found = bench.counts(data, device)
-        assert found.pop("opencv") == 1000 and found == {name: limits[name] for name in found}
+        assert found == {name: limits[name] for name in found}
 
 
 def test_a_ratio_is_the_median_over_the_rounds():
@@ -77,12 +107,31 @@ def test_the_plot_is_drawn_from_the_rows(rows, tmp_path, monkeypatch):
     assert plot.plot_pipeline().stat().st_size > 10_000
 
 
+def test_the_loader_table_is_filled_from_the_rows(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(plot, "DOCS", tmp_path)
+    columns = dict.fromkeys(name for row in rows for name in row)  # a CSV has every column in every row
+    monkeypatch.setattr(plot, "read_rows", lambda _: [{k: str(row.get(k, "")) for k in columns} for row in rows])
+    marks = ("<!-- pipeline:loader -->", "<!-- /pipeline:loader -->")
+    document = tmp_path / "benchmarks.md"
+    document.write_text(f"before\n\n{marks[0]}\n\nold\n\n{marks[1]}\n\nafter\n")
+    for _ in range(2):  # filling it again changes nothing
+        plot.fill_loader_table()
+        before, table, after = (part.strip() for part in re.split("|".join(marks), document.read_text()))
+        assert (before, after) == ("before", "after")
+        _, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+        named = {(row["implementation"], row["jitter"]): row for row in rows if row["stage"] == "all"}
+        for jitter, cells in zip(("exact", "affine"), lines, strict=True):
+            alone, loader = (named[name, jitter] for name in ("opencv", "loader"))
+            rates = [str(row["images_per_s"]) for row in (alone, loader)]
+            assert cells == ["small", jitter, *rates, str(loader["ratio_to_backend"])]
+
+
 def test_each_stage_of_dali_receives_the_output_of_the_previous_one(tmp_path):
     """Crops match those of the OpenCV backend, and the other stages start from such crops."""
     pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is available for Linux only")
     images = [bench.with_short_side(bench.photograph(number), 64) for number in range(4)]
     config = AugmentConfig(size=48).for_images(RGB8, {})
-    data = stages.Prepared(bench.make_shards(images, tmp_path), config, 2, 4)
+    data = stages.Prepared(bench.make_shards(images, tmp_path), config, 2, 4, 4)
     found = {(c.stage, c.jitter): c.call for c in stages.dali_stages(data, config, 4, CPU)}
     sizes = [file.shape for file in map(decode, data.encoded)]
     assert [tuple(size) for size in found["decode by DALI", ""]()[0].shape()] == sizes

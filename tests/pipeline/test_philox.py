@@ -58,6 +58,13 @@ def test_values_depend_on_their_address_only(seed, epoch, stream, samples, count
         assert np.array_equal(uniforms(seed, epoch, np.array([sample]), stream, 40)[0, :count], row)
 
 
+def test_a_stream_for_each_sample():
+    samples, streams = np.array([3, 3, 4, 4]), np.array([5, 2**32 - 1, 5, 0])
+    together = uniforms(2**40 + 1, 7, samples, streams, 9)
+    alone = [uniforms(2**40 + 1, 7, samples[[i]], int(streams[i]), 9)[0] for i in range(4)]
+    assert np.array_equal(together, alone)
+
+
 def test_values_depend_on_every_part_of_the_address():
     address = {"seed": 1, "epoch": 2, "sample": np.array([3]), "stream": 4, "count": 8}
     other = [{"seed": 1 + 2**32}, {"seed": 2}, {"epoch": 3}, {"sample": np.array([4])}, {"stream": 5}]

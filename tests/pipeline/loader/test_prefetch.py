@@ -72,6 +72,27 @@ def test_batches_in_memory(shards, ahead, monkeypatch):
     assert live.now == 0
 
 
+def test_parameters_are_drawn_while_an_earlier_batch_is_augmented(shards, monkeypatch):
+    """Otherwise the threads of the backend are idle in the meantime."""
+    whole, drawn, in_time = loader(shards, prefetch=2), threading.Semaphore(0), []
+    draw, backend = whole.prefetcher.draw, whole.prefetcher.backends.at_epoch(0)
+
+    def counted(epoch, samples):
+        drawn.release()
+        return draw(epoch, samples)
+
+    def augment(images, params):
+        if not in_time:  # the first of three batches, all of which are planned already
+            in_time.extend(drawn.acquire(timeout=5) for _ in range(3))
+        return backend(images, params)
+
+    monkeypatch.setattr(whole.prefetcher, "draw", counted)
+    monkeypatch.setattr(whole.prefetcher.backends, "at_epoch", lambda epoch: augment)
+    next(iter(whole))
+    whole.close()
+    assert in_time == [True] * 3
+
+
 @pytest.mark.parametrize("backend", ["opencv", "kornia"])
 def test_bfloat16_batches(shards, backend):
     """Training and evaluation batches are the rounded float32 ones, with the same labels and samples."""
