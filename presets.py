@@ -78,6 +78,31 @@ def cifar10() -> PretrainConfig:
     )
 
 
+def cifar10_cpu() -> PretrainConfig:
+    """CIFAR-10 in about an hour on two CPU cores: ResNet-18 at a quarter of its width, views of 16, 24, then 32 px.
+
+    Command: `accelerate launch train.py --preset cifar10-cpu --data CIFAR`.
+    """
+    return PretrainConfig(
+        preset="cifar10-cpu",
+        epochs=100,
+        batch_size=256,
+        views=AugmentConfig(
+            size=32,
+            size_schedule=("16:30", "24:50"),
+            crop_area=(0.2, 1.0),
+            jitter_strength=0.5,
+            gray_p=0.1,
+            blur_p=0.0,
+        ),
+        encoder=EncoderConfig("resnet18", width=0.25),
+        head=HeadConfig("v1", hidden=512, out=64),
+        loss=LossConfig(temperature=0.2),
+        optim=OptimConfig("muon", lr=0.05, scaling="none", momentum=0.95, weight_decay=1e-4, warmup_epochs=3),
+        eval=EvalConfig(knn_every=20, k=20),
+    )
+
+
 def stl10() -> PretrainConfig:
     """STL-10 at 96 px with ResNet-18 and a head 512 -> 64, as small-scale SimCLR is usually run.
 
@@ -222,7 +247,14 @@ def distill_v2() -> DistillConfig:
     )
 
 
-PRETRAIN = {"auto": auto, "textures": textures, "cifar10": cifar10, "stl10": stl10, "imagenet": imagenet}
+PRETRAIN = {
+    "auto": auto,
+    "textures": textures,
+    "cifar10": cifar10,
+    "cifar10-cpu": cifar10_cpu,
+    "stl10": stl10,
+    "imagenet": imagenet,
+}
 FINETUNE = {
     "auto": auto_fine_tune,
     "textures": fine_tune_textures,
