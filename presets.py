@@ -89,7 +89,7 @@ def cifar10_cpu() -> PretrainConfig:
         batch_size=256,
         views=AugmentConfig(
             size=32,
-            size_schedule=("16:30", "24:50"),
+            size_schedule=("16:20", "24:50"),
             crop_area=(0.2, 1.0),
             jitter_strength=0.5,
             gray_p=0.1,
