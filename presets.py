@@ -447,9 +447,7 @@ def encoder_of(run: Path) -> EncoderConfig:
     try:
         record = json.loads((run / "config.json").read_text())
         name, kwargs = record["timm_name"].removeprefix("simclr_"), record["timm_kwargs"]
-        stem = "standard"
-        if kwargs.get("small_stem"):
-            stem = "strided" if kwargs.get("stem_stride") == 2 else "small"
+        stem = "small" if kwargs.get("small_stem") else "standard"
         return EncoderConfig(name, stem, kwargs.get("width", 1.0), kwargs.get("selective_kernels", False))
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(

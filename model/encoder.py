@@ -38,9 +38,9 @@ class EncoderConfig:
 
     name: str = "resnet50"
     """Name of any timm model."""
-    stem: Literal["auto", "small", "strided", "standard"] = "auto"
-    """Stem of a ResNet. small: 3x3, stride 1, no max-pool. strided: the same with stride 2, for small images on a CPU.
-    standard: 7x7 (three 3x3 with selective kernels), stride 2, max-pool. auto: small for views of 64 px or less."""
+    stem: Literal["auto", "small", "standard"] = "auto"
+    """Stem of a ResNet. small: 3x3, stride 1, no max-pool. standard: 7x7 (three 3x3 with selective kernels), stride 2,
+    max-pool. auto: small for views of 64 px or less."""
     width: float = 1.0
     """Multiplier of all channel counts of a ResNet."""
     selective_kernels: bool = False
@@ -67,9 +67,7 @@ class EncoderSpec(NamedTuple):
         return self.kwargs.get("in_chans", 3)
 
 
-def _simclr_resnet(
-    base: str, small_stem: bool, stem_stride: int, width: float, selective_kernels: bool, **kwargs
-) -> nn.Module:
+def _simclr_resnet(base: str, small_stem: bool, width: float, selective_kernels: bool, **kwargs) -> nn.Module:
     # even counts, because timm's deep stem ends with twice stem_width channels
     channels = [2 * max(1, round(planes * width / 2)) for planes in (64, 128, 256, 512)]
     if selective_kernels:  # combined with ResNet-D, as in the official code
@@ -78,7 +76,7 @@ def _simclr_resnet(
     # first block expects the right number of channels, then replace its convolutions by the plain one
     encoder = timm.create_model(base, channels=channels, stem_type="deep", stem_width=channels[0] // 2, **kwargs)
     if small_stem or not selective_kernels:
-        side, stride = (3, stem_stride) if small_stem else (7, 2)
+        side, stride = (3, 1) if small_stem else (7, 2)
         in_channels = kwargs.get("in_chans", 3)
         encoder.conv1 = nn.Conv2d(in_channels, encoder.bn1.num_features, side, stride, padding=side // 2, bias=False)
         nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")  # timm's initialization
@@ -94,7 +92,6 @@ def _register(base: str) -> None:
         pretrained: bool = False,
         pretrained_cfg: dict | None = None,
         small_stem: bool = False,
-        stem_stride: int = 1,
         width: float = 1.0,
         selective_kernels: bool = False,
         **kwargs,
@@ -103,7 +100,7 @@ def _register(base: str) -> None:
             raise ValueError(f"selective kernels need one of {', '.join(BOTTLENECK_RESNETS)}")
         if pretrained and not pretrained_cfg:  # only exported folders have weights
             raise ValueError(f"there are no pretrained weights for {name}")
-        build = partial(_simclr_resnet, base, small_stem, stem_stride, width, selective_kernels)
+        build = partial(_simclr_resnet, base, small_stem, width, selective_kernels)
         pretrained_cfg = pretrained_cfg or timm.get_pretrained_cfg(base).to_dict()
         return build_model_with_cfg(build, name, pretrained, pretrained_cfg, **kwargs)
 
@@ -148,16 +145,14 @@ def encoder_spec(config: EncoderConfig, image_size: int, channels: int = 3) -> E
         )
     kwargs: dict = {"num_classes": 0}
     if name in RESNETS:
-        if config.stem in ("small", "strided") or (config.stem == "auto" and image_size <= SMALL_IMAGE_PX):
+        if config.stem == "small" or (config.stem == "auto" and image_size <= SMALL_IMAGE_PX):
             kwargs["small_stem"] = True
-        if config.stem == "strided":
-            kwargs["stem_stride"] = 2
         if config.width != 1:
             kwargs["width"] = config.width
         if config.selective_kernels:
             kwargs["selective_kernels"] = True
         name = PREFIX + name if len(kwargs) > 1 else name
-    elif config.width != 1 or config.stem in ("small", "strided"):
+    elif config.width != 1 or config.stem == "small":
         raise UserError(
             f"{name} supports neither a width multiplier nor SimCLR's small stem, which are for {', '.join(RESNETS)}; "
             "set --encoder.width 1 --encoder.stem auto (a preset may set others)."

@@ -33,16 +33,6 @@ def test_stem_can_be_chosen():
     assert spec("resnet18", 224, stem="small")[0] == "simclr_resnet18"
 
 
-def test_strided_stem_halves_the_resolution_once(tmp_path):
-    chosen = spec("resnet18", 32, stem="strided", width=0.25)
-    encoder = model.create_encoder(chosen)
-    stages = encoder.forward_intermediates(torch.zeros(1, 3, 32, 32), intermediates_only=True)
-    assert [stage.shape[-1] for stage in stages] == [16, 16, 8, 4, 2]
-    path = tmp_path / "encoder.safetensors"
-    model.save_encoder(encoder, chosen, path)
-    assert model.load_encoder(path).conv1.stride == (2, 2)
-
-
 @pytest.mark.parametrize("width", [0.25, 2.0])
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_width_multiplies_every_channel_count(name, width):
