@@ -60,21 +60,23 @@ def textures() -> PretrainConfig:
 
 
 def cifar10() -> PretrainConfig:
-    """CIFAR-10 as in arXiv 2002.05709, appendix B.9, with ResNet-18 in place of its ResNet-50.
+    """CIFAR-10 by the best published recipe for small images (github.com/dkobak/simclr-cifar10): SGD, 1000 epochs.
 
-    Command: `accelerate launch train.py --preset cifar10 --data CIFAR`. Cost and accuracy: not measured; ResNet-18 is
-    commonly reported at about 91 % linear after 1000 epochs.
+    Command: `accelerate launch train.py --preset cifar10 --data CIFAR`. Cost and accuracy here: not measured. Published
+    with this recipe and ResNet-18: 91.4 % kNN and 91.9 % linear after 1000 epochs, 90.0 % kNN after 500 (1 h 39 min on
+    an A100), 83.2 % kNN after 100 with --optim.lr 0.06. Differences: batch norm in the head, whose layers have none
+    there, and no decay of biases and normalization parameters.
     """
     return PretrainConfig(
         preset="cifar10",
         epochs=1000,
         batch_size=512,
-        views=AugmentConfig(size=32, jitter_strength=0.5, blur_p=0.0),
+        views=AugmentConfig(size=32, crop_area=(0.2, 1.0), jitter_strength=0.5, gray_p=0.1, blur_p=0.0),
         encoder=EncoderConfig("resnet18"),
-        head=HeadConfig("v1", hidden=512, out=128),
+        head=HeadConfig("v1", hidden=1024, out=128),
         loss=LossConfig(temperature=0.5),
-        optim=OptimConfig("lars", lr=1.0, scaling="linear", weight_decay=1e-4, warmup_epochs=10),
-        eval=EvalConfig(knn_every=20, k=200),
+        optim=OptimConfig("sgd", lr=0.03, scaling="linear", weight_decay=5e-4, warmup_epochs=0),
+        eval=EvalConfig(knn_every=20, k=20),
     )
 
 
@@ -104,9 +106,10 @@ def cifar10_cpu() -> PretrainConfig:
 
 
 def stl10() -> PretrainConfig:
-    """STL-10 at 96 px with ResNet-18 and a head 512 -> 64, as small-scale SimCLR is usually run.
+    """STL-10 at 96 px with ResNet-18 and AdamW, as small-scale SimCLR is usually run (github.com/sthalles/SimCLR).
 
-    Command: `accelerate launch train.py --preset stl10 --data STL`. Cost and accuracy: not measured.
+    Command: `accelerate launch train.py --preset stl10 --data STL`. Cost and accuracy here: not measured. Published
+    there: 74.45 % by logistic regression after 100 epochs, with batch 256, Adam at 3e-4 and z of width 128.
     """
     return PretrainConfig(
         preset="stl10",
@@ -114,7 +117,7 @@ def stl10() -> PretrainConfig:
         batch_size=256,
         views=AugmentConfig(size=96),
         encoder=EncoderConfig("resnet18"),
-        head=HeadConfig("v1", hidden=512, out=64),
+        head=HeadConfig("v1", hidden=512, out=128),
         loss=LossConfig(temperature=0.5),
         optim=OptimConfig("adamw", lr=3e-4, scaling="none", weight_decay=1e-4, warmup_epochs=10),
         eval=EvalConfig(knn_every=20, k=20),
