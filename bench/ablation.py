@@ -6,9 +6,9 @@
 
 Every change is compared with the unchanged run of the same batch size and seed, which has the same initial weights and
 sees the same images in the same order. AdamW's learning rate grows with the square root of the batch size (arXiv
-2205.10287), so that one recipe suits all of them; the views are those of the paper (arXiv 2002.05709). `--processes` runs
-at a time train on one thread each. A row is added to bench/results/ablation.csv as each run ends, and runs that are
-there already are skipped, so the same command continues a table that was interrupted.
+2205.10287), so that one recipe suits all of them; crops and grayscale are those of the paper (arXiv 2002.05709).
+`--processes` runs at a time train on one thread each. A row is added to bench/results/ablation.csv as each run ends,
+and runs that are there already are skipped, so the same command continues a table that was interrupted.
 """
 
 import argparse
@@ -45,8 +45,8 @@ RECIPE = shlex.split(
     "--optim.weight-decay 1e-4 --optim.warmup-epochs 5 --views.size 32 --views.crop-area 0.08 1 --views.gray-p 0.2 "
     "--views.blur-p 0"
 )
-"""Options of every run, on top of the preset for its images, which sets the strength of the jitter. The learning rate is
-that of the textures preset at its batch size of 128."""
+"""Options of every run, on top of the preset for its images, which sets the strength of the jitter. At a batch size of
+128, the learning rate is that of the textures preset."""
 BASE = "base"
 CHANGES = {
     BASE: [],

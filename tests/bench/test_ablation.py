@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 import subprocess
 from collections import Counter
 from dataclasses import asdict
@@ -10,6 +11,7 @@ from threading import Barrier
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from rich.console import Console
 
 from bench import ablation, harness, plot, scored_run
 from bench.ablation import BASE, CHANGES, Run, Setting
@@ -61,8 +63,9 @@ def test_a_change_alters_its_options_only():
 def test_a_run_is_train_py_on_one_thread(data, tmp_path, monkeypatch):
     """Nothing but the training and its final evaluation, for images given by --data."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # restored afterwards
-    setting, threads = ablation.open_setting(str(data), 1), torch.get_num_threads()
-    assert (setting.images, setting.data) == (32, str(data))
+    monkeypatch.chdir(data.parent)
+    setting, threads = ablation.open_setting(data.name, 1), torch.get_num_threads()
+    assert (setting.images, setting.data) == (32, str(data)), "a path that holds in any folder"
     small = [*setting.arguments(Run(0, 16, "queue of 1024")), "--encoder.width", "0.125"]
     torch.set_num_threads(2)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -124,7 +127,7 @@ def rows_of(scores, batch=64):
     """CSV rows from change -> seed -> kNN accuracy."""
     return [
         {key: str(value) for key, value in SETTING.columns(Run(seed, batch, change)).items()}
-        | {"batch": str(batch), "knn_top1": str(score), "linear_top1": str(score)}
+        | {"batch": str(batch), "knn_top1": str(score), "linear_top1": str(1 - score)}
         for change, own in scores.items()
         for seed, score in own.items()
     ]
@@ -136,13 +139,13 @@ SCORES = {BASE: {0: 0.5, 1: 0.6, 2: 0.4}, "gray 0.1": {0: 0.52, 1: 0.63, 2: 0.41
 @pytest.fixture
 def rows(monkeypatch):
     """Rows of three changes at batch 64, of two at batch 32, and of one whose base is missing."""
-    monkeypatch.setattr(ablation.Setting, "config", lambda *_: ablation.parse(ablation.PRETRAIN, [], prog=""))
+    monkeypatch.setattr(ablation.Setting, "config", lambda *_: ablation.PRETRAIN["textures"]())
     others = {BASE: {0: 0.25}, "decoupled loss": {0: 0.25}}
     return [*rows_of(SCORES), *rows_of(others, 32), *rows_of({"gray 0.1": {0: 0.9}}, 16)]
 
 
 def test_differences_are_paired_by_seed(rows):
-    """Differences of 2, 3 and 1 points: mean 2, standard deviation 1. Without pairs, the error would be five times that."""
+    """Differences of 2, 3 and 1 points have the mean 2 and the standard deviation 1; accuracies vary by 10 points."""
     found = ablation.effects(rows, "knn_top1")
     assert set(found) == {*((change, 64) for change in SCORES), (BASE, 32), ("decoupled loss", 32)}
     assert found["gray 0.1", 64] == pytest.approx((3, 52.0, 2.0, 1 / math.sqrt(3)))
@@ -152,10 +155,17 @@ def test_differences_are_paired_by_seed(rows):
     assert [ablation.shown(found[name, 64]) for name in ("gray 0.1", "queue of 1024")] == ["+2.0 ± 0.6", "-1.0"]
 
 
-def test_the_summary_shows_every_effect(rows, capsys):
+def test_the_summary_shows_every_effect(rows, monkeypatch, capsys):
+    monkeypatch.setattr(ablation, "console", Console(width=120))
     ablation.show(rows)
-    printed = capsys.readouterr().out
-    assert "+2.0 ± 0.6" in printed and "59.0" in printed and "decoupled loss" in printed
+    lines = [re.findall(r"[^│ ](?:[^│]*[^│ ])?", line) for line in capsys.readouterr().out.splitlines() if "│" in line]
+    assert lines == [
+        [BASE, "32", "1", "25.0", "+0.0", "75.0", "+0.0"],
+        ["decoupled loss", "32", "1", "25.0", "+0.0", "75.0", "+0.0"],
+        [BASE, "64", "3", "50.0", "+0.0 ± 0.0", "50.0", "+0.0 ± 0.0"],
+        ["queue of 1024", "64", "1", "59.0", "-1.0", "41.0", "+1.0"],
+        ["gray 0.1", "64", "3", "52.0", "+2.0 ± 0.6", "48.0", "-2.0 ± 0.6"],
+    ]
 
 
 def test_the_table_is_filled_from_the_rows(rows, tmp_path, monkeypatch):
@@ -192,3 +202,24 @@ def test_options_that_fit_no_run_are_refused(data):
         ablation.measure(SETTING, [Run(0, 65, BASE)], 1)
     with pytest.raises(UserError, match="--epochs is 0"):
         ablation.measure(Setting("", "textures", 64, 0), [RUNS[0]], 1)
+
+
+def test_the_command_line_trains_a_whole_seed_first(data, monkeypatch, capsys):
+    asked = []
+
+    def measure(setting, runs, processes):
+        asked.append((setting, runs, processes))
+        ablation.write_rows("ablation", [setting.columns(run) | {"knn_top1": 0.5, "linear_top1": 0.5} for run in runs])
+        return runs[:2]
+
+    monkeypatch.setattr(ablation, "measure", measure)
+    monkeypatch.setattr("sys.argv", ["ablation", "--data", str(data), "--epochs", "4", "--batches", "16", "32"])
+    with pytest.raises(SystemExit, match="2 runs failed; the same command tries them again"):
+        ablation.main()
+    ((setting, runs, processes),) = asked
+    assert (setting.data, setting.epochs, processes) == (str(data), 4, 2) and len(runs) == len(set(runs)) == 3 * 2 * 7
+    assert [run.seed for run in runs] == [0] * 14 + [1] * 14 + [2] * 14 and runs[0] == Run(0, 16, BASE)
+    assert capsys.readouterr().out.count("+0.0 ± 0.0") == 2 * 2 * 7
+    monkeypatch.setattr("sys.argv", ["ablation", "--data", str(data), "--processes", "0"])
+    with pytest.raises(SystemExit, match="--processes is 0"):
+        ablation.main()
