@@ -45,8 +45,10 @@ RECIPE = shlex.split(
     "--optim.weight-decay 1e-4 --optim.warmup-epochs 5 --views.size 32 --views.crop-area 0.08 1 --views.gray-p 0.2 "
     "--views.blur-p 0"
 )
-"""Options of every run, on top of the preset for its images, which sets the strength of the jitter. At a batch size of
-128, the learning rate is that of the textures preset."""
+"""Options of every run. At a batch size of 128, the learning rate is that of the textures preset."""
+TEXTURES = ["--preset", "textures", "--views.jitter-strength", "1"]
+PHOTOGRAPHS = ["--preset", "cifar10", "--views.jitter-strength", "0.5"]
+"""Options for the built-in textures and for other images, with the jitter of the paper for CIFAR-10 (appendix B.9)."""
 BASE = "base"
 CHANGES = {
     BASE: [],
@@ -58,7 +60,7 @@ CHANGES = {
     "crops from 0.2": ["--views.crop-area", "0.2", "1"],
 }
 """Name of a change -> its options."""
-SETTING = ("data", "images", "epochs", "encoder", "recipe")
+SETTING = ("data", "images", "epochs", "encoder", "recipe", "images_sha256")
 """Columns in which rows must agree to be compared."""
 Rows = list[dict[str, str]]
 console = Console()
@@ -80,17 +82,19 @@ class Setting:
         data: --data of train.py; "" for the built-in textures.
         name: name of the images.
         images: number of training images.
+        sha256: start of the checksum of the training images.
     """
 
     data: str
     name: str
     images: int
+    sha256: str
     epochs: int
 
     @property
     def recipe(self) -> list[str]:
         """Options of train.py without those of a single run."""
-        return ["--preset", "cifar10" if self.data else "textures", *RECIPE]
+        return [*(PHOTOGRAPHS if self.data else TEXTURES), *RECIPE]
 
     def arguments(self, run: Run) -> list[str]:
         """Command line of train.py for a run."""
@@ -118,6 +122,7 @@ class Setting:
             "epochs": self.epochs,
             "encoder": f"{encoder.name} x {encoder.width:g}, {encoder.stem} stem",
             "recipe": shlex.join(self.recipe),
+            "images_sha256": self.sha256,
             **run._asdict(),
         }
 
@@ -132,7 +137,7 @@ def open_setting(data: str, epochs: int) -> Setting:
     eval_splits(train, test, labeled=True)
     if data and Path(data).exists():  # runs start in the folder of this project
         data = str(Path(data).resolve())
-    return Setting(data, train.manifest.get("name", train.root), len(train), epochs)
+    return Setting(data, train.manifest.get("name", train.root), len(train), train.checksum[:16], epochs)
 
 
 def identity(row: dict[str, Any]) -> tuple[str, ...]:

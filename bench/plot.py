@@ -76,7 +76,7 @@ def fill_loader_table() -> Path:
 def fill_ablation_table() -> Path:
     """Tables of docs/training.md between its marks, one for each setting of ablation.csv."""
     parts = []
-    for (data, images, epochs, encoder, _), rows in by_setting(read_rows("ablation")).items():
+    for (data, images, epochs, encoder, *_), rows in by_setting(read_rows("ablation")).items():
         if not (found := effects(rows, "knn_top1")):
             continue
         fewest, most = (bound(effect.seeds for effect in found.values()) for bound in (min, max))

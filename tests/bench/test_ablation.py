@@ -5,7 +5,7 @@ import math
 import re
 import subprocess
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from threading import Barrier
 
 import pytest
@@ -18,7 +18,7 @@ from bench.ablation import BASE, CHANGES, Run, Setting
 from common import UserError
 from tests.small_sets import texture_shards
 
-SETTING = Setting("", "textures", 64, 3)
+SETTING = Setting("", "textures", 64, "0123", 3)
 RUNS = [Run(seed, batch, change) for seed in (0, 1) for batch in (16, 32) for change in (BASE, "gray 0.1")]
 
 
@@ -54,6 +54,8 @@ def test_a_change_alters_its_options_only():
     base = options(asdict(SETTING.config(Run(1, 16, BASE))))
     assert (base["seed"], base["batch_size"], base["epochs"], base["data"]) == (1, 16, 3, "")
     assert (base["views.gray_p"], base["views.crop_area"], base["loss.decoupled"]) == (0.2, (0.08, 1.0), False)
+    photographs = replace(SETTING, data="SHARDS").config(RUNS[0])
+    assert (base["views.jitter_strength"], photographs.views.jitter_strength) == (1, 0.5)
     assert set(CHANGES) == {BASE, *altered}
     for change, expected in altered.items():
         changed = options(asdict(SETTING.config(Run(1, 16, change))))
@@ -107,8 +109,10 @@ def test_every_run_has_a_row_and_is_trained_once(results):
         assert (row["data"], row["images"], row["epochs"]) == ("textures", "64", "3")
         assert row["encoder"] == "resnet18 x 0.25, standard stem"
         assert "--optim.lr 5.3e-4 --optim.scaling sqrt" in row["recipe"]
-    ablation.measure(Setting("", "textures", 64, 4), RUNS[:2], 2, train)
+    ablation.measure(replace(SETTING, epochs=4), RUNS[:2], 2, train)
     assert len(harness.read_rows("ablation")) == len(RUNS) + 2, "other epochs are other runs"
+    ablation.measure(replace(SETTING, sha256="4567"), RUNS[:2], 2, train)
+    assert len(harness.read_rows("ablation")) == len(RUNS) + 4, "images of the same name and number, too"
 
 
 def test_a_failed_run_stops_no_other_and_is_tried_again():
@@ -201,7 +205,7 @@ def test_options_that_fit_no_run_are_refused(data):
     with pytest.raises(UserError, match="Batches of 65 exceed the 64 images"):
         ablation.measure(SETTING, [Run(0, 65, BASE)], 1)
     with pytest.raises(UserError, match="--epochs is 0"):
-        ablation.measure(Setting("", "textures", 64, 0), [RUNS[0]], 1)
+        ablation.measure(replace(SETTING, epochs=0), RUNS[:1], 1)
 
 
 def test_the_command_line_trains_a_whole_seed_first(data, monkeypatch, capsys):
