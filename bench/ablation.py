@@ -8,7 +8,8 @@ Every change is compared with the unchanged run of the same batch size and seed,
 sees the same images in the same order. AdamW's learning rate grows with the square root of the batch size (arXiv
 2205.10287), so that one recipe suits all of them; crops and grayscale are those of the paper (arXiv 2002.05709).
 `--processes` runs at a time train on one thread each. A row is added to bench/results/ablation.csv as each run ends,
-and runs that are there already are skipped, so the same command continues a table that was interrupted.
+and runs that are there already are skipped, so the same command continues a table that was interrupted. At the end,
+the table of docs/training.md is filled from all rows.
 """
 
 import argparse
@@ -30,7 +31,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.harness import environment, read_rows, run_module, write_rows
+from bench.harness import RESULTS, environment, read_rows, run_module, write_rows
 from bench.scored_run import ScoredRun
 from common import UserError, check_range
 from config import PretrainConfig
@@ -260,7 +261,9 @@ def main() -> None:
         sys.exit(str(error))
     columns = setting.columns(runs[0])
     show(by_setting(read_rows("ablation"))[tuple(str(columns[name]) for name in SETTING)])
-    console.print("`python -m bench.plot` fills the table of docs/training.md from bench/results/ablation.csv.")
+    from bench.plot import fill_ablation_table  # not at the top: it imports this module, and matplotlib
+
+    console.print(f"written: {RESULTS / 'ablation.csv'} and {fill_ablation_table()}")
     if failed:
         sys.exit(f"{len(failed)} runs failed; the same command tries them again.")
 

@@ -208,8 +208,10 @@ def test_options_that_fit_no_run_are_refused(data):
         ablation.measure(replace(SETTING, epochs=0), RUNS[:1], 1)
 
 
-def test_the_command_line_trains_a_whole_seed_first(data, monkeypatch, capsys):
+def test_the_command_line_trains_a_whole_seed_first(data, tmp_path, monkeypatch, capsys):
     asked = []
+    monkeypatch.setattr(plot, "DOCS", tmp_path)
+    (tmp_path / "training.md").write_text("<!-- ablation -->\n<!-- /ablation -->")
 
     def measure(setting, runs, processes):
         asked.append((setting, runs, processes))
@@ -224,6 +226,7 @@ def test_the_command_line_trains_a_whole_seed_first(data, monkeypatch, capsys):
     assert (setting.data, setting.epochs, processes) == (str(data), 4, 2) and len(runs) == len(set(runs)) == 3 * 2 * 7
     assert [run.seed for run in runs] == [0] * 14 + [1] * 14 + [2] * 14 and runs[0] == Run(0, 16, BASE)
     assert capsys.readouterr().out.count("+0.0 ± 0.0") == 2 * 2 * 7
+    assert (tmp_path / "training.md").read_text().count("+0.0 ± 0.0") == 2 * 6
     monkeypatch.setattr("sys.argv", ["ablation", "--data", str(data), "--processes", "0"])
     with pytest.raises(SystemExit, match="--processes is 0"):
         ablation.main()
