@@ -1,4 +1,4 @@
-"""Plots and a table of the committed CSVs: `python -m bench.plot`."""
+"""Plots and tables of the committed CSVs: `python -m bench.plot`."""
 
 import re
 from pathlib import Path
@@ -9,6 +9,7 @@ matplotlib.use("Agg")  # no screen needed
 
 import matplotlib.pyplot as plt
 
+from bench.ablation import BASE, CHANGES, by_setting, effects, shown
 from bench.harness import read_rows
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -69,13 +70,28 @@ def fill_loader_table() -> Path:
             of_backend = rate[row["shards"], "opencv", row["jitter"]]
             cells = (row["shards"], row["jitter"], of_backend, row["images_per_s"], row["ratio_to_backend"])
             lines.append(f"| {' | '.join(cells)} |")
-    path = DOCS / "benchmarks.md"
-    table = "<!-- pipeline:loader -->\n\n" + "\n".join(lines) + "\n\n<!-- /pipeline:loader -->"
-    text = re.sub(
-        "<!-- pipeline:loader -->.*<!-- /pipeline:loader -->", lambda _: table, path.read_text(), flags=re.DOTALL
-    )
-    path.write_text(text)
-    return path
+    return _fill("benchmarks.md", "pipeline:loader", "\n".join(lines))
+
+
+def fill_ablation_table() -> Path:
+    """Tables of docs/training.md between its marks, one for each setting of ablation.csv."""
+    parts = []
+    for (data, images, epochs, encoder, *_), rows in by_setting(read_rows("ablation")).items():
+        if not (found := effects(rows, "knn_top1")):
+            continue
+        fewest, most = (bound(effect.seeds for effect in found.values()) for bound in (min, max))
+        seeds = str(most) if fewest == most else f"{fewest} to {most}"
+        batches = sorted({batch for _, batch in found})
+        lines = [["change", *(f"batch {batch}" for batch in batches)], ["---"] * (1 + len(batches))]
+        lines.append([f"{BASE}: kNN, %", *(f"{found[BASE, batch].mean:.1f}" for batch in batches)])
+        for change in CHANGES:
+            cells = [shown(found[change, batch]) if (change, batch) in found else "" for batch in batches]
+            if change != BASE and any(cells):
+                lines.append([change, *cells])
+        parts.append(f"{data}, {images} training images, {epochs} epochs, {encoder}; seeds: {seeds}")
+        parts.append("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
+    missing = "Not measured yet: there is no `ablation.csv` in `bench/results`."
+    return _fill("training.md", "ablation", "\n\n".join(parts) or missing)
 
 
 def plot_learning() -> Path:
@@ -104,6 +120,14 @@ def plot_learning() -> Path:
     return path
 
 
+def _fill(page: str, mark: str, content: str) -> Path:
+    """Replace what is between <!-- mark --> and <!-- /mark --> in a page of docs/."""
+    path, start, end = DOCS / page, f"<!-- {mark} -->", f"<!-- /{mark} -->"
+    block = f"{start}\n\n{content}\n\n{end}"
+    path.write_text(re.sub(f"{start}.*{end}", lambda _: block, path.read_text(), flags=re.DOTALL))
+    return path
+
+
 def _points(rows: list[dict[str, str]], column: str) -> tuple[list[int], list[float]]:
     pairs = sorted({int(row["M"]): float(row[column]) for row in rows if float(row[column] or 0) > 0}.items())
     return [m for m, _ in pairs], [value for _, value in pairs]
@@ -113,5 +137,6 @@ if __name__ == "__main__":
     print(plot_loss_kernel())
     print(plot_pipeline())
     print(fill_loader_table())
+    print(fill_ablation_table())
     if read_rows("learning"):
         print(plot_learning())
