@@ -51,7 +51,7 @@ def run_folder(tmp_path):
         ("train.py", "--views.size 96 96", "'96' is neither an option nor the value of one; see train.py --help."),
         ("train.py", "finetune", "'finetune' is neither an option nor"),
         ("train.py", "--preset cifar", "no preset 'cifar' (did you mean cifar10?); use one of auto, textures, "),
-        ("train.py", "--preset", "There is no preset ''; use one of auto, textures, cifar10, cifar10-cpu, stl10, imagenet."),
+        ("train.py", "--preset", "There is no preset ''; use one of auto, textures, cifar10, cifar10-cpu, stl10, "),
         ("finetune.py", "--preset v2-2", "There is no preset 'v2-2' (did you mean v2-1?)"),
         ("train.py", "--epochs 1.5", "--epochs is '1.5'; it must be a whole number; see train.py --help."),
         ("train.py", "--optim.lr 1e-3x", "--optim.lr is '1e-3x'; it must be a number; see train.py --help."),

@@ -37,6 +37,8 @@ OPTIONS = [
 OPTIONS += ["--batch-size", "16", "--epochs", "1", "--log-every", "1", "--precision", "fp32"]
 OPTIONS += ["--loss.temperature", "0.5", "--loss.queue", "50"]
 OPTIONS += ["--optim.name", "sgd", "--optim.lr", "0.02", "--eval.no-baselines", "--no-report"]
+# with seed 0, an activation within rounding of zero takes another side of its ReLU in the third step
+OPTIONS += ["--seed", "1"]
 
 
 @pytest.fixture(scope="module")
