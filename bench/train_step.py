@@ -11,8 +11,8 @@ Trainers take turns, and a ratio is the median over the rounds, so that a slow m
 The first round tries several numbers of DataLoader workers for the peers; later rounds keep the fastest. Measured steps
 start and end while batches are being prepared: no batch was prepared in advance whose cost is not measured. "same
 batch" is the step without data loading, on views in memory. `memory` is a batch of 4096 in slices: train.py
---micro-batch. `resident` is our trainer from its second epoch on, with images that are resident and with images that
-are read and decoded in every epoch.
+--micro-batch. `resident` is our trainer from its second epoch on, with images that are resident, with images that are
+read and decoded in every epoch, and on the same batch.
 """
 
 import argparse
@@ -100,7 +100,7 @@ SLICES = ((4096, 64), (128, 0))
 EPOCH = 120
 """Steps of an epoch of `RESIDENT`; the first one fills the memory, the third provides batches to prepare ahead."""
 RESIDENT = Setting(["--preset", "textures", "--epochs", "3"], 128, texture, warm=EPOCH + 5, steps=EPOCH - 5)
-SOURCES = {"images": "off", "resident": "on"}
+SOURCES = {"images": "off", "resident": "on", "same batch": "off"}
 """Source of the views -> --loader.resident."""
 
 
@@ -177,6 +177,7 @@ def rows_of(name: str, setting: Setting, measured: list[tuple[Turn, list[dict]]]
             ("ratio_to_lightly", "lightly", turn.precision, turn.source),
             ("ratio_to_plain", "plain", turn.precision, turn.source),
             ("ratio_to_loaded", turn.trainer, turn.precision, "images"),
+            ("ratio_to_same_batch", turn.trainer, turn.precision, "same batch"),
         ):
             theirs = times.get(tuple(other))
             row[column] = theirs and round(statistics.median(t / o for t, o in zip(theirs, own, strict=True)), 3)
@@ -225,7 +226,8 @@ def measure_resident(setting: Setting, epoch: int, seconds: float, device: torch
         ]
         measured = in_turns(turns, lambda turn: in_a_process(turn, Path(folder)), seconds)
     for precision in ("bf16", "fp32"):
-        losses = {result["loss"] for turn, results in measured if turn.precision == precision for result in results}
+        ours = [results for turn, results in measured if turn.precision == precision and turn.source != "same batch"]
+        losses = {result["loss"] for results in ours for result in results}
         if len(losses) > 1:
             raise RuntimeError(f"resident images changed the loss in {precision}: {sorted(losses)}")
     return rows_of("resident", setting, measured, device)
@@ -234,7 +236,7 @@ def measure_resident(setting: Setting, epoch: int, seconds: float, device: torch
 def show(rows: list[dict]) -> None:
     """Print two tables: the speed of every trainer, and the parts of its step."""
     who = {"setting": "setting", "source": "source", "trainer": "trainer", "precision": ""}
-    ratios = {f"ratio_to_{name}": f"of {name}" for name in ("lightly_fp32", "lightly", "plain", "loaded")}
+    ratios = {f"ratio_to_{name}": f"of {name}" for name in ("lightly_fp32", "lightly", "plain", "loaded", "same_batch")}
     speed = who | {"micro_batch": "slices", "workers": "workers", "images_per_s": "images/s"} | ratios
     parts = who | {"step_ms": "step, ms"} | {f"{part}_ms": part for part in PARTS} | {"peak_mb": "MB"}
     for columns in (speed, parts):

@@ -200,14 +200,14 @@ def test_resident_images_are_compared_with_loaded_ones(monkeypatch):
     def take(turn, folder):
         taken.append(turn)
         resident = config_of(turn.arguments).loader.resident
-        ms = {"off": 3, "on": 2}[resident]
+        ms = {"off": 3, "on": 2}[resident] if turn.source != "same batch" else 1
         return {"steps_ms": [dict.fromkeys(PARTS, ms)], "peak_mb": 100, "loss": 0.5 + changed * (resident == "on")}
 
     monkeypatch.setattr(bench, "make_images", lambda *_: None)
     monkeypatch.setattr(bench, "in_a_process", take)
     rows = bench.measure_resident(bench.RESIDENT, bench.EPOCH, 0, CPU)
-    ratios = {(row["precision"], row["source"]): row["ratio_to_loaded"] for row in rows}
-    sources = {"images": 1, "resident": 1.5}
+    ratios = {(r["precision"], r["source"]): (r["ratio_to_loaded"], r["ratio_to_same_batch"]) for r in rows}
+    sources = {"images": (1, 0.333), "resident": (1.5, 0.5), "same batch": (3, 1)}
     assert ratios == {(p, source): ratio for p in ("bf16", "fp32") for source, ratio in sources.items()}
     assert all(row["setting"] == "resident" and row["trainer"] == "ours" for row in rows)
     config = config_of(taken[0].arguments)
