@@ -19,6 +19,7 @@ PACKAGES = (
     "accelerate",
     "opencv-python-headless",
     "kornia",
+    "numba",
     "nvidia-dali-cuda120",
 )
 
