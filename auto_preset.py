@@ -222,7 +222,7 @@ def choose_pretraining(config: PretrainConfig, facts: Facts, fixed: Mapping[str,
         choose("optim.weight_decay", 1e-6, "as in the paper")
     else:
         choose("loss.temperature", 0.2, "used in all measurements on CIFAR-10 and the textures")
-        choose("optim.name", "adamw", "better than the cifar10 preset with LARS in short runs on CIFAR-10")
+        choose("optim.name", "adamw", "better than the paper's LARS in short runs on CIFAR-10")
         choose("optim.scaling", "none", "measured at batch 128")
         choose("optim.lr", 1.5e-3 / encoder.width, "0.0015 / width; measured at a quarter of the width")
         choose("optim.weight_decay", 1e-4, "as in the textures preset")

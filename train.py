@@ -28,7 +28,7 @@ from engine.trackers import view_sheet
 from evaluation.evaluator import Evaluator
 from evaluation.features import raw_pixels
 from evaluation.tables import report_table
-from loss import NegativeQueue, Temperature, nt_xent
+from loss import NegativeQueue, Temperature, nt_xent_and_append
 from model import (
     SimCLR,
     create_encoder,
@@ -114,14 +114,7 @@ def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> 
         simclr.train()
         return h
 
-    def contrast(z: Tensor, temperature: float | Tensor, sample: Tensor | None) -> Tensor:
-        """Loss () of this rank's z (2B, out); with a queue, z then joins it under the images' indices, sample (B,)."""
-        options = {"impl": config.loss.impl, "decoupled": config.loss.decoupled}
-        loss = nt_xent(z, temperature=temperature, queue=queue, sample=sample, **options)
-        if queue is not None:
-            queue.append(z, sample)
-        return loss
-
+    contrast = partial(nt_xent_and_append, impl=config.loss.impl, decoupled=config.loss.decoupled, queue=queue)
     with TrainingLoop(
         session,
         config,
@@ -131,7 +124,7 @@ def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> 
         schedule,
         validate_every=config.eval.knn_every if evaluate else 0,
         # All candidates are equally similar: 2B - 1, or 2B - 2 without the positive, and those of a full queue. At most
-        # 1 / images + 2 / queue of these are of the row's own image, a difference within the tolerance.
+        # 1 / images + 2 / queue of these are of the row's own image: with few of either, a collapse may be missed.
         collapse_loss=math.log(2 * config.batch_size - 1 - config.loss.decoupled + config.loss.queue),
         memory=queue,
         about={"timm_name": spec[0], "timm_kwargs": spec[1], "pixels": train.pixel_format._asdict()},

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from common import available_cores
+from common import available_cores, replacing
 from engine.environment import device_name
 
 ROOT = Path(__file__).parents[1]
@@ -169,7 +169,7 @@ def write_rows(name: str, rows: list[dict], folder: Path | None = None) -> Path:
     path = folder / f"{name}.csv"
     folder.mkdir(parents=True, exist_ok=True)
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    with path.open("w", newline="") as file:
+    with replacing(path) as part, part.open("w", newline="") as file:  # an interruption must not destroy earlier rows
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)

@@ -15,6 +15,7 @@ bench/results/learning.csv and docs/learning.png.
 
 import argparse
 import shlex
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -33,7 +34,7 @@ from safetensors.torch import load_file
 
 from bench.contenders import Entry
 from bench.harness import environment, read_rows, run_module, write_rows
-from common import UserError, available_cores
+from common import UserError, available_cores, check_range
 from config import PretrainConfig
 from evaluation.evaluator import EvalConfig, Evaluator
 from evaluation.store import eval_splits
@@ -95,6 +96,11 @@ class Race:
         config = parse(PRETRAIN, self.entry(contender).arguments, prog="train.py")
         if config.batch_size > len(self.train):
             raise UserError(f"Batches of {config.batch_size} exceed the {len(self.train)} images; use more images.")
+        if config.views.size_schedule:
+            raise UserError(
+                "The race chooses the number of epochs, so views can't grow in it; add `-- --views.size-schedule` "
+                "without sizes."
+            )
         return config
 
 
@@ -241,18 +247,29 @@ def main() -> None:
     parser.add_argument("options", nargs="*", help="after --: options of train.py for every contender")
     arguments = parser.parse_args()
     try:
+        check_range("--minutes", arguments.minutes, 0.01, 10**6)
+        check_range("--points", arguments.points, 1, 10**6)
         chosen, race = available(arguments), open_race(arguments)
-        rows = []
+        rows, failed = [], []
         for contender in chosen:
             console.print(f"{contender} ...")
-            rows += (new := rows_of(contender, race))
+            try:
+                new = rows_of(contender, race)
+            except subprocess.CalledProcessError:  # its process has printed the reason
+                failed.append(contender)
+                continue
+            rows += new
             path = write_rows("learning", [*other_rows(new), *new])  # now, because the next one may fail
     except UserError as error:
         sys.exit(str(error))
+    if not rows:
+        sys.exit("No contender finished; the reasons are above.")
     show(rows)
     from bench.plot import plot_learning  # not at the top: it imports matplotlib, which nothing else needs
 
     console.print(f"written: {path} and {plot_learning()}")
+    if failed:
+        sys.exit(f"{' and '.join(failed)} failed; the reasons are above.")
 
 
 if __name__ == "__main__":

@@ -23,11 +23,15 @@ def row_of(run: Path) -> dict:
         UserError: it is not the folder of a finished run with scores.
     """
     try:
-        config, summary = (json.loads((run / name).read_text()) for name in ("config.json", "summary.json"))
-        rows = list(map(json.loads, (run / "metrics.jsonl").read_text().splitlines()))
-        scores = {row["features"]: row for row in rows if "features" in row}["trained"]
-    except (OSError, KeyError, ValueError) as error:
+        return _row(run)
+    except (OSError, KeyError, ValueError, IndexError) as error:
         raise UserError(f"{run} is not the folder of a finished run with scores ({error!r}); use another.") from error
+
+
+def _row(run: Path) -> dict:
+    config, summary = (json.loads((run / name).read_text()) for name in ("config.json", "summary.json"))
+    rows = list(map(json.loads, (run / "metrics.jsonl").read_text().splitlines()))
+    scores = {row["features"]: row for row in rows if "features" in row}["trained"]
     steps = [row for row in rows if "step_ms" in row]
     train_s = sum((b["step"] - a["step"]) * b["step_ms"] for a, b in pairwise([{"step": 0}, *steps])) / 1000
     images = steps[-1]["step"] * config["batch_size"]
@@ -42,7 +46,7 @@ def row_of(run: Path) -> dict:
         "encoder": f"{config['timm_name']} {json.dumps(config['timm_kwargs'])}",
         "epochs": config["epochs"],
         "size": config["views"]["size"],
-        "size_schedule": " ".join(config["views"]["size_schedule"]),
+        "size_schedule": " ".join(config["views"].get("size_schedule", [])),
         "seed": config["seed"],
         "minutes": round(train_s / 60, 1),
         "images": images,

@@ -1,6 +1,6 @@
 """Checkpoints: everything a run needs to continue bit for bit, in folders that are always complete.
 
-    RUN/checkpoints/step-00001200/state.safetensors   weights, optimizer states, the sums of the open metrics row
+    RUN/checkpoints/step-00001200/state.safetensors   weights, optimizer states, queue, sums of the open metrics row
     RUN/checkpoints/step-00001200/record.json         step, loader position, configuration, checksum of the other file
 
 A folder is written under a temporary name and renamed once it is complete and on the disk. Nothing is unpickled.
@@ -58,18 +58,21 @@ def check_same_run(config: Any, saved: dict[str, Any]) -> None:
         UserError: names every option that differs, with both values.
     """
     now = json.loads(json.dumps(asdict(config)))  # tuples become lists, as in the file
+    default = json.loads(json.dumps(asdict(type(config)())))
     free = {field.name for field in fields(config) if field.metadata.get("may_change")}
     before, after = ({name: each[name] for name in each.keys() - free} for each in (saved, now))
-    if differing := ", ".join(_differences("", before, after)):
+    if differing := ", ".join(_differences("", before, after, default)):
         raise UserError(
             f"The run was started with {differing}; use the same values, or start again with another --out."
         )
 
 
-def _differences(option: str, before: Any, after: Any) -> Iterator[str]:
+def _differences(option: str, before: Any, after: Any, default: Any) -> Iterator[str]:
+    """Options that differ; one that is newer than the run had its default value in it."""
     if isinstance(before, dict) and isinstance(after, dict):
         for name in sorted(before.keys() | after.keys()):
-            yield from _differences(f"{option}.{name}", before.get(name), after.get(name))
+            usual = default.get(name) if isinstance(default, dict) else None
+            yield from _differences(f"{option}.{name}", before.get(name, usual), after.get(name), usual)
     elif before != after:
         yield f"--{option[1:].replace('_', '-')} {before} (now {after})"
 

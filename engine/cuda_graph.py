@@ -115,7 +115,7 @@ class Replay(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients):
-        passes = ctx.passes
+        passes, ctx.passes = ctx.passes, None  # the caller may keep the outputs, which must not keep the graphs
         for static, gradient in zip(passes.output_gradients, gradients, strict=True):
             static.copy_(gradient)
         passes.backward_graph.replay()

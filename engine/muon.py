@@ -45,7 +45,9 @@ class Muon(Optimizer):
     ):
         if not (lr >= 0 and 0 <= momentum < 1 and weight_decay >= 0):  # also refuses nan
             raise ValueError(f"lr {lr}, momentum {momentum} or weight_decay {weight_decay} is out of range")
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "adapt": True})
+        # "fused": `load_state_dict` moves "step" to the device of the weights only in groups with this option
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "adapt": True, "fused": True}
+        super().__init__(params, defaults)
         self.dtype = dtype
         for group in self.param_groups:
             for w in group["params"]:

@@ -15,8 +15,8 @@ COUNTS = ("skipped_in_a_row", "longest_skipped", "skipped", "last_skipped")
 class NonFiniteGuard:
     """Skips steps whose gradient is not finite: weights, optimizer states and running statistics do not change.
 
-    The decision is a scalar on the device, read there by torch's fused optimizers and by `LARS` (`found_inf`, as with
-    gradient scaling); the host sees it in `counts`. DDP averages gradients first, so all ranks decide alike.
+    The decision is a scalar on the device, read there by torch's fused optimizers, `LARS` and `Muon` (`found_inf`, as
+    with gradient scaling); the host sees it in `counts`. DDP averages gradients first, so all ranks decide alike.
 
     Args:
         module: network that is trained.

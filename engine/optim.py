@@ -21,7 +21,7 @@ class OptimConfig:
 
     name: Literal["lars", "sgd", "nesterov", "adamw", "muon"] = "lars"
     """Optimizer. lars: layer-wise adaptive rate scaling, for large batches. muon: orthogonalized momentum, for short
-    runs."""
+    runs; use --optim.scaling none, an --optim.lr near 0.05 and --optim.momentum 0.95."""
     lr: float = 0.3
     """Base learning rate, scaled by batch/256 (linear), sqrt(batch) (sqrt) or unscaled (none)."""
     scaling: Literal["linear", "sqrt", "none"] = "linear"

@@ -1,8 +1,16 @@
 """Losses: NT-Xent for contrastive pretraining, cross-entropies for distillation."""
 
 from .distill import distillation, labeled_cross_entropy
-from .ntxent import LossConfig, nt_xent
+from .ntxent import LossConfig, nt_xent, nt_xent_and_append
 from .queue import NegativeQueue
 from .temperature import Temperature
 
-__all__ = ["LossConfig", "NegativeQueue", "Temperature", "distillation", "labeled_cross_entropy", "nt_xent"]
+__all__ = [
+    "LossConfig",
+    "NegativeQueue",
+    "Temperature",
+    "distillation",
+    "labeled_cross_entropy",
+    "nt_xent",
+    "nt_xent_and_append",
+]

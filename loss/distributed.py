@@ -28,11 +28,11 @@ def participants(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
 
 
 def check_equal_calls(
-    z: Tensor, impl: str, temperature: float | None, decoupled: bool, group: dist.ProcessGroup
+    z: Tensor, impl: str, temperature: float | None, decoupled: bool, group: dist.ProcessGroup, queue: int = 0
 ) -> None:
     """Raise on every rank if the ranks' calls differ: otherwise a gather would hang, crash or mix two losses.
 
-    Compares six numbers per rank: on the CPU in every call; on an accelerator only in the first call of each group,
+    Compares seven numbers per rank: on the CPU in every call; on an accelerator only in the first call of each group,
     because reading them synchronizes the host with the device.
 
     Args:
@@ -41,26 +41,28 @@ def check_equal_calls(
         temperature: None for a tensor, whose value is not compared.
         decoupled: whether the loss is the decoupled one.
         group: ranks to compare.
+        queue: length of the queue, 0 for none.
 
     Raises:
         ValueError: names the differing arguments of every rank.
     """
     if z.device.type != "cpu" and group in _checked_groups:
         return
-    call = [*z.shape, DTYPES.index(z.dtype), IMPLS.index(impl), -1 if temperature is None else temperature, decoupled]
-    calls = gather_rows(torch.tensor([call], dtype=torch.float64, device=z.device), group)  # (W, 6)
+    call = [*z.shape, DTYPES.index(z.dtype), IMPLS.index(impl), -1 if temperature is None else temperature]
+    call += [decoupled, queue]
+    calls = gather_rows(torch.tensor([call], dtype=torch.float64, device=z.device), group)  # (W, 7)
     if (calls[:, :2] != calls[0, :2]).any():
         shapes = calls[:, :2].long().tolist()
         raise ValueError(f"z must have the same shape on every rank; this one and the others have {shapes}.")
     if (calls != calls[0]).any():
         described = [
             f"{'decoupled ' if decoupled else ''}{DTYPES[int(dtype)]} by {IMPLS[int(impl)]} at temperature "
-            f"{'(a tensor)' if tau < 0 else tau}"
-            for _, _, dtype, impl, tau, decoupled in calls.tolist()
+            f"{'(a tensor)' if tau < 0 else tau} with a queue of {int(queue)}"
+            for _, _, dtype, impl, tau, decoupled, queue in calls.tolist()
         ]
         raise ValueError(
-            "nt_xent must be called with the same dtype, impl, temperature and decoupled on every rank; this one and "
-            f"the others compute {'; '.join(described)}."
+            "nt_xent must be called with the same dtype, impl, temperature, decoupled and queue on every rank; this "
+            f"one and the others compute {'; '.join(described)}."
         )
     _checked_groups.add(group)
 

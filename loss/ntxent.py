@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from numbers import Real
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -78,8 +78,8 @@ def nt_xent(
             as under torch.compile.
         group: ranks that share one global batch, all with the same 2n, including this process. None: the default group
             if torch.distributed is initialized, else this process alone.
-        impl: "blockwise" needs O(M D + block) memory for the M rows of all ranks, and on a single rank up to 4,096 rows
-            keeps M^2 / 2 exponentials instead of computing them twice; "triton" computes the same in fused
+        impl: "blockwise" needs O(M D + block) memory for the M rows of all ranks; on a single rank without a queue, up
+            to 4,096 rows keep M^2 / 2 exponentials instead of computing them twice. "triton" computes the same in fused
             kernels on NVIDIA GPUs of compute capability 8.0 or later, for all dtypes except float64. Both can be
             differentiated once, in reverse mode and outside torch.func. "reference" is the dense oracle, O(2n M)
             memory, without these limits. "auto" is "triton" where it runs, else "blockwise"; it warns once if all that
@@ -128,7 +128,7 @@ def nt_xent(
         _check_reverse_mode(z, temperature)
     group = distributed.participants(group)
     if group is not None:  # before the check of z's rows, so that every rank raises and none hangs
-        distributed.check_equal_calls(z, impl, number, decoupled, group)
+        distributed.check_equal_calls(z, impl, number, decoupled, group, 0 if queue is None else len(queue.z))
     if 0 in z.shape or z.shape[0] % 2:
         raise ValueError(
             f"z must hold two views of each of n >= 1 samples, (2n, D) with D >= 1; got shape {tuple(z.shape)}."
@@ -156,6 +156,20 @@ def nt_xent(
         if gather is None and past is None and len(z) <= one_pass.MAX_ROWS:
             return one_pass.nt_xent_one_pass(z, temperature, decoupled)
         return nt_xent_blockwise(z, temperature, gather or Tensor.detach, decoupled, past)
+
+
+def nt_xent_and_append(
+    z: Tensor, temperature: float | Tensor, sample: Tensor | None, queue: NegativeQueue | None, **options: Any
+) -> Tensor:
+    """`nt_xent` of a training step, whose projections then join the queue, if there is one.
+
+    Args:
+        z, temperature, sample, queue, options: see `nt_xent`.
+    """
+    loss = nt_xent(z, temperature, queue=queue, sample=sample, **options)
+    if queue is not None:
+        queue.append(z, sample)
+    return loss
 
 
 def _check_queue(z: Tensor, queue: NegativeQueue, sample: Tensor | None) -> None:

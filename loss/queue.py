@@ -43,11 +43,15 @@ class NegativeQueue(nn.Module):
     Attributes:
         z: (N, D) float32, unit rows; the oldest ones are replaced first.
         sample: (N,) int64, index of each entry's image; -1 for entries that have not been filled yet.
-        count: () int64, number of projections ever appended.
+        count: () int64, number of entries ever written; its remainder by N is the next slot.
     """
 
     def __init__(self, length: int, width: int):
         super().__init__()
+        if length < 1 or width < 1:
+            raise ValueError(
+                f"length and width must be at least 1, not {length} and {width}; use queue=None for no queue."
+            )
         self.register_buffer("z", torch.zeros(length, width))
         self.register_buffer("sample", torch.full((length,), EMPTY))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
@@ -56,7 +60,8 @@ class NegativeQueue(nn.Module):
     def append(self, z: Tensor, sample: Tensor, group: torch.distributed.ProcessGroup | None = None) -> None:
         """Add the projections of a global batch in the order of one process, the same on every rank.
 
-        A batch with projections that are not finite is left out, as its step is skipped by the non-finite guard.
+        A batch with projections that are not finite is left out. If only its gradient is not finite, the non-finite
+        guard skips the step, but the projections are kept.
 
         Args:
             z: (2n, D) projections of this rank, not normalized; rows i and n + i are the two views of sample i.

@@ -265,6 +265,15 @@ def test_teacher_may_move_between_start_and_resume(run_folder):
         check_same_run(config, {**saved, "temperature": 3})
 
 
+def test_runs_that_are_older_than_an_option_can_be_resumed():
+    config = read("train.py")
+    saved = json.loads(json.dumps(asdict(config)))
+    del saved["loss"]["queue"], saved["views"]["size_schedule"]
+    check_same_run(config, saved)
+    with pytest.raises(UserError, match=r"--loss.queue 0 \(now 9\)"):
+        check_same_run(read("train.py", "--loss.queue", "9"), saved)
+
+
 # ---- the presets and their sources
 #
 # 2002.05709: section 2.2 and appendix A (augmentation), 2.1 (optimization), B.1 (learning rate), B.5 (fine-tuning).

@@ -15,7 +15,7 @@ import sys
 import streamclr, streamclr.evaluation, streamclr.pipeline
 from streamclr.loss import nt_xent
 from streamclr.pipeline.shards import open_shards
-heavy = {"nvidia.dali", "triton", "kornia", "webdataset", "sklearn", "scipy", "accelerate"}
+heavy = {"nvidia.dali", "triton", "kornia", "webdataset", "sklearn", "scipy", "accelerate", "numba"}
 assert not heavy & sys.modules.keys(), f"imported before they are used: {heavy & sys.modules.keys()}"
 import streamclr.model  # timm imports torchvision, which imports Triton
 assert not (heavy - {"triton"}) & sys.modules.keys()
@@ -23,6 +23,9 @@ import timm, torch
 assert nt_xent(torch.randn(8, 4), 0.1).isfinite()
 encoder = timm.create_model("simclr_resnet18", num_classes=0, small_stem=True)  # registered by streamclr.model
 assert encoder(torch.zeros(2, 3, 32, 32)).shape == (2, 512)
+from streamclr.pipeline.augment import AugmentConfig
+from streamclr.pipeline.augment.backend import create_backend
+create_backend("opencv", AugmentConfig(size=32), torch.device("cpu"), 2, 2, 1).close()  # compiles, and stores it
 print(streamclr.__file__, len(open_shards(sys.argv[1])))
 """
 

@@ -15,7 +15,7 @@ from .params import AugmentParams
 
 BACKENDS = ("auto", "dali", "kornia", "opencv", "triton")
 SMALL_VIEW = 64
-"""Largest view in pixels for which the OpenCV backend is expected to be limited by the Python code around its calls."""
+"""Largest view in pixels for which "auto" prefers DALI on a GPU, where it is installed."""
 ENOUGH_THREADS = 8
 """Number of host threads from which the OpenCV backend is expected to be faster than the training step of a GPU."""
 
@@ -74,10 +74,10 @@ def choose_backend(
         224 px    4,000 to 7,000    3,000 to 6,000     3,000 to 5,000   1,200 to 1,500 (ResNet-50)
         32 px     10,000            10,000 to 25,000   5,000 to 8,000   15,000 to 30,000 (ResNet-18)
 
-    So at 224 px half of these cores are enough, and the GPU is left to the training step. Small views cost OpenCV time
-    in Python, which more threads do not reduce. Where the decoded images stay in the GPU's memory, the Triton kernels
-    need neither the host nor a decoder; the bound of their memory traffic is 2.4 us for 1,024 views of 32 px
-    (bench/results/views_bounds.csv).
+    So at 224 px half of these cores are enough, and the GPU is left to the training step. The rate of small views with
+    OpenCV was that of its calls; since they are compiled (compiled.py), it should be higher. Where the decoded images
+    stay in the GPU's memory, the Triton kernels need neither the host nor a decoder; the bound of their memory traffic
+    is 2.4 us for 1,024 views of 32 px (bench/results/views_bounds.csv).
 
     Args:
         name: one of `BACKENDS`.

@@ -3,13 +3,13 @@
 At 32 px the calls of OpenCV that a view needs, about ten, take several times as long as the arithmetic inside them; at
 224 px its conversion to HSV and its tables are slower than compiled loops. Numba compiles the functions for the
 processor at hand when they are first needed and stores the result next to this file or, if that folder is read-only, in
-the user's cache. Everything compiled is in this file, because Numba compiles again only if the file of the entry point
-changes.
+the user's cache. All compiled functions are in this file, because Numba compiles again only if the file of the entry
+point changes; of params.py they use constants, which do not change.
 
 A view is computed in float32 planes, but resizing, each operation of the exact jitter, the affine map, grayscale and
 blur round to whole levels, halves to even, and clip to 0..255, as PIL does. Views are independent of each other. No
 sum is reordered and no multiplication fused with an addition (there is no `fastmath`), so that views depend neither on
-the slices and threads that compute them nor on the processor.
+the slices and threads that compute them nor, among x86-64 processors, on the processor.
 
 Planes are transposed, (3, x, y): both passes of a separable filter then run along contiguous memory.
 """
@@ -96,10 +96,12 @@ class CompiledViews:
         Raises:
             DecodeError: an image is smaller than a crop; `args[1]` is its position among the n images.
         """
+        if len(out) != table.size or any(x.dtype != np.uint8 or x.shape[2:] != (3,) for x in images):
+            raise ValueError(f"{table.size} views of (H, W, 3) uint8 images are expected in a batch of {len(out)}.")
         images = [np.ascontiguousarray(image) for image in images]
         sizes = np.array([image.shape[:2] for image in images]).reshape(-1, 2)
         crop = table["crop"][:, part]
-        inside = (crop[..., :2] + crop[..., 2:] <= sizes).all((0, 2))
+        inside = ((crop >= 0).all(-1) & (crop[..., :2] + crop[..., 2:] <= sizes).all(-1)).all(0)
         if not inside.all():
             raise DecodeError("the image is smaller than its index says", part.start + int(inside.argmin()))
         table["address"][:, part] = [image.__array_interface__["data"][0] for image in images]

@@ -173,6 +173,15 @@ def test_muon_treats_vectors_as_adamw():
     assert torch.equal(*ends)
 
 
+def test_muon_resumes_on_the_device_of_the_weights():
+    w = nn.Parameter(torch.empty(3, device="meta"))
+    optimizer = Muon([{"params": [w], "adapt": False}], lr=0.1)
+    state = optimizer.state_dict()
+    state["state"] = {0: {"exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3), "step": torch.zeros(())}}
+    optimizer.load_state_dict(state)
+    assert {value.device.type for value in optimizer.state[w].values()} == {"meta"}
+
+
 def test_norms_and_biases_neither_decay_nor_adapt():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
     net[2].weight.requires_grad_(False)

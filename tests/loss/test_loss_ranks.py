@@ -91,6 +91,7 @@ def compare_with_one_process(rank, world_size):
         (z, {"temperature": 0.1 + rank}),
         (z, {"temperature": torch.tensor(0.1) if rank else 0.1}),
         (z, {"temperature": 0.1, "decoupled": bool(rank)}),
+        (z, {"temperature": 0.1, "queue": NegativeQueue(9 + rank, D), "sample": torch.arange(2)}),
     ]:
         with pytest.raises(ValueError) as error:
             nt_xent(differing, **options)
@@ -138,10 +139,10 @@ def test_ranks_equal_one_process(world_size, tmp_path):
         assert ("[[4, 7], " if rank else "[[6, 7], ") in results["shape errors"][0]
         assert "z must hold two views" in results["odd"]
         assert "This process is not in the group" in results["outsider"]
-        dtypes, impls, temperatures, kinds, losses = results["different calls"]
+        dtypes, impls, temperatures, kinds, losses, queues = results["different calls"]
         assert "torch.float32 by blockwise" in dtypes and "torch.bfloat16 by blockwise" in dtypes
         assert "by reference" in impls and "at temperature 1.1" in temperatures and "(a tensor)" in kinds
-        assert "decoupled torch.float32" in losses
+        assert "decoupled torch.float32" in losses and "queue of 9" in queues and "queue of 10" in queues
         mine = slice(rank * SAMPLES_PER_RANK, (rank + 1) * SAMPLES_PER_RANK)
         torch.testing.assert_close(
             results["second derivative"], second_derivative[:, mine].flatten(0, 1), rtol=1e-11, atol=1e-12

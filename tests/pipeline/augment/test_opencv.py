@@ -10,7 +10,7 @@ from PIL import Image
 from pipeline.augment import compiled, opencv
 from pipeline.augment.config import AugmentConfig
 from pipeline.augment.opencv import SMALL, OpenCVBackend
-from pipeline.augment.params import center_crop
+from pipeline.augment.params import center_crop, draw_params
 from pipeline.images.files import DecodeError, decode
 from pipeline.images.pixel_format import RGB8
 from tests.pipeline.augment import reference_views as reference
@@ -114,6 +114,16 @@ def test_a_bad_image_is_found_in_its_slice(photographs, workers):
         with pytest.raises(DecodeError) as error:
             backend(images, wrong)
         assert error.value.args[1] == 7
+    backend.close()
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_compiled_views_refuse_what_would_be_read_or_written_out_of_bounds(views):
+    backend = OpenCVBackend(AugmentConfig(size=16, mean=(0.5,), std=(0.25,)), torch.device("cpu"), 2, views, 1)
+    params = draw_params(backend.config, 0, 0, np.arange(2), np.full(2, 20), np.full(2, 20), views=2)
+    channels = 3 if views == 1 else 1
+    with pytest.raises(ValueError, match=r"views of .* uint8 images are expected"):
+        backend([np.zeros((20, 20, channels), np.uint8)] * 2, params)
     backend.close()
 
 
