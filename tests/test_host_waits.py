@@ -185,7 +185,9 @@ def test_distillation_waits_once_per_row(run, teacher, ranks):
 
 
 def test_a_wait_in_the_step_is_found(run, monkeypatch):
-    nt_xent = train.nt_xent
-    monkeypatch.setattr(train, "nt_xent", lambda z, **options: nt_xent(z, **options) / z.norm().item())
+    nt_xent = train.nt_xent_and_append
+    monkeypatch.setattr(
+        train, "nt_xent_and_append", lambda z, *rest, **options: nt_xent(z, *rest, **options) / z.norm().item()
+    )
     with pytest.raises(HostWait):
         run("train")

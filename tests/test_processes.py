@@ -100,7 +100,7 @@ def test_failure_of_one_process_ends_all_with_its_message(data, tmp_path, failur
         import train
         from common import UserError
 
-        nt_xent, steps = train.nt_xent, []
+        nt_xent, steps = train.nt_xent_and_append, []
 
         def failing(*arguments, **options):
             steps.append(1)
@@ -108,7 +108,7 @@ def test_failure_of_one_process_ends_all_with_its_message(data, tmp_path, failur
                 {failure}
             return nt_xent(*arguments, **options)
 
-        train.nt_xent = failing
+        train.nt_xent_and_append = failing
         train.main()
         """)
     )

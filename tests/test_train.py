@@ -116,7 +116,7 @@ def test_run_folder_and_output_of_a_run(run_here, data, tmp_path, capsys):
 
 def test_slow_loader_shows_as_data_wait(run_here, data, tmp_path, monkeypatch, capsys):
     """Two rows of two steps and one of one; every batch is 60 ms late, and every step takes 20 ms longer."""
-    nt_xent = train.nt_xent
+    nt_xent = train.nt_xent_and_append
 
     class SlowLoader(train.ViewLoader):
         def __iter__(self):
@@ -125,7 +125,9 @@ def test_slow_loader_shows_as_data_wait(run_here, data, tmp_path, monkeypatch, c
                 yield batch
 
     monkeypatch.setattr(train, "ViewLoader", SlowLoader)
-    monkeypatch.setattr(train, "nt_xent", lambda *args, **options: time.sleep(0.02) or nt_xent(*args, **options))
+    monkeypatch.setattr(
+        train, "nt_xent_and_append", lambda *args, **options: time.sleep(0.02) or nt_xent(*args, **options)
+    )
     options = ["--data", data, "--epochs", 1, "--eval.no-baselines", *SMALL, "--log-every", 2]
     started = time.perf_counter()
     run_here(*options, "--out", tmp_path / "run")
@@ -420,9 +422,8 @@ def test_collapse_is_reported(run_here, data, tmp_path, monkeypatch, capsys, opt
 
     The decoupled loss does not count the positive; the entries of a full queue are as similar as the batch.
     """
-    append = train.NegativeQueue.append
-    monkeypatch.setattr(train, "nt_xent", lambda z, **options: nt_xent(0 * z + 1, **options))
-    monkeypatch.setattr(train.NegativeQueue, "append", lambda self, z, sample: append(self, 0 * z + 1, sample))
+    contrast = train.nt_xent_and_append
+    monkeypatch.setattr(train, "nt_xent_and_append", lambda z, *rest, **options: contrast(0 * z + 1, *rest, **options))
     monkeypatch.setattr(loop, "CollapseWatch", partial(CollapseWatch, patience_steps=6))
     options = ["--data", data, "--epochs", 2, "--eval.no-baselines", "--eval.knn-every", 0, *SMALL, *options]
     run_here(*options, "--out", tmp_path / "run")
