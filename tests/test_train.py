@@ -26,7 +26,6 @@ from torch import nn
 import train
 from engine import loop
 from engine.nonfinite import CollapseWatch
-from loss import nt_xent
 from pipeline.convert import textures
 from pipeline.convert.sources import Source, folder_source
 from pipeline.convert.writer import write_split
