@@ -123,8 +123,7 @@ def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> 
         optimizers,
         schedule,
         validate_every=config.eval.knn_every if evaluate else 0,
-        # All candidates are equally similar: 2B - 1, or 2B - 2 without the positive, and those of a full queue. At most
-        # 1 / images + 2 / queue of these are of the row's own image: with few of either, a collapse may be missed.
+        # all candidates are equally similar: 2B - 1, or 2B - 2 without the positive, and those of a full queue
         collapse_loss=math.log(2 * config.batch_size - 1 - config.loss.decoupled + config.loss.queue),
         memory=queue,
         about={"timm_name": spec[0], "timm_kwargs": spec[1], "pixels": train.pixel_format._asdict()},
