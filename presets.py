@@ -83,7 +83,9 @@ def cifar10() -> PretrainConfig:
 def cifar10_cpu() -> PretrainConfig:
     """CIFAR-10 in about an hour on two CPU cores: ResNet-18 at a quarter of its width, views of 16, 24, then 32 px.
 
-    Command: `accelerate launch train.py --preset cifar10-cpu --data CIFAR`.
+    Command: `accelerate launch train.py --preset cifar10-cpu --data CIFAR`. Cost: 51 minutes of training on two
+    cores of an EPYC (Zen 5). Accuracy: 0.717 kNN, 0.722 linear (bench/results/presets.csv). Chosen in short runs on
+    45,000 of the 50,000 training images, scored on the other 5,000.
     """
     return PretrainConfig(
         preset="cifar10-cpu",
