@@ -56,4 +56,4 @@ def test_ranks_issue_the_same_collectives(tmp_path, monkeypatch):
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows if "step_ms" in row] == [2, 4]
     for error in errors:
-        assert "Detected mismatch between collectives on ranks" in error and "TensorShape=[1, 6]" in error
+        assert "Detected mismatch between collectives on ranks" in error and "TensorShape=[1, 7]" in error
