@@ -30,11 +30,9 @@ def plot_loss_kernel() -> Path:
         axes.set_xscale("log", base=2)
         axes.grid(alpha=0.3)
     time.legend(fontsize=8)
-    figure.suptitle(f"NT-Xent, fp32, D = 128, {rows[0]['device']}, {rows[0]['threads']} threads", fontsize=10)
-    path = DOCS / "loss_kernel.png"
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+    devices = " and ".join(dict.fromkeys(row["device"] for row in rows))  # rows may be replaced on another machine
+    figure.suptitle(f"NT-Xent, fp32, D = 128, {devices}, {rows[0]['threads']} threads", fontsize=10)
+    return _save(figure, "loss_kernel.png")
 
 
 def plot_pipeline() -> Path:
@@ -54,10 +52,7 @@ def plot_pipeline() -> Path:
         axes.grid(alpha=0.3, axis="x")
         axes.legend(fontsize=8, loc="lower right")
     figure.suptitle(f"Full augmentation, 224 px, {rows[0]['device']}, {rows[0]['workers']} threads", fontsize=10)
-    path = DOCS / "pipeline.png"
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+    return _save(figure, "pipeline.png")
 
 
 def fill_loader_table() -> Path:
@@ -115,7 +110,12 @@ def plot_learning() -> Path:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, loc="lower right")
     figure.suptitle(f"Equal time for all, {rows[0]['device']}, {rows[0]['threads']} threads", fontsize=10)
-    path = DOCS / "learning.png"
+    return _save(figure, "learning.png")
+
+
+def _save(figure: plt.Figure, name: str) -> Path:
+    """Write a figure to docs/ and release it."""
+    path = DOCS / name
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
