@@ -7,10 +7,10 @@
 
 Every contender trains the same encoder on the same images for the same time, in a process of its own with all cores;
 nothing else should run. `ours-lightly` is this project with the recipe of `lightly` and `plain`, up to the differences
-that docs/benchmarks.md lists; `ours` has its own preset. A short run measures the speed of each before its race, so that its learning rate
-ends with its time, and chooses precision and DataLoader workers of a peer. The same code computes kNN (k = 20) and, at
-the end, a linear classifier for all, on frozen features of center crops and after training. Writes
-bench/results/learning.csv and docs/learning.png.
+that docs/benchmarks.md lists; `ours` has its own preset. A short run measures the speed of each before its race, so
+that its learning rate ends with its time, and chooses precision and DataLoader workers of a peer. The same code
+computes kNN (k = 20) and, at the end, a linear classifier for all, on frozen features of center crops and after
+training. Writes bench/results/learning.csv and docs/learning.png.
 """
 
 import argparse
