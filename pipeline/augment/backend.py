@@ -1,5 +1,6 @@
 """Augmentation backends: interface, selection and creation."""
 
+import threading
 from collections.abc import Callable
 from importlib import import_module
 from typing import NamedTuple, Protocol
@@ -25,6 +26,11 @@ class Backend(Protocol):
 
     image_device: torch.device | None
     """Where decoded images must be; None if the backend takes only encoded ones."""
+    calls_at_once: int
+    """Number of threads that may call the backend at the same time.
+
+    With two, the threads of the backend start with the next batch while the last images of a batch are being augmented.
+    """
 
     def __call__(self, images: list[bytes | np.ndarray | Tensor], params: AugmentParams) -> Tensor:
         """Augment V views of n images.
@@ -174,14 +180,14 @@ def create_backend(
 class EpochBackends:
     """Backend of every epoch, because the size of the views may change between epochs (`AugmentConfig.size_schedule`).
 
-    One backend exists at a time: when the size changes, the earlier one is closed, which must not be in use any more.
+    One backend exists at a time: when the size changes, the earlier one is closed as soon as no thread uses it.
 
     Args:
         config: augmentation options.
         create: creates the backend for the options of an epoch.
 
     Attributes:
-        image_device: see `Backend`; the same in all epochs.
+        image_device, calls_at_once: see `Backend`; the same in all epochs.
 
     Raises:
         UserError: the first backend is created at once, and is not available.
@@ -189,19 +195,28 @@ class EpochBackends:
 
     def __init__(self, config: AugmentConfig, create: Callable[[AugmentConfig], Backend]):
         self.config, self.create = config, create
+        self._calls, self._call_ended = 0, threading.Condition()
         self._use(config.at_epoch(0))
-        self.image_device = self._backend.image_device
+        self.image_device, self.calls_at_once = self._backend.image_device, self._backend.calls_at_once
 
     def _use(self, config: AugmentConfig) -> None:
         self._size, self._backend = config.size, self.create(config)
 
-    def at_epoch(self, epoch: int) -> Backend:
-        """The backend for views of an epoch."""
+    def __call__(self, epoch: int, images: list[bytes | np.ndarray | Tensor], params: AugmentParams) -> Tensor:
+        """Augment a batch by the backend for the views of an epoch; see `Backend`."""
         config = self.config.at_epoch(epoch)
-        if config.size != self._size:
-            self._backend.close()
-            self._use(config)
-        return self._backend
+        with self._call_ended:
+            self._call_ended.wait_for(lambda: config.size == self._size or not self._calls)
+            if config.size != self._size:
+                self._backend.close()
+                self._use(config)
+            self._calls += 1
+        try:
+            return self._backend(images, params)
+        finally:
+            with self._call_ended:
+                self._calls -= 1
+                self._call_ended.notify_all()
 
     def close(self) -> None:
         """Close the backend."""

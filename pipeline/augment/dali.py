@@ -50,7 +50,7 @@ class DaliBackend:
         UserError: another format.
     """
 
-    image_device = None
+    image_device, calls_at_once = None, 1
 
     def __init__(
         self,

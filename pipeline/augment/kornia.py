@@ -41,6 +41,8 @@ class KorniaBackend:
         UserError: another format.
     """
 
+    calls_at_once = 1
+
     def __init__(
         self,
         config: AugmentConfig,

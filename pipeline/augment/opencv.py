@@ -47,6 +47,7 @@ class OpenCVBackend:
     """
 
     image_device = torch.device("cpu")
+    calls_at_once = 2
 
     def __init__(
         self,

@@ -1,6 +1,7 @@
 """Unreadable samples: replace them, record them, and stop the run if there are too many."""
 
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,7 @@ class BadSampleTracker:
         self.population = population
         self.reasons: dict[int, str] = {}
         self._retry_after: dict[int, int] = {}  # sample -> epoch
+        self._adding = threading.Lock()
         self.replaced = 0
         """Number of replacements by this process; in a resumed run, rank 0 starts from the total of all ranks."""
 
@@ -81,6 +83,10 @@ class BadSampleTracker:
         Args:
             failures: sample -> why it cannot be used.
         """
+        with self._adding:  # batches are augmented in several threads
+            self._add(failures, epoch)
+
+    def _add(self, failures: dict[int, ReadFailure], epoch: int) -> None:
         rows = []
         for sample, failure in failures.items():
             self._retry_after.pop(sample, None)

@@ -92,7 +92,8 @@ class Prefetcher:
             UserError: too many samples are bad, or a remote store is unreachable.
         """
         stop = threading.Event()
-        with ThreadPoolExecutor(2, "read") as readers, ThreadPoolExecutor(1, "augment") as augmenter:
+        augmenting = ThreadPoolExecutor(self.backends.calls_at_once, "augment")
+        with ThreadPoolExecutor(2, "read") as readers, augmenting as augmenters:
             ahead: deque[Future[AugmentedBatch]] = deque()
             reading: deque = deque(maxlen=self.prefetch + 1)  # shards of batches that may still be waiting to be read
             try:
@@ -101,14 +102,14 @@ class Prefetcher:
                         reading.append(shards_of(self.reader.shards, planned.samples))
                         self.reader.prefetch(np.unique(np.concatenate(reading)), planned.upcoming)
                     read = readers.submit(self._read, planned, stop)
-                    ahead.append(augmenter.submit(self._augment, planned, read, stop))
+                    ahead.append(augmenters.submit(self._augment, planned, read, stop))
                     if len(ahead) > self.prefetch:
                         yield self._hand_over(ahead.popleft().result())
                 while ahead:
                     yield self._hand_over(ahead.popleft().result())
             finally:  # if the consumer stops early, wait neither for a server nor for batches that have not started
                 stop.set()
-                augmenter.shutdown(wait=False, cancel_futures=True)
+                augmenters.shutdown(wait=False, cancel_futures=True)
                 readers.shutdown(wait=False, cancel_futures=True)
 
     def _read(self, planned: PlannedBatch, stop: threading.Event) -> tuple[np.ndarray, list, AugmentParams]:
@@ -128,7 +129,7 @@ class Prefetcher:
                 failures = {i: data for i, data in enumerate(images) if isinstance(data, ReadFailure)}
                 if not failures:
                     try:
-                        views = self.backends.at_epoch(planned.epoch)(images, params)
+                        views = self.backends(planned.epoch, images, params)
                     except DecodeError as error:
                         failures = {error.args[1]: UNDECODABLE}
                 if failures:

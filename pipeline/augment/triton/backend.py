@@ -29,6 +29,8 @@ class TritonBackend:
         UserError: the device or the format is not supported, or a C compiler is missing.
     """
 
+    calls_at_once = 1
+
     def __init__(
         self,
         config: AugmentConfig,

@@ -1,6 +1,8 @@
 """Views whose size changes during a run: options, parameters, and one backend at a time."""
 
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -64,12 +66,18 @@ def test_parameters_are_those_of_full_size_except_for_the_scale_of_the_blur():
 
 
 class CountedBackend:
-    """Backend that only notes whether it is open."""
+    """Backend that only notes its size and whether it is open."""
 
-    image_device = torch.device("cpu")
+    image_device, calls_at_once = torch.device("cpu"), 2
 
     def __init__(self, size: int):
         self.size, self.open = size, True
+
+    def __call__(self, images, params) -> int:
+        assert self.open
+        time.sleep(params)
+        assert self.open
+        return self.size
 
     def close(self) -> None:
         self.open = False
@@ -84,9 +92,10 @@ def test_one_backend_exists_at_a_time():
         return created[-1]
 
     backends = EpochBackends(GROWING, create)
-    assert backends.image_device == torch.device("cpu") and len(created) == 1
-    assert [backends.at_epoch(epoch).size for epoch in (0, 0, 1, 2, 3, 4)] == [16, 16, 16, 24, 32, 32]
-    assert len(created) == 3
+    assert backends.image_device == torch.device("cpu") and backends.calls_at_once == 2 and len(created) == 1
+    with ThreadPoolExecutor(2) as threads:  # those of an earlier size still use their backend
+        sizes = list(threads.map(lambda epoch: backends(epoch, [], 0.01), (0, 0, 1, 2, 3, 4)))
+    assert sizes == [16, 16, 16, 24, 32, 32] and len(created) >= 3
     backends.close()
     assert not any(backend.open for backend in created)
 

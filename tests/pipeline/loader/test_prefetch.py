@@ -3,7 +3,7 @@
 import threading
 import time
 import weakref
-from itertools import islice
+from itertools import count, islice
 
 import numpy as np
 import pytest
@@ -41,13 +41,13 @@ class LiveBatches:
             self.most = max(self.most, self.now)
 
     def counting(self, backend):
-        def augment(encoded, params):
+        def augment(epoch, encoded, params):
             self.change(1)
-            views = backend(encoded, params)
+            views = backend(epoch, encoded, params)
             weakref.finalize(views, self.change, -1)
             return views
 
-        augment.close = backend.close
+        augment.close, augment.calls_at_once = backend.close, backend.calls_at_once
         return augment
 
 
@@ -55,8 +55,7 @@ class LiveBatches:
 def test_batches_in_memory(shards, ahead, monkeypatch):
     """While a step runs, `ahead` more batches are prepared; one more exists when the step takes the next."""
     whole, live = loader(shards, prefetch=ahead), LiveBatches()
-    counted = live.counting(whole.prefetcher.backends.at_epoch(0))
-    monkeypatch.setattr(whole.prefetcher.backends, "at_epoch", lambda epoch: counted)
+    whole.prefetcher.backends = live.counting(whole.prefetcher.backends)
     steps = (batch for _ in range(3) for batch in whole)
     for batch in islice(steps, 12):
         assert len(batch.index) == 2
@@ -75,22 +74,41 @@ def test_batches_in_memory(shards, ahead, monkeypatch):
 def test_parameters_are_drawn_while_an_earlier_batch_is_augmented(shards, monkeypatch):
     """Otherwise the threads of the backend are idle in the meantime."""
     whole, drawn, in_time = loader(shards, prefetch=2), threading.Semaphore(0), []
-    draw, backend = whole.prefetcher.draw, whole.prefetcher.backends.at_epoch(0)
+    draw, backends = whole.prefetcher.draw, whole.prefetcher.backends
 
     def counted(epoch, samples):
         drawn.release()
         return draw(epoch, samples)
 
-    def augment(images, params):
+    def augment(epoch, images, params):
         if not in_time:  # the first of three batches, all of which are planned already
             in_time.extend(drawn.acquire(timeout=5) for _ in range(3))
-        return backend(images, params)
+        return backends(epoch, images, params)
 
+    augment.close, augment.calls_at_once = backends.close, 1
     monkeypatch.setattr(whole.prefetcher, "draw", counted)
-    monkeypatch.setattr(whole.prefetcher.backends, "at_epoch", lambda epoch: augment)
+    monkeypatch.setattr(whole.prefetcher, "backends", augment)
     next(iter(whole))
     whole.close()
     assert in_time == [True] * 3
+
+
+def test_a_batch_starts_while_the_one_before_is_augmented(shards):
+    """Otherwise all threads but one are idle while the last image of a batch is augmented."""
+    whole, calls, second, in_time = loader(shards, prefetch=2), count(), threading.Event(), []
+    backends = whole.prefetcher.backends
+
+    def augment(epoch, images, params):
+        if next(calls) == 0:
+            in_time.append(second.wait(timeout=5))
+        second.set()
+        return backends(epoch, images, params)
+
+    augment.close, augment.calls_at_once = backends.close, backends.calls_at_once
+    whole.prefetcher.backends = augment
+    next(iter(whole))
+    whole.close()
+    assert in_time == [True]
 
 
 @pytest.mark.parametrize("backend", ["opencv", "kornia"])
