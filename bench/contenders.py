@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -147,10 +148,22 @@ def train_ours(entry: Entry, config: PretrainConfig, clock: Clock, shards: Shard
         return {name.removeprefix(encoder): tensor for name, tensor in tensors.items() if name.startswith(encoder)}
 
     clock.plan(epochs * steps_per_epoch, entry.points, newest)
+    views = replace(config.views, size_schedule=stretched(config.views.phases, epochs / config.epochs))
     checkpoints = replace(config.checkpoint, every_steps=clock.every_steps)
-    train.pretrain(replace(config, epochs=epochs, report=False, checkpoint=checkpoints), TimedLoop(clock))
+    config = replace(config, epochs=epochs, views=views, report=False, checkpoint=checkpoints)
+    train.pretrain(config, TimedLoop(clock))
     clock.keep(load_file(out / "encoder.safetensors"))
     return described(config)
+
+
+def stretched(phases: list[tuple[int, int]], factor: float) -> tuple[str, ...]:
+    """A schedule of sizes for a run that is `factor` times as long, see `AugmentConfig.size_schedule`.
+
+    Times are rounded down, which leaves an epoch at full size.
+    """
+    ends = [0, *(int(factor * end) for end in accumulate(epochs for _, epochs in phases))]
+    lengths = (end - start for start, end in pairwise(ends))
+    return tuple(f"{size}:{epochs}" for (size, _), epochs in zip(phases, lengths, strict=True) if epochs)
 
 
 def train_peer(entry: Entry, config: PretrainConfig, clock: Clock, shards: ShardSet) -> dict[str, Any]:
@@ -285,6 +298,7 @@ def described(config: PretrainConfig) -> dict[str, Any]:
         f"crop {views.crop_area[0]:g} to {views.crop_area[1]:g}, jitter {views.jitter_strength:g}, "
         f"gray {views.gray_p:g}, blur {views.blur_p:g}, head {head.hidden} to {head.out}"
     )
+    recipe += "".join(f", {size} px for {epochs} epochs" for size, epochs in views.phases)
     return {"batch": config.batch_size, "mean": views.mean, "std": views.std, "recipe": recipe}
 
 

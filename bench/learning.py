@@ -8,9 +8,10 @@
 Every contender trains the same encoder on the same images for the same time, in a process of its own with all cores;
 nothing else should run. `ours-lightly` is this project with the recipe of `lightly` and `plain`, up to the differences
 that docs/benchmarks.md lists; `ours` has its own preset. A short run measures the speed of each before its race, so
-that its learning rate ends with its time, and chooses precision and DataLoader workers of a peer. The same code
-computes kNN (k = 20) and, at the end, a linear classifier for all, on frozen features of center crops and after
-training. Writes bench/results/learning.csv and docs/learning.png.
+that its learning rate ends with its time, and chooses precision and DataLoader workers of a peer. A preset whose views
+grow keeps the share of its epochs at each size. The same code computes kNN (k = 20) and, at the end, a linear
+classifier for all, on frozen features of center crops and after training. Writes bench/results/learning.csv and
+docs/learning.png.
 """
 
 import argparse
@@ -60,8 +61,8 @@ CONTENDERS = ("ours", "ours-lightly", "lightly", "plain", "peer")
 WORKERS = (0, 1, 2)
 """Processes of a peer's DataLoader, of which the fastest number is kept."""
 WARM_UP, FIRST_EPOCH, CHOICE = 1 / 16, 1 / 4, 1 / 48
-"""Share of the time for which the speed is measured: of a peer; of ours, whose later epochs find resident images and
-differ from the first; and of each precision and number of workers of a peer."""
+"""Share of the time for which the speed is measured: of a peer; of ours, at all sizes together, because later epochs
+find resident images and differ from the first; and of each precision and number of workers of a peer."""
 console = Console()
 
 
@@ -96,11 +97,6 @@ class Race:
         config = parse(PRETRAIN, self.entry(contender).arguments, prog="train.py")
         if config.batch_size > len(self.train):
             raise UserError(f"Batches of {config.batch_size} exceed the {len(self.train)} images; use more images.")
-        if config.views.size_schedule:
-            raise UserError(
-                "The race chooses the number of epochs, so views can't grow in it; add `-- --views.size-schedule` "
-                "without sizes."
-            )
         return config
 
 
@@ -122,7 +118,14 @@ def warmed_up(entry: Entry, images: int, take: Take) -> Entry:
             return final_speed(take(short, Path(folder))["stamps"])
 
     if entry.trainer == "ours":
-        return replace(entry, images=round(images_per_s(entry, FIRST_EPOCH) * entry.seconds))
+        config = parse(PRETRAIN, entry.arguments, prog="train.py")
+        views, phases = config.views, dict(config.views.phases)
+        phases[views.size] = config.epochs - sum(phases.values())
+        image_s = 0.0
+        for size, epochs in phases.items():
+            fixed = replace(entry, arguments=[*entry.arguments, "--views.size", str(size), "--views.size-schedule"])
+            image_s += epochs / config.epochs / images_per_s(fixed, FIRST_EPOCH / len(phases))
+        return replace(entry, images=round(entry.seconds / image_s))
     candidates = [replace(entry, precision=p, workers=w) for p, w in product(("bf16", "fp32"), WORKERS)]
     fastest = max(candidates, key=lambda candidate: images_per_s(candidate, CHOICE))
     return replace(fastest, images=round(images_per_s(fastest, WARM_UP) * entry.seconds))

@@ -147,6 +147,22 @@ def test_the_fastest_loader_of_a_peer_is_kept(monkeypatch):
     assert len(asked) == 8 and asked[-1].seconds == 120 and asked[-1].precision == "auto"
 
 
+def test_views_of_a_race_grow_as_in_its_preset():
+    rates, asked = {"16": 6, "24": 3, "32": 1}, []
+
+    def take(entry, folder):
+        asked.append(entry.seconds)
+        rate = rates[entry.arguments[entry.arguments.index("--views.size") + 1]]
+        return {"stamps": [(1, rate), (2, 2 * rate)]}
+
+    entry = Entry("ours", ["--preset", "cifar10-cpu", "--data", "CIFAR"], 0, 480.0, 6, "auto", 0)
+    found = learning.warmed_up(entry, 50, take)
+    assert asked == [40.0] * 3
+    assert found.images == round(480 / (1 / 4 / 6 + 1 / 2 / 3 + 1 / 4)), "its 80 epochs have 20, 40 and 20 of each size"
+    assert contenders.stretched([(16, 20), (24, 40)], 10 / 80) == ("16:2", "24:5")
+    assert contenders.stretched([(16, 20), (24, 40)], 2 / 80) == ("24:1",)
+
+
 def test_race(data, take, ticking, tmp_path, monkeypatch):
     """Rows are complete; times grow and stay within the budget; encoders differ."""
     monkeypatch.setattr(learning, "warmed_up", lambda entry, images, take: replace(entry, images=9 * 16))
