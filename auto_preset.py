@@ -160,8 +160,8 @@ def choose_pretraining(config: PretrainConfig, facts: Facts, fixed: Mapping[str,
     """Settings of pretraining.
 
     Sources: arXiv 2002.05709 for ResNet-50 (augmentation, LARS, temperature, table B.1 on batch sizes and its appendix
-    B.9 for small images); short runs on the textures and on CIFAR-10 for AdamW, temperature 0.2, grayscale 0.2 and
-    crops from 0.2 of the area; arXiv 2203.03466 for a learning rate of Adam in inverse proportion to the width. Sizes,
+    B.9 for small images); short runs on the textures and on CIFAR-10 for Muon, AdamW, temperature 0.2, grayscale 0.2
+    and crops from 0.2 of the area; arXiv 2203.03466 for a learning rate of Adam in inverse proportion to the width. Sizes,
     batches and times on GPUs are estimates.
 
     Args:
@@ -222,9 +222,15 @@ def choose_pretraining(config: PretrainConfig, facts: Facts, fixed: Mapping[str,
         choose("optim.weight_decay", 1e-6, "as in the paper")
     else:
         choose("loss.temperature", 0.2, "used in all measurements on CIFAR-10 and the textures")
-        choose("optim.name", "adamw", "better than the paper's LARS in short runs on CIFAR-10")
+        short = small and not gpu
+        why = "better than AdamW" if short else "better than the paper's LARS"
+        name = choose("optim.name", "muon" if short else "adamw", f"{why} in short runs on CIFAR-10")
         choose("optim.scaling", "none", "measured at batch 128")
-        choose("optim.lr", 1.5e-3 / encoder.width, "0.0015 / width; measured at a quarter of the width")
+        if name == "muon":
+            choose("optim.lr", 0.05, "measured at a quarter of the width; it does not depend on the width")
+            choose("optim.momentum", 0.95, "as in its source")
+        else:
+            choose("optim.lr", 1.5e-3 / encoder.width, "0.0015 / width; measured at a quarter of the width")
         choose("optim.weight_decay", 1e-4, "as in the textures preset")
 
     if facts.classes < 2 or not facts.labeled:

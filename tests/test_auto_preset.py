@@ -102,7 +102,7 @@ def test_the_documentation_states_what_is_chosen(case):
     width = "" if encoder.width == 1 else f" x {encoder.width:g}"
     network = encoder.name.replace("resnet", "ResNet-") + width + (", standard stem" if encoder.stem != "auto" else "")
     batch = f"{config.batch_size}" + (f" in slices of {slices}" if slices else "")
-    name = {"adamw": "AdamW", "lars": "LARS"}[optim.name]
+    name = {"adamw": "AdamW", "lars": "LARS", "muon": "Muon"}[optim.name]
     rate = f"{name} {optim.lr:g}" + (" x sqrt(B)" if optim.scaling == "sqrt" else "")
     temperature = f"{config.loss.temperature:g}"
     cells = [case, f"{config.views.size} px", network, batch, str(config.epochs), rate, temperature]

@@ -2,13 +2,12 @@
 
 import zlib
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..augment.backend import EpochBackends, choose_backend, create_backend
+from ..augment.backend import Backend, EpochBackends, choose_backend, create_backend
 from ..augment.config import AugmentConfig
 from ..augment.params import AugmentParams, center_crop, draw_params
 from ..common import UserError
@@ -120,16 +119,11 @@ class ViewLoader:
         on_gpu = device.type == "cuda" and config.resident != "off" and epochs != 1 and fits(shards, samples, device)
         choice = choose_backend(config.backend, device, augment.size, config.threads, images, fits_device=on_gpu)
         self.backend_name = f"{choice}{describe_schedule(augment)}"
-        create = partial(
-            create_backend,
-            choice.name,
-            device=device,
-            batch_size=batch_size // world_size,
-            views=views_per_image,
-            workers=config.threads,
-            dtype=dtype,
-            pixel_format=images,
-        )
+
+        def create(views: AugmentConfig) -> Backend:
+            share = batch_size // world_size
+            return create_backend(choice.name, views, device, share, views_per_image, config.threads, dtype, images)
+
         backends = EpochBackends(augment, create)
         self.store = create_store(config.resident, shards, samples, backends.image_device, epochs)
         if self.store is not None:
@@ -253,16 +247,10 @@ def center_crop_batches(
     bad_samples = BadSampleTracker(shards, 0, config.max_bad, bad_samples_file, samples)
     images, on_device = shards.pixel_format, find_store(shards, device) is not None
     choice = choose_backend(config.backend, device, augment.size, config.threads, images, fits_device=on_device)
-    create = partial(
-        create_backend,
-        choice.name,
-        device=device,
-        batch_size=batch_size,
-        views=1,
-        workers=config.threads,
-        dtype=dtype,
-        pixel_format=images,
-    )
+
+    def create(views: AugmentConfig) -> Backend:
+        return create_backend(choice.name, views, device, batch_size, 1, config.threads, dtype, images)
+
     backends = EpochBackends(augment.full_size, create)
     reader = Reader(shards, cache or config.cache())
     store = find_store(shards, backends.image_device) if config.resident != "off" else None
