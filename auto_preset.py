@@ -160,9 +160,9 @@ def choose_pretraining(config: PretrainConfig, facts: Facts, fixed: Mapping[str,
     """Settings of pretraining.
 
     Sources: arXiv 2002.05709 for ResNet-50 (augmentation, LARS, temperature, table B.1 on batch sizes and its appendix
-    B.9 for small images); short runs on the textures and on CIFAR-10 for Muon, AdamW, temperature 0.2, grayscale 0.2
-    and crops from 0.2 of the area; arXiv 2203.03466 for a learning rate of Adam in inverse proportion to the width. Sizes,
-    batches and times on GPUs are estimates.
+    B.9 for small images); short runs on the textures and on CIFAR-10 for AdamW, temperature 0.2, grayscale 0.2 and
+    crops from 0.2 of the area, and on CIFAR-10 for Muon; arXiv 2203.03466 for a learning rate of Adam in inverse
+    proportion to the width. Sizes, batches and times on GPUs are estimates.
 
     Args:
         config: configuration with the values of the fixed options.
