@@ -149,6 +149,7 @@ ROWS = Counter(mean_of=STEPS // LOG_EVERY)
         (1, "--loss.impl triton --optim.name adamw"),
         (1, "--loss.impl reference --optim.name lars --micro-batch 8"),
         (2, "--loss.impl reference --optim.name sgd"),
+        (1, "--loss.impl reference --optim.name muon"),
         (2, "--loss.impl triton --optim.name lars --micro-batch 4"),
         (1, "--loss.impl triton --loss.learn-temperature --loss.decoupled"),
         (2, "--loss.impl triton --loss.learn-temperature --micro-batch 4"),

@@ -218,7 +218,15 @@ def compare_compiled(setup: Setup, name: str) -> Iterator[Outcome]:
         yield Outcome(what, difference.item(), 1e-6)
 
 
-OPTIMIZERS = [("lars", 0.9), ("lars", 0.0), ("sgd", 0.9), ("sgd", 0.0), ("nesterov", 0.9), ("adamw", 0.9)]
+OPTIMIZERS = [
+    ("lars", 0.9),
+    ("lars", 0.0),
+    ("sgd", 0.9),
+    ("sgd", 0.0),
+    ("nesterov", 0.9),
+    ("adamw", 0.9),
+    ("muon", 0.95),
+]
 """(name, momentum)."""
 INFINITE_STEP = 2
 
