@@ -30,7 +30,7 @@ OPTIONS += ["--eval.no-baselines", "--eval.knn-every", "1", "--log-every", "2", 
 OPTIONS += ["--preset", "textures", "--loss.learn-temperature", "--loss.queue", "100"]
 
 GROWING = ["--views.size-schedule", "16:1", "24:1", "--epochs", "3", "--batch-size", "40", "--eval.knn-every", "0"]
-GROWING += ["--checkpoint.every-steps", "1", "--checkpoint.keep", "9"]
+GROWING += ["--checkpoint.every-steps", "1", "--checkpoint.keep", "9", "--optim.name", "muon"]
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_every_checkpoint_leads_to_the_same_result(pretrain, whole, data, tmp_pa
 
 @pytest.fixture(scope="module")
 def growing(pretrain, data, tmp_path_factory):
-    """A run of three epochs of two steps with views of 16, 24 and 32 px, and a checkpoint after every step."""
+    """A run by Muon, of three epochs of two steps with views of 16, 24 and 32 px; a checkpoint after every step."""
     out = tmp_path_factory.mktemp("growing") / "run"
     pretrain("--data", data, "--out", out, *GROWING)
     return out
