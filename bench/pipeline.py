@@ -13,7 +13,7 @@ backend are timed separately, see `bench/stages.py`.
 
 `loader` is the whole path from the shards with the OpenCV backend, and `ratio_to_backend` compares it with that backend
 on the same batches: images that are all distinct, with encoded images and parameters already in memory. Both are timed
-in steady state, after their threads have started. Other rows repeat a few images.
+in steady state, after their threads have started, and so are the peers. Other rows repeat a few images.
 
 On a GPU, the backends leave their views there, and Kornia and DALI augment there (DALI and nvJPEG also decode there);
 decoding alone and the peers stay on the host.
@@ -175,16 +175,22 @@ def steady_states(
 
 
 class Photographs(Dataset):
-    """Data set of a typical torchvision user: PIL decodes, and a random transform produces the views."""
+    """Data set of a typical torchvision user: PIL decodes, and a random transform produces the views.
 
-    def __init__(self, encoded: list[bytes], transform: Callable, both: bool):
-        self.encoded, self.transform, self.both = encoded, transform, both
+    Args:
+        encoded: images, which repeat.
+        length: number of samples.
+        transform: of one view or, with `both`, of an image to a list of two.
+    """
+
+    def __init__(self, encoded: list[bytes], length: int, transform: Callable, both: bool):
+        self.encoded, self.length, self.transform, self.both = encoded, length, transform, both
 
     def __len__(self) -> int:
-        return len(self.encoded)
+        return self.length
 
     def __getitem__(self, i: int) -> list[torch.Tensor]:
-        image = Image.open(io.BytesIO(self.encoded[i])).convert("RGB")
+        image = Image.open(io.BytesIO(self.encoded[i % len(self.encoded)])).convert("RGB")
         return self.transform(image) if self.both else [self.transform(image), self.transform(image)]
 
 
@@ -213,16 +219,18 @@ def peers(data: Prepared, config: AugmentConfig) -> Iterator[Candidate]:
         from lightly.transforms import SimCLRTransform
 
         found["lightly"] = (SimCLRTransform(input_size=config.size), True)
-    count = min(2 * BATCH, len(data.samples))
+    count, batch = min(2 * BATCH, len(data.samples)), BATCH // 2  # equal work for every worker
+    timed, ahead = count // batch, 2 * data.threads  # prefetch_factor of a DataLoader
     for name, (transform, both) in found.items():
         loader = DataLoader(
-            Photographs(data.encoded[:count], transform, both),
-            BATCH // 2,  # equal work for every worker
+            Photographs(data.encoded[:count], (ahead + timed + ahead) * batch, transform, both),
+            batch,
             num_workers=data.threads,
             persistent_workers=True,
             multiprocessing_context="spawn",  # forking a process with threads may deadlock
         )
-        yield Candidate(name, "all", "exact", count, lambda it=loader: sum(1 for _ in it))
+        stream = SteadyState(lambda it=loader: (views for views in it), ahead, timed, torch.device("cpu"))
+        yield Candidate(name, "all", "exact", timed * batch, stream)
 
 
 def measure(
