@@ -23,6 +23,7 @@ from .triton import NO_C_COMPILER, unsupported_reason
 
 Impl = Literal["auto", "blockwise", "reference", "triton"]
 Precision = Literal["tf32", "ieee"]
+IMPLS, PRECISIONS = get_args(Impl), (None, *get_args(Precision))
 LEARNED_RANGE = 0.01, 1.0
 """Range of a learned temperature. CLIP keeps 1 / tau at or below 100 (arXiv 2103.00020, section 2.5); 1 is the largest
 temperature with which SimCLR was evaluated (arXiv 2002.05709, table 5)."""
@@ -107,10 +108,10 @@ def nt_xent(
         TypeError: z is not a tensor, or temperature is neither a number nor a tensor.
         RuntimeError: a second, forward-mode or torch.func derivative of an implementation other than "reference".
     """
-    if impl not in get_args(Impl):
-        raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}; got {impl!r}.")
-    if precision not in (None, *get_args(Precision)):
-        raise ValueError(f"precision must be None, {' or '.join(get_args(Precision))}; got {precision!r}.")
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}; got {impl!r}.")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be None, {' or '.join(PRECISIONS[1:])}; got {precision!r}.")
     if not isinstance(z, Tensor):
         raise TypeError(f"z must be a tensor; got {type(z).__name__}.")
     if z.ndim != 2 or z.dtype not in distributed.DTYPES or z.layout != torch.strided:
@@ -153,7 +154,7 @@ def nt_xent(
             from .triton.ops import nt_xent_triton
 
             return nt_xent_triton(z, temperature, gather, precision or _torch_precision(), decoupled, past)
-        if gather is None and past is None and len(z) <= one_pass.MAX_ROWS:
+        if gather is None and past is None and z.shape[0] <= one_pass.MAX_ROWS:
             return one_pass.nt_xent_one_pass(z, temperature, decoupled)
         return nt_xent_blockwise(z, temperature, gather or Tensor.detach, decoupled, past)
 
@@ -214,7 +215,7 @@ def _as_tensor(temperature: float | Tensor, device: torch.device, may_read_devic
     if isinstance(temperature, Real):
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be positive and finite; got {temperature}.")
-        return torch.tensor(float(temperature), dtype=torch.float64, device="cpu")  # not the default device
+        return torch.scalar_tensor(temperature, dtype=torch.float64, device="cpu")  # not the default device
     if not isinstance(temperature, Tensor):
         raise TypeError(f"temperature must be a number or a 0-dim tensor; got {type(temperature).__name__}.")
     if temperature.ndim != 0:
@@ -233,10 +234,10 @@ def _as_tensor(temperature: float | Tensor, device: torch.device, may_read_devic
 
 def _check_reverse_mode(*inputs: Tensor) -> None:
     # The operators define reverse mode only, and torch would silently drop a tangent.
-    if torch.compiler.is_compiling():
-        unsupported = torch._C._are_functorch_transforms_active()
-    else:
-        unsupported = any(_has_other_derivative(x) for x in inputs)
+    unsupported = torch._C._are_functorch_transforms_active()
+    if not torch.compiler.is_compiling():
+        unsupported |= forward_ad._current_level >= 0  # dual tensors exist only inside a level
+        unsupported = unsupported and any(_has_other_derivative(x) for x in inputs)
     if unsupported:
         raise RuntimeError(
             "nt_xent supports neither forward-mode differentiation nor the derivatives of torch.func; use "

@@ -278,17 +278,22 @@ def exp_fits(dtype: torch.dtype, tau: float) -> bool:
 
 
 def unit_rows(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit rows u (M, D) and norms |z| (M, 1) in float32 or wider.
+    """Unit rows u (M, D) and norms |z| (M, 1) in float32 or wider; u = 0 where |z| = inf."""
+    norm = row_norms(z)
+    return z / norm, norm
+
+
+def row_norms(z: Tensor) -> Tensor:
+    """Norms |z| (M, 1) in float32 or wider; those of rows that have no direction are inf.
 
     A zero row has no direction: u = 0, and |z| = inf stops its gradient. The same applies to a row whose square is near
     the smallest normal number, where rounding would give u a norm other than 1.
     """
-    z = z.to(compute_dtype(z))
-    norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+    dtype = compute_dtype(z)
+    norm = torch.linalg.vector_norm(z, dim=1, keepdim=True, dtype=dtype)
     # A finite row whose square overflows would become a zero row: NaN stops a run that has diverged this far.
     norm.nan_to_num_(math.nan, posinf=math.nan)
-    norm.masked_fill_(norm < 100 * math.sqrt(torch.finfo(z.dtype).tiny), math.inf)
-    return z / norm, norm
+    return torch.threshold(norm, 100 * math.sqrt(torch.finfo(dtype).tiny), math.inf)
 
 
 def positives_of(u: Tensor, rows: int, tau: float | Tensor) -> Tensor:

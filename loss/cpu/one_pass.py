@@ -5,13 +5,15 @@ forward and the backward pass. Here the upper triangle of exp(S) is kept until t
 the gradient follows at once: the loss is a scalar, so the backward pass only multiplies by its gradient.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..common import OPERATOR_NAMESPACE
 from . import blockwise
-from .blockwise import compute_dtype, exp_fits, unit_rows
+from .blockwise import compute_dtype, exp_fits, row_norms
 
 MAX_ROWS = 4096
 """Largest M of this form. The triangle takes 36 MB in float32."""
@@ -46,44 +48,46 @@ def _loss_and_gradient(
     tau, dtype = temperature.item(), compute_dtype(z)
     if not exp_fits(dtype, tau):  # a graph of torch.compile cannot know
         return blockwise.loss_and_gradient(z, temperature, decoupled, with_gradient)
-    (m, d), n = z.shape, len(z) // 2
-    u, norm = unit_rows(z)
-    views = u.view(2, n, d)
-    positives = (views[0] * views[1]).sum(1).div_(tau)  # (n,)
+    m, n = len(z), len(z) // 2
+    norm = row_norms(z).mul_(math.sqrt(tau))
+    v = z / norm  # (M, D): u / sqrt(tau), so that S = V V^T
+    partner = v.roll(n, 0)  # v_p(i)
+    positives = (v * partner).sum(1)  # (M,)
 
-    kept, total = [], u.new_zeros(m)
-    scaled, u_t = u / tau, u.t()
+    kept, total = [], v.new_zeros(m)
     for top in range(0, m, BAND_ROWS):
         i = slice(top, min(top + BAND_ROWS, m))
         for left in range(top, m, BLOCK_COLUMNS):
             j, mirrored = slice(left, min(left + BLOCK_COLUMNS, m)), slice(max(left, i.stop), left + BLOCK_COLUMNS)
-            e = (scaled[i] @ u_t[:, j]).exp_()
+            e = (_rows(v, i) @ _rows(v, j).t()).exp_()
             for shift in (0, n, -n):  # self-pairs, and positives to the right and left; a diagonal outside is empty
                 e.diagonal(top + shift - left).zero_()
-            total[i].add_(e.sum(1))
+            _rows(total, i).add_(e.sum(1))
             if mirrored.start < m:
                 total[mirrored].add_(e[:, mirrored.start - left :].sum(0))
             kept.append((i, j, mirrored, e))
 
-    total = total.view(2, n)
-    margin = positives - total.log()  # (2, n)
-    loss = -(margin if decoupled else F.logsigmoid(margin)).mean()
+    excess = total.log().sub_(positives)  # (M,)
+    loss = (excess if decoupled else F.softplus(excess, threshold=50)).mean()
     if not with_gradient:
-        return loss, u.new_empty(0), u.new_empty(0)
+        return loss, v.new_empty(0), v.new_empty(0)
     # exp(-lse) and q, from sums that are in range: logarithms and their exponentials would only add rounding
-    a = (total if decoupled else total + positives.exp()).reciprocal()  # (2, n)
-    pull = (total * a).sum(0).neg_()[:, None]  # (n, 1): -(q_i + q_p(i)), which is -2 for the decoupled loss
-    du = views.flip(0).mul_(pull).view(m, d)
-    a = a.view(m)
-    buffer = torch.empty_like(kept[0][-1])
+    shrink = (total if decoupled else positives.exp_().add_(total)).reciprocal()  # (M,)
+    q = total.mul_(shrink)
+    dv = partner.mul_(q.roll(n).add_(q).neg_().unsqueeze(1))
     for i, j, mirrored, e in kept:
-        e.mul_(torch.add(a[i, None], a[j], out=buffer.view(-1)[: e.numel()].view_as(e)))
-        du[i].addmm_(e, u[j])
+        e.mul_(_rows(shrink, i).unsqueeze(1) + _rows(shrink, j))
+        _rows(dv, i).addmm_(e, _rows(v, j))
         if mirrored.start < m:
-            du[mirrored].addmm_(e[:, mirrored.start - j.start :].t(), u[i])
-    along = torch.mul(u, du, out=scaled).sum(1, keepdim=True)
-    d_tau = along.sum().div_(-2 * m * tau * tau)
-    return loss, du.addcmul_(u, along, value=-1).div_(norm.mul_(m * tau)), d_tau
+            dv[mirrored].addmm_(e[:, mirrored.start - j.start :].t(), v[i])
+    along = (v * dv).sum(1, keepdim=True)
+    d_tau = along.sum().div_(-2 * m * tau)
+    return loss, dv.addcmul_(v, along, value=-tau).div_(norm.mul_(m)), d_tau
+
+
+def _rows(x: Tensor, rows: slice) -> Tensor:
+    """x[rows]. A small batch is a single block, and torch takes microseconds for a view even of everything."""
+    return x if rows.stop - rows.start == x.shape[0] else x[rows]
 
 
 @loss_and_gradient.register_fake
