@@ -54,7 +54,7 @@ def textures() -> PretrainConfig:
         encoder=EncoderConfig("resnet18", stem="standard", width=0.25),
         head=HeadConfig("v1", hidden=128, out=64),
         loss=LossConfig(temperature=0.2),
-        optim=OptimConfig("muon", lr=0.05, scaling="none", momentum=0.95, weight_decay=1e-4, warmup_epochs=2),
+        optim=OptimConfig("muon", lr=0.02, scaling="none", momentum=0.95, weight_decay=1e-4, warmup_epochs=2),
         eval=EvalConfig(knn_every=10, k=20),
     )
 
