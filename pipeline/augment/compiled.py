@@ -1,23 +1,25 @@
-"""Compiled functions for views of 8-bit RGB images: whole small views, and colors and normalization of larger ones.
+"""Compiled functions that render views of 8-bit RGB images.
 
 At 32 px the calls of OpenCV that a view needs, about ten, take several times as long as the arithmetic inside them; at
-224 px its conversion to HSV and its tables are slower than compiled loops. Numba compiles the functions for the
+224 px its conversion to HSV and torch's resizing are slower than compiled loops. Numba compiles the functions for the
 processor at hand when they are first needed and stores the result next to this file or, if that folder is read-only, in
 the user's cache. All compiled functions are in this file, because Numba compiles again only if the file of the entry
 point changes; of params.py they use constants, which do not change.
 
-A view is computed in float32 planes, but resizing, each operation of the exact jitter, the affine map, grayscale and
-blur round to whole levels, halves to even, and clip to 0..255, as PIL does. Views are independent of each other. No
-sum is reordered and no multiplication fused with an addition (there is no `fastmath`), so that views depend neither on
-the slices and threads that compute them nor, among x86-64 processors, on the processor.
+Resizing, each operation of the exact jitter, the affine map, grayscale and blur are computed in float32, round to whole
+levels, halves to even, and clip to 0..255, as PIL does. Views are independent of each other. No sum is reordered and no
+multiplication fused with an addition (there is no `fastmath`), so that views depend neither on the slices and threads
+that compute them nor, among x86-64 processors, on the processor.
 
-Planes are transposed, (3, x, y): both passes of a separable filter then run along contiguous memory.
+Between the operations a view is uint8, which the second-level cache holds at 224 px. Its planes are transposed,
+(3, x, y): the result of resizing comes in columns.
 """
 
 import math
 from collections.abc import Callable
 
 import numpy as np
+from llvmlite import ir
 from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -34,7 +36,7 @@ VIEW = np.dtype(
         ("order", np.uint8, 4),
         ("flip", np.bool_),
         ("gray", np.bool_),
-        ("recolor", np.bool_),  # whether the affine map changes the view
+        ("recolor", np.bool_),  # whether the jitter or grayscale changes the view
         ("brightness", np.float32),
         ("contrast", np.float32),
         ("saturation", np.float32),
@@ -48,6 +50,10 @@ VIEW = np.dtype(
 """One view: its image and its parameters, with the names of `AugmentParams`."""
 RED, GREEN, BLUE = (np.float32(weight) for weight in LUMA)
 ZERO, ONE, TWO, THREE, FOUR, FIVE, SIX = map(np.float32, range(7))
+LINES = 32
+"""Lines of a view that are resized at once, a multiple of 8: fewer have more overhead, more exceed the cache."""
+PART = 1024
+"""Pixels that are jittered or blurred at once: their float32 values stay in the first-level cache."""
 ROUND = np.float32(1.5 * 2**23)
 """x + ROUND - ROUND rounds 0 <= x <= 255 to an integer, because float32 has no fractions from 2**23 on."""
 
@@ -61,7 +67,7 @@ def _entry_point(function: Callable) -> Callable:
 
 
 class CompiledViews:
-    """Small views of 8-bit RGB images; compiles in the constructor, so that no batch has to wait.
+    """Views of 8-bit RGB images; compiles in the constructor, so that no batch has to wait.
 
     Args:
         config: augmentation options, with a mean and a standard deviation.
@@ -81,7 +87,7 @@ class CompiledViews:
             table[name] = getattr(params, name)
         if self.affine:
             table["matrix"], table["mean_weight"] = affine_jitter(params)
-            table["recolor"] = params.jittered | params.gray
+        table["recolor"] = params.jittered | params.gray
         return table
 
     def __call__(self, table: np.ndarray, out: np.ndarray, part: slice, images: list[np.ndarray]) -> None:
@@ -109,65 +115,6 @@ class CompiledViews:
         _render(table, (part.start, part.stop), self.affine, self.window, self.scale, self.offset, out.view(np.uint16))
 
 
-def exact_colors(pixels: np.ndarray, params: AugmentParams, v: int, i: int) -> np.ndarray:
-    """Apply the exact jitter and grayscale to view v of image i: (S, S, 3) uint8 -> the same, or (S, S) if gray."""
-    view = np.zeros(1, VIEW)
-    for name in ("order", "gray", "brightness", "contrast", "saturation", "hue"):
-        view[name] = getattr(params, name)[v, i]
-    levels = np.empty(pixels.shape[: 2 if params.gray[v, i] else 3], np.uint8)
-    _exact_colors(np.ascontiguousarray(pixels).reshape(-1), view, levels.reshape(-1))
-    return levels
-
-
-def compile_colors() -> None:
-    """Compile what `exact_colors` and `normalize` need, so that no batch has to wait."""
-    pixels, line = np.zeros(3, np.uint8), (ZERO, ZERO, ZERO)
-    _exact_colors(pixels, np.zeros(1, VIEW), pixels)
-    _normalize(pixels, line, line, np.empty(3, np.float32))
-
-
-def normalize(
-    levels: np.ndarray, scale: tuple[np.float32, ...], offset: tuple[np.float32, ...], out: np.ndarray
-) -> None:
-    """Write scale x + offset of levels x, (S, S, 3) or (S, S) uint8, into `out` (S, S, 3) float32."""
-    _normalize(levels.reshape(-1), scale, offset, out.reshape(-1))
-
-
-@_entry_point
-def _exact_colors(pixels, view, levels):
-    """Apply the exact jitter to (3 S S,) uint8; `levels` is (3 S S,) or, for a gray view, (S S,)."""
-    count = pixels.size // 3
-    x = np.empty((3, count), np.float32)
-    red, green, blue = x[0], x[1], x[2]
-    for p in range(count):
-        red[p], green[p], blue[p] = pixels[3 * p], pixels[3 * p + 1], pixels[3 * p + 2]
-    _jitter(x, view[0])
-    if view[0].gray:
-        _gray(x)
-        for p in range(count):
-            levels[p] = np.int32(red[p])
-    else:
-        for p in range(count):
-            levels[3 * p] = np.int32(red[p])
-            levels[3 * p + 1] = np.int32(green[p])
-            levels[3 * p + 2] = np.int32(blue[p])
-
-
-@_entry_point
-def _normalize(levels, scale, offset, out):
-    a, b, c = scale
-    d, e, f = offset
-    if 3 * levels.size == out.size:
-        for p in range(levels.size):
-            x = np.float32(levels[p])
-            out[3 * p], out[3 * p + 1], out[3 * p + 2] = a * x + d, b * x + e, c * x + f
-    else:
-        for p in range(levels.size // 3):
-            out[3 * p] = a * np.float32(levels[3 * p]) + d
-            out[3 * p + 1] = b * np.float32(levels[3 * p + 1]) + e
-            out[3 * p + 2] = c * np.float32(levels[3 * p + 2]) + f
-
-
 @_entry_point
 def _render(views, images, affine, window, scale, offset, out):
     """Write all views of some images into a batch.
@@ -177,27 +124,24 @@ def _render(views, images, affine, window, scale, offset, out):
             with contiguous lines that contain their crops.
         images: first and last + 1 of the images to render.
         affine: whether the jitter is affine.
-        window: side of the blur kernel, odd, at most 2 S - 1.
+        window: side of the blur kernel, odd, at most S.
         scale, offset: (3,) float32; a level x of a channel becomes scale x + offset.
         out: (V n, S, S, 3) uint16, bit patterns of bfloat16, or (V n, S, S, 6), those of float32 in halves.
     """
     size = out.shape[1]
-    planes = np.empty((3, size, size), np.float32)
-    filtered = np.empty((3, size, size), np.float32)
+    levels = np.empty((3, size, size), np.uint8)
     for v in range(views.shape[0]):
         for i in range(images[0], images[1]):
             view = views[v, i]
-            _resized_crop(view, planes)
-            if affine:
-                if view.recolor:
-                    _recolor(planes.reshape(3, -1), view)
-            else:
-                _jitter(planes.reshape(3, -1), view)
-                if view.gray:
-                    _gray(planes.reshape(3, -1))
+            _resized_crop(view, levels)
+            if view.recolor:
+                if affine:
+                    _recolor(levels.reshape(3, -1), view)
+                else:
+                    _jitter(levels.reshape(3, -1), view)
             if view.sigma > 0:
-                _blur(planes, filtered, view.sigma, window)
-            _store(planes, scale, offset, out[v * views.shape[1] + i])
+                _blur(levels, view.sigma, window)
+            _normalize(levels, scale, offset, out[v * views.shape[1] + i])
 
 
 @intrinsic
@@ -210,6 +154,46 @@ def _pointer(typing_context, address):
     return types.voidptr(address), generate
 
 
+@intrinsic
+def _at(typing_context, array, i):
+    """Pointer to value i of a contiguous array, which must stay in use."""
+
+    def generate(context, builder, signature, arguments):
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        return builder.gep(data, [arguments[1]])
+
+    return types.CPointer(array.dtype)(array, i), generate
+
+
+@intrinsic
+def _transpose(typing_context, source, pitch, target, target_pitch):
+    """Transpose 8 x 8 values; `source` and `target` are pointers, the pitches are in values (int64).
+
+    Loops would be compiled to moves of single values, which take three times as long.
+    """
+
+    def generate(context, builder, signature, arguments):
+        source, pitch, target, target_pitch = arguments
+        vector = ir.VectorType(context.get_data_type(signature.args[0].dtype), 8)
+        low, high = (
+            ir.Constant(ir.VectorType(ir.IntType(32), 8), [half + i // 2 + 8 * (i % 2) for i in range(8)])
+            for half in (0, 4)
+        )
+
+        def line(start, pitch, i):
+            address = builder.gep(start, [builder.mul(pitch, pitch.type(i))])
+            return builder.bitcast(address, vector.as_pointer())
+
+        lines = [builder.load(line(source, pitch, i), align=1) for i in range(8)]
+        for _ in range(3):  # a perfect shuffle of the 64 values, which thrice is the transposition
+            lines = [builder.shuffle_vector(lines[i // 2], lines[i // 2 + 4], high if i % 2 else low) for i in range(8)]
+        for i in range(8):
+            builder.store(lines[i], line(target, target_pitch, i), align=1)
+        return context.get_dummy_value()
+
+    return types.void(source, pitch, target, target_pitch), generate
+
+
 @njit
 def _level(x):
     """Round to whole levels and clip."""
@@ -219,38 +203,79 @@ def _level(x):
 
 
 @njit
-def _resized_crop(view, planes):
-    """Crop, resize by antialiased bicubic interpolation and flip into `planes` (3, S, S)."""
-    size = planes.shape[1]
+def _resized_crop(view, levels):
+    """Crop, resize by antialiased bicubic interpolation and flip into `levels` (3, S, S).
+
+    The view is computed in blocks of `LINES` of its lines. Each is resized vertically and transposed, and then stays in
+    the cache while it is resized horizontally, all of its lines and channels at once.
+    """
+    size = levels.shape[1]
     top, left, height, width = view.crop
     first = view.address + top * view.pitch + left * 3
-    starts, counts, weights = _taps(height, size)
-    line = np.empty(3 * width, np.float32)
-    columns = np.empty((3 * width, size), np.float32)  # the crop, resized to (S, 3 width), transposed
-    for y in range(size):
-        line[:] = 0
-        for k in range(0, counts[y], 2):  # two lines at a time, which halves loads and stores of the sums
-            even = carray(_pointer(first + (starts[y] + k) * view.pitch), (3 * width,), np.uint8)
-            next_line = starts[y] + min(k + 1, counts[y] - 1)
-            odd = carray(_pointer(first + next_line * view.pitch), (3 * width,), np.uint8)
-            a, b = weights[y, k], weights[y, k + 1]  # b is 0 without a second line
-            for j in range(3 * width):
-                line[j] += a * np.float32(even[j]) + b * np.float32(odd[j])
-        for j in range(3 * width):
-            columns[j, y] = line[j]
-    starts, counts, weights = _taps(width, size)
-    for x in range(size):
-        for channel in range(3):
-            column = planes[channel, size - 1 - x if view.flip else x]
-            column[:] = 0
-            for k in range(0, counts[x], 2):
-                even = columns[3 * (starts[x] + k) + channel]
-                odd = columns[3 * (starts[x] + min(k + 1, counts[x] - 1)) + channel]
-                a, b = weights[x, k], weights[x, k + 1]
-                for y in range(size):
-                    column[y] += a * even[y] + b * odd[y]
-            for y in range(size):
-                column[y] = _level(column[y])
+    down, across = _taps(height, size), _taps(width, size)
+    lines = np.zeros((8, 3 * width + 7), np.float32)
+    columns = np.empty((width + 3, 3 * LINES), np.float32)  # pixel of the crop -> channel and line of the view
+    sums = np.empty(3 * LINES, np.float32)
+    for block in range(0, size, LINES):
+        count = min(LINES, size - block)
+        for eight in range(0, count, 8):
+            for y in range(min(8, count - eight)):
+                _mix_lines(first, view.pitch, down, block + eight + y, lines[y, : 3 * width])
+            for j in range(0, 3 * width, 8):
+                _transpose(_at(lines, j), lines.shape[1], _at(columns, j * LINES + eight), LINES)
+        for x in range(size):
+            _mix_columns(columns, across, x, sums)
+            for channel in range(3):
+                column = levels[channel, size - 1 - x if view.flip else x, block : block + count]
+                values = sums[channel * LINES :]
+                for y in range(count):
+                    column[y] = np.uint8(_level(values[y]))
+
+
+@njit
+def _mix_lines(first, pitch, taps, y, line):
+    """Interpolate line y of a view from lines of the image; `first` is the address of the crop.
+
+    Like `_mix_columns`, takes four lines at a time and then two, so that the sums are seldom loaded and stored. Weights
+    behind the last one are 0.
+    """
+    start, weights = taps[0][y], taps[2][y]
+    last = start + taps[1][y] - 1
+    p, q = _line(first, pitch, start, line.size), _line(first, pitch, min(start + 1, last), line.size)
+    r = _line(first, pitch, min(start + 2, last), line.size)
+    s = _line(first, pitch, min(start + 3, last), line.size)
+    a, b, c, d = weights[0], weights[1], weights[2], weights[3]
+    for j in range(line.size):
+        line[j] = (a * np.float32(p[j]) + b * np.float32(q[j])) + (c * np.float32(r[j]) + d * np.float32(s[j]))
+    for k in range(4, last + 1 - start, 2):
+        p = _line(first, pitch, start + k, line.size)
+        q = _line(first, pitch, min(start + k + 1, last), line.size)
+        a, b = weights[k], weights[k + 1]
+        for j in range(line.size):
+            line[j] += a * np.float32(p[j]) + b * np.float32(q[j])
+
+
+@njit
+def _mix_columns(columns, taps, x, sums):
+    """Interpolate column x of a block of a view from columns of the crop."""
+    start, weights = taps[0][x], taps[2][x]
+    last = start + taps[1][x] - 1
+    p, q = columns[start], columns[min(start + 1, last)]
+    r, s = columns[min(start + 2, last)], columns[min(start + 3, last)]
+    a, b, c, d = weights[0], weights[1], weights[2], weights[3]
+    for j in range(sums.size):
+        sums[j] = (a * p[j] + b * q[j]) + (c * r[j] + d * s[j])
+    for k in range(4, last + 1 - start, 2):
+        p, q = columns[start + k], columns[min(start + k + 1, last)]
+        a, b = weights[k], weights[k + 1]
+        for j in range(sums.size):
+            sums[j] += a * p[j] + b * q[j]
+
+
+@njit
+def _line(first, pitch, y, count):
+    """First `count` bytes of line y of the crop at address `first`."""
+    return carray(_pointer(first + y * pitch), (count,), np.uint8)
 
 
 @njit
@@ -285,20 +310,45 @@ def _taps(length, size):
 
 
 @njit
-def _jitter(x, view):
-    """Apply the exact jitter to levels (3, S S), in the order of the view."""
-    for operation in view.order:
-        if operation == BRIGHTNESS:
-            if view.brightness != 1:
-                _scale(x, view.brightness, np.float32(0))
-        elif operation == CONTRAST:
-            if view.contrast != 1:
-                _scale(x, view.contrast, (np.float32(1) - view.contrast) * _mean_gray(x))
-        elif operation == SATURATION:
-            if view.saturation != 1:
-                _saturate(x, view.saturation)
-        elif view.hue != 0:
-            _shift_hue(x, view.hue)
+def _jitter(levels, view):
+    """Apply the exact jitter, in the order of the view, and grayscale to levels (3, S S).
+
+    Contrast is the one operation that depends on other pixels: those before it are applied to all pixels first.
+    """
+    split = 0
+    while view.order[split] != CONTRAST:
+        split += 1
+    if split > 0:
+        _apply(levels, view, view.order[:split], np.float32(0), False)
+    _apply(levels, view, view.order[split:], _mean_gray(levels), view.gray)
+
+
+@njit
+def _apply(levels, view, operations, mean, gray):
+    """Apply operations of the jitter to levels (3, S S) whose mean gray is `mean`."""
+    x = np.zeros((3, PART), np.float32)
+    for first in range(0, levels.shape[1], PART):
+        last = min(first + PART, levels.shape[1])
+        for channel in range(3):
+            _convert(levels[channel, first:last], x[channel])
+        for operation in operations:
+            if operation == BRIGHTNESS:
+                if view.brightness != 1:
+                    _scale(x, view.brightness, np.float32(0))
+            elif operation == CONTRAST:
+                if view.contrast != 1:
+                    _scale(x, view.contrast, (np.float32(1) - view.contrast) * mean)
+            elif operation == SATURATION:
+                if view.saturation != 1:
+                    _saturate(x, view.saturation)
+            elif view.hue != 0:
+                _shift_hue(x, view.hue)
+        if gray:
+            _gray(x)
+        for channel in range(3):
+            values, target = x[channel], levels[channel, first:last]
+            for p in range(target.size):
+                target[p] = np.uint8(values[p])
 
 
 @njit
@@ -309,14 +359,14 @@ def _scale(x, factor, offset):
 
 
 @njit
-def _mean_gray(x):
+def _mean_gray(levels):
     """Mean gray of levels (3, S S); sums of integers are exact."""
     red, green, blue = 0, 0, 0
-    for p in range(x.shape[1]):
-        red += int(x[0, p])
-        green += int(x[1, p])
-        blue += int(x[2, p])
-    return np.float32((LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue) / x.shape[1])
+    for p in range(levels.shape[1]):
+        red += levels[0, p]
+        green += levels[1, p]
+        blue += levels[2, p]
+    return np.float32((LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue) / levels.shape[1])
 
 
 @njit
@@ -376,79 +426,110 @@ def _gray(x):
 
 
 @njit
-def _recolor(x, view):
+def _recolor(levels, view):
     """Apply the map of `affine_jitter` to levels (3, S S)."""
     (rr, rg, rb), (gr, gg, gb), (br, bg, bb) = view.matrix
-    offset = view.mean_weight * _mean_gray(x)
-    for p in range(x.shape[1]):
-        red, green, blue = x[0, p], x[1, p], x[2, p]
-        x[0, p] = _level(rr * red + rg * green + rb * blue + offset)
-        x[1, p] = _level(gr * red + gg * green + gb * blue + offset)
-        x[2, p] = _level(br * red + bg * green + bb * blue + offset)
+    offset = view.mean_weight * _mean_gray(levels)
+    for p in range(levels.shape[1]):
+        red, green, blue = np.float32(levels[0, p]), np.float32(levels[1, p]), np.float32(levels[2, p])
+        levels[0, p] = np.uint8(_level(rr * red + rg * green + rb * blue + offset))
+        levels[1, p] = np.uint8(_level(gr * red + gg * green + gb * blue + offset))
+        levels[2, p] = np.uint8(_level(br * red + bg * green + bb * blue + offset))
 
 
 @njit
-def _blur(planes, filtered, sigma, window):
-    """Blur (3, S, S) by a Gaussian, reflecting at the edges without repeating the last pixel."""
-    size, radius = planes.shape[1], window // 2
-    weights = np.empty(radius + 1, np.float32)  # from the center
+def _blur(levels, sigma, window):
+    """Blur (3, S, S) by a Gaussian, reflecting at the edges without repeating the last pixel.
+
+    A narrow Gaussian does not need the whole window: the weights beyond 4 sigma contribute less than 1/20 of a level.
+    """
+    size, radius = levels.shape[1], min(window // 2, math.ceil(4 * sigma))
+    weights = np.zeros(radius + 4, np.float32)  # from the center, and three of 0
     total = 1.0
     for k in range(1, radius + 1):
         total += 2 * math.exp(-k * k / (2.0 * sigma * sigma))
     for k in range(radius + 1):
         weights[k] = math.exp(-k * k / (2.0 * sigma * sigma)) / total
-    line = np.empty(size + 2 * radius, np.float32)
+    edge = radius + 3
+    pitch = size + 2 * edge
+    plane = np.zeros((pitch, pitch), np.float32)  # a channel with its reflections
+    together = max(1, PART // size)  # lines of the plane that are filtered by one call, for less overhead
+    lines, sums = np.zeros((together + 2) * pitch, np.float32), np.empty(together * pitch, np.float32)
     for channel in range(3):
         for x in range(size):
-            column, center, weight = filtered[channel, x], planes[channel, x], weights[0]
-            for y in range(size):
-                column[y] = weight * center[y]
-            for k in range(1, radius + 1):
-                left, right = planes[channel, _reflected(x - k, size)], planes[channel, _reflected(x + k, size)]
-                weight = weights[k]
+            _convert(levels[channel, x], plane[edge + x, edge : edge + size])
+        for k in range(1, edge + 1):
+            plane[edge - k], plane[edge + size - 1 + k] = plane[edge + k], plane[edge + size - 1 - k]
+        for x in range(0, size, together):
+            count = min(together, size - x)
+            _filter(plane.reshape(-1), (edge + x) * pitch, pitch, weights, lines[pitch : (count + 1) * pitch])
+            for line in range(1, count + 1):
+                first, last = line * pitch + edge, line * pitch + edge + size - 1
+                for k in range(1, radius + 1):
+                    lines[first - k], lines[last + k] = lines[first + k], lines[last - k]
+            _filter(lines, pitch, 1, weights, sums[: count * pitch])
+            for line in range(count):
+                target, values = levels[channel, x + line], sums[line * pitch + edge :]
                 for y in range(size):
-                    column[y] += weight * (left[y] + right[y])
-        for x in range(size):
-            for y in range(line.size):
-                line[y] = filtered[channel, x, _reflected(y - radius, size)]
-            column, center, weight = planes[channel, x], line[radius:], weights[0]
-            for y in range(size):
-                column[y] = weight * center[y]
-            for k in range(1, radius + 1):
-                up, down, weight = line[radius - k :], line[radius + k :], weights[k]
-                for y in range(size):
-                    column[y] += weight * (up[y] + down[y])
-            for y in range(size):
-                column[y] = _level(column[y])
+                    target[y] = np.uint8(_level(values[y]))
 
 
 @njit
-def _reflected(place, size):
-    place = abs(place)
-    return 2 * (size - 1) - place if place >= size else place
+def _filter(source, first, step, weights, sums):
+    """Filter symmetrically: value p of `sums` has its center at first + p of `source` and its neighbors each `step`."""
+    count, center, weight = sums.size, source[first:], weights[0]
+    for p in range(count):
+        sums[p] = weight * center[p]
+    for k in range(1, weights.size - 3, 4):  # four pairs at a time, so that the sums are seldom loaded and stored
+        a, b = source[first - k * step :], source[first + k * step :]
+        c, d = source[first - (k + 1) * step :], source[first + (k + 1) * step :]
+        e, f = source[first - (k + 2) * step :], source[first + (k + 2) * step :]
+        g, h = source[first - (k + 3) * step :], source[first + (k + 3) * step :]
+        w, x, y, z = weights[k], weights[k + 1], weights[k + 2], weights[k + 3]
+        for p in range(count):
+            sums[p] = sums[p] + w * (a[p] + b[p]) + x * (c[p] + d[p]) + y * (e[p] + f[p]) + z * (g[p] + h[p])
 
 
 @njit
-def _store(planes, scale, offset, out):
-    """Normalize levels (3, S, S) into `out`: (S, S, 3) for bfloat16 or (S, S, 6) for float32, see `_render`."""
-    size = planes.shape[1]
-    for channel in range(3):
-        values, factor, shift = planes[channel].reshape(-1), scale[channel], offset[channel]
-        for p in range(values.size):
-            values[p] = factor * values[p] + shift
-    bits = planes.view(np.uint32)
-    if out.shape[2] == 3:  # bfloat16 is the upper half of float32, rounded to even
-        half, one, sixteen = np.uint32(0x7FFF), np.uint32(1), np.uint32(16)
-        values = bits.reshape(-1)
-        for p in range(values.size):
-            values[p] = (values[p] + half + ((values[p] >> sixteen) & one)) >> sixteen
-        for y in range(size):
-            for x in range(size):
-                for channel in range(3):
-                    out[y, x, channel] = bits[channel, x, y]
-    else:
-        whole = out.view(np.uint32)
-        for y in range(size):
-            for x in range(size):
-                for channel in range(3):
-                    whole[y, x, channel] = bits[channel, x, y]
+def _convert(levels, values):
+    for p in range(levels.size):
+        values[p] = np.float32(levels[p])
+
+
+@njit
+def _normalize(levels, scale, offset, out):
+    """Normalize levels (3, x, y) into `out` (y, x, ...): (S, S, 3) for bfloat16 or (S, S, 6) for float32."""
+    size = levels.shape[1]
+    lines, values = np.empty((3, 8 * size), np.uint8), np.empty(24 * size, np.float32)
+    for block in range(0, size, 8):
+        top = min(block, size - 8)  # the last two blocks overlap if the size is not a multiple of 8
+        for channel in range(3):
+            for block_x in range(0, size, 8):
+                left = min(block_x, size - 8)
+                source = _at(levels, (channel * size + left) * size + top)
+                _transpose(source, size, _at(lines, channel * 8 * size + left), size)
+        part = out[top : top + 8].reshape(-1)
+        if part.size == values.size:
+            _scale_levels(lines, scale, offset, values)
+            _round_to_bfloat16(values.view(np.uint32), part)
+        else:
+            _scale_levels(lines, scale, offset, part.view(np.float32))
+
+
+@njit
+def _scale_levels(levels, scale, offset, out):
+    red, green, blue = levels[0], levels[1], levels[2]
+    a, b, c = scale
+    d, e, f = offset
+    for p in range(red.size):
+        out[3 * p] = a * np.float32(red[p]) + d
+        out[3 * p + 1] = b * np.float32(green[p]) + e
+        out[3 * p + 2] = c * np.float32(blue[p]) + f
+
+
+@njit
+def _round_to_bfloat16(bits, out):
+    """Write bit patterns of float32 as those of bfloat16, which is the upper half, rounded to even."""
+    half, one, sixteen = np.uint32(0x7FFF), np.uint32(1), np.uint32(16)
+    for p in range(bits.size):
+        out[p] = np.uint16((bits[p] + half + ((bits[p] >> sixteen) & one)) >> sixteen)

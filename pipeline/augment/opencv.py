@@ -2,11 +2,9 @@
 
 OpenCV releases the global interpreter lock inside its calls, so plain threads use all cores and nothing is pickled.
 Each step rounds to whole levels of the image's own depth, 8 or 16 bits, as PIL does for 8 bits. Views of 8-bit RGB
-images have paths of their own, which are faster: up to `SMALL` px one compiled function (compiled.py), because the
-calls of OpenCV would take longer than their arithmetic; above, compiled functions for the exact jitter and for
-normalization in float32, and calls of torch and OpenCV for the rest. Images with other channels or 16 bits take the
-general path at every size. Images with one channel are (H, W) arrays after the crop, because OpenCV drops a last
-dimension of 1.
+images are rendered by one compiled function (compiled.py), which is faster at every size; the functions below render
+those of images with other channels or 16 bits. Images with one channel are (H, W) arrays after the crop, because
+OpenCV drops a last dimension of 1.
 """
 
 import weakref
@@ -25,10 +23,9 @@ from . import compiled
 from .config import AugmentConfig
 from .params import BRIGHTNESS, CONTRAST, LUMA, SATURATION, AugmentParams, affine_jitter
 
-SMALL = 64
-"""Largest side in pixels of the views of 8-bit RGB images that are compiled."""
-SLICE = 16
-"""Largest number of images that a thread augments by one call of the compiled function."""
+SLICE, SLICE_PIXELS = 16, 2**16
+"""Largest number of images, and of pixels of one view of each, that a thread augments by one call of the compiled
+function: many small views share the overhead of the call, and few large images wait decoded, out of the cache."""
 KEPT_BATCHES = 8
 """Largest number of unused batches whose memory is kept for reuse; a loader has about five batches in flight."""
 
@@ -64,12 +61,11 @@ class OpenCVBackend:
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="views")
         self.workers, self.dtype, self.pixel_format = workers, dtype, pixel_format
         self.unused: list[np.ndarray] = []  # memory of earlier batches
-        self.normalize = Normalize(config, dtype, pixel_format)
-        self.compiled = None
-        if pixel_format == RGB8 and config.size <= SMALL:
+        self.compiled = self.normalize = None
+        if pixel_format == RGB8:
             self.compiled = compiled.CompiledViews(config)
-        elif pixel_format == RGB8:
-            compiled.compile_colors()
+        else:
+            self.normalize = Normalize(config, dtype, pixel_format)
 
     def __call__(self, images: list[bytes | np.ndarray], params: AugmentParams) -> torch.Tensor:
         """Augment V views of n images; see `Backend`."""
@@ -77,7 +73,7 @@ class OpenCVBackend:
         batch = self._batch(self.views * n)
         out = (batch.view(torch.uint16) if self.dtype == torch.bfloat16 else batch).numpy()  # NumPy has no bfloat16
         if self.compiled:
-            step = min(SLICE, -(-n // (4 * self.workers)))
+            step = max(1, min(SLICE, SLICE_PIXELS // self.config.size**2, -(-n // (4 * self.workers))))
             write = partial(self.compiled, self.compiled.table(params), out)
         else:
             step, maps = 1, affine_maps(params) if self.config.jitter == "affine" else None
@@ -145,7 +141,7 @@ def resized_crop(image: np.ndarray, params: AugmentParams, v: int, i: int, size:
     """Crop, resize and flip view v of image i: (H, W, C) -> (S, S, C), or (S, S) for one channel, of the same dtype."""
     top, left, height, width = params.crop[v, i].tolist()
     window = image[top : top + height, left : left + width]
-    view = (_resize if image.dtype == np.uint8 and image.shape[2] == 3 else _resize_exactly)(window, size)
+    view = _resize(window, size)
     return cv2.flip(view, 1) if params.flip[v, i] else view
 
 
@@ -158,15 +154,13 @@ def color(view: np.ndarray, params: AugmentParams, v: int, i: int, maps: tuple |
     """Apply jitter and grayscale to view v of image i.
 
     Args:
-        view: (S, S, 3) RGB, uint8 or uint16.
+        view: (S, S, 3) RGB, uint16.
         maps: `affine_maps(params)` for the affine jitter, None for the exact one.
 
     Returns:
         (S, S, 3) RGB, or (S, S) if the view is gray, of the same dtype.
     """
     gray = params.gray[v, i]
-    if maps is None and view.dtype == np.uint8:
-        return compiled.exact_colors(view, params, v, i)
     if maps is None:
         view = _jitter(view, params, v, i)
         return _gray(view) if gray else view
@@ -223,30 +217,23 @@ class Normalize:
     With dtype bfloat16, the output is uint16 and holds the bit patterns of the rounded float32 values.
     """
 
-    def __init__(self, config: AugmentConfig, dtype: torch.dtype = torch.float32, pixel_format: PixelFormat = RGB8):
+    def __init__(self, config: AugmentConfig, dtype: torch.dtype, pixel_format: PixelFormat):
         self.channels, self.dtype = pixel_format.channels, dtype
         mean, std = np.array(config.mean, np.float32), np.array(config.std, np.float32)
         scale, offset = 1 / (pixel_format.white * std), -mean / std
-        self.table, self.line, self.map = None, None, np.column_stack([np.diag(scale), offset])
+        self.table, self.map = None, np.column_stack([np.diag(scale), offset])
         if pixel_format.bits == 16:
             return
         levels = np.arange(256, dtype=np.float32)[:, None]
         table = ((levels / 255 - mean) / std)[None]  # (1, 256, C): level and channel -> value
-        if pixel_format == RGB8:
-            table = (scale * levels + offset)[None]
-        elif config.jitter == "affine" and dtype == torch.bfloat16:
+        if config.jitter == "affine" and dtype == torch.bfloat16:
             table = cv2.transform(np.repeat(levels, self.channels, 1)[None], self.map)
         if dtype == torch.bfloat16:
             self.table = torch.from_numpy(table).to(dtype).view(torch.uint16).numpy()
-        elif pixel_format == RGB8:
-            self.line = tuple(scale), tuple(offset)
         elif config.jitter == "exact":
             self.table = table
 
     def __call__(self, view: np.ndarray, out: np.ndarray) -> None:
-        if self.line is not None:
-            compiled.normalize(view, *self.line, out)
-            return
         if view.ndim == 2 and self.channels == 3:
             view = cv2.cvtColor(view, cv2.COLOR_GRAY2RGB)
         if self.table is not None:
@@ -259,22 +246,10 @@ class Normalize:
 
 
 def _resize(window: np.ndarray, size: int) -> np.ndarray:
-    """Resize (H, W, 3) to (S, S, 3) uint8 by antialiased bicubic interpolation, which OpenCV lacks.
-
-    The kernel has a = -0.5, as in PIL and torchvision.
-    """
-    height, width, _ = window.shape
-    # reshape instead of [None], whose strides torch does not recognize as channels-last
-    pixels = torch.from_numpy(np.ascontiguousarray(window).reshape(1, height, width, 3)).permute(0, 3, 1, 2)
-    # for 8-bit images, torch's SIMD code is faster on one thread than cv2.INTER_AREA
-    view = interpolate(pixels, (size, size), mode="bicubic", antialias=True, align_corners=False)
-    return view.permute(0, 2, 3, 1).numpy()[0]
-
-
-def _resize_exactly(window: np.ndarray, size: int) -> np.ndarray:
     """Resize (H, W, C) of any depth to (S, S, C), or (S, S) for one channel, rounding once.
 
-    In float32, torch's interpolation is wrong by up to a level of 16 bits, because it rounds the places of the weights.
+    OpenCV lacks antialiased bicubic interpolation, here with a = -0.5 as in PIL and torchvision. In float32, torch's is
+    wrong by up to a level of 16 bits, because it rounds the places of the weights.
     """
     pixels = torch.from_numpy(window.astype(np.float64))[None].permute(0, 3, 1, 2)
     view = interpolate(pixels, (size, size), mode="bicubic", antialias=True, align_corners=False)[0]
@@ -321,9 +296,8 @@ def _mean_gray(view: np.ndarray) -> float:
 
 
 def _gray(view: np.ndarray) -> np.ndarray:
-    if view.dtype == np.uint16:  # for which cvtColor rounds its weights to 15 bits, an error of up to 1.5 levels
-        return cv2.transform(view, LUMA[None])
-    return cv2.cvtColor(view, cv2.COLOR_RGB2GRAY)
+    # cv2.cvtColor rounds its weights to 15 bits, for 16 bits an error of up to 1.5 levels
+    return cv2.transform(view, LUMA[None])
 
 
 def _saturate(view: np.ndarray, factor: float) -> np.ndarray:

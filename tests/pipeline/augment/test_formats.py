@@ -210,12 +210,12 @@ def test_bfloat16_views_are_the_rounded_float32_views(pixel_format, jitter):
     assert views[1].dtype == torch.bfloat16 and torch.equal(views[1], views[0].to(torch.bfloat16))
 
 
-def test_8_bit_rgb_keeps_its_own_paths(monkeypatch):
+def test_8_bit_rgb_keeps_its_own_path(monkeypatch):
     """Nothing for other formats touches its views, which stay fast."""
-    for name in ("_resize_exactly", "_scale_channels", "intensity"):
+    for name in ("resized_crop", "color", "intensity", "blur", "Normalize"):
         monkeypatch.setattr(opencv, name, lambda *_: pytest.fail("called"))
     encoded = reference.photographs(4, seed=1)
-    for size, jitter in ((32, "exact"), (64, "affine")):
+    for size, jitter in ((32, "exact"), (64, "affine"), (224, "exact")):
         config = AugmentConfig(size=size, jitter=jitter)
         backend = create_backend("opencv", config, CPU, 4, 2, 1, pixel_format=RGB8)
         assert backend(encoded, reference.random_params(encoded, config, seed=2)).shape == (8, 3, size, size)
