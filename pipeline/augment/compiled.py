@@ -316,7 +316,7 @@ def _jitter(levels, view):
     Contrast is the one operation that depends on other pixels: those before it are applied to all pixels first.
     """
     split = 0
-    while view.order[split] != CONTRAST:
+    while split < 4 and view.order[split] != CONTRAST:
         split += 1
     if split > 0:
         _apply(levels, view, view.order[:split], np.float32(0), False)
