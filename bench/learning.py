@@ -10,8 +10,8 @@ nothing else should run. `ours-lightly` is this project with the recipe of `ligh
 that docs/benchmarks.md lists; `ours` has its own preset. A short run measures the speed of each before its race, so
 that its learning rate ends with its time, and chooses precision and DataLoader workers of a peer. A preset whose views
 grow keeps the share of its epochs at each size. The same code computes kNN (k = 20) and, at the end, a linear
-classifier for all, on frozen features of center crops and after training. Writes bench/results/learning.csv and
-docs/learning.png.
+classifier for all, on frozen features of center crops and after training. Writes bench/results/learning.csv,
+docs/learning.png and the table of docs/benchmarks.md.
 """
 
 import argparse
@@ -268,9 +268,9 @@ def main() -> None:
     if not rows:
         sys.exit("No contender finished; the reasons are above.")
     show(rows)
-    from bench.plot import plot_learning  # not at the top: it imports matplotlib, which nothing else needs
+    from bench.plot import fill_learning_table, plot_learning  # not at the top: it imports matplotlib
 
-    console.print(f"written: {path} and {plot_learning()}")
+    console.print(f"written: {path}, {plot_learning()} and {fill_learning_table()}")
     if failed:
         sys.exit(f"{' and '.join(failed)} failed; the reasons are above.")
 

@@ -90,6 +90,30 @@ def fill_ablation_table() -> Path:
     return _fill("training.md", "ablation", "\n\n".join(parts) or missing)
 
 
+def fill_learning_table() -> Path:
+    """Tables of docs/benchmarks.md between its marks, the last point of every contender of a race, from learning.csv."""
+    parts, races = [], {}
+    for row in read_rows("learning"):
+        if row["linear_top1"]:
+            minutes = f"{float(row['budget_s']) / 60:g} minutes on {row['cores']} cores of {row['device']}"
+            races.setdefault(f"{row['data']}, {row['encoder']}, {minutes}, seed {row['seed']}", []).append(row)
+    columns = {
+        "contender": "contender",
+        "batch": "batch",
+        "precision": "precision",
+        "images_per_s": "images/s",
+        "images_seen": "images seen",
+        "seconds": "seconds",
+        "knn_top1": "kNN",
+        "linear_top1": "linear",
+    }
+    for race, rows in races.items():
+        lines = [columns.values(), ["---"] * len(columns), *([row[name] for name in columns] for row in rows)]
+        parts += [race + ":", "\n".join(f"| {' | '.join(cells)} |" for cells in lines)]
+    missing = "Not measured yet: there is no `learning.csv` in `bench/results`."
+    return _fill("benchmarks.md", "learning", "\n\n".join(parts) or missing)
+
+
 def plot_learning() -> Path:
     """docs/learning.png: kNN accuracy over seconds of training, from learning.csv; one panel per data set and time."""
     rows = read_rows("learning")

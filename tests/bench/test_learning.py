@@ -184,6 +184,10 @@ def test_race(data, take, ticking, tmp_path, monkeypatch):
     assert rows[-1]["recipe"].startswith("sgd, lr 0.06, momentum 0.9, decay 0.0005, cosine, temperature 0.5, crop 0.08")
     monkeypatch.setattr(plot, "read_rows", lambda name: [{k: str(v) for k, v in row.items()} for row in rows])
     assert plot.plot_learning().stat().st_size > 10_000
+    (tmp_path / "benchmarks.md").write_text("before\n<!-- learning -->\n<!-- /learning -->\nafter")
+    page = plot.fill_learning_table().read_text()
+    assert page.count("\n| ours |") == page.count("\n| plain |") == 1
+    assert f"| {rows[-1]['knn_top1']} | {rows[-1]['linear_top1']} |\n" in page
     learning.show(rows)
     earlier = [{**row, "seed": seed} for row in rows for seed in ("0", "1")]
     monkeypatch.setattr(learning, "read_rows", lambda name: [{k: str(v) for k, v in row.items()} for row in earlier])
@@ -247,3 +251,10 @@ def test_missing_contenders(data, tmp_path, monkeypatch):
         learning.open_race(arguments(data, options=["--batch-size", "64"])).config("plain")
     with pytest.raises(UserError, match="no test split"):
         learning.open_race(arguments(data / "train"))
+
+
+def test_the_documentation_shows_the_committed_rows(tmp_path, monkeypatch):
+    page = (plot.DOCS / "benchmarks.md").read_text()
+    monkeypatch.setattr(plot, "DOCS", tmp_path)
+    (tmp_path / "benchmarks.md").write_text(page)
+    assert "<!-- learning -->" in page and plot.fill_learning_table().read_text() == page
