@@ -91,7 +91,7 @@ def fill_ablation_table() -> Path:
 
 
 def fill_learning_table() -> Path:
-    """Tables of docs/benchmarks.md between its marks, the last point of every contender of a race, from learning.csv."""
+    """Tables of docs/benchmarks.md between its marks, the last point of every contender, from learning.csv."""
     parts, races = [], {}
     for row in read_rows("learning"):
         if row["linear_top1"]:

@@ -102,7 +102,7 @@ def test_help_lists_presets_with_cost_and_results(capsys, monkeypatch):
     printed = capsys.readouterr().out
     presets = printed[printed.index("Presets:") : printed.index("--out STR")]
     assert all(f"\n  {name}: " in presets for name in PRETRAIN)
-    assert "0.756 kNN" in presets and "not measured" in presets and "--preset imagenet" in presets
+    assert "0.841 kNN" in presets and "not measured" in presets and "--preset imagenet" in presets
     assert all(len(line) <= 80 for line in presets.splitlines())
     for part in ("optim", "checkpoint", "loader", "views", "encoder", "head", "loss", "eval"):
         assert f" {part} options " in printed
