@@ -182,7 +182,8 @@ def test_race(data, take, ticking, tmp_path, monkeypatch):
             assert row["encoder"] == "resnet18 x 0.125, standard stem" and row["train_images"] == 48
     assert rows[0]["recipe"].startswith("muon, lr 0.02, momentum 0.95") and "temperature 0.2" in rows[0]["recipe"]
     assert rows[-1]["recipe"].startswith("sgd, lr 0.06, momentum 0.9, decay 0.0005, cosine, temperature 0.5, crop 0.08")
-    monkeypatch.setattr(plot, "read_rows", lambda name: [{k: str(v) for k, v in row.items()} for row in rows])
+    read = [{name: "" if value is None else str(value) for name, value in row.items()} for row in rows]
+    monkeypatch.setattr(plot, "read_rows", lambda name: read)
     assert plot.plot_learning().stat().st_size > 10_000
     (tmp_path / "benchmarks.md").write_text("before\n<!-- learning -->\n<!-- /learning -->\nafter")
     page = plot.fill_learning_table().read_text()
