@@ -28,6 +28,7 @@ import tempfile
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -212,6 +213,16 @@ def torchvision_views(config: AugmentConfig) -> Callable:
     )
 
 
+def drained(loader: DataLoader) -> Generator[list[torch.Tensor], None, None]:
+    """Batches of a loader; when closed, wait for the rest, which its workers would compute during the next turn."""
+    batches = iter(loader)
+    try:
+        yield from batches
+    finally:
+        for _ in batches:
+            pass
+
+
 def peers(data: Prepared, config: AugmentConfig) -> Iterator[Candidate]:
     """SimCLR views of other libraries, in a DataLoader with as many workers as the backends have threads."""
     found = {"torchvision": (torchvision_views(config), False)}
@@ -229,7 +240,7 @@ def peers(data: Prepared, config: AugmentConfig) -> Iterator[Candidate]:
             persistent_workers=True,
             multiprocessing_context="spawn",  # forking a process with threads may deadlock
         )
-        stream = SteadyState(lambda it=loader: (views for views in it), ahead, timed, torch.device("cpu"))
+        stream = SteadyState(partial(drained, loader), ahead, timed, torch.device("cpu"))
         yield Candidate(name, "all", "exact", timed * batch, stream)
 
 

@@ -83,6 +83,11 @@ def _normalize(levels, scale, offset, out):
     compiled._normalize(levels, scale, offset, out)
 
 
+def _decode_and_drop(encoded: bytes) -> None:
+    """Decode an image and free it at once, as every pipeline does; new memory for each of a batch costs page faults."""
+    decode(encoded)
+
+
 def opencv_stages(data: Prepared, config: AugmentConfig, device: torch.device) -> Iterator[Candidate]:
     """Stages of the OpenCV backend, and reading and decoding, the common lower bound, for all images."""
     threads = ThreadPoolExecutor(data.threads)
@@ -97,7 +102,7 @@ def opencv_stages(data: Prepared, config: AugmentConfig, device: torch.device) -
     out = np.zeros((len(views), size, size, 3), np.float32)
     reader = Reader(data.shards)
     yield Candidate("opencv", "read", "", n, lambda: reader(data.samples))
-    yield Candidate("opencv", "decode", "", n, lambda: list(threads.map(decode, data.encoded)))
+    yield Candidate("opencv", "decode", "", n, lambda: list(threads.map(_decode_and_drop, data.encoded)))
     scale, offset, window = renderer.scale, renderer.offset, config.blur_window
     for stage, jitter, work in (  # colors and blur change a copy, which takes about 1% of the time
         ("geometry", "", lambda i: _resize(views[i], resized[i])),

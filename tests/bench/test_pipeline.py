@@ -70,6 +70,15 @@ def test_rows(rows):
     assert max(peers, key=lambda row: row["images_per_s"])["ratio_to_best_peer"] == 1
 
 
+def test_no_peer_computes_during_the_next_turn():
+    """A DataLoader's workers fetch ahead; closing its stream waits until nothing is left to fetch."""
+    left = iter(range(5))
+    stream = bench.drained(left)
+    assert [next(stream), next(stream)] == [0, 1]
+    stream.close()
+    assert not list(left)
+
+
 @pytest.mark.parametrize("jitter", ["exact", "affine"])
 def test_loader_and_backend_are_timed_on_the_same_views(shards, jitter, monkeypatch):
     """Also over the end of an epoch, here after each batch."""
