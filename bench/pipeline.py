@@ -323,9 +323,10 @@ def main() -> None:
         sys.exit(str(error))
     show(rows)
     if not arguments.quick:
-        from bench.plot import fill_loader_table, plot_pipeline
+        from bench.plot import fill_loader_table, fill_views_table, plot_pipeline
 
-        console.print(f"written: {write_rows('pipeline', rows)}, {plot_pipeline()} and {fill_loader_table()}")
+        written = [write_rows("pipeline", rows), plot_pipeline(), fill_loader_table(), fill_views_table()]
+        console.print(f"written: {', '.join(map(str, written))}")
     console.print(
         "Not measured: reading from a disk or object store (these reads come from the page cache); FFCV (it has no hue "
         "jitter, grayscale or blur, so it does not support these views)."

@@ -1,6 +1,7 @@
 """Plots and tables of the committed CSVs: `python -m bench.plot`."""
 
 import re
+from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
@@ -67,6 +68,25 @@ def fill_loader_table() -> Path:
             lines.append(f"| {' | '.join(cells)} |")
     missing = "Not measured yet: no row of `bench/results/pipeline.csv` has a `ratio_to_backend`."
     return _fill("benchmarks.md", "pipeline:loader", "\n".join(lines) if len(lines) > 2 else missing)
+
+
+def fill_views_table() -> Path:
+    """Table of docs/augmentation.md between its marks, decoding and views of each implementation, from pipeline.csv."""
+    names = {"opencv": "OpenCV backend", "kornia": "Kornia", "dali": "DALI"}
+    columns: dict[str, str] = {}
+    cells: dict[str, dict[str, str]] = defaultdict(dict)
+    for row in (row for row in read_rows("pipeline") if row["stage"] in ("decode", "all")):
+        if row["implementation"] != "loader":
+            name = f"{names.get(row['implementation'], row['implementation'])}, {row['jitter']} jitter"
+            name = "decoding alone" if row["stage"] == "decode" else name
+            columns[row["shards"]] = f"{row['shards']}, {float(row['mean_kb']):.0f} KB"
+            cells[name][row["shards"]] = f"{float(row['images_per_s']):.0f} ({float(row['ratio_to_decode']):.2f})"
+            measured = f"{row['device']}, {row['workers']} threads, {row['date']}:"
+    lines = [["", *columns.values()], ["---"] * (1 + len(columns))]
+    lines += [[name, *(rates.get(kind, "") for kind in columns)] for name, rates in cells.items()]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    missing = "Not measured yet: there is no `pipeline.csv` in `bench/results`."
+    return _fill("augmentation.md", "pipeline:views", f"{measured}\n\n{table}" if cells else missing)
 
 
 def fill_ablation_table() -> Path:
@@ -162,6 +182,7 @@ if __name__ == "__main__":
     print(plot_loss_kernel())
     print(plot_pipeline())
     print(fill_loader_table())
+    print(fill_views_table())
     print(fill_ablation_table())
     if read_rows("learning"):
         print(plot_learning())

@@ -116,23 +116,45 @@ def test_the_plot_is_drawn_from_the_rows(rows, tmp_path, monkeypatch):
     assert plot.plot_pipeline().stat().st_size > 10_000
 
 
-def test_the_loader_table_is_filled_from_the_rows(rows, tmp_path, monkeypatch):
+@pytest.fixture
+def filled(rows, tmp_path, monkeypatch):
+    """Function that fills a table of a page twice and returns its lines of cells; the page around it stays."""
     monkeypatch.setattr(plot, "DOCS", tmp_path)
     columns = dict.fromkeys(name for row in rows for name in row)  # a CSV has every column in every row
     monkeypatch.setattr(plot, "read_rows", lambda _: [{k: str(row.get(k, "")) for k in columns} for row in rows])
-    marks = ("<!-- pipeline:loader -->", "<!-- /pipeline:loader -->")
-    document = tmp_path / "benchmarks.md"
-    document.write_text(f"before\n\n{marks[0]}\n\nold\n\n{marks[1]}\n\nafter\n")
-    for _ in range(2):  # filling it again changes nothing
-        plot.fill_loader_table()
-        before, table, after = (part.strip() for part in re.split("|".join(marks), document.read_text()))
-        assert (before, after) == ("before", "after")
-        _, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-        named = {(row["implementation"], row["jitter"]): row for row in rows if row["stage"] == "all"}
-        for jitter, cells in zip(("exact", "affine"), lines, strict=True):
-            alone, loader = (named[name, jitter] for name in ("opencv", "loader"))
-            rates = [str(row["images_per_s"]) for row in (alone, loader)]
-            assert cells == ["small", jitter, *rates, str(loader["ratio_to_backend"])]
+
+    def fill(table, page, mark):
+        marks = (f"<!-- {mark} -->", f"<!-- /{mark} -->")
+        document = tmp_path / page
+        document.write_text(f"before\n\n{marks[0]}\n\nold\n\n{marks[1]}\n\nafter\n")
+        for _ in range(2):  # filling it again changes nothing
+            table()
+            before, content, after = (part.strip() for part in re.split("|".join(marks), document.read_text()))
+            assert (before, after) == ("before", "after")
+        lines = [line for line in content.splitlines() if line.startswith("|")]
+        return [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
+
+    return fill
+
+
+def test_the_loader_table_is_filled_from_the_rows(rows, filled):
+    _, _, *lines = filled(plot.fill_loader_table, "benchmarks.md", "pipeline:loader")
+    named = {(row["implementation"], row["jitter"]): row for row in rows if row["stage"] == "all"}
+    for jitter, cells in zip(("exact", "affine"), lines, strict=True):
+        alone, loader = (named[name, jitter] for name in ("opencv", "loader"))
+        rates = [str(row["images_per_s"]) for row in (alone, loader)]
+        assert cells == ["small", jitter, *rates, str(loader["ratio_to_backend"])]
+
+
+def test_the_table_of_views_is_filled_from_the_rows(rows, filled):
+    header, _, first, *lines = filled(plot.fill_views_table, "augmentation.md", "pipeline:views")
+    assert header[0] == "" and header[1].startswith("small, ") and first[0] == "decoding alone"
+    assert first[1].endswith("(1.00)")
+    (exact,) = (
+        row for row in rows if (row["implementation"], row["jitter"], row["stage"]) == ("opencv", "exact", "all")
+    )
+    assert ["OpenCV backend, exact jitter", f"{exact['images_per_s']:.0f} ({exact['ratio_to_decode']:.2f})"] in lines
+    assert not any("loader" in name for name, _ in lines)
 
 
 def test_each_stage_of_dali_receives_the_output_of_the_previous_one(tmp_path):
