@@ -150,10 +150,12 @@ def plot_learning() -> Path:
             label = f"{name}: {float(points[-1]['images_per_s']):,.0f} images/s, linear {points[-1]['linear_top1']}"
             width, color = 2.5 if name.startswith("ours") else 1.2, f"C{names.index(name)}"
             axes.plot(seconds, top1, "o-", label=label, color=color, linewidth=width, markersize=4)
-        axes.set(title=f"{race[0]}, {race[1]}", xlabel="seconds of training", ylabel="kNN top-1")
+        machine = f"{mine[0]['device']}, {mine[0]['threads']} threads"
+        axes.set_title(f"{race[0]}, {race[1]}\n{machine}", fontsize=10)
+        axes.set(xlabel="seconds of training", ylabel="kNN top-1")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, loc="lower right")
-    figure.suptitle(f"Equal time for all, {rows[0]['device']}, {rows[0]['threads']} threads", fontsize=10)
+    figure.suptitle("Equal time for all contenders of a panel", fontsize=10)
     return _save(figure, "learning.png")
 
 
