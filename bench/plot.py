@@ -124,6 +124,7 @@ def fill_learning_table() -> Path:
         "images_per_s": "images/s",
         "images_seen": "images seen",
         "seconds": "seconds",
+        "schedule": "share of its schedule",
         "knn_top1": "kNN",
         "linear_top1": "linear",
     }
