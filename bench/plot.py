@@ -51,7 +51,7 @@ def plot_pipeline() -> Path:
         axes.axvline(decode, color="k", linestyle=":", label=f"decoding only: {decode:.0f}")
         axes.set(title=f"{kind} ({mine[0]['mean_kb']} KB per file)", xlabel="images/s, two views per image")
         axes.grid(alpha=0.3, axis="x")
-        axes.legend(fontsize=8, loc="lower right")
+        axes.legend(fontsize=8)
     figure.suptitle(f"Full augmentation, 224 px, {rows[0]['device']}, {rows[0]['workers']} threads", fontsize=10)
     return _save(figure, "pipeline.png")
 
@@ -155,7 +155,7 @@ def plot_learning() -> Path:
         axes.set_title(f"{race[0]}, {race[1]}\n{machine}", fontsize=10)
         axes.set(xlabel="seconds of training", ylabel="kNN top-1")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, loc="lower right")
+        axes.legend(fontsize=8)
     figure.suptitle("Equal time for all contenders of a panel", fontsize=10)
     return _save(figure, "learning.png")
 
