@@ -118,4 +118,7 @@ def _shrunk(pixels: np.ndarray, short_side: int) -> np.ndarray:
     sides = pixels.shape[:2]
     scale = short_side / min(sides)
     height, width = (max(short_side, round(side * scale)) for side in sides)
-    return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA).reshape(height, width, -1)
+    # the area filter takes at most four channels, except for whole scales
+    groups = (pixels[..., first : first + 4] for first in range(0, pixels.shape[2], 4))
+    shrunk = (cv2.resize(group, (width, height), interpolation=cv2.INTER_AREA) for group in groups)
+    return np.concatenate([group.reshape(height, width, -1) for group in shrunk], 2)
