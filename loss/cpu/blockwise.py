@@ -261,7 +261,7 @@ def _blocks(u: Tensor, rows: int, tau: float, bands: Iterable[slice]) -> Iterato
             torch.mm(u_i, u[j].t(), out=s)
             # self-pairs, and positives: n columns to the right of a first view, n to the left of a second view
             for shift, stop in ((0, i.stop), (n, min(i.stop, n)), (-n, i.stop)):
-                if i.start + shift < j.stop and left < stop + shift:
+                if i.start < stop and i.start + shift < j.stop and left < stop + shift:
                     s[: stop - i.start].diagonal(i.start + shift - left).fill_(-math.inf)
             yield Block(i, j, slice(max(left, i.stop), max(left, i.stop, min(j.stop, rows))), s)
 

@@ -42,6 +42,32 @@ def test_every_block_shape_gives_the_same_result(monkeypatch, blocks, tau, n):
         torch.testing.assert_close(ours, true, rtol=1e-12, atol=1e-13 / tau**2)
 
 
+@pytest.mark.parametrize("blocks", [(4, 8), (6, 6), (7, 3), (64, 64)])
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize(("world_size", "n"), [(2, 3), (2, 17), (3, 15)])
+def test_every_block_shape_gives_the_same_result_on_several_ranks(monkeypatch, blocks, decoupled, world_size, n):
+    monkeypatch.setattr(blockwise, "BAND_ROWS", blocks[0])
+    monkeypatch.setattr(blockwise, "BLOCK_COLUMNS", blocks[1])
+    z, tau = trained_like(world_size * n, 10), torch.tensor(0.1, dtype=torch.float64)
+    ranks = z.unflatten(0, (2, world_size, n)).transpose(0, 1).flatten(1, 2)  # (W, 2n, D)
+    gathered = [ranks.roll(-rank, 0).flatten(0, 1) for rank in range(world_size)]
+    negatives = torch.stack([blockwise.negatives_logsumexp(z_all, tau, 2 * n) for z_all in gathered])  # (W, 2n)
+
+    losses, gradients = [], []
+    for rank, z_all in enumerate(gathered):
+        own, learned = ranks[rank].clone().requires_grad_(), tau.clone().requires_grad_()
+        results = {2: z_all, 1: negatives.roll(-rank, 0).flatten()}
+        loss = blockwise.nt_xent_blockwise(own, learned, lambda x, results=results: results[x.ndim], decoupled, None)
+        losses.append(loss.detach())
+        gradients.append(torch.autograd.grad(loss, (own, learned)))
+
+    true_loss, true_grad, true_grad_tau = loss_and_gradients(z, 0.1, "reference", decoupled=decoupled)
+    of_z = torch.stack([grad for grad, _ in gradients]).unflatten(1, (2, n)).transpose(0, 1).flatten(0, 2)
+    torch.testing.assert_close(sum(losses) / world_size, true_loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(of_z / world_size, true_grad, rtol=1e-12, atol=1e-11)
+    torch.testing.assert_close(sum(grad for _, grad in gradients) / world_size, true_grad_tau, rtol=1e-12, atol=1e-11)
+
+
 @pytest.mark.parametrize("tau", [0.005, 0.01, 0.0133, 0.0135, 0.0137, 0.03])
 def test_float32_is_accurate_on_both_sides_of_the_switch_to_log_sums(tau):
     z = trained_like(129, 32, torch.float32)
