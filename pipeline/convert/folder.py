@@ -204,7 +204,8 @@ def _classes_of_folders(folders: list[str], level: str | None) -> dict[str, str]
     first = {folder: path[shared] for folder, path in paths.items()}
     last = {folder: path[-1] for folder, path in paths.items()}
     if level is None and first != last and len(set(first.values())) < len(folders):
-        one, other = next(pair for pair in pairwise(sorted(folders)) if first[pair[0]] == first[pair[1]])
+        ordered = sorted(folders, key=lambda folder: (first[folder], folder))
+        one, other = next(pair for pair in pairwise(ordered) if first[pair[0]] == first[pair[1]])
         raise AmbiguousClasses(
             f"The class of the images in {one} and {other} is ambiguous; use `convert folder` with --class-level "
             "first, last or none."

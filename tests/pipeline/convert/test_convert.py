@@ -15,7 +15,7 @@ import pytest
 from common import UserError
 from pipeline.convert import __main__ as convert
 from pipeline.convert import textures
-from pipeline.convert.folder import CLASS_LEVELS, folder_source, named
+from pipeline.convert.folder import CLASS_LEVELS, AmbiguousClasses, folder_source, named
 from pipeline.convert.imagenet import imagenet_sources
 from pipeline.convert.textures import ensure_textures, textures_source
 from pipeline.convert.writer import write_split
@@ -241,6 +241,13 @@ def test_classes_of_nested_folders(tmp_path, case, form):
             items = {key.rpartition("/")[2]: label for label, key, _ in folder_source(path, level).items}
             assert items.pop("top") is None and [items[str(n)] for n in range(len(items))] == labels.split()
     assert {label for label, _, _ in folder_source(path, "none").items} == {None}
+
+
+def test_ambiguous_folders_that_are_not_adjacent_in_order_are_named():
+    """A space sorts before the slash."""
+    files = [(name, (1,)) for name in ("cat/a.jpg", "cat 2/b.jpg", "cat/sub/c.jpg")]
+    with pytest.raises(AmbiguousClasses, match="The class of the images in cat and cat/sub is ambiguous"):
+        named(files)
 
 
 def test_class_level_option(tmp_path):

@@ -168,7 +168,7 @@ def test_shrinking_keeps_the_depth(pixels):
     assert np.abs(decoded - mean).max() <= 0.5
     assert prepare(npy(pixels), short_side=20).encoded == npy(pixels)
     _, stored, _ = prepare(npy(pixels), short_side=13)  # no whole scale, for which OpenCV takes at most four channels
-    channels = [cv2.resize(pixels[..., c].copy(), (20, 13), interpolation=cv2.INTER_AREA) for c in range(pixels.shape[2])]
+    channels = [cv2.resize(channel, (20, 13), interpolation=cv2.INTER_AREA) for channel in pixels.transpose(2, 0, 1)]
     np.testing.assert_array_equal(decode_pixels(stored, pixel_format), np.stack(channels, 2))
 
 
