@@ -4,7 +4,6 @@ import errno
 import os
 import posixpath
 import sys
-import zipfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 from ..common import UserError
 from ..shards.archives import TOO_LONG, clean_key, image_members, is_image, is_long, open_tar, refuse_url
 from .base import Item, Source, modified_ns, raise_if_gone, read_range
-from .zips import read_zipped, zip_images
+from .zips import is_zip, read_zipped, zip_images
 
 CLASS_LEVELS = ("first", "last", "none")
 
@@ -74,7 +73,7 @@ def list_images(path: Path) -> Listing:
         modified = array("q")
         files = list(files_below(path, left_out, modified))
         return Listing(path.resolve().name, files, partial(read_file, path), left_out, modified)
-    if path.suffix.lower() == ".zip" or zipfile.is_zipfile(path):
+    if is_zip(path):
         files, read = zip_images(path, left_out), partial(read_zipped, path)
     else:
         with open_tar(path) as tar:

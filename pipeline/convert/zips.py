@@ -12,9 +12,17 @@ from .base import read_range
 
 HEADER_BYTES = 30
 """Size of a member's own header up to its name (section 4.3.7 of the format's specification, APPNOTE.TXT)."""
+MARKS = (b"PK\3\4", b"PK\5\6")
+"""First bytes of a zip with members and of an empty one."""
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 LARGEST_BYTES = 1 << 30
 ENCRYPTED = 1
+
+
+def is_zip(path: Path) -> bool:
+    """Whether a file is a zip by its name or first bytes. Its last ones may be those of a zip at the end of a tar."""
+    with open(path, "rb") as file:
+        return path.suffix.lower() == ".zip" or file.read(4) in MARKS
 
 
 def zip_images(path: Path, left_out: list[tuple[str, str]]) -> list[tuple[str, tuple[int, int, int, int, int]]]:

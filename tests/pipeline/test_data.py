@@ -19,6 +19,7 @@ from common import UserError
 from pipeline import data as data_module
 from pipeline.augment import AugmentConfig
 from pipeline.convert import photos
+from pipeline.convert.folder import list_images
 from pipeline.convert.photos import held_out, is_photos, photo_sources
 from pipeline.data import open_data
 from pipeline.loader import LoaderConfig
@@ -383,6 +384,14 @@ def test_images_of_a_zip_that_cannot_be_read_are_left_out(tmp_path, config):
         "class_0/image_6.jpg": "encrypted",
     }
     assert "class_1/from_windows" in keys(train) | keys(test)
+
+
+def test_a_tar_that_ends_with_a_zip_is_a_tar(tmp_path):
+    inner = write_zip(tmp_path / "inner.zip", {"other.jpg": b""}).read_bytes()
+    path = write_tar(tmp_path / "photos.tar", pictures() | {"zz/inner.zip": inner})
+    assert {name for name, _ in list_images(path).files} == set(pictures())
+    renamed = shutil.copy(tmp_path / "inner.zip", tmp_path / "photos.cbz")
+    assert [name for name, _ in list_images(renamed).files] == ["other.jpg"]
 
 
 def test_a_cache_without_room_or_permission(tmp_path, config, folder, monkeypatch):
