@@ -118,7 +118,7 @@ def distill(config: DistillConfig, instruments: Instruments | None = None) -> No
         if not len(tested):
             session.print("There is no labeled test split of the same classes next to the train split: no test scores.")
         elif not loop.results and not config.dry_run:
-            loop.add_result("teacher", **evaluate_classifier(teacher, batches, tested, session))
+            loop.add_result("teacher", **evaluate_classifier(teacher, batches, tested, session, config.loader.max_bad))
         for batch in loop:  # views (B, C, S, S), label (B,), index (B,)
             with session.autocast():
                 with torch.no_grad():
@@ -131,7 +131,7 @@ def distill(config: DistillConfig, instruments: Instruments | None = None) -> No
             loop.backward(loss)
             loop.step(loss=loss, agreement=(logits.argmax(1) == target.argmax(1)).float().mean())
             if loop.validation_due:
-                loop.log(**evaluate_classifier(student, batches, tested, session))
+                loop.log(**evaluate_classifier(student, batches, tested, session, config.loader.max_bad))
     if loop.stopped:
         return
 
@@ -139,7 +139,7 @@ def distill(config: DistillConfig, instruments: Instruments | None = None) -> No
         save_classifier(student, spec, classes, session.out / "model.safetensors")
         save_encoder(student.encoder, spec, session.out / "encoder.safetensors")
     if len(tested):
-        loop.add_result("distill", **evaluate_classifier(student, batches, tested, session))
+        loop.add_result("distill", **evaluate_classifier(student, batches, tested, session, config.loader.max_bad))
     loop.finish(report_table(loop.results) if loop.results else None)
     if config.report and session.is_main:
         report_run(session)

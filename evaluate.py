@@ -89,7 +89,7 @@ class Knn(EvalOptions):
     """Weighted nearest neighbors among the training images (arXiv 1805.01978, section 3.4)."""
 
     k: tuple[int, ...] = ()
-    """Numbers of neighbors that vote. Default: that of the run's own evaluation, or 20."""
+    """Numbers of neighbors that vote. Default: that of the run's own evaluation, or 20, at most all images."""
     temperature: tuple[float, ...] = (0.1,)
     """A neighbor's vote weighs exp(cosine / temperature). Every pair of k and temperature is reported."""
 
@@ -180,16 +180,15 @@ def evaluate(options: Knn | Linear | Embed) -> None:
         )
     views = views.for_images(expected, {})
     splits = eval_splits(train, test, labeled=not isinstance(options, Embed))
-    classes, k = len(train.classes), getattr(options, "k", ()) or (target.k,)
-    if isinstance(options, Knn) and max(k) > (bank := len(splits[0].samples)):
+    classes, bank = len(train.classes), len(splits[0].samples)
+    k = getattr(options, "k", ()) or (min(target.k, bank),)
+    if max(k) > bank:
         raise UserError(f"--k {max(k)} exceeds the {bank} labeled training images; use a smaller --k.")
     out = Path(options.out) if options.out else target.folder / "evaluation" / f"{name}.json"
     prepare_out(out)
     reading = {"device": session.device, "dtype": session.dtype}
     reading["bad_samples_file"] = out.with_suffix(".bad_samples.jsonl")
-    # FeatureStore applies the limit on unreadable images, since a rank would apply it to its share
-    unlimited = replace(options.loader, max_bad=1.0)
-    batches = partial(center_crop_batches, augment=views, config=unlimited, batch_size=BATCH_SIZE, **reading)
+    batches = partial(center_crop_batches, augment=views, config=options.loader, batch_size=BATCH_SIZE, **reading)
 
     # Record: what is evaluated and how; `made_from` is everything besides the images that determines the features.
     made_from = {"encoder_sha256": file_sha256(target.encoder), "precision": "bf16" if session.bf16 else "fp32"}

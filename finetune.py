@@ -101,7 +101,7 @@ def finetune(config: FinetuneConfig, instruments: Instruments | None = None) -> 
             loop.backward(loss)
             loop.step(loss=loss, train_top1=(logits.argmax(1) == batch.label).float().mean())
             if loop.validation_due:
-                loop.log(**evaluate_classifier(classifier, batches, tested, session))
+                loop.log(**evaluate_classifier(classifier, batches, tested, session, config.loader.max_bad))
     if loop.stopped:
         return
 
@@ -109,7 +109,7 @@ def finetune(config: FinetuneConfig, instruments: Instruments | None = None) -> 
         save_classifier(classifier, spec, classes, session.out / "model.safetensors")
         save_encoder(classifier.encoder, spec, session.out / "encoder.safetensors")
     if len(tested):
-        loop.add_result("finetune", **evaluate_classifier(classifier, batches, tested, session))
+        loop.add_result("finetune", **evaluate_classifier(classifier, batches, tested, session, config.loader.max_bad))
     loop.finish(report_table(loop.results) if loop.results else None)
     if config.report and session.is_main:
         report_run(session)

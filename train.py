@@ -104,7 +104,7 @@ def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> 
     labeled = [(split, np.flatnonzero(split.index["label"] >= 0)) for split in (train, test) if split is not None]
     if len(labeled) == 2 and all(len(samples) for _, samples in labeled):
         batches = partial(center_crop_batches, augment=config.views, config=config.loader, batch_size=256, **reading)
-        evaluate = Evaluator(*labeled, batches, session, config.eval)
+        evaluate = Evaluator(*labeled, batches, session, config.eval, config.loader.max_bad)
 
     def forward_features(views: Tensor) -> Tensor:
         """(B, C, S, S) -> h (B, features), in evaluation mode."""

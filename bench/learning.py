@@ -152,7 +152,7 @@ def scores(race: Race, file: Path, views: AugmentConfig, config: PretrainConfig,
     splits = [(split.shards, split.samples) for split in eval_splits(race.train, race.test, labeled=True)]
     batches = partial(center_crop_batches, augment=views, config=LoaderConfig(), batch_size=256, device=device)
     alone = SimpleNamespace(rank=0, world_size=1, gather=lambda x: x)
-    evaluate = Evaluator(*splits, batches, alone, EvalConfig(k=20))
+    evaluate = Evaluator(*splits, batches, alone, EvalConfig(k=20), LoaderConfig().max_bad)
     return evaluate(encoder.to(device).eval(), linear=linear)
 
 

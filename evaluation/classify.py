@@ -23,7 +23,7 @@ def labeled_test_samples(test: Any, classes: list[str]) -> np.ndarray:
 
 
 def evaluate_classifier(
-    classifier: nn.Module, batches: Callable[..., Iterable], samples: np.ndarray, session: Any
+    classifier: nn.Module, batches: Callable[..., Iterable], samples: np.ndarray, session: Any, max_bad: float
 ) -> dict[str, float]:
     """Accuracies `top1` and `top5` of a classifier; the ranks share the work and return the same values.
 
@@ -31,13 +31,16 @@ def evaluate_classifier(
         classifier: (B, C, S, S) -> logits (B, classes); in evaluation mode during the call.
         batches: called with samples=...; yields batches of their center crops.
         samples: (n,) int64, positions of labeled samples in the shard set; not empty.
-        session: see `evaluation.features.embed`.
+        session, max_bad: see `evaluation.features.embed`.
+
+    Raises:
+        UserError: more than `max_bad` of the samples can't be read.
     """
     training = classifier.training
     classifier.eval()
     total = correct = 0
     with session.autocast():
-        for logits, label, _ in embed(classifier, batches, samples, session):
+        for logits, label, _ in embed(classifier, batches, samples, session, max_bad):
             total += len(label)
             correct = correct + count_correct(classes_ahead(logits, label), logits.shape[1])
     classifier.train(training)

@@ -43,12 +43,16 @@ class Evaluator:
     batches: Callable[..., Iterable]  # called with (shard set, samples=...); yields batches of their center crops
     session: Any  # see `evaluation.features.embed`
     config: EvalConfig
+    max_bad: float  # share of the images of a split that may be unreadable
 
     def __call__(self, function: Callable[[Tensor], Tensor], linear: bool = True) -> dict[str, float]:
         """Compute `knn_top1` and, unless `linear` is False, `linear_top1` of features.
 
         Args:
             function: views (B, C, S, S) -> features (B, D).
+
+        Raises:
+            UserError: more than `max_bad` of the images of a split can't be read.
         """
         bank, query = self._features(function, *self.train), self._features(function, *self.test)
         scores = {"knn_top1": knn_top1(*bank, *query, k=self.config.k)}
@@ -62,5 +66,5 @@ class Evaluator:
         """Features (n, D) and labels (n,) of at most `max_bank` samples."""
         count = min(len(samples), self.config.max_bank)
         chosen = samples[np.linspace(0, len(samples) - 1, count).astype(np.int64)]
-        parts = list(embed(function, partial(self.batches, shards), chosen, self.session))
+        parts = list(embed(function, partial(self.batches, shards), chosen, self.session, self.max_bad))
         return torch.cat([features for features, _, _ in parts]), torch.cat([label for _, label, _ in parts])

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from .common import UserError
+
 
 @torch.no_grad()
 def embed(
@@ -15,6 +17,7 @@ def embed(
     batches: Callable[..., Iterable],
     samples: np.ndarray,
     session: Any,
+    max_bad: float = 1.0,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Features of `samples`, batch by batch and in order; the ranks share the work and each receives all features.
 
@@ -28,19 +31,30 @@ def embed(
         samples: (N,) int64, positions in the shard set.
         session: has `rank`, `world_size` and `gather`, which maps (n, ...) of each rank to (world_size * n, ...),
             rank-major.
+        max_bad: share of the samples that may be unreadable.
 
     Yields:
         Features (n, D) float32, labels (n,) int64 and samples (n,) int64, on the device of the batches.
+
+    Raises:
+        UserError: more samples are unreadable, on all ranks together; every rank raises.
     """
     count, world_size = len(samples), session.world_size
     padded = np.resize(samples, -(-count // world_size) * world_size)  # the same number for every rank
-    first = 0
+    first = unreadable = 0
     for batch in batches(samples=padded[session.rank :: world_size]):
         parts = function(batch.views).float(), batch.label, batch.index.to(batch.label.device)
         features, label, index = (_interleave(session.gather(part.contiguous()), world_size) for part in parts)
         expected = torch.from_numpy(padded[first : first + len(index)][: count - first]).to(index.device)
         first += len(index)
         readable = index[: len(expected)] == expected
+        unreadable += int((~readable).sum())
+        if unreadable > max_bad * count:
+            raise UserError(
+                f"{unreadable} of {count} images to evaluate can't be read (see bad_samples.jsonl), more than "
+                f"--loader.max-bad {max_bad:g} allows; check the shards with `python -m pipeline.shards verify SHARDS` "
+                "or raise --loader.max-bad."
+            )
         yield features[: len(expected)][readable], label[: len(expected)][readable], expected[readable]
 
 

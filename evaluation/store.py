@@ -61,10 +61,7 @@ class SplitFeatures:
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureStore:
-    """Features of one encoder, stored in a folder.
-
-    The limit on unreadable images is checked here, over all ranks; `batches` must replace any number of them.
-    """
+    """Features of one encoder, stored in a folder."""
 
     session: Any  # has `rank`, `world_size`, `device`, `gather`, `sum` and `print`
     forward_features: Callable[[Tensor], Tensor]  # (B, C, S, S) -> h (B, D), by the frozen encoder

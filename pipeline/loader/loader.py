@@ -225,14 +225,15 @@ def center_crop_batches(
     """Yield the center crop of each of `samples` ((n,) int64), in that order, for evaluation.
 
     The last batch may be smaller. An unreadable image is replaced by another one of `samples`, with its label. Images
-    that a `ViewLoader` of this very shard set keeps resident are used from there.
+    that a `ViewLoader` of this very shard set keeps resident are used from there. `config.max_bad` is not applied,
+    because a rank sees only its share of the images: see `evaluation.features.embed`.
 
     Args:
         shards, augment, config, device, dtype, cache, bad_samples_file: as for `ViewLoader`.
         batch_size: samples per batch of this process.
 
     Raises:
-        UserError: more than `config.max_bad` of the images are unreadable.
+        UserError: a sample and all that could replace it are unreadable.
     """
     whole_shards = worth_whole_shards(shards, samples)
 
@@ -244,7 +245,7 @@ def center_crop_batches(
     def draw(_: int, chosen: np.ndarray) -> AugmentParams:
         return center_crop(augment, shards.index["height"][chosen], shards.index["width"][chosen])
 
-    bad_samples = BadSampleTracker(shards, 0, config.max_bad, bad_samples_file, samples)
+    bad_samples = BadSampleTracker(shards, 0, 1.0, bad_samples_file, samples)
     images, on_device = shards.pixel_format, find_store(shards, device) is not None
     choice = choose_backend(config.backend, device, augment.size, config.threads, images, fits_device=on_device)
 

@@ -1,8 +1,11 @@
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 
+from common import UserError
 from evaluation import EvalConfig, Evaluator, embed, evaluate_classifier, knn_top1, labeled_test_samples, raw_pixels
 from evaluation.accuracy import over_seeds, scores
 from evaluation.tables import report_table, scores_table
@@ -57,13 +60,34 @@ def test_unreadable_images_are_left_out_on_any_number_of_ranks():
             assert torch.equal(embedded, features[good]) and labels.tolist() == index.tolist() == good
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_the_limit_on_unreadable_images_is_one_over_all_ranks(world_size):
+    features, label = torch.randn(40, 5), torch.arange(40)
+    batches = batches_of(features, label, bad={7: 3, 39: 12})  # with four ranks, two of the last one's ten
+
+    def readable(session, max_bad):
+        return sum(len(part[0]) for part in embed(identity, batches, np.arange(40), session, max_bad))
+
+    def refusal(session):
+        with pytest.raises(UserError) as error:
+            readable(session, max_bad=0.049)
+        return str(error.value)
+
+    assert on_ranks(world_size, partial(readable, max_bad=0.05)) == [38] * world_size
+    refusals = on_ranks(world_size, refusal)
+    assert len(set(refusals)) == 1 and refusals[0].startswith("2 of 40 images to evaluate can't be read")
+
+
 def test_ranks_share_the_embedding_and_restore_its_order():
     splits = {"train": clusters(41, 0, 0.8), "test": clusters(23, 1, 0.8)}
+
+    def batches(split, samples):
+        return batches_of(*splits[split])(samples)
 
     def run(session):
         train, test = ("train", np.arange(41)), ("test", np.arange(23))
         config = EvalConfig(k=5, max_bank=40)
-        evaluator = Evaluator(train, test, lambda split, samples: batches_of(*splits[split])(samples), session, config)
+        evaluator = Evaluator(train, test, batches, session, config, max_bad=0.0)
         return evaluator(identity), session.gathered_rows
 
     ((alone, _),) = on_ranks(1, run)
@@ -79,7 +103,7 @@ def test_accuracy_of_a_classifier_on_one_and_two_ranks():
 
     def run(session):
         classifier = torch.nn.Sequential(torch.nn.Dropout(0.5)).train()  # the features themselves, in evaluation mode
-        scores = evaluate_classifier(classifier, batches_of(features, label), np.arange(41), session)
+        scores = evaluate_classifier(classifier, batches_of(features, label), np.arange(41), session, 0.0)
         assert classifier.training
         return scores
 
