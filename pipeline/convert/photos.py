@@ -115,7 +115,10 @@ def convert_photos(path: Path, cache: ShardCache, agree: Callable[[str], str] = 
         home.mkdir(parents=True, exist_ok=True)
         lock = FileLock(home / "lock").acquire()
     with lock:
-        if not (version / "done.json").exists():
+        done = version / "done.json"
+        if done.exists() and not _has_whole_tars(version):
+            shutil.rmtree(version)
+        if not done.exists():
             _remove_old(home, version, cache)
             _convert(path, version, found)
         first = version not in _leases
@@ -123,9 +126,22 @@ def convert_photos(path: Path, cache: ShardCache, agree: Callable[[str], str] = 
             _leases[version] = Lease(cache)
             _leases[version].hold([found])
     if first and os.environ.get("RANK", "0") == "0":
-        notes = json.loads((version / "done.json").read_text())["notes"]
+        notes = json.loads(done.read_text())["notes"]
         print(f"{path}: {' '.join(notes)} The shards are in {version}", file=sys.stderr)
     return version
+
+
+def _has_whole_tars(version: Path) -> bool:
+    """Whether all tars have their sizes, which a crash of the machine or a cleaned cache may have changed."""
+    try:
+        tars = [
+            (split / shard["file"], shard["bytes"])
+            for split in version.glob("[!.]*/")
+            for shard in json.loads((split / "dataset.json").read_text())["shards"]
+        ]
+        return bool(tars) and all(tar.stat().st_size == size for tar, size in tars)
+    except (OSError, ValueError, KeyError, TypeError):  # a file is missing or damaged
+        return False
 
 
 def _remove_old(home: Path, version: Path, cache: ShardCache) -> None:

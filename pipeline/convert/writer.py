@@ -238,6 +238,7 @@ def _store_plan(unfinished: Path, plan: dict[str, Any], source: Source) -> None:
     if any((unfinished / "shards").iterdir()) or any((unfinished / "work").glob("*.json")):
         raise UserError(f"{path} can't be read, but shards have been written; delete {unfinished} to start again.")
     writing.write_text(json.dumps(plan))
+    _to_disk(writing)  # shards without a plan are lost
     os.replace(writing, path)
     try:  # if another split was started at the same time, neither saw the classes of the other
         if _classes(source, unfinished.parent, plan["split"]) != plan["classes"]:
@@ -323,8 +324,20 @@ def _finish(
         "shards": shards,
     }
     write_manifest(LocalFileSystem(), str(folder), manifest)
+    _to_disk(*folder.iterdir(), folder)  # at the end, because most of it is there by then
     os.replace(folder, target)
+    _to_disk(target.parent)
     shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _to_disk(*paths: Path) -> None:
+    """Wait until files or folders are on the disk: after a crash of the machine, a renamed file might be empty."""
+    for path in paths if os.name == "posix" else ():  # Windows opens no folders
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _copies(folder: Path, tars: list[str], parts: list[np.ndarray]) -> list[tuple[str, str]]:

@@ -176,6 +176,15 @@ def test_an_interrupted_conversion_is_not_trusted_and_resumes(config, folder, mo
     assert (tar.stat().st_ino, tar.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
+@pytest.mark.parametrize("damage", [lambda file: os.truncate(file, 0), Path.unlink])
+@pytest.mark.parametrize("name", ["train-000000.tar", "dataset.json"])
+def test_a_conversion_that_lost_a_file_is_repeated(config, folder, name, damage):
+    train, _ = open_data(str(folder), config)
+    before = digests(Path(train.root))
+    damage(Path(train.root, name))
+    assert digests(Path(open_data(str(folder), config)[0].root)) == before
+
+
 def test_images_that_change_during_the_conversion_are_refused(config, folder, monkeypatch):
     write = photos.write_split
 

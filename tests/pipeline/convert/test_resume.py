@@ -155,6 +155,23 @@ def test_a_truncated_shard_is_written_again(images, undisturbed, tmp_path):
     assert digests(tmp_path / "out" / "train") == undisturbed
 
 
+def test_a_split_is_on_the_disk_before_it_is_in_place(images, tmp_path, monkeypatch):
+    """Otherwise a power failure could leave empty tars in a finished set."""
+    synced, in_place, rename = set(), set(), os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
+
+    def replaced(old: Path, new: Path) -> None:
+        if Path(new).name == "train":
+            in_place.update(synced)
+        rename(old, new)
+
+    monkeypatch.setattr(os, "replace", replaced)
+    write_split(folder_source(images), tmp_path, "train", samples_per_shard=3)
+    written = [tmp_path / "train", *(tmp_path / "train").iterdir()]
+    assert len(written) > 7 * 2 and {path.stat().st_ino for path in written} <= in_place
+    assert tmp_path.stat().st_ino in synced
+
+
 def test_another_plan_is_refused(images, tmp_path):
     killed(images, tmp_path / "out", "shard")
     files = {name: content for name, content in pictures().items() if not name.startswith("class_0")}
