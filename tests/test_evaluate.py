@@ -117,6 +117,12 @@ def test_knn_writes_scores_and_their_origin(run, data, run_here):
     assert [path.name for path in (run / "evaluation").iterdir()] == ["knn.json"]
 
 
+def test_a_default_k_is_at_most_all_images(run, data, run_here, tmp_path):
+    few = unlabel(data, tmp_path, "train", 25)
+    run_here("knn", run, "--data", few)
+    assert [row["k"] for row in record_of(run, "knn")["results"]] == [2 * 7]
+
+
 def test_features_are_embedded_once(run, data, run_here, tmp_path, monkeypatch):
     assert "from the cache" not in run_here("knn", run)
     first = record_of(run, "knn")
