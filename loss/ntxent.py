@@ -169,7 +169,7 @@ def nt_xent_and_append(
     """
     loss = nt_xent(z, temperature, queue=queue, sample=sample, **options)
     if queue is not None:
-        queue.append(z, sample)
+        queue.append(z, sample, options.get("group"))
     return loss
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loss import NegativeQueue, nt_xent
+from loss import NegativeQueue, distributed, nt_xent, nt_xent_and_append
 from loss import queue as queue_module
 from loss.cpu.workers import Workers
 from tests.loss.cases import loss_and_gradients, trained_like
@@ -167,6 +167,13 @@ def test_entries_appended_before_the_backward_pass_do_not_change_it(impl):
             queue.append(z, sample)
         gradients += torch.autograd.grad(loss, z)
     assert torch.equal(*gradients)
+
+
+def test_the_queue_gathers_over_the_ranks_of_the_loss(monkeypatch):
+    groups = []
+    monkeypatch.setattr(distributed, "participants", groups.append)
+    nt_xent_and_append(trained_like(4, 6), 0.1, torch.arange(4), NegativeQueue(12, 6), group="some of the ranks")
+    assert groups == 2 * ["some of the ranks"]
 
 
 class LargestTensor(TorchDispatchMode):
