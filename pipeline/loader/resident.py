@@ -225,11 +225,16 @@ def memory_bytes(device: torch.device, whole: bool) -> int:
 
 def available_memory() -> int:
     """Memory in bytes that this machine, or its container (control group), can provide without swapping."""
-    limits = [virtual_memory().available]
-    for file in ("memory.max", "memory/memory.limit_in_bytes"):  # of version 2 and 1 of control groups
+    available = [virtual_memory().available]
+    for limit, usage, cached in (  # of version 2 and 1 of control groups
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
         with suppress(OSError, ValueError):  # no such file, or "max"
-            limits.append(int((CONTROL_GROUP / file).read_text()))
-    return min(limits)
+            free = int((CONTROL_GROUP / limit).read_text()) - int((CONTROL_GROUP / usage).read_text())
+            counts = dict(map(str.split, (CONTROL_GROUP / limit).with_name("memory.stat").read_text().splitlines()))
+            available.append(free + int(counts.get(cached, 0)))  # the kernel drops cached files that are not in use
+    return min(available)
 
 
 def decoded_bytes(shards: ShardSet, samples: np.ndarray | None, enough: float = math.inf) -> int:

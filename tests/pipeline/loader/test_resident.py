@@ -290,13 +290,23 @@ def test_on_is_refused_where_it_is_impossible(whole, monkeypatch):
     assert create_store("auto", whole, None, CPU, 2) is None
 
 
-def test_a_containers_limit_counts_as_memory(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("limit", "usage", "cached"),
+    [
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ],
+)
+def test_what_a_container_has_left_counts_as_memory(tmp_path, monkeypatch, limit, usage, cached):
     monkeypatch.setattr(resident, "CONTROL_GROUP", tmp_path)
     host = resident.available_memory()
-    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / limit).parent.mkdir(exist_ok=True)
+    (tmp_path / usage).write_text("700000\n")
+    (tmp_path / usage).with_name("memory.stat").write_text(f"anon 600000\nfile 90000\n{cached} 80000\n")
+    (tmp_path / limit).write_text("max\n")
     assert 0.5 < resident.available_memory() / host < 2
-    (tmp_path / "memory.max").write_text("1000000\n")
-    assert resident.available_memory() == 1_000_000
+    (tmp_path / limit).write_text("1000000\n")
+    assert resident.available_memory() == 380_000
 
 
 def test_the_run_says_what_it_keeps(whole):
