@@ -220,18 +220,13 @@ class Normalize:
     def __init__(self, config: AugmentConfig, dtype: torch.dtype, pixel_format: PixelFormat):
         self.channels, self.dtype = pixel_format.channels, dtype
         mean, std = np.array(config.mean, np.float32), np.array(config.std, np.float32)
-        scale, offset = 1 / (pixel_format.white * std), -mean / std
-        self.table, self.map = None, np.column_stack([np.diag(scale), offset])
+        self.table = self.map = None
         if pixel_format.bits == 16:
+            self.map = np.column_stack([np.diag(1 / (pixel_format.white * std)), -mean / std])
             return
         levels = np.arange(256, dtype=np.float32)[:, None]
-        table = ((levels / 255 - mean) / std)[None]  # (1, 256, C): level and channel -> value
-        if config.jitter == "affine" and dtype == torch.bfloat16:
-            table = cv2.transform(np.repeat(levels, self.channels, 1)[None], self.map)
-        if dtype == torch.bfloat16:
-            self.table = torch.from_numpy(table).to(dtype).view(torch.uint16).numpy()
-        elif config.jitter == "exact":
-            self.table = table
+        table = torch.from_numpy(((levels / 255 - mean) / std)[None]).to(dtype)  # (1, 256, C): level, channel -> value
+        self.table = (table.view(torch.uint16) if dtype == torch.bfloat16 else table).numpy()
 
     def __call__(self, view: np.ndarray, out: np.ndarray) -> None:
         if view.ndim == 2 and self.channels == 3:
