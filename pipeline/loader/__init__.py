@@ -10,7 +10,7 @@ Data flows through the stages in one direction; no stage calls an earlier one::
     prefetch.py      draw              (epoch, samples) -> AugmentParams
         |
         v
-    prefetch.py      augment backend   images, AugmentParams -> views (V B, C, S, S)        1 thread,
+    prefetch.py      augment backend   images, AugmentParams -> views (V B, C, S, S)        1 or 2 threads,
                                                                                               and the backend's own
         |                              (unreadable samples are replaced: bad_samples.py)
         v
