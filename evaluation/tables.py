@@ -4,12 +4,14 @@ from typing import Any
 
 from rich.table import Table
 
+SCORES = {"knn_top1": "kNN top-1", "linear_top1": "linear top-1", "top1": "top-1", "top5": "top-5"}
+"""Titles of the columns of scores, in their order."""
+
 
 def report_table(report: dict[str, dict[str, float]]) -> Table:
     """Table of scores by name of the features or classifier: {"trained": {"knn_top1": 0.7, "linear_top1": 0.8}}."""
-    titles = {"knn_top1": "kNN top-1", "linear_top1": "linear top-1", "top1": "top-1", "top5": "top-5"}
-    shown = [name for name in titles if any(name in scores for scores in report.values())]
-    table = Table("classifier" if "top1" in shown else "features", *map(titles.get, shown))
+    shown = [name for name in SCORES if any(name in scores for scores in report.values())]
+    table = Table("classifier" if "top1" in shown else "features", *map(SCORES.get, shown))
     for name, scores in report.items():
         table.add_row(name, *(f"{scores[score]:.3f}" for score in shown))
     return table

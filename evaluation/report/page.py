@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..common import UserError, replacing
+from ..tables import SCORES
 from .record import RunRecord
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
@@ -93,14 +94,13 @@ def write_page(runs: Sequence[RunRecord], pictures: Sequence[RunPictures], out: 
 
 def score_rows(runs: Sequence[RunRecord]) -> dict[str, Any]:
     """Final scores of all runs: {"columns": names, "rows": [(run, features, values)]}."""
-    titles = {"knn_top1": "kNN top-1", "linear_top1": "linear top-1", "top1": "top-1", "top5": "top-5"}
-    columns = [name for name in titles if any(name in row for run in runs for row in run.results.values())]
+    columns = [name for name in SCORES if any(name in row for run in runs for row in run.results.values())]
     rows = [
         (run.name, features, [row.get(name) for name in columns])
         for run in runs
         for features, row in run.results.items()
     ]
-    return {"columns": [titles[name] for name in columns], "rows": rows}
+    return {"columns": [SCORES[name] for name in columns], "rows": rows}
 
 
 def option_rows(runs: Sequence[RunRecord]) -> list[tuple[str, list[str], bool]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..common import OPERATOR_NAMESPACE
-from ..cpu.blockwise import positives_of, unit_rows, with_gradient_in
+from ..cpu.blockwise import positives_of, refuse_second_derivative, unit_rows, with_gradient_in
 from .grad_matmul import grad_matmul
 from .lse_forward import lse_forward
 from .lse_triangle import lse_triangle, triangle_places
@@ -206,8 +206,7 @@ def _save_for_gradient(ctx, inputs, output):
 
 
 def _backward(ctx, grad_loss):
-    if torch.is_grad_enabled():  # the gradient would be a constant, and a penalty on it would have no effect
-        raise RuntimeError("nt_xent cannot be differentiated twice (create_graph=True); use impl='reference'.")
+    refuse_second_derivative()
     dz, dtau = loss_gradient(grad_loss, *ctx.saved_tensors, ctx.precision)
     d_tau = None
     if ctx.needs_input_grad[1]:  # only then: copying to a temperature on the CPU synchronizes
