@@ -54,6 +54,7 @@ def open_dicom(encoded: bytes) -> DeepImage:
         data = pydicom.dcmread(io.BytesIO(encoded))
         height, width, frames = int(data.Rows), int(data.Columns), int(data.get("NumberOfFrames") or 1)
         kind, allocated = str(data.PhotometricInterpretation), int(data.BitsAllocated)
+        depth = min(max(_gray_bits(data), 8), 16)
         rescale = ("RescaleSlope", "RescaleIntercept") if data.get("Modality") == "CT" else ()
         scale = [float(data[name].value) for name in rescale if data.get(name) is not None]
     except Exception as error:  # pydicom raises many types for damaged files
@@ -70,7 +71,7 @@ def open_dicom(encoded: bytes) -> DeepImage:
         return DeepImage(PixelFormat(1, 16), height, width, "", lambda: _hounsfield(data, *scale))
     if allocated == 8:
         return DeepImage(RGB8, height, width, "", lambda: np.repeat(_gray(data), 3, 2))
-    return DeepImage(PixelFormat(1, 16), height, width, "", lambda: _gray(data))
+    return DeepImage(PixelFormat(1, 16), height, width, "", lambda: _gray(data), depth)
 
 
 def _stored_values(data: "Dataset") -> np.ndarray:
@@ -107,9 +108,12 @@ def _gray(data: "Dataset") -> np.ndarray:
     if values.min() < 0:
         raise DecodeError("values below 0 that are not Hounsfield units; save it as .npy with levels from 0")
     if data.PhotometricInterpretation == "MONOCHROME1":
-        bits = int(data.BitsStored) - int(data.PixelRepresentation)  # one bit of signed values is the sign
-        values = 2**bits - 1 - values
+        values = 2 ** _gray_bits(data) - 1 - values
     return values.astype(f"u{values.itemsize}")
+
+
+def _gray_bits(data: "Dataset") -> int:
+    return int(data.BitsStored) - int(data.PixelRepresentation)  # one bit of signed values is the sign
 
 
 def _hounsfield(data: "Dataset", slope: float, intercept: float) -> np.ndarray:

@@ -12,10 +12,12 @@ import cv2
 import numpy as np
 from PIL import ExifTags, Image
 from PIL.TiffImagePlugin import (
+    BITSPERSAMPLE,
     COMPRESSION,
     FILLORDER,
     IMAGELENGTH,
     IMAGEWIDTH,
+    PHOTOMETRIC_INTERPRETATION,
     STRIPBYTECOUNTS,
     STRIPOFFSETS,
     TILEBYTECOUNTS,
@@ -33,6 +35,8 @@ JPEG_MARK, PNG_MARK, TIFF_MARKS = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", (b"II",
 START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 START_OF_SCAN, ADOBE, END_OF_IMAGE = 0xDA, 0xEE, b"\xff\xd9"
 DEFLATE = (8, 32946)
+WHITE_IS_ZERO = 0
+"""Photometric interpretation of inverted TIFFs (TIFF 6.0, section 8), which Pillow inverts only at 8 bits."""
 BLOCK_BYTES = 1 << 20
 
 # Pillow warns about images above half of LARGEST_PIXELS, although it opens them
@@ -47,7 +51,7 @@ def decode(encoded: bytes) -> np.ndarray | None:
     """Decode an image to (H, W, 3) uint8 RGB; None if it is damaged.
 
     All backends follow this definition: the orientation tag is ignored, alpha is dropped (not multiplied into the
-    colors), the upper byte of 16-bit values is kept, the first of several frames is used, and chroma of lower
+    colors), the upper eight bits of deeper values are kept, the first of several frames is used, and chroma of lower
     resolution is interpolated.
     """
     by_pillow = encoded.startswith(TIFF_MARKS)
@@ -141,13 +145,20 @@ def _decode_by_pillow(encoded: bytes) -> np.ndarray | None:
     try:
         with open_unrotated(encoded) as image:
             if image.mode.startswith("I;16"):
-                levels = (np.asarray(image.copy()) >> 8).astype(np.uint8)  # Pillow would clip at 255
-                return cv2.cvtColor(levels, cv2.COLOR_GRAY2RGB)
+                levels, bits = gray_levels(image)
+                return cv2.cvtColor((levels >> bits - 8).astype(np.uint8), cv2.COLOR_GRAY2RGB)  # Pillow would clip
             if image.mode in ("I", "F"):  # 32-bit integers or floats, whose white level is unknown
                 return None
             return np.array(image.convert("RGB"))
     except Exception:  # Pillow raises many exception types for damaged files
         return None
+
+
+def gray_levels(image: Image.Image) -> tuple[np.ndarray, int]:
+    """(H, W) uint16 levels of an open TIFF of mode I;16, of which the largest is white; and their bits, 12 or 16."""
+    (bits,) = image.tag_v2[BITSPERSAMPLE]
+    levels = np.asarray(image.copy()).astype(np.uint16)
+    return (2**bits - 1 - levels if image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO else levels), bits
 
 
 def open_unrotated(encoded: bytes, page: int = 0) -> Image.Image:

@@ -5,13 +5,10 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION
 
 from .arrays import NPY_MARK, npy_pixels
-from .files import PNG_MARK, TIFF_MARKS, DecodeError, decode, open_unrotated
+from .files import PNG_MARK, TIFF_MARKS, DecodeError, decode, gray_levels, open_unrotated
 
-WHITE_IS_ZERO = 0
-"""Photometric interpretation of inverted TIFFs (TIFF 6.0, section 8), which Pillow inverts only at 8 bits."""
 DAMAGED_TIFF = "a damaged or truncated TIFF, or one of an unusual kind"
 PNG_GRAY = (0, 4)
 """PNG color types of one channel, without and with alpha (section 11.2.1 of the PNG specification)."""
@@ -53,6 +50,8 @@ class DeepImage(NamedTuple):
     """File extension under which `decode_pixels` decodes the file; "" if its pixels must be encoded again."""
     read: Callable[[], np.ndarray]
     """Decodes it to (H, W, C) of the format's dtype; raises DecodeError if it is damaged."""
+    depth: int = 16
+    """Bits that its levels have, 8 to 16; `--bits 8` keeps the upper eight."""
 
 
 def decode_pixels(encoded: bytes, pixel_format: PixelFormat) -> np.ndarray | None:
@@ -110,10 +109,9 @@ def gray16_pixels(encoded: bytes, page: int = 0) -> np.ndarray:
     """
     try:
         with open_unrotated(encoded, page) as image:
-            inverted = image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO
-            pixels = np.asarray(image.copy())[..., None].astype(np.uint16) if image.mode.startswith("I;16") else None
+            pixels = gray_levels(image)[0] if image.mode.startswith("I;16") else None
     except Exception as error:  # Pillow raises many exception types for damaged files
         raise DecodeError(DAMAGED_TIFF) from error
     if pixels is None:
         raise DecodeError(DAMAGED_TIFF)
-    return 65535 - pixels if inverted else pixels
+    return pixels[..., None]

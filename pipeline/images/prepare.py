@@ -97,7 +97,7 @@ def open_deep(encoded: bytes, bits: int | None = None, pages_as_channels: bool =
     repeats = 3 if channels == 1 and not encoded.startswith(NPY_MARK) else 1  # gray image files count as RGB
 
     def upper_byte() -> np.ndarray:
-        return np.repeat((image.read() >> 8).astype(np.uint8), repeats, 2)
+        return np.repeat((image.read() >> image.depth - 8).astype(np.uint8), repeats, 2)
 
     return DeepImage(PixelFormat(channels * repeats, 8), image.height, image.width, "", upper_byte)
 

@@ -67,7 +67,10 @@ def open_tiff(encoded: bytes, bits: int | None = None, pages_as_channels: bool =
         raise DecodeError(f"{channels} channels; images may have at most {MOST_CHANNELS}")
     pixel_format = PixelFormat(channels, 8 if depths == {8} else 16)
     _import_tifffile(pixel_format)
-    return DeepImage(pixel_format, height, width, "", lambda: _by_tifffile(encoded, (height, width), pixel_format))
+    (depth,) = depths
+    return DeepImage(
+        pixel_format, height, width, "", lambda: _by_tifffile(encoded, (height, width), pixel_format), depth
+    )
 
 
 @contextmanager
@@ -145,8 +148,9 @@ def _open_pages(encoded: bytes) -> DeepImage:
         kinds = []
         for page in range(count):
             image.seek(page)
-            kinds.append((image.mode, image.tag_v2[IMAGELENGTH], image.tag_v2[IMAGEWIDTH]))
-    mode, height, width = kinds[0]
+            depth = image.tag_v2.get(BITSPERSAMPLE, (1,))[0]
+            kinds.append((image.mode, image.tag_v2[IMAGELENGTH], image.tag_v2[IMAGEWIDTH], depth))
+    mode, height, width, depth = kinds[0]
     if mode != "L" and not mode.startswith("I;16"):
         raise DecodeError(f"pages of mode {mode}; pages that are channels must have one channel of 8 or 16 bits")
     if different := next((page for page, kind in enumerate(kinds) if kind != kinds[0]), 0):
@@ -155,7 +159,7 @@ def _open_pages(encoded: bytes) -> DeepImage:
     def read() -> np.ndarray:
         return np.concatenate([_page(encoded, page) for page in range(count)], 2)
 
-    return DeepImage(PixelFormat(count, 8 if mode == "L" else 16), height, width, "", read)
+    return DeepImage(PixelFormat(count, 8 if mode == "L" else 16), height, width, "", read, depth)
 
 
 def _page(encoded: bytes, page: int) -> np.ndarray:

@@ -58,7 +58,21 @@ def test_alpha_is_dropped_without_multiplication():
 def test_upper_byte_of_16_bit_values_is_kept():
     gray = np.asarray(PICTURE.convert("L"))
     deep = Image.fromarray(gray.astype(np.uint16) * 256 + 200)
-    np.testing.assert_array_equal(decode(encode(deep, "TIFF"))[..., 1], gray)
+    tiff16 = encode(deep, "TIFF")
+    np.testing.assert_array_equal(decode(tiff16)[..., 1], gray)
+    inverted = tiff16.replace(struct.pack("<HHII", 262, 3, 1, 1), struct.pack("<HHII", 262, 3, 1, 0))
+    np.testing.assert_array_equal(decode(inverted)[..., 1], 255 - gray)
+
+
+def test_upper_eight_of_12_bits_are_kept():
+    levels = np.random.default_rng(0).integers(0, 4096, (60, 45, 2))
+    first, second = np.moveaxis(levels, 2, 0)
+    packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 2).astype(np.uint8).tobytes()
+    encoded = tiff({258: 12, 262: 1, 277: 1, 278: 60}, [zlib.compress(packed)], 273, 279)
+    np.testing.assert_array_equal(decode(encoded)[..., 0], levels.reshape(60, 90) >> 4)
+    assert prepare(encoded, bits=8) == (("tif", 60, 90), encoded, RGB8)
+    _, page, _ = prepare(encoded, bits=8, pages_as_channels=True)
+    np.testing.assert_array_equal(decode(page), decode(encoded))
 
 
 @pytest.mark.parametrize("mode", ["F", "I"])

@@ -271,8 +271,9 @@ def test_dicom_images_of_8_bits_are_rgb(pydicom):
         _, stored, found = prepare(dicom(pixels.copy(), kind))
         assert found == RGB8
         np.testing.assert_array_equal(decode_pixels(stored, RGB8), pixels.reshape(20, 30, -1) + np.zeros(3, np.uint8))
-    reduced = prepare(dicom(GRAY[..., 0]), bits=8)
-    np.testing.assert_array_equal(decode_pixels(reduced.encoded, RGB8), np.repeat(GRAY >> 8, 3, 2))
+    for encoded in dicom(GRAY[..., 0]), dicom(TWELVE_BITS, stored=12), dicom(TWELVE_BITS.astype(np.int16), stored=13):
+        reduced = prepare(encoded, bits=8)
+        np.testing.assert_array_equal(decode_pixels(reduced.encoded, RGB8), np.repeat(GRAY >> 8, 3, 2))
 
 
 def test_other_dicom_images_are_refused(pydicom):
