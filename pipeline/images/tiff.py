@@ -62,15 +62,18 @@ def open_tiff(encoded: bytes, bits: int | None = None, pages_as_channels: bool =
     if samples == 1:
         return DeepImage(PixelFormat(1, 16), height, width, "tif", lambda: _verified_gray16(encoded))
     extra = tags.get(EXTRASAMPLES, ALPHA[:1] if samples == 4 and tags.get(PHOTOMETRIC_INTERPRETATION) == RGB else ())
-    channels = samples - sum(sample in ALPHA for sample in extra)
-    if channels > MOST_CHANNELS:
-        raise DecodeError(f"{channels} channels; images may have at most {MOST_CHANNELS}")
-    pixel_format = PixelFormat(channels, 8 if depths == {8} else 16)
-    _import_tifffile(pixel_format)
+    kinds = [*[None] * (samples - len(extra)), *extra][:samples]
+    kept = [place for place, kind in enumerate(kinds) if kind not in ALPHA]
+    if len(kept) > MOST_CHANNELS:
+        raise DecodeError(f"{len(kept)} channels; images may have at most {MOST_CHANNELS}")
     (depth,) = depths
-    return DeepImage(
-        pixel_format, height, width, "", lambda: _by_tifffile(encoded, (height, width), pixel_format), depth
-    )
+    pixel_format = PixelFormat(len(kept), 8 if depth == 8 else 16)
+    _import_tifffile(pixel_format)
+
+    def read() -> np.ndarray:
+        return np.ascontiguousarray(_by_tifffile(encoded, (height, width, samples))[..., kept], pixel_format.dtype)
+
+    return DeepImage(pixel_format, height, width, "", read, depth)
 
 
 @contextmanager
@@ -181,7 +184,8 @@ def _import_tifffile(pixel_format: PixelFormat) -> None:
         ) from error
 
 
-def _by_tifffile(encoded: bytes, size: tuple[int, int], pixel_format: PixelFormat) -> np.ndarray:
+def _by_tifffile(encoded: bytes, shape: tuple[int, int, int]) -> np.ndarray:
+    """All samples, those of alpha included."""
     import tifffile
 
     with _damage(), tifffile.TiffFile(io.BytesIO(encoded)) as file:
@@ -189,7 +193,6 @@ def _by_tifffile(encoded: bytes, size: tuple[int, int], pixel_format: PixelForma
         pixels = page.asarray()
         if page.axes.startswith("S"):  # a plane per channel
             pixels = np.moveaxis(pixels, 0, 2)
-        height, width, samples = pixels.shape
-        if (height, width) != size or samples < pixel_format.channels:
+        if pixels.shape != shape:
             raise DecodeError(DAMAGED_TIFF)
-        return np.ascontiguousarray(pixels[..., : pixel_format.channels], pixel_format.dtype)  # alpha is behind
+        return pixels

@@ -192,6 +192,7 @@ def test_tiffs_that_pillow_reduces_or_refuses(order, planar):
         (written(ALPHA, "rgb", extrasamples=["unspecified"]), "npy", ALPHA),
         (written(DEEP, "minisblack", compression="zlib"), "npy", DEEP),
         (written(SHALLOW, "minisblack"), "npy", SHALLOW),
+        (written(SHALLOW, "rgb", extrasamples=["unassalpha", "unspecified"]), "npy", SHALLOW[..., [0, 1, 2, 4]]),
     ]
     for encoded, extension, pixels in cases:
         form, stored, found = prepare(encoded)
