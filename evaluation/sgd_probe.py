@@ -60,9 +60,10 @@ def simclr_protocol(
     Args:
         forward_features: (B, C, S, S) -> h (B, D), with a frozen encoder in evaluation mode.
         create_loader: called with seed=...; each iteration over the loader yields one epoch of this rank's batches,
-            with `views` (B, C, S, S) and `label` (B,); its length is the number of steps per epoch.
+            with `views` (B, C, S, S) and `label` (B,); its length is the number of steps per epoch, and its
+            `bad_samples` count and limit unreadable images.
         test: features (M, D) and labels (M,) of the test split on rank 0; None on other ranks.
-        session: has `rank`, `device` and `mean`, which maps a tensor of each rank to the mean over ranks.
+        session: has `rank`, `device`, `mean` and `sum`, which map a tensor of each rank to the mean or sum over ranks.
         feature_dim: D.
         batch_size: global batch size.
         seeds: number of repetitions, with seeds 0, 1 and so on.
@@ -71,7 +72,7 @@ def simclr_protocol(
         Steps, mean loss of the last epoch and, on rank 0, scores for every seed.
 
     Raises:
-        UserError: the training diverged.
+        UserError: the training diverged, or too many images are unreadable on all ranks together.
     """
     forward_features = torch.no_grad()(forward_features)
     results = []
@@ -82,8 +83,10 @@ def simclr_protocol(
                 steps = len(loader)
                 batches = ((forward_features(b.views).float(), b.label) for _ in range(epochs) for b in loader)
                 losses = sgd_steps(probe, batches, batch_size, epochs * steps, session.mean)
-                for _ in range(epochs):
+                for epoch in range(epochs):
                     loss = session.mean(sum(islice(losses, steps)) / steps).item()
+                    replaced = session.sum(torch.tensor(loader.bad_samples.replaced, device=session.device))
+                    loader.bad_samples.check(int(replaced), epoch)
                     update(advance=1)
             if not math.isfinite(loss):
                 raise UserError(

@@ -23,6 +23,13 @@ CPU = torch.device("cpu")
 class Epochs(list):
     """Loader with the same batches in every epoch."""
 
+    def __init__(self, batches, bad_samples=None):
+        super().__init__(SimpleNamespace(views=x, label=y) for x, y in batches)
+        self.bad_samples = bad_samples or SimpleNamespace(replaced=0, check=lambda replaced, epoch: None)
+
+    def close(self):
+        pass
+
 
 def identity(x):
     return x
@@ -76,7 +83,7 @@ def test_protocol_scores_every_seed_on_rank_0():
     closed = []
 
     def create_loader(seed):
-        loader = Epochs(SimpleNamespace(views=x, label=y) for x, y in batches_of(*train, 16, epochs=1))
+        loader = Epochs(batches_of(*train, 16, epochs=1))
         loader.close = lambda: closed.append(seed)
         return loader
 
@@ -89,6 +96,21 @@ def test_protocol_scores_every_seed_on_rank_0():
     assert results[1]["train_loss"] == pytest.approx(losses[-4:].mean().item())
     assert results[0]["train_loss"] != results[1]["train_loss"] and results[0]["top1"] > 0.5
     assert "top1" not in simclr_protocol(identity, create_loader, None, FakeSession(), **sizes)[0]
+
+
+def test_unreadable_images_of_all_ranks_are_limited_after_each_epoch():
+    train, checked = clusters(32, 0, 0.5), []
+
+    def run(session):
+        def create_loader(seed):
+            replaced = SimpleNamespace(replaced=1 + session.rank, check=lambda *counts: checked.append(counts))
+            return Epochs(batches_of(*train, 16, 1, session.rank, session.world_size), replaced)
+
+        sizes = {"feature_dim": 16, "classes": 4, "batch_size": 16, "epochs": 2, "seeds": 1}
+        simclr_protocol(identity, create_loader, None, session, **sizes)
+
+    on_ranks(2, run)
+    assert sorted(checked) == [(3, 0), (3, 0), (3, 1), (3, 1)]
 
 
 def test_global_batch_size_divides_by_the_ranks():
