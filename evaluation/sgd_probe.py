@@ -79,6 +79,7 @@ def simclr_protocol(
     with progress_bar(seeds * epochs, "training", shown=session.rank == 0) as update:
         for seed in range(seeds):
             probe = probe_layer(feature_dim, classes, seed, session.device)
+            # the previous loader still exists, so that the next one shares its resident images
             with closing(create_loader(seed=seed)) as loader:
                 steps = len(loader)
                 batches = ((forward_features(b.views).float(), b.label) for _ in range(epochs) for b in loader)

@@ -23,6 +23,8 @@ from evaluation.accuracy import wilson
 from evaluation.cache import code_checksum
 from model import EncoderConfig, create_encoder, encoder_spec, load_encoder, save_encoder
 from pipeline.convert import textures
+from pipeline.images.pixel_format import decode_pixels
+from pipeline.loader import resident
 from pipeline.shards.dataset import open_splits
 from tests.pipeline.loaders import center_crops
 from tests.small_sets import remove_labels, texture_shards
@@ -214,6 +216,14 @@ def test_linear_simclr_in_two_processes_equals_one(run, data, run_here, tmp_path
         assert together["train_loss"] == pytest.approx(alone["train_loss"], abs=1e-5)
         assert together["top1"] == pytest.approx(alone["top1"], abs=0.027)  # one image may be a tie
     assert done.stdout.count("written:") == 1
+
+
+def test_seeds_of_linear_simclr_share_resident_images(run, run_here, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(resident, "decode_pixels", lambda *image: decoded.append(image) or decode_pixels(*image))
+    options = ["--protocol", "simclr", "--epochs", 2, "--loader.resident", "on", "--loader.prefetch", 0]
+    run_here("linear", run, *options, "--seeds", 2)
+    assert len(decoded) == 80
 
 
 @pytest.mark.soak

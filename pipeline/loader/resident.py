@@ -50,7 +50,7 @@ class PixelStore:
     """
 
     def __init__(self, shards: ShardSet, device: torch.device, samples: np.ndarray | None = None):
-        self.shards, self.device = shards, device
+        self.shards, self.device, self.samples = shards, device, samples
         self.pixels = torch.empty(decoded_bytes(shards, samples), dtype=torch.uint8, device=device)
         dtype = shards.pixel_format.dtype
         on_host = device.type == "cpu"
@@ -168,7 +168,7 @@ class ResidentReader:
 def create_store(
     resident: str, shards: ShardSet, samples: np.ndarray | None, image_device: torch.device | None, epochs: int | None
 ) -> PixelStore | None:
-    """Create the store of a loader; None to decode the images whenever they are needed.
+    """Create the store of a loader, or share that of an earlier one; None to decode images whenever they are needed.
 
     Args:
         resident: "auto", "on" or "off", see `LoaderConfig`.
@@ -185,6 +185,8 @@ def create_store(
             "The augmentation backend decodes the images itself, so they can't be resident; use --loader.backend "
             "opencv or --loader.resident auto."
         )
+    if store := shared_store(shards, samples, image_device):
+        return store
     if resident == "auto" and not fits(shards, samples, image_device):
         return None
     if resident == "on":
@@ -201,7 +203,14 @@ def create_store(
 def fits(shards: ShardSet, samples: np.ndarray | None, device: torch.device) -> bool:
     """Whether "auto" keeps the decoded images of `samples`, see `decoded_bytes`, in the memory of a device."""
     limit = memory_bytes(device, whole=False)
-    return decoded_bytes(shards, samples, enough=limit) <= limit
+    kept = shared_store(shards, samples, device) is not None
+    return kept or decoded_bytes(shards, samples, enough=limit) <= limit
+
+
+def shared_store(shards: ShardSet, samples: np.ndarray | None, device: torch.device) -> PixelStore | None:
+    """The store of an earlier loader of the same samples that is still in use."""
+    store = find_store(shards, device)
+    return store if store is not None and np.array_equal(store.samples, samples) else None
 
 
 def find_store(shards: ShardSet, image_device: torch.device | None) -> PixelStore | None:

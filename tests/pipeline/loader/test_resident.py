@@ -146,6 +146,24 @@ def test_evaluation_uses_the_images_of_the_loader(whole, read):
     assert find_store(whole, CPU) is None  # freed
 
 
+def test_loaders_of_the_same_samples_share_the_images(whole, read, monkeypatch):
+    """Also where a second store would not fit; other samples have a store of their own."""
+    some = {"samples": np.arange(20), "resident": "on", "prefetch": 0}
+    one = loader(whole, **some)
+    list(one)
+    one.close()
+    with monkeypatch.context() as full:
+        full.setattr(resident, "available_memory", lambda: 0)
+        two = loader(whole, **some | {"seed": 1, "samples": np.arange(20)})
+        assert two.store is one.store and resident.fits(whole, np.arange(20), CPU)
+    list(two)
+    assert sorted(read) == list(range(20))
+    others = loader(whole, resident="on"), loader(whole, **some | {"samples": np.arange(10, 30)})
+    assert len({id(each.store) for each in (one, *others)}) == 3
+    for each in (two, *others):
+        each.close()
+
+
 def test_only_the_samples_of_a_subset_are_kept(whole, read):
     chosen = np.array([1, 4, 9, 12, 25])
     one = loader(whole, resident="on", samples=chosen, batch_size=5, prefetch=0)
