@@ -295,13 +295,15 @@ def parse(presets: dict[str, Callable[[], StageConfig]], arguments: list[str], p
     given, continued = dict.fromkeys(named_options(arguments), "given"), continued_run(chosen)
     if source := chosen["config"] or continued:
         other_data = chosen["data"] if chosen["config"] else ""
-        arguments = [*config_arguments(Path(source), presets, prog, other_data), *arguments]
+        remedy = "use another --config" if chosen["config"] else "choose another --out"
+        arguments = [*config_arguments(Path(source), presets, prog, other_data, remedy), *arguments]
         chosen = first_options(arguments)
     default, inherited = default_options(presets, chosen)
     config = parse_options(default, arguments, prog, f"{type(default).__doc__}\n\n{describe(presets)}")
     config.check_complete()
     if continued:
-        config = replace(config, reasons=read_options(continued).get("reasons", {}))
+        reasons = read_options(continued).get("reasons", {})
+        config = replace(config, reasons=reasons | {name: given[name] for name in reasons if name in given})
     elif config.preset == "auto" and not source:
         choose = choose_pretraining if presets is PRETRAIN else choose_classifier
         config = choose(config, read_facts(config), inherited | given)
@@ -359,6 +361,8 @@ def continued_run(chosen: dict[str, str | None]) -> Path | None:
         file = checkpoint.find(Path(resume)) / "record.json"
     elif out:
         file = Path(out) / "config.json"
+        if checkpoint.Checkpoints(Path(out) / "checkpoints", keep=1).latest() is None:
+            return None  # it starts again, perhaps on other images
     else:
         return None
     return file if read_options(file).get("preset") == "auto" else None
@@ -374,7 +378,11 @@ def read_options(file: Path) -> dict[str, Any]:
 
 
 def config_arguments(
-    path: Path, presets: dict[str, Callable[[], StageConfig]], prog: str, data: str | None = ""
+    path: Path,
+    presets: dict[str, Callable[[], StageConfig]],
+    prog: str,
+    data: str | None = "",
+    remedy: str = "use another --config",
 ) -> list[str]:
     """Command line with the options of another run of the same stage.
 
@@ -383,6 +391,7 @@ def config_arguments(
         presets, prog: see `parse`.
         data: --data on the command line, if any. Other images than the run's are not normalized by what was measured on
             those of the run.
+        remedy: end of an error message.
 
     Raises:
         UserError: the file can't be read, or belongs to another stage or version.
@@ -396,14 +405,10 @@ def config_arguments(
             raise KeyError("preset")
     except (OSError, ValueError, KeyError, AttributeError) as error:
         reason = getattr(error, "strerror", None) or repr(error)
-        raise UserError(
-            f"{path} is not the configuration of a run of {prog} ({reason}); use another --config."
-        ) from error
+        raise UserError(f"{path} is not the configuration of a run of {prog} ({reason}); {remedy}.") from error
     known = set(option_names(asdict(presets[stored["preset"]]())))
     if foreign := [name for name in option_names(stored) if name not in known]:
-        raise UserError(
-            f"{path} belongs to another script or version: {prog} has no option {foreign[0]}; use another --config."
-        )
+        raise UserError(f"{path} belongs to another script or version: {prog} has no option {foreign[0]}; {remedy}.")
     if data and data != stored.get("data") and "views" in stored:
         stored["views"] = {name: value for name, value in stored["views"].items() if name not in ("mean", "std")}
     return as_arguments(stored)

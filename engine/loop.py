@@ -13,6 +13,7 @@ A stage keeps its forward pass and its loss visible and leaves everything else t
 
 import json
 import math
+import os
 import shlex
 import sys
 import time
@@ -193,6 +194,7 @@ class TrainingLoop:
     def __iter__(self) -> Iterator[Any]:
         """Yield every batch still to come; for each, the caller calls `backward` and then `step`."""
         epoch_ends = True
+        self.timer.pause()  # start and baselines are not part of the training speed
         while epoch_ends and self.global_step < self.total_steps and not self.stopping:
             batches = self.instruments.batches(self.loader) if self.instruments else self.loader
             for batch in self.timer.watch(batches):
@@ -373,8 +375,13 @@ class TrainingLoop:
                 at = arguments.index(option)
                 del arguments[at : at + 2]
             arguments = [argument for argument in arguments if not argument.startswith(f"{option}=")]
-        launcher = ["accelerate", "launch"] + [f"--num_processes={n}" for n in [self.session.world_size] if n > 1]
-        return shlex.join([*launcher, *arguments, "--out", str(self.session.out)])
+        ranks, cpu = self.session.world_size, self.session.device.type == "cpu"
+        launcher = ["accelerate", "launch"]
+        if ranks > 1:  # without --multi_gpu, the launcher starts one process where there is no GPU
+            launcher = ["env", "ACCELERATE_USE_CPU=true"] * cpu + [*launcher, "--multi_gpu", f"--num_processes={ranks}"]
+        command = shlex.join([*launcher, *arguments, "--out", str(self.session.out)])
+        several_nodes = int(os.environ.get("LOCAL_WORLD_SIZE", ranks)) < ranks
+        return command + (", with the launcher's options for several machines" if several_nodes else "")
 
     def _announce(self) -> None:
         """Print what the run is about to do."""
@@ -438,7 +445,9 @@ class TrainingLoop:
     def _diverged(self, in_a_row: int, step: int) -> UserError:
         """The error of a run with too many non-finite gradients; lists the images of the last such step."""
         epoch, position = divmod(step - 1, len(self.loader))
-        samples = np.sort(self.loader.sampler.batch(epoch, position))
+        ranks = self.session.world_size
+        parts = [self.loader.sampler.batch(epoch, position, rank, ranks) for rank in range(ranks)]
+        samples = np.sort(np.concatenate(parts))
         keys = [key.decode(errors="replace") for key in self.loader.shards.index["key"][samples]]
         listing = self.session.out / "diverged.json"
         if self.session.is_main:

@@ -13,7 +13,7 @@ from .metrics import MetricsFile
 PARTIAL_CONFIG = ".config.json.partial"
 BEFORE_FIRST_CHECKPOINT = {"config.json", "metrics.jsonl", "bad_samples.jsonl", "checkpoints", "diverged.json"}
 BEFORE_FIRST_CHECKPOINT |= {".metrics.jsonl.partial"}
-TRACKER_FILES = {"tensorboard", "wandb", "mlflow", "trackers.json", ".trackers.json.partial"}
+TRACKER_FILES = {"tensorboard", "wandb", "mlflow", "trackers.json"}
 """Files of a run that was stopped or killed before its first checkpoint; it starts again from step 0."""
 
 

@@ -12,14 +12,14 @@ Everything stays in the run folder unless the user is logged in to W&B or MLFLOW
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor
 
-from .common import UserError
+from .common import UserError, replacing
 from .session import Session
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow-skinny"}
@@ -99,7 +99,9 @@ class Trackers:
         for variable, value in ENVIRONMENT.items():
             os.environ.setdefault(variable, value)
         file = self.session.out / "trackers.json"
-        self.state = json.loads(file.read_text()) if file.exists() else {}
+        self.state = {}
+        with suppress(OSError, ValueError, TypeError):  # a new run, or a damaged file: the trackers start anew
+            self.state = dict(json.loads(file.read_text()))
         written = {(row["step"], name) for row in dropped for name in scalars(row)}
         kept = {(at, name) for at, name in written if at <= step}
         for name in names:
@@ -193,9 +195,8 @@ class Trackers:
     def _update(self, name: str, **changes: Any) -> None:
         """Change what trackers.json holds about a tracker."""
         self.state[name] = self.state.get(name, {}) | changes
-        partial = self.session.out / ".trackers.json.partial"
-        partial.write_text(json.dumps(self.state, indent=1) + "\n")
-        os.replace(partial, self.session.out / "trackers.json")
+        with replacing(self.session.out / "trackers.json") as path:
+            path.write_text(json.dumps(self.state, indent=1) + "\n")
 
     @contextmanager
     def _surviving(self, name: str) -> Iterator[None]:

@@ -348,6 +348,24 @@ def test_a_run_that_continues_keeps_its_choices(run, data, monkeypatch, capsys):
     assert read("train.py", "--data", data).epochs == 7, "a new run"
 
 
+def test_a_run_without_a_checkpoint_is_chosen_anew(run, data, tmp_path):
+    """It starts again, perhaps on other images: choices for those of the first attempt would not fit."""
+    stored = json.loads((run / "config.json").read_text())
+    stored["views"]["mean"] = [0.1, 0.2, 0.3]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert read("train.py", "--data", data, "--out", tmp_path).views.mean != (0.1, 0.2, 0.3)
+
+
+def test_options_given_when_a_run_continues_are_shown_as_given(run):
+    reasons = read("train.py", "--out", run, "--optim.lr", "0.01").reasons
+    assert reasons["optim.lr"] == "given" and reasons["optim.name"].startswith("better than")
+
+
+def test_a_folder_of_another_stage_is_refused_with_another_remedy(run):
+    with pytest.raises(UserError, match=r"belongs to another script.*; choose another --out\."):
+        read("finetune.py", "--start.run", run, "--out", run)
+
+
 def test_fine_tuning_and_distillation_start_from_the_encoder_of_the_run(run, data):
     config = read("finetune.py", "--start.run", run)
     assert config.preset == "auto" and config.data == str(data) and config.labels.fraction == 1

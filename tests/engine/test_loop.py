@@ -7,6 +7,7 @@ import signal
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -17,6 +18,7 @@ from engine import run_lock
 from engine.checkpoint import CheckpointConfig
 from engine.loop import Instruments, LoopConfig, TrainingLoop
 from engine.session import Session
+from pipeline.loader.sampler import ShardSampler
 
 STEPS_PER_EPOCH = 4
 
@@ -225,3 +227,41 @@ def test_other_options_cannot_resume(create, options, message):
     train(loop, model)
     with pytest.raises(UserError, match=message):
         create(epochs=1, **options)
+
+
+def test_start_and_baselines_are_not_training_time(create, tmp_path):
+    loop, model, _ = create(log_every=1)
+    loop.timer.since -= 1000  # as if they had taken so many seconds
+    train(loop, model)
+    assert max(row["step_ms"] for row in rows(tmp_path)) < 100_000
+
+
+LAUNCH = "accelerate launch --multi_gpu --num_processes"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "local", "device", "command"),
+    [
+        (1, 1, "cuda", "accelerate launch train.py --seed 1 --out run"),
+        (8, 8, "cuda", f"{LAUNCH}=8 train.py --seed 1 --out run"),
+        (2, 2, "cpu", f"env ACCELERATE_USE_CPU=true {LAUNCH}=2 train.py --seed 1 --out run"),
+        (8, 4, "cuda", f"{LAUNCH}=8 train.py --seed 1 --out run, with the launcher's options for several machines"),
+    ],
+)
+def test_the_command_that_continues_starts_as_many_processes(ranks, local, device, command, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", "--out", "elsewhere", "--seed", "1", "--resume=none"])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    session = SimpleNamespace(world_size=ranks, device=torch.device(device), out="run")
+    assert TrainingLoop._command(SimpleNamespace(session=session)) == command
+
+
+def test_divergence_lists_the_images_of_every_node_group(tmp_path):
+    loader, step = Loader(), 3
+    loader.sampler = sampler = ShardSampler(np.arange(0, 900, 100), batch_size=16, seed=0, node_groups=2)
+    loader.shards.index = {"key": np.arange(800).astype("S4")}
+    session = SimpleNamespace(out=tmp_path, is_main=True, world_size=4)
+    error = TrainingLoop._diverged(SimpleNamespace(loader=loader, session=session), 6, step)
+    listed = json.loads((tmp_path / "diverged.json").read_text())
+    together = np.sort(np.concatenate([sampler.batch(0, step - 1, rank, 4) for rank in range(4)]))
+    assert listed == {"step": step, "images": [str(sample) for sample in together]}
+    assert "in 6 consecutive steps, the last of them step 3" in str(error)

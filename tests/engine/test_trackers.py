@@ -325,6 +325,15 @@ def test_failing_tracker_is_reported_once_and_does_not_end_the_run(train, run_fo
     assert printed.count("mlflow failed") == 1 and "server unreachable" in printed and "explanation" not in printed
 
 
+@pytest.mark.parametrize("content", ["", "{", "[1]"])
+def test_damaged_record_of_trackers_does_not_stop_a_resumed_run(content, train, run_folder):
+    with pytest.raises(Killed):
+        train("tensorboard", killed_after=6)
+    (run_folder / "trackers.json").write_text(content)
+    assert train("tensorboard").global_step == STEPS
+    assert json.loads((run_folder / "trackers.json").read_text())["tensorboard"]["drawn"]
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_only_rank_0_starts_trackers(rank, train, monkeypatch):
     started = []
