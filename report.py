@@ -67,8 +67,8 @@ def report_run(session: Session) -> None:
     try:
         write_report([session.out], out, session.device)
         session.print(f"report: {out}")
-    except UserError as error:
-        session.print(f"There is no report: {error}")
+    except Exception as error:  # of any kind: nothing after the training is worth a lost run
+        session.print(f"There is no report: {str(error) or repr(error)}")
 
 
 def check_comparable(runs: Sequence[RunRecord]) -> None:
@@ -105,8 +105,9 @@ def draw(run: RunRecord, folder: Path, runs: int, device: torch.device) -> RunPi
         views = AugmentConfig(**options)
     except TypeError as error:
         raise UserError(f"{folder} was written by another version ({error}); train again with this one.") from error
-    train, test = open_data(run.config["data"], LoaderConfig(cache_dir=run.config["loader"].get("cache_dir", "")))
-    batches = partial(center_crop_batches, augment=views, config=LoaderConfig(), batch_size=256, device=device)
+    loading = LoaderConfig(cache_dir=run.config["loader"].get("cache_dir", ""), max_bad=1.0)  # it shows what there is
+    train, test = open_data(run.config["data"], loading)
+    batches = partial(center_crop_batches, augment=views, config=loading, batch_size=256, device=device)
 
     encoder = load_encoder(folder / "encoder.safetensors").to(device).eval()
     bank = embed_split(encoder, train, spread(len(train), BANK), batches)
@@ -121,7 +122,7 @@ def draw(run: RunRecord, folder: Path, runs: int, device: torch.device) -> RunPi
         predicted, classifier = predictions(folder, bank, query, batches, device)
     rows = max(ROWS // runs, 3)
     return RunPictures(
-        views=view_pairs(train, views, rows, run.config["seed"], device),
+        views=view_pairs(train, views, rows, run.config["seed"], loading, device),
         neighbors=neighbors(bank, query, pictures, spread(len(query.samples), rows), batches, views),
         points=plane(query.features),
         pictures=pictures,
@@ -160,12 +161,12 @@ def center_crops(
 
 
 def view_pairs(
-    shards: ShardSet, views: AugmentConfig, count: int, seed: int, device: torch.device
+    shards: ShardSet, views: AugmentConfig, count: int, seed: int, loading: LoaderConfig, device: torch.device
 ) -> list[tuple[str, str, str]]:
     """Original and two views of images spread over a split, as in the run's first epoch."""
     samples = spread(len(shards), count)
     loader = ViewLoader(
-        shards, views, LoaderConfig(), batch_size=len(samples), seed=seed, device=device, epochs=1, samples=samples
+        shards, views, loading, batch_size=len(samples), seed=seed, device=device, epochs=1, samples=samples
     )
     try:
         batch = next(iter(loader))
@@ -173,7 +174,8 @@ def view_pairs(
         loader.close()
     pairs = batch.views.unflatten(0, (2, -1)).transpose(0, 1)  # (n, 2, C, S, S)
     pairs = to_pictures(pairs, shards.pixel_format, views).cpu().numpy()
-    originals = [original(encoded, shards.pixel_format) for encoded in Reader(shards)(batch.index.numpy())]
+    encoded = Reader(shards, loading.cache())(batch.index.numpy())
+    originals = [original(each, shards.pixel_format) for each in encoded]
     return [
         tuple(data_uri(picture, VIEW_SIDE) for picture in (whole, *pair))
         for whole, pair in zip(originals, pairs, strict=True)

@@ -9,6 +9,7 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -118,6 +119,17 @@ def test_the_page_states_scores_hardware_verdict_and_unreadable_images(page):
         "truncated",
     ):
         assert expected in text
+
+
+def test_unreadable_images_are_left_out_or_replaced(data, tmp_path):
+    """The first training image is among the few whose views are shown."""
+    shards = shutil.copytree(data, tmp_path / "shards")
+    first = np.load(shards / "train" / "train-000000.index.npy")[0]
+    with open(shards / "train" / "train-000000.tar", "r+b") as tar:
+        tar.seek(int(first["offset"]))
+        tar.write(bytes(int(first["size"])))
+    write_report([make_run(tmp_path / "run", shards)], page := tmp_path / "report.html", CPU)
+    assert References(page).images > 20
 
 
 def test_two_runs_are_compared(comparison):
