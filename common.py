@@ -7,7 +7,7 @@ import stat
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,10 +33,17 @@ def check_range(option: str, value: float, smallest: float, largest: float) -> N
         raise UserError(f"{option} is {value}; it must be at most {largest}.")
 
 
-def available_cores() -> int:
-    """Number of cores for this process: its share if the launcher started several processes on this machine."""
+def available_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Number of cores for this process: its share if the launcher started several processes on this machine.
+
+    Args:
+        quota: file with the CPU time that a container may use, in microseconds, and the period for which it is granted.
+    """
     affinity = hasattr(os, "sched_getaffinity")  # not every system has it
     cores = len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # no such file, or "max": no limit
+        granted, period = map(int, quota.read_text().split())
+        cores = min(cores, max(1, granted // period))
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 

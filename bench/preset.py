@@ -16,8 +16,8 @@ from common import UserError
 def row_of(run: Path) -> dict:
     """Row of a run of train.py.
 
-    "minutes" is the time of all training steps, added up over the parts of a run that was resumed; start, checkpoints
-    and evaluations are not in it.
+    "minutes" is the time of all training steps and checkpoints, added up over the parts of a run that was resumed;
+    start and evaluations are not in it.
 
     Raises:
         UserError: it is not the folder of a finished run with scores.

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import DynamoBackend, broadcast_object_list, set_seed
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -39,7 +39,6 @@ class Session:
     Attributes:
         device: device of this rank.
         rank, world_size: number of this process and of all processes.
-        cores: CPU cores of this process.
         bf16: whether `autocast` computes in bfloat16.
         dtype: bfloat16 or float32: what `autocast` computes in.
         out, resume_from: run folder and checkpoint, once `open_run` was called.
@@ -58,16 +57,20 @@ class Session:
                 "Gradient accumulation would lose negatives and is not supported; unset "
                 "ACCELERATE_GRADIENT_ACCUMULATION_STEPS and use --micro-batch."
             )
+        if self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:  # it would rename every weight
+            raise UserError(
+                "A compiler chosen by accelerate (ACCELERATE_DYNAMO_BACKEND or --dynamo_backend) is not supported; "
+                "unset it and use --compile."
+            )
         self.device = self.accelerator.device
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.cores = available_cores()
         self.compile, self.cuda_graph, self.console = compile, cuda_graph, Console()
         if cuda_graph and self.device.type != "cuda":
             raise UserError("--cuda-graph needs an NVIDIA GPU; omit the option on a CPU.")
         if cuda_graph and self.world_size > 1:  # a graph would hold batch norm's collectives, but not DDP's
             raise UserError("--cuda-graph works in one process only; omit the option or start one process.")
         if self.device.type == "cpu":
-            torch.set_num_threads(self.cores)  # the launcher restricts each process to one thread
+            torch.set_num_threads(available_cores())  # the launcher restricts each process to one thread
             if compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
                 raise UserError("--compile needs a C++ compiler on a CPU; install g++ or omit the option.")
         torch.backends.cudnn.benchmark = True  # most steps have the same shapes
@@ -112,10 +115,10 @@ class Session:
         """Whether this is rank 0, the one that prints and writes."""
         return self.rank == 0
 
-    def print(self, *content: object) -> None:
-        """Print on rank 0."""
+    def print(self, content: object) -> None:
+        """Print a text or a table on rank 0; paths in a text are neither wrapped nor taken for markup."""
         if self.is_main:
-            self.console.print(*content)
+            self.console.print(content, markup=False, soft_wrap=isinstance(content, str))
 
     def create_tracker(self, kind: str, **options: Any) -> GeneralTracker:
         """Create one of accelerate's experiment trackers, not yet started; `options` are those of its class.

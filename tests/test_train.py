@@ -200,6 +200,14 @@ def test_gradient_accumulation_is_refused(run_here, data, tmp_path, monkeypatch)
     assert not (tmp_path / "run").exists()
 
 
+def test_a_compiler_chosen_by_accelerate_is_refused(run_here, data, tmp_path, monkeypatch):
+    """It would wrap the network, and with it rename every weight in checkpoints."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    with pytest.raises(SystemExit, match=r"A compiler chosen by accelerate .*use --compile"):
+        run_here("--data", data, "--out", tmp_path / "run", *SMALL)
+    assert not (tmp_path / "run").exists()
+
+
 def test_probe_objective_of_slices_and_ranks_adds_up_to_the_whole_batch():
     """Only one half of the batch has labels, which is all that one of two ranks or slices sees."""
     generator = torch.Generator().manual_seed(0)

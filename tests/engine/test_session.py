@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
-from common import UserError
+from common import UserError, available_cores
 from engine import run_lock, session
 from engine.session import RANK_TIMEOUT, Session
 
@@ -93,3 +94,22 @@ def test_ranks_wait_longer_for_each_other_than_nccl_does(monkeypatch):
     with pytest.raises(InterruptedError):
         Session()
     assert 6 * torch.distributed.distributed_c10d.default_pg_nccl_timeout < RANK_TIMEOUT
+
+
+def test_paths_are_printed_as_they_are(capsys):
+    path = f"runs/[v2]/{'long-' * 30}/[/y]/seed-0"
+    rank_0 = SimpleNamespace(is_main=True, console=Console(width=80))
+    Session.print(rank_0, f"run folder: {path}")
+    assert capsys.readouterr().out == f"run folder: {path}\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "cores"),
+    [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("1600000 100000", 8), (None, 8)],
+)
+def test_cores_are_those_that_a_container_may_use(tmp_path, monkeypatch, content, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if content is not None:
+        (tmp_path / "cpu.max").write_text(content + "\n")
+    assert available_cores(tmp_path / "cpu.max") == cores
