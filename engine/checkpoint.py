@@ -168,8 +168,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         record = json.loads(file.read_text())
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise ValueError(f"it is not of format {FORMAT}")
-        expected = record.pop("checksum", None)  # absent in checkpoints of the first version
-        if expected is not None and expected != _checksum(record):
+        if record.pop("checksum") != _checksum(record):
             raise ValueError("it does not match its checksum")
         file = path / "state.safetensors"
         if file_sha256(file) != record["sha256"]:

@@ -1,6 +1,6 @@
 """Optimizers: LARS as used by SimCLR, Muon, and torch's SGD and AdamW."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,12 +81,8 @@ class LARS(Optimizer):
         self.scratch: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]] = {}
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self) -> None:
         """Update all parameters without waiting for the device."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         for group in self.param_groups:
             weights = [w for w in group["params"] if w.grad is not None]
             if not weights:
@@ -118,7 +114,6 @@ class LARS(Optimizer):
                 grad_scale=None,
                 found_inf=getattr(self, "found_inf", None),
             )
-        return loss
 
     def _scratch(self, weights: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
         """Memory for the gradients of all layers, in which one kernel scales each layer by a number on the device.

@@ -93,6 +93,7 @@ def test_foreign_file_is_refused_and_never_unpickled(tmp_path, monkeypatch, cont
         record = json.loads((path / "record.json").read_text())
         record["sha256"] = checkpoint.file_sha256(path / "state.safetensors")
         del record["checksum"]
+        record["checksum"] = checkpoint._checksum(record)
         (path / "record.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match=r"state\.safetensors can't be loaded"):
         checkpoint.load(path)
