@@ -212,7 +212,8 @@ def choose_pretraining(config: PretrainConfig, facts: Facts, fixed: Mapping[str,
         choose("views.gray_p", 0.0, f"{facts.pixels}: no colors, so jitter changes brightness and contrast only")
 
     features = round((2048 if deep else 512) * encoder.width)
-    choose("head.hidden", features, "width of the encoder's features")
+    known = encoder.name in NETWORKS
+    choose("head.hidden", features, "width of the encoder's features" if known else "as for ResNet-18")
     choose("head.out", min(128, features // 2), "128 as in the paper, 64 for a quarter of ResNet-18's width")
     if deep:
         choose("loss.temperature", 0.1, "as in the paper")

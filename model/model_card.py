@@ -19,7 +19,8 @@ from .encoder import EncoderSpec
 
 PARTS = ("encoder", "head", "views", "loss", "optim")
 """Parts of a run's configuration whose options are listed in the card, after the options of the stage itself."""
-OMITTED = ("data", "out", "resume", "log_every", "teacher", "timm_name", "timm_kwargs")
+OMITTED = ("data", "config", "out", "resume", "log_every", "teacher", "timm_name", "timm_kwargs")
+OMITTED += ("dry_run", "report", "trackers", "max_skipped")
 """Entries of config.json that are private, stated elsewhere in the card, or without effect on the result."""
 
 

@@ -74,7 +74,7 @@ def test_run_without_scores(tmp_path):
     ],
 )
 def test_runs_with_labels(tmp_path, stage, options, expected):
-    write_small_run(tmp_path / "run", stage=stage, data="birds", **options)
+    write_small_run(tmp_path / "run", stage=stage, data="birds", config="/home/someone/runs/before", **options)
     card = exported_card(tmp_path / "run", tmp_path / "out")
     assert expected in card and "without" not in card and "someone" not in card
     assert ("| encoder.name |" in card) == (not options.get("start")), "only options that were used are listed"
