@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from ..common import UserError
-from ..shards.archives import TOO_LONG, clean_key, image_members, is_image, is_long, open_tar, refuse_url
+from ..shards.archives import TOO_LONG, clean_key, image_members, is_hidden, is_image, is_long, open_tar, refuse_url
 from .base import Item, Source, modified_ns, raise_if_gone, read_range
 from .zips import is_zip, read_zipped, zip_images
 
@@ -138,7 +138,7 @@ def files_below(
                 if error.errno != errno.ELOOP:
                     raise
                 is_folder = is_file = False  # a link to itself
-            if not is_folder and not is_image(entry.name):
+            if is_hidden(entry.name) if is_folder else not is_image(entry.name):
                 continue
             if is_long(name):
                 left_out.append((f"{name[:80]}...", TOO_LONG))

@@ -33,7 +33,7 @@ from .base import Item, Source
 from .folder import AmbiguousClasses, Listing, files_below, list_images, named, parts_of
 from .writer import write_split
 
-RULES = 2
+RULES = 3
 """Version of the rules below; another one converts again."""
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLITS |= {"val": "val", "valid": "val", "validation": "val"}

@@ -27,7 +27,8 @@ from PIL.TiffImagePlugin import (
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif"}
 """Pillow name of each format that every backend decodes (DALI reads neither GIF nor AVIF) -> extension in a shard."""
 ARRAY_SUFFIX = "npy"
-IMAGE_SUFFIXES = frozenset(["jpeg", "tiff", "gif", "avif", "dcm", ARRAY_SUFFIX, *EXTENSIONS.values()])
+IMAGE_SUFFIXES = frozenset(["jpeg", "jpe", "jfif", "tiff", "dcm", ARRAY_SUFFIX, *EXTENSIONS.values()])
+IMAGE_SUFFIXES |= {"gif", "avif", "heic", "heif"}  # listed as left out
 LARGEST_PIXELS = 178_956_970
 """Largest image that Pillow opens: twice its MAX_IMAGE_PIXELS."""
 TOO_LARGE = f"too large: more than {LARGEST_PIXELS:,} pixels"
@@ -227,6 +228,8 @@ def read_header(encoded: bytes) -> tuple[str, int, int]:
     except Image.DecompressionBombError as error:
         raise DecodeError(TOO_LARGE) from error
     except Exception as error:  # Pillow's plugins raise many exception types, AVIF's a RuntimeError
+        if encoded[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1"):
+            raise DecodeError("HEIF is not a format that every backend decodes") from error
         raise DecodeError("not an image, or its header is damaged") from error
     if form not in EXTENSIONS:
         raise DecodeError(f"{form} is not a format that every backend decodes")

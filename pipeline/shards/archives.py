@@ -26,8 +26,16 @@ def refuse_url(path: Path, remedy: str = "copy it to a folder first") -> None:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file name has an image extension. `._photo.jpg` is macOS metadata of `photo.jpg`, not an image."""
-    return posixpath.splitext(name)[1][1:].lower() in IMAGE_SUFFIXES and not posixpath.basename(name).startswith("._")
+    """Whether a POSIX path has an image extension and no part of it is hidden."""
+    return posixpath.splitext(name)[1][1:].lower() in IMAGE_SUFFIXES and not any(map(is_hidden, name.split("/")))
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is metadata or a copy by its name.
+
+    Examples are `._photo.jpg` (macOS), `.ipynb_checkpoints` (Jupyter) and `@eaDir` (thumbnails of a Synology NAS).
+    """
+    return name == "@eaDir" or (name.startswith(".") and name not in (".", ".."))
 
 
 def clean_key(name: str) -> str:

@@ -395,6 +395,15 @@ def test_images_of_a_zip_that_cannot_be_read_are_left_out(tmp_path, config):
     assert "class_1/from_windows" in keys(train) | keys(test)
 
 
+@pytest.mark.parametrize("form", ["folder", "tar", "zip"])
+def test_hidden_files_and_folders_are_skipped(tmp_path, form):
+    names = ["a/0.jpg", "a/1.jfif", "b/2.JPE"]
+    hidden = ["a/._0.jpg", ".ipynb_checkpoints/0-checkpoint.jpg", "b/@eaDir/2.JPE/SYNOPHOTO_THUMB_M.jpg"]
+    files, write = dict.fromkeys(names + hidden, b""), {"folder": write_folder, "tar": write_tar, "zip": write_zip}
+    path = write[form](tmp_path / "in", files if form == "folder" else under(".", files))
+    assert [name.removeprefix("./") for name, _ in list_images(path).files] == names
+
+
 def test_a_tar_that_ends_with_a_zip_is_a_tar(tmp_path):
     inner = write_zip(tmp_path / "inner.zip", {"other.jpg": b""}).read_bytes()
     path = write_tar(tmp_path / "photos.tar", pictures() | {"zz/inner.zip": inner})

@@ -170,18 +170,19 @@ def test_classes_are_mixed_in_every_shard(tmp_path):
 
 
 def test_unreadable_images_are_left_out_and_listed(tmp_path):
-    suffixes = {"animation": "gif", "float": "tif", "broken": "avif"}
-    bad = {f"class_0/{name}.{suffixes.get(name, 'jpg')}": content for name, content in damaged().items()}
+    suffixes = {"animation": "gif", "float": "tif", "broken": "avif", "phone": "HEIC"}
+    refused = damaged() | {"phone": b"\0\0\0\x18ftypheic" + bytes(99)}
+    bad = {f"class_0/{name}.{suffixes.get(name, 'jpg')}": content for name, content in refused.items()}
     files = pictures()
     source = folder_source(write_folder(tmp_path / "in", files | bad))
     shards = write_split(source, tmp_path / "out", "train")
     assert contents(shards) == expected(files)
     reasons = {name.split("/")[1]: reason for name, reason in rejected(shards).items()}
-    assert reasons.keys() == damaged().keys()
-    assert "GIF" in reasons["animation"] and "truncated" in reasons["truncated"] and "not an image" in reasons["text"]
-    assert shards.manifest["rejected"] == 7
+    assert reasons.keys() == refused.keys()
+    assert "GIF" in reasons["animation"] and "HEIF" in reasons["phone"] and "truncated" in reasons["truncated"] and "not an image" in reasons["text"]
+    assert shards.manifest["rejected"] == 8
     result = run_here("pipeline.convert", "folder", tmp_path / "in", tmp_path / "again", "--workers", "1")
-    assert result.returncode == 0 and "12 images of 3 classes in 1 shards, 7 left out." in result.stdout
+    assert result.returncode == 0 and "12 images of 3 classes in 1 shards, 8 left out." in result.stdout
     assert all(f"left out class_0/{name}: " in result.stderr for name in reasons)
 
 
@@ -200,7 +201,7 @@ def test_images_at_the_top_level_have_no_class(tmp_path):
 
 def test_keys_have_no_dot_and_are_unique(tmp_path):
     content = next(iter(pictures().values()))
-    names = ["a/x.1.jpg", "a/x_1.jpg", "b/a/x_1.jpg", "a/y.jpg", "a/y.JPEG", ".v/..z.jpg"]
+    names = ["a/x.1.jpg", "a/x_1.jpg", "b/a/x_1.jpg", "a/y.jpg", "a/y.JPEG", "v./z..jpg"]
     path = write_folder(tmp_path / "in", dict.fromkeys(names, content))
     shards = write_split(folder_source(path, "last"), tmp_path, "train")
     keys = [key.decode() for key in shards.index["key"]]
