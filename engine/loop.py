@@ -332,9 +332,11 @@ class TrainingLoop:
         self.metrics.close()
         if table is not None:
             self.session.print(table)
-        summary = self._summary()
-        with replacing(self.session.out / "summary.json") as path:
-            path.write_text(json.dumps(summary | environment(self.session.device, self.session.world_size), indent=2))
+        summary, file = self._summary(), self.session.out / "summary.json"
+        if self.timer.total_steps or not file.exists():  # otherwise the run had ended before, and its speed stands there
+            summary |= environment(self.session.device, self.session.world_size)
+            with replacing(file) as path:
+                path.write_text(json.dumps(summary, indent=2))
         for sentence in summary["sentences"]:
             self.session.print(sentence)
         self.trackers.close()

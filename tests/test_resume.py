@@ -151,9 +151,10 @@ def test_stop_signal_saves_and_the_same_command_continues(pretrain, whole, data,
 
 
 def test_finished_run_is_unchanged(pretrain, whole, data):
-    before = rows(whole)
+    before, summary = rows(whole), (whole / "summary.json").read_text()
     pretrain("--data", data, "--out", whole, "--epochs", 2)
-    assert rows(whole) == before
+    assert rows(whole) == before and (whole / "summary.json").read_text() == summary
+    assert json.loads(summary)["images_per_s"] > 0
 
 
 def test_run_in_use_is_refused(pretrain, whole, data):
