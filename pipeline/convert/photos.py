@@ -9,6 +9,7 @@ A conversion that was interrupted is resumed, unless the images have changed in 
 version that no process reads are deleted before the next conversion.
 """
 
+import fnmatch
 import hashlib
 import json
 import os
@@ -26,7 +27,7 @@ from filelock import FileLock
 
 from ..common import UserError, available_cores, replacing
 from ..shards.cache import Lease, ShardCache
-from ..shards.dataset import ShardSet
+from ..shards.dataset import SPLIT_TARS, ShardSet
 from ..shards.duplicates import shared_images
 from ..shards.remote import disk_errors
 from .base import Item, Source
@@ -60,7 +61,7 @@ def is_photos(data: str) -> bool:
     """Whether `data` is a local folder or archive that may hold images, rather than shards or a URL.
 
     Raises:
-        UserError: a folder may not be read.
+        UserError: a folder may not be read, or holds both images and tars without an index.
     """
     path = Path(data)
     try:
@@ -68,7 +69,16 @@ def is_photos(data: str) -> bool:
             return False
         if path.is_dir():
             folders = path, path / "train"
-            return not any((folder / "dataset.json").exists() or any(folder.glob("*.tar")) for folder in folders)
+            if any((folder / "dataset.json").exists() for folder in folders):
+                return False
+            tars = [tar.name for folder in folders for tar in folder.glob("*.tar")]
+            unknown = tars and not fnmatch.filter(tars, SPLIT_TARS["train"])  # those are indexed on their first use
+            if unknown and any(not name.endswith("index.npy") for name, _ in files_below(path, [], [])):
+                raise UserError(
+                    f"{data} holds images as well as {min(tars)}; move the tar out of it to use the images, or the "
+                    "images out of it to index the tar."
+                )
+            return not tars
         return path.name.lower().endswith(ARCHIVES) and not (path.parent / "dataset.json").exists()
     except PermissionError as error:
         raise UserError(f"{data} can't be read ({error.strerror}); change its permissions.") from error

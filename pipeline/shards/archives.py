@@ -153,9 +153,14 @@ def image_members(tar: tarfile.TarFile, path: Path | str, left_out: list[tuple[s
         left_out: receives (name, reason) of images that are not plain files or have too long a name.
 
     Raises:
-        UserError: as `members`.
+        UserError: as `members`, or it holds WebDataset samples with classes.
     """
     for member in members(tar, path):
+        if member.name.endswith(".cls"):
+            raise UserError(
+                f"{path} holds {member.name}, the class of a WebDataset sample; use `python -m pipeline.convert "
+                f"webdataset {path} SHARDS`, which keeps the classes."
+            )
         if is_image(member.name) and not member.isdir():
             if fault := member_fault(member):
                 left_out.append(fault)

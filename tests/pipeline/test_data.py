@@ -346,6 +346,15 @@ def refuse(path: Path, config: LoaderConfig, message: str) -> None:
     assert not list(Path(config.cache_dir).rglob("done.json")) and not list(Path(config.cache_dir).rglob("*.tar"))
 
 
+def test_shards_that_are_taken_for_images_and_images_next_to_a_tar(tmp_path, config, folder, original):
+    shard = shutil.copy(original / "train-000000.tar", tmp_path / "copy.tar")
+    refuse(shard, config, "cls, the class of a WebDataset sample; use `python -m pipeline.convert webdataset .*copy")
+    write_tar(folder / "backup.tar", pictures())
+    refuse(folder, config, "photos holds images as well as backup.tar; move the tar out of it")
+    (folder / "backup.tar").rename(folder / "set-train-0.tar")
+    assert not is_photos(str(folder))
+
+
 def test_unusable_folders_are_refused(tmp_path, config):
     (tmp_path / "empty").mkdir()
     refuse(tmp_path / "empty", config, "No images in .*empty; use a folder, zip or tar with .jpg")
