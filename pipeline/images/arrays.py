@@ -14,6 +14,7 @@ from .files import LARGEST_PIXELS, TOO_LARGE, DecodeError
 
 NPY_MARK = b"\x93NUMPY"
 MOST_CHANNELS = 16
+BYTE_ORDERS = "<>|="
 KINDS = {"f": "floats", "i": "signed integers", "u": "integers of more than 16 bits", "b": "booleans"}
 FIELDS = [
     r"'descr'\s*:\s*'([^']*)'",
@@ -37,7 +38,7 @@ def npy_pixels(encoded: bytes) -> np.ndarray:
     found = [re.search(field, header) for field in FIELDS]
     if "'descr'" in header and not found[0]:
         raise DecodeError("an array of several fields; save one uint8 or uint16 array per image")
-    if None in found or not encoded.startswith(NPY_MARK):
+    if None in found or found[0][1][:1] not in BYTE_ORDERS or not encoded.startswith(NPY_MARK):
         raise DecodeError("not an array, or its header is damaged")
     descr, fortran_order, axes = (match[1] for match in found)
     shape = tuple(int(axis) for axis in axes.split(",") if axis.strip())

@@ -137,6 +137,11 @@ def test_arrays_that_are_no_images_are_refused_with_the_remedy(array, reason):
         prepare(npy(array, allow_pickle=True))
 
 
+def test_an_array_of_unknown_byte_order_is_refused():
+    with pytest.raises(DecodeError, match="not an array, or its header is damaged"):
+        prepare(npy(GRAY).replace(b"'<u2'", b"'xu2'"))
+
+
 def test_a_huge_header_allocates_nothing():
     header = npy(np.zeros((50, 50), np.uint16))[:128]
     for shape, reason in (b"(13377, 13377)", "a damaged or truncated array"), (b"(99999, 99999)", "too large"):
