@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from threading import Barrier
 
 import cv2
 import numpy as np
@@ -66,6 +67,7 @@ class OpenCVBackend:
             self.compiled = compiled.CompiledViews(config)
         else:
             self.normalize = Normalize(config, dtype, pixel_format)
+            use_one_core_each(self.pool, workers)
 
     def __call__(self, images: list[bytes | np.ndarray], params: AugmentParams) -> torch.Tensor:
         """Augment V views of n images; see `Backend`."""
@@ -130,6 +132,24 @@ class OpenCVBackend:
                 view = (color if self.pixel_format.channels == 3 else intensity)(view, params, v, i, maps)
                 view = blur(view, float(params.sigma[v, i]), self.config.blur_window)
                 self.normalize(view, out[v * params.flip.shape[1] + i])
+
+
+def use_one_core_each(pool: ThreadPoolExecutor, workers: int) -> None:
+    """Start all threads of a pool, so that operations of torch in them do not start threads of their own."""
+    started, threads_of_caller = Barrier(workers + 1), torch.get_num_threads()
+
+    def prepare() -> None:
+        torch.get_num_threads()  # the first use in a thread replaces its number by the last one that was set anywhere
+        torch.set_num_threads(1)
+        started.wait()  # a waiting thread takes no second task, so that the pool starts all threads
+
+    try:
+        for _ in range(workers):
+            pool.submit(prepare)
+        started.wait()
+    finally:
+        started.abort()  # after a failed start, waiting threads would keep the process alive
+        torch.set_num_threads(threads_of_caller)
 
 
 def _reuse(unused: list[np.ndarray], memory: np.ndarray) -> None:

@@ -2,6 +2,7 @@
 
 import colorsys
 import io
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import cv2
@@ -220,6 +221,26 @@ def test_8_bit_rgb_keeps_its_own_path(monkeypatch):
         backend = create_backend("opencv", config, CPU, 4, 2, 1, pixel_format=RGB8)
         assert backend(encoded, reference.random_params(encoded, config, seed=2)).shape == (8, 3, size, size)
         backend.close()
+
+
+def test_torch_uses_one_core_in_each_thread_of_the_backend(monkeypatch):
+    """The caller's number, which threads started later inherit, stays."""
+    threads, used = torch.get_num_threads(), []
+
+    def interpolate(*args, **options):
+        used.append(torch.get_num_threads())
+        return torch.nn.functional.interpolate(*args, **options)
+
+    monkeypatch.setattr(opencv, "interpolate", interpolate)
+    images, config = noise(GRAY16, 1), AugmentConfig(size=SIZE)
+    try:
+        torch.set_num_threads(3)
+        views_in_levels(images, draw(images, config), config, GRAY16)
+        with ThreadPoolExecutor(1) as later:
+            assert torch.get_num_threads() == later.submit(torch.get_num_threads).result() == 3
+    finally:
+        torch.set_num_threads(threads)
+    assert used == [1] * 2 * len(images)
 
 
 @pytest.mark.parametrize(("name", "title"), [("kornia", "Kornia"), ("dali", "DALI"), ("triton", "Triton")])
