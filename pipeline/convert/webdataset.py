@@ -18,7 +18,7 @@ from typing import BinaryIO
 from ..common import UserError
 from ..shards.archives import clean_key, members, open_tar, refuse_url
 from ..shards.dataset import open_shards
-from ..shards.samples import NO_CLASS, class_number, paired, read_parts
+from ..shards.samples import NO_CLASS, class_number, expand_braces, paired, read_parts
 from .base import Source, modified_ns, read_range
 
 PIPE = "pipe:"
@@ -90,7 +90,7 @@ def _find_tars(path: str) -> tuple[dict[str, Path | str], Path]:
         Name -> file, or the command as "pipe:COMMAND"; and the folder that holds the files.
     """
     if path.startswith(PIPE):
-        return {f"pipe-{n:06d}.tar": command for n, command in enumerate(_expand_braces(path))}, Path(".")
+        return {f"pipe-{n:06d}.tar": command for n, command in enumerate(expand_braces(path))}, Path(".")
     folder = Path(path)
     refuse_url(folder, "index it in place by `python -m pipeline.shards index`, or copy it to a folder first")
     if folder.is_dir():
@@ -100,22 +100,9 @@ def _find_tars(path: str) -> tuple[dict[str, Path | str], Path]:
         if not tars:
             raise UserError(f"There is no .tar in {path}; use the folder that holds the shards.")
         return {file.name: file for file in tars}, folder
-    files = [folder] if folder.exists() else [Path(name) for name in _expand_braces(path)]
+    files = [folder] if folder.exists() else [Path(name) for name in expand_braces(path)]
     folder = Path(os.path.commonpath([file.parent for file in files]))
     return {file.relative_to(folder).as_posix(): file for file in files}, folder
-
-
-def _expand_braces(pattern: str) -> list[str]:
-    if "{" not in pattern:
-        return [pattern]
-    from webdataset.shardlists import expand_urls
-
-    try:
-        return list(dict.fromkeys(expand_urls(pattern)))
-    except ValueError as error:
-        raise UserError(
-            f"The braces in {pattern} are unbalanced; use a pattern such as data/{{000..146}}.tar."
-        ) from error
 
 
 def _plain_tar(source: Path | str, scratch: Path) -> Path:

@@ -38,15 +38,15 @@ def zip_images(path: Path, left_out: list[tuple[str, str]]) -> list[tuple[str, t
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError) as error:
-        raise UserError(f"{path} is not a whole zip ({error}); download or copy it again.") from error
+    except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError) as error:  # the last for a name
+        raise UserError(f"{path} is not a whole zip ({error}); download, copy or pack it again.") from error
     found = []
     for member in members:
         name = member.filename.replace("\\", "/")  # written by some programs on Windows
         if S_ISLNK(member.external_attr >> 16):
             raise UserError(f"{path} holds {name}, a link, and links in a zip are not followed: pack it without -y.")
         refuse_leading_out(name, path)
-        if member.is_dir() or not is_image(name):
+        if not is_image(name) or member.is_dir():  # is_dir fails for an empty name
             continue
         if is_long(name):
             left_out.append((f"{name[:80]}...", TOO_LONG))

@@ -48,7 +48,7 @@ from .dataset import (
 from .format import FORMAT, READ_WHOLE, index_name, index_rows, shard_entry, write_manifest
 from .measure import MEASURED_IMAGES, channel_moments, measure, mixed_formats
 from .remote import HUB, PERMANENT_ERRORS, RetryPolicy, disk_errors, filesystem, is_local, read_file, with_retries
-from .samples import CLASS_LIMIT, NO_CLASS, Part, class_number, paired, read_parts
+from .samples import CLASS_LIMIT, NO_CLASS, Part, class_number, expand_braces, paired, read_parts
 from .web import WebFileSystem
 
 log = logging.getLogger(__name__)
@@ -260,9 +260,7 @@ def _find_tars(root: str, retry_policy: RetryPolicy) -> tuple[str, list[str]]:
     """Resolve the argument of `index_shards` to a folder or URL prefix and the names of the tars in it."""
     names: list[str] = []
     if "{" in root:
-        from webdataset.shardlists import expand_urls
-
-        folders, expanded = zip(*map(posixpath.split, expand_urls(root)), strict=True)
+        folders, expanded = zip(*map(posixpath.split, expand_braces(root)), strict=True)
         if all(name.endswith(".tar") or COMPRESSED_TAR.search(name) for name in expanded):
             if len(set(folders)) > 1:
                 raise UserError(f"{root} names tars in several folders; index each folder separately.")

@@ -45,6 +45,24 @@ def add_image_extension(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def expand_braces(pattern: str) -> list[str]:
+    """Names that a brace pattern stands for, each once.
+
+    Raises:
+        UserError: the braces are unbalanced.
+    """
+    if "{" not in pattern:
+        return [pattern]
+    from webdataset.shardlists import expand_urls
+
+    try:
+        return list(dict.fromkeys(expand_urls(pattern)))
+    except ValueError as error:
+        raise UserError(
+            f"The braces in {pattern} are unbalanced; use a pattern such as data/{{000..146}}.tar."
+        ) from error
+
+
 class Part(NamedTuple):
     """A member of a WebDataset tar that is part of a sample: an image or a class."""
 

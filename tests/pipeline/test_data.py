@@ -377,12 +377,23 @@ def test_zips_with_unsafe_names_are_refused(tmp_path, config, name):
 def test_links_in_a_zip_and_damaged_zips_are_refused(tmp_path, config):
     path = write_zip(tmp_path / "photos.zip", pictures())
     (tmp_path / "cut.zip").write_bytes(path.read_bytes()[:-40])
-    refuse(tmp_path / "cut.zip", config, "cut.zip is not a whole zip .*; download or copy it again")
+    refuse(tmp_path / "cut.zip", config, "cut.zip is not a whole zip .*; download, copy or pack it again")
     with zipfile.ZipFile(path, "a") as archive:
         link = zipfile.ZipInfo("class_0/link.jpg")
         link.external_attr = (stat.S_IFLNK | 0o777) << 16
         archive.writestr(link, "/etc/passwd")
     refuse(path, config, "class_0/link.jpg, a link, and links in a zip are not followed")
+
+
+def test_zips_with_damaged_names(tmp_path, config):
+    path = write_zip(tmp_path / "photos.zip", pictures() | {"é.jpg": b""})
+    path.write_bytes(path.read_bytes().replace("é".encode(), b"\xff\xfe"))
+    refuse(path, config, "not a whole zip .'utf-8' codec can't decode .*; download, copy or pack it again")
+    with zipfile.ZipFile(write_zip(path, pictures()), "a") as archive:
+        nameless = zipfile.ZipInfo("x")
+        nameless.filename = ""
+        archive.writestr(nameless, b"")
+    assert {name for name, _ in list_images(path).files} == set(pictures())
 
 
 def test_images_of_a_zip_that_cannot_be_read_are_left_out(tmp_path, config):

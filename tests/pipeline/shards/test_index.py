@@ -165,6 +165,8 @@ def test_brace_notation_for_a_server_that_does_not_list_its_files(tmp_path):
             index_shards(f"{server.url}/shard-{{000..003}}.tar", cache)
     with pytest.raises(UserError, match="names tars in several folders; index each folder separately"):
         index_shards("https://host/{train,test}/shard-{000..003}.tar")
+    with pytest.raises(UserError, match=r"The braces in \S+ are unbalanced; use a pattern"):
+        index_shards("https://host/shard-{000..003.tar")
 
 
 @pytest.mark.parametrize("pattern", ["", "/a.tar.{gz,xz}"])
