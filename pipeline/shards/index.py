@@ -238,8 +238,6 @@ def index_shards(
 
 def _version(fs: AbstractFileSystem, path: str, retry_policy: RetryPolicy) -> str:
     """Digest of what a store says about a file, such as its size, time and checksum; "" if it says nothing."""
-    if isinstance(fs, WebFileSystem):
-        return ""
     with suppress(*PERMANENT_ERRORS, NotImplementedError):  # reading the file raises a better error
         return with_retries(lambda: fs.ukey(path), path, retry_policy)
     return ""

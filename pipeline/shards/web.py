@@ -117,6 +117,14 @@ class WebFileSystem(AbstractFileSystem):
                 start, end = start - skipped, end - skipped
             return response.read(end - start)
 
+    def ukey(self, path: str) -> str:
+        """The ETag of a file, or else the time of its last change; "" if the server states neither."""
+        try:
+            with self._request(path, 0, 1) as response:
+                return response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
+        except RangeNotSatisfiable:  # an empty file
+            return ""
+
     def exists(self, path: str, **_) -> bool:
         try:
             try:

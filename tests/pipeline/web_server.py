@@ -4,6 +4,7 @@ import gzip
 import multiprocessing
 import re
 import threading
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,6 +87,7 @@ class Server(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     server: Server
+    etag = ""
 
     def log_message(self, *_) -> None:
         pass
@@ -115,6 +117,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def serve(self, content: bytes, fault: str) -> None:
         total = len(content)
+        self.etag = f'"{zlib.crc32(content)}"'
         status, part = 200, content
         match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or "")
         if match and fault != "whole" and self.server.ranges:
@@ -141,6 +144,7 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, status: int, content: bytes, length: int) -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(length))
+        self.send_header("ETag", self.etag)
         if status == 206:
             self.send_header("Content-Range", self.part)
         if self.path.endswith(self.server.compressed):

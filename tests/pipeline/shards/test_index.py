@@ -16,6 +16,7 @@ from pipeline.convert.sources import folder_source, webdataset_source
 from pipeline.convert.writer import write_split
 from pipeline.images.pixel_format import RGB8, PixelFormat, decode_pixels
 from pipeline.images.prepare import prepare
+from pipeline.shards import index
 from pipeline.shards.__main__ import main
 from pipeline.shards.dataset import open_shards, open_splits
 from pipeline.shards.index import index_shards
@@ -137,6 +138,26 @@ def test_a_foreign_set_at_a_read_only_address(tmp_path, monkeypatch):
         monkeypatch.setenv("STREAMCLR_CACHE", str(tmp_path / "cache"))
         (problem,) = verify_shards(server.url)
         assert "shard-001.tar does not match its checksum" in problem
+
+
+def test_interrupted_indexing_of_a_web_address_resumes(tmp_path, monkeypatch):
+    """A tar with another ETag is read again."""
+    root, cache = foreign_tars(tmp_path / "foreign", [labeled(0), labeled(4), labeled(8)]), cache_at(tmp_path)
+    read, read_tar = [], index._read_tar
+
+    def interrupted(fs, path, *options):
+        read.append(path[-7:])
+        if len(read) == 3:
+            raise KeyboardInterrupt
+        return read_tar(fs, path, *options)
+
+    monkeypatch.setattr(index, "_read_tar", interrupted)
+    with serving(root) as server:
+        with pytest.raises(KeyboardInterrupt):
+            index_shards(server.url, cache)
+        shutil.copy(root / "shard-002.tar", root / "shard-001.tar")
+        assert len(index_shards(server.url, cache)) == len(index_shards(str(root)))
+    assert read[:5] == ["000.tar", "001.tar", "002.tar", "001.tar", "002.tar"]
 
 
 def test_a_foreign_set_of_many_shards_gets_a_common_index(tmp_path):
