@@ -61,6 +61,8 @@ def filesystem(root: str, retry_policy: RetryPolicy | None = None) -> tuple[Abst
         check_web_url(root)
         root = root.rstrip("/")
         return WebFileSystem((retry_policy or RetryPolicy()).stall_s, root), root
+    if "://" not in root:  # url_to_fs would split a path at "::"
+        return LocalFileSystem(), LocalFileSystem._strip_protocol(root).rstrip("/")
     try:
         fs, path = fsspec.core.url_to_fs(root)
     except ImportError as error:

@@ -230,6 +230,11 @@ def test_ranks_that_see_other_images_are_refused(config, folder, monkeypatch):
         open_data(str(folder), config)
 
 
+def test_a_folder_whose_name_would_be_a_chain_of_urls(tmp_path, config, folder):
+    train, test = open_data(str(folder.rename(tmp_path / "a::b")), config)
+    assert (len(train), len(test)) == (27, 3)
+
+
 # ---- splits and labels
 
 
