@@ -26,6 +26,7 @@ import numpy as np
 from filelock import FileLock
 
 from ..common import UserError, available_cores, replacing
+from ..shards.archives import COMPRESSED_TARS
 from ..shards.cache import Lease, ShardCache
 from ..shards.dataset import SPLIT_TARS, ShardSet
 from ..shards.duplicates import shared_images
@@ -41,7 +42,7 @@ SPLITS |= {"val": "val", "valid": "val", "validation": "val"}
 """Name of a folder -> split that it holds."""
 HELD_OUT, MOST_HELD_OUT = 0.1, 10_000
 """Share of each class that is kept for evaluation if there is no test split, and about how many images at most."""
-ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz")
+ARCHIVES = (".zip", ".tar", *COMPRESSED_TARS)
 SHARD_BYTES_PER_IMAGE = 2560
 """Most bytes that a shard and its index add to an image and its class, for names of ordinary length."""
 

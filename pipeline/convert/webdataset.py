@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from ..common import UserError
-from ..shards.archives import clean_key, members, open_tar, refuse_url
+from ..shards.archives import COMPRESSED_TARS, clean_key, members, open_tar, refuse_url
 from ..shards.dataset import open_shards
 from ..shards.samples import NO_CLASS, class_number, expand_braces, paired, read_parts
 from .base import Source, modified_ns, read_range
@@ -28,7 +28,6 @@ DECOMPRESSORS: dict[bytes, Callable[[BinaryIO], BinaryIO]] = {
     b"\xfd7zXZ\0": lzma.open,
 }
 """First bytes of a compressed file -> function that opens it for reading."""
-COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 
 def webdataset_source(path: str | Path, image_extension: str | None = None) -> Source:
@@ -96,7 +95,7 @@ def _find_tars(path: str) -> tuple[dict[str, Path | str], Path]:
     if folder.is_dir():
         inside = sorted(folder.iterdir())
         tars = [file for file in inside if file.name.endswith(".tar")]
-        tars = tars or [file for file in inside if file.name.endswith(COMPRESSED_SUFFIXES)]
+        tars = tars or [file for file in inside if file.name.endswith(COMPRESSED_TARS)]
         if not tars:
             raise UserError(f"There is no .tar in {path}; use the folder that holds the shards.")
         return {file.name: file for file in tars}, folder
@@ -191,4 +190,4 @@ def _name(path: str, folder: Path) -> str:
     if path.startswith(PIPE):
         return "webdataset"
     last = (Path(path) if os.path.exists(path) else folder).resolve().name
-    return next((last.removesuffix(end) for end in (".tar", *COMPRESSED_SUFFIXES) if last.endswith(end)), last)
+    return next((last.removesuffix(end) for end in (".tar", *COMPRESSED_TARS) if last.endswith(end)), last)

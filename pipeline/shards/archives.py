@@ -3,16 +3,17 @@
 import errno
 import posixpath
 import re
-import shutil
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from ..common import UserError
 from ..images.files import IMAGE_SUFFIXES
 
+COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz")
 NOT_PLAIN = "not a plain file"
 LONGEST_NAME = 1024
 """Longest member name in bytes. An index stores all keys at the width of the longest, so one long name inflates it."""
@@ -138,7 +139,7 @@ def _refuse_unsafe(member: tarfile.TarInfo, path: Path | str) -> None:
 
 def refuse_leading_out(name: str, path: Path | str) -> None:
     """Refuse the archive `path` if the name of a member is absolute or leads to a folder above."""
-    if name.startswith("/") or re.match("[A-Za-z]:", name) or ".." in name.split("/"):
+    if name.startswith("/") or re.match(r"[A-Za-z]:[\\/]", name) or ".." in name.split("/"):
         raise UserError(
             f"{path} holds {name}, a path that leads out of it: pack the folder again from inside, "
             "or download the archive from a trusted source."
@@ -198,17 +199,26 @@ def unpacked(path: Path, names: Iterable[str], scratch: Path) -> dict[str, Path]
     if not path.is_file():
         raise UserError(f"{path} does not exist; use the downloaded archive or the folder unpacked from it.")
     found = {}
-    try:
-        with open_tar(path, compressed=True) as tar:
-            for member in forgetting(tar):
-                name = posixpath.basename(member.name)
-                if name in wanted:
-                    _refuse_unsafe(member, path)
-                    if member.isfile():
-                        found[name] = scratch / name
-                        with tar.extractfile(member) as packed, open(found[name], "wb") as file:
-                            shutil.copyfileobj(packed, file, 1 << 20)
-    except OSError as error:
-        remedy = "set TMPDIR to a folder with room for it"
-        raise UserError(f"{path} can't be unpacked to {scratch} ({error.strerror}); {remedy}.") from error
+    with open_tar(path, compressed=True) as tar:
+        for member in forgetting(tar):
+            name = posixpath.basename(member.name)
+            if name not in wanted:
+                continue
+            _refuse_unsafe(member, path)
+            if member.isfile():
+                found[name] = scratch / name
+                try:
+                    with open(found[name], "wb") as file:
+                        file.writelines(_blocks(tar.extractfile(member)))
+                except OSError as error:
+                    remedy = "set TMPDIR to a folder with room for it"
+                    raise UserError(f"{path} can't be unpacked to {scratch} ({error.strerror}); {remedy}.") from error
     return found
+
+
+def _blocks(packed: IO[bytes]) -> Iterator[bytes]:
+    """Content of a member; raises tarfile.ReadError if reading fails, to tell this from an error of writing it."""
+    try:
+        yield from iter(lambda: packed.read(1 << 20), b"")
+    except OSError as error:
+        raise tarfile.ReadError(error.strerror or str(error)) from error

@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import posixpath
-import re
 import tarfile
 import zlib
 from collections import Counter
@@ -32,7 +31,7 @@ from ..images.arrays import npy_bytes
 from ..images.files import DecodeError
 from ..images.pixel_format import RGB8, PixelFormat, decode_pixels
 from ..images.prepare import open_deep, prepare
-from .archives import CheckedMember, forgetting
+from .archives import COMPRESSED_TARS, CheckedMember, forgetting
 from .cache import ShardCache
 from .dataset import (
     ALL_TARS,
@@ -54,7 +53,6 @@ from .web import WebFileSystem
 log = logging.getLogger(__name__)
 IMAGES_PER_CORE = 16
 """Number of images that are in memory per core, while they are decoded in parallel."""
-COMPRESSED_TAR = re.compile(r"\.(tgz|txz|tbz2?|tar\.(gz|xz|bz2|zst))$")
 
 NOT_IN_PLACE = "can't be read in place; use `python -m pipeline.convert webdataset`, which encodes its pixels again"
 
@@ -259,7 +257,7 @@ def _find_tars(root: str, retry_policy: RetryPolicy) -> tuple[str, list[str]]:
     names: list[str] = []
     if "{" in root:
         folders, expanded = zip(*map(posixpath.split, expand_braces(root)), strict=True)
-        if all(name.endswith(".tar") or COMPRESSED_TAR.search(name) for name in expanded):
+        if all(name.endswith((".tar", *COMPRESSED_TARS)) for name in expanded):
             if len(set(folders)) > 1:
                 raise UserError(f"{root} names tars in several folders; index each folder separately.")
             root, names = folders[0] or ".", list(expanded)
@@ -271,7 +269,7 @@ def _find_tars(root: str, retry_policy: RetryPolicy) -> tuple[str, list[str]]:
             names = fnmatch.filter(names, pattern)
     if tars := [name for name in names if name.endswith(".tar")]:
         return root, tars
-    if compressed := next(filter(COMPRESSED_TAR.search, names), ""):
+    if compressed := next((name for name in names if name.endswith(COMPRESSED_TARS)), ""):
         raise UserError(
             f"{root}/{compressed} is a compressed tar, which can't be indexed in place; use "
             "`python -m pipeline.convert webdataset` instead."

@@ -367,9 +367,9 @@ def test_unusable_folders_are_refused(tmp_path, config):
     refuse(write_folder(tmp_path / "one", {"a/0.jpg": b""}), config, "holds one image, .*; use more images")
     unreadable = write_folder(tmp_path / "damaged", {f"a/{name}.jpg": content for name, content in damaged().items()})
     refuse(unreadable, config, "No image of damaged could be read .*; use another source")
-    refuse(
-        write_tar(tmp_path / "photos.tar.gz", pictures(), "w:gz"), config, "not a whole, uncompressed tar .*decompress"
-    )
+    for name in "photos.tar.gz", "photos.txz":
+        path = write_tar(tmp_path / name, pictures(), "w:gz" if name.endswith("gz") else "w:xz")
+        refuse(path, config, "not a whole, uncompressed tar .*decompress")
     refuse(tmp_path / "nowhere", config, "No shards at .*nowhere; .*correct the path")
 
 
@@ -422,7 +422,7 @@ def test_images_of_a_zip_that_cannot_be_read_are_left_out(tmp_path, config):
 
 @pytest.mark.parametrize("form", ["folder", "tar", "zip"])
 def test_hidden_files_and_folders_are_skipped(tmp_path, form):
-    names = ["a/0.jpg", "a/1.jfif", "b/2.JPE"]
+    names = ["a/0.jpg", "a/1.jfif", "b/2.JPE", "c:x/3.png"]  # the last is no drive of Windows
     hidden = ["a/._0.jpg", ".ipynb_checkpoints/0-checkpoint.jpg", "b/@eaDir/2.JPE/SYNOPHOTO_THUMB_M.jpg"]
     files, write = dict.fromkeys(names + hidden, b""), {"folder": write_folder, "tar": write_tar, "zip": write_zip}
     path = write[form](tmp_path / "in", files if form == "folder" else under(".", files))

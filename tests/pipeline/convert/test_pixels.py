@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import tarfile
 from dataclasses import replace
 
 import cv2
@@ -15,6 +16,7 @@ from pipeline.convert.pixels import cifar_sources, stl10_sources
 from pipeline.convert.textures import textures_source
 from pipeline.convert.writer import write_split
 from pipeline.images.files import decode, png
+from pipeline.shards.archives import unpacked
 from pipeline.shards.dataset import open_shards
 from tests.pipeline.image_sets import (
     cifar_files,
@@ -128,6 +130,17 @@ def test_damaged_cifar(tmp_path):
     (tmp_path / "cut.tar.gz").write_bytes(tar_bytes(files, "w:gz")[:-500])
     with pytest.raises(UserError, match="is not a whole archive"):
         cifar_sources(tmp_path / "cut.tar.gz")
+
+
+def test_a_full_disk_is_not_taken_for_a_failing_one(tmp_path, monkeypatch):
+    path = write_tar(tmp_path / "cifar.tar.gz", cifar_files(10, each=1)[0], "w:gz")
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile.ExFileObject, "read", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        with pytest.raises(UserError, match=r"is not a whole archive \(Input/output error\); download or copy it again"):
+            cifar_sources(path)
+    (tmp_path / "batches.meta").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"can't be unpacked to \S+ \(No space left on device\); set TMPDIR"):
+        unpacked(path, ["batches.meta"], tmp_path)
 
 
 @pytest.mark.parametrize("form", ["tar.gz", "folder"])
