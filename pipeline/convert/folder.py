@@ -79,7 +79,8 @@ def list_images(path: Path) -> Listing:
         with open_tar(path) as tar:
             files = [(member.name, (member.offset_data, member.size)) for member in image_members(tar, path, left_out)]
         read = partial(read_range, path)
-    files.sort(key=lambda file: parts_of(file[0]))
+    # dict: of several members of one name, which `tar --append` writes, the last one counts
+    files = sorted(dict(files).items(), key=lambda file: parts_of(file[0]))
     return Listing(path.stem, files, read, left_out, modified_ns([path]))
 
 

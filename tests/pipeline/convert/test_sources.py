@@ -74,6 +74,15 @@ def test_links_and_paths_out_of_a_tar_are_refused(tmp_path, form, name):
     assert str(error.value).startswith(f"{where} holds {name}, {message}: ") and "\n" not in str(error.value)
 
 
+def test_the_last_of_several_members_of_one_name_counts(tmp_path):
+    first, *others = pictures().items()
+    path = write_tar(tmp_path / "in.tar", dict([first, *others]))
+    add_member(path, first[0], tarfile.REGTYPE, others[0][1])
+    source = folder_source(path)
+    contents = {key: source.read(*address) for _, key, address in source.items}
+    assert len(contents) == 12 and contents[first[0].partition(".")[0]] == others[0][1]
+
+
 @pytest.mark.parametrize("name", ["../evil.jpg", "a/soft.jpg"])
 def test_a_refused_tar_writes_nothing(tmp_path, name):
     path = add_member(write_tar(tmp_path / "in.tar", pictures()), name, MALICIOUS[name][0], b"")
