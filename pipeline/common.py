@@ -9,7 +9,6 @@ if __package__ == "pipeline":
         has_c_compiler,
         progress_bar,
         replacing,
-        save_tensors,
     )
 else:
     from ..common import (
@@ -20,7 +19,6 @@ else:
         has_c_compiler,
         progress_bar,
         replacing,
-        save_tensors,
     )
 
 __all__ = [
@@ -31,5 +29,4 @@ __all__ = [
     "has_c_compiler",
     "progress_bar",
     "replacing",
-    "save_tensors",
 ]

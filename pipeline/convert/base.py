@@ -29,7 +29,7 @@ class Source:
     scratch: tempfile.TemporaryDirectory | None = None
     """Folder with unpacked files; deleted together with the source."""
     modified: Sequence[int] = ()
-    """Modification times (ns) of the files that hold the images; a different time means possibly different images."""
+    """Modification times (ns) of the files that hold the images, or a checksum; other numbers may mean other images."""
 
 
 def read_range(path: Path, offset: int, size: int) -> bytes:

@@ -306,7 +306,7 @@ def _classes(items: list[Item]) -> set[str]:
 
 
 def held_out(items: list[Item]) -> np.ndarray:
-    """(N,) bool: the images to evaluate with, `HELD_OUT` of each class, but at least one and not all.
+    """(N,) bool: the images to evaluate with, `HELD_OUT` of each class: at least one of several, and not all.
 
     The images of a class whose keys have the smallest SHA-256 are chosen, so that the choice is random but hardly
     changes when images are added.

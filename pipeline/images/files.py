@@ -174,23 +174,6 @@ def open_unrotated(encoded: bytes, page: int = 0) -> Image.Image:
     return image
 
 
-def inspect(encoded: bytes, verify: bool = True) -> tuple[str, int, int]:
-    """Return (file extension, height, width) of an image file that `decode` can decode, with sizes in pixels.
-
-    Args:
-        encoded: content of the file.
-        verify: whether to decode it completely (a JPEG in gray). False parses only the header, so that a truncated
-            image or damage behind the header is not noticed.
-
-    Raises:
-        DecodeError: the image cannot be used; the message is the reason.
-    """
-    form, height, width = read_header(encoded)
-    if verify and not (EXTENSIONS[form] == "jpg" and _is_intact_jpeg(encoded, height, width)):
-        height, width = verified_pixels(encoded, form).shape[:2]
-    return EXTENSIONS[form], height, width
-
-
 def png(pixels: np.ndarray) -> bytes:
     """Encode (H, W, 3) RGB or (H, W, 1) gray, uint8 or uint16, as PNG.
 
@@ -250,7 +233,7 @@ def _png_size(encoded: bytes) -> tuple[int, int] | None:
     return (height, width) if height and width else None
 
 
-def _is_intact_jpeg(encoded: bytes, height: int, width: int) -> bool:
+def is_intact_jpeg(encoded: bytes, height: int, width: int) -> bool:
     """Decode at full size in gray, which takes two thirds of the time.
 
     All coefficients of all channels still pass through the entropy decoder, the only part of a JPEG decoder that can

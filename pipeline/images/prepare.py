@@ -7,7 +7,7 @@ import numpy as np
 
 from .arrays import NPY_MARK, npy_bytes, npy_pixels
 from .dicom import is_dicom, open_dicom
-from .files import TIFF_MARKS, DecodeError, inspect, png, read_header, verified_pixels
+from .files import EXTENSIONS, TIFF_MARKS, DecodeError, is_intact_jpeg, png, read_header, verified_pixels
 from .pixel_format import RGB8, DeepImage, PixelFormat, png16_pixels, png_format
 from .tiff import open_tiff
 
@@ -56,7 +56,9 @@ def prepare(
         return _prepare_deep(image, encoded, verify, short_side)
     form, height, width = read_header(encoded)
     if short_side is None or min(height, width) <= short_side:
-        return Prepared(inspect(encoded, verify), encoded, RGB8)
+        if verify and not (EXTENSIONS[form] == "jpg" and is_intact_jpeg(encoded, height, width)):
+            height, width = verified_pixels(encoded, form).shape[:2]
+        return Prepared((EXTENSIONS[form], height, width), encoded, RGB8)
     pixels = _shrunk(verified_pixels(encoded, form), short_side)
     height, width = pixels.shape[:2]
     encodes, jpeg = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])

@@ -49,7 +49,7 @@ class Sample(NamedTuple):
 
     key: str
     form: tuple[str, int, int]
-    """(file extension, height, width), as returned by `pipeline.images.files.inspect`."""
+    """(file extension, height, width), with sizes in pixels."""
     encoded: bytes
     label: int
     """Class number, -1 for none."""

@@ -190,6 +190,6 @@ def disk_errors(folder: Path) -> Iterator[None]:
     """Turn errors of the local disk into UserErrors, which are not retried."""
     try:
         yield
-    except (OSError, NotImplementedError) as error:  # filelock raises the latter on a file system without locks
+    except OSError as error:
         remedy = "set $STREAMCLR_CACHE to a folder that can be written and has room"
         raise UserError(f"{folder} can't be used as a cache ({error}); {remedy}.") from error

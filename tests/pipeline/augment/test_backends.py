@@ -15,7 +15,8 @@ from pipeline.augment import gpu
 from pipeline.augment.backend import create_backend
 from pipeline.augment.config import AugmentConfig
 from pipeline.augment.params import ORDERS, AugmentParams, center_crop, draw_params
-from pipeline.images.files import DecodeError, inspect
+from pipeline.images.files import DecodeError
+from pipeline.images.prepare import prepare
 from tests.pipeline.augment import reference_views as reference
 
 CPU = torch.device("cpu")
@@ -367,7 +368,7 @@ def unusual_images() -> dict[str, bytes]:
 def test_backends_agree_on_unusual_images():
     """Crops have the size of the views, so that only decoding can differ."""
     images = unusual_images()
-    assert {inspect(encoded)[1:] for encoded in images.values()} == {(90, 120)}
+    assert {prepare(encoded).form[1:] for encoded in images.values()} == {(90, 120)}
     config = AugmentConfig(size=64)
     drawn = draw_params(config, 3, 0, np.arange(len(images)), *np.repeat([[90], [120]], len(images), 1))
     params = reference.keep_only(replace(drawn, crop=np.broadcast_to(np.int32([20, 40, 64, 64]), drawn.crop.shape)))

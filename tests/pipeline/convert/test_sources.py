@@ -16,7 +16,8 @@ from pipeline.convert.imagenet import imagenet_sources
 from pipeline.convert.pixels import cifar_sources, stl10_sources
 from pipeline.convert.webdataset import webdataset_source
 from pipeline.convert.writer import write_split
-from pipeline.images.files import DecodeError, decode, inspect
+from pipeline.images.files import DecodeError, decode
+from pipeline.images.prepare import prepare
 from pipeline.shards.archives import LONGEST_NAME
 from pipeline.shards.index import index_shards
 from tests.pipeline.augment.reference_views import encode, smooth_field
@@ -230,7 +231,7 @@ def test_verified_jpegs_decode():
         if random.random() < 0.3:
             del damaged[random.integers(2, len(damaged)) :]
         try:
-            _, height, width = inspect(bytes(damaged))
+            _, height, width = prepare(bytes(damaged)).form
         except DecodeError:
             assert decode(bytes(damaged)) is None
         else:

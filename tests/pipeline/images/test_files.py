@@ -16,7 +16,6 @@ from pipeline.images.files import (
     DecodeError,
     decode,
     decodes_alike,
-    inspect,
     nvjpeg_decodes_alike,
 )
 from pipeline.images.pixel_format import RGB8
@@ -41,7 +40,7 @@ def test_the_orientation_of_a_tiff_is_ignored(orientation, compression):
     encoded = encode(PICTURE, "TIFF", tiffinfo={ORIENTATION: orientation}, compression=compression)
     np.testing.assert_array_equal(decode(encoded), PIXELS)
     for verify in True, False:
-        assert inspect(encoded, verify) == ("tif", 60, 90)
+        assert prepare(encoded, verify).form == ("tif", 60, 90)
 
 
 def test_alpha_is_dropped_without_multiplication():
@@ -78,7 +77,7 @@ def test_upper_eight_of_12_bits_are_kept():
 @pytest.mark.parametrize("mode", ["F", "I"])
 def test_tiffs_without_a_defined_white_level_are_refused(mode):
     with pytest.raises(DecodeError, match="of an unusual kind"):
-        inspect(encode(PICTURE.convert(mode), "TIFF"))
+        prepare(encode(PICTURE.convert(mode), "TIFF"))
 
 
 JPEGS = {
@@ -105,7 +104,7 @@ def test_jpegs_without_an_end_are_refused(name):
         part = jpeg[:length]
         assert decode(part) is None and not decodes_alike(part) and not nvjpeg_decodes_alike(part)
     with pytest.raises(DecodeError, match="a damaged or truncated JPEG"):
-        inspect(jpeg[:-1])
+        prepare(jpeg[:-1])
 
 
 def test_unusual_but_complete_jpegs_are_decoded():
@@ -128,12 +127,12 @@ def strips(encoded: bytes) -> list[tuple[int, int]]:
 def test_damaged_strips_are_detected(compression):
     """60 bytes of 0xff are neither a code in the LZW table nor a valid deflate block."""
     encoded = encode(smooth_field(5, 1, 200, 300), "TIFF", compression=compression)
-    assert len(strips(encoded)) > 1 and inspect(encoded) == ("tif", 200, 300)
+    assert len(strips(encoded)) > 1 and prepare(encoded).form == ("tif", 200, 300)
     for offset, size in strips(encoded):
         middle = offset + size // 2
         damaged = encoded[:middle] + b"\xff" * 60 + encoded[middle + 60 :]
         with pytest.raises(DecodeError, match="a damaged or truncated TIFF"):
-            inspect(damaged)
+            prepare(damaged)
         with pytest.raises(DecodeError, match="a damaged or truncated TIFF"):
             prepare(damaged, short_side=100)
 
@@ -146,7 +145,7 @@ def test_flipped_bits_in_deflated_strips_are_detected():
         damaged = bytearray(encoded)
         damaged[at] ^= 16
         with pytest.raises(DecodeError):
-            inspect(bytes(damaged))
+            prepare(bytes(damaged))
 
 
 def test_checksums_of_tiled_and_planar_tiffs():
@@ -157,10 +156,10 @@ def test_checksums_of_tiled_and_planar_tiffs():
     tiles = [zlib.compress(padded[top : top + 16, left : left + 16].tobytes()) for top, left in corners]
     tiled = tiff({322: 16, 323: 16}, tiles, 324, 325)
     for encoded in planar, tiled:
-        assert inspect(encoded) == ("tif", 60, 90)
+        assert prepare(encoded).form == ("tif", 60, 90)
         np.testing.assert_array_equal(decode(encoded), PIXELS)
     with pytest.raises(DecodeError):
-        inspect(tiff({322: 16, 323: 16}, [*tiles[:-1], tiles[-1][:-1] + b"?"], 324, 325))
+        prepare(tiff({322: 16, 323: 16}, [*tiles[:-1], tiles[-1][:-1] + b"?"], 324, 325))
 
 
 def tiff(tags: dict[int, int], blocks: list[bytes], offsets_tag: int, sizes_tag: int) -> bytes:
@@ -194,7 +193,7 @@ def test_images_that_are_too_large_are_not_called_damaged():
     pixels = zlib.compress(bytes(side * (1 + -(-side // 8))), 1)
     encoded = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
     with pytest.raises(DecodeError, match="too large: more than 178,956,970 pixels"):
-        inspect(encoded)
+        prepare(encoded)
 
 
 def test_pngs_with_long_comments_are_supported():
@@ -203,9 +202,9 @@ def test_pngs_with_long_comments_are_supported():
     comments.add_text("Raw profile type xmp", " " * (2 << 20), zip=True)
     encoded = encode(PICTURE, "PNG", pnginfo=comments)
     for verify in True, False:
-        assert inspect(encoded, verify) == ("png", 60, 90)
+        assert prepare(encoded, verify).form == ("png", 60, 90)
     with pytest.raises(DecodeError, match="its header is damaged"):
-        inspect(encoded[:18] + b"\1" + encoded[19:], verify=False)
+        prepare(encoded[:18] + b"\1" + encoded[19:], verify=False)
 
 
 def test_images_too_long_for_jpeg_are_refused():
@@ -221,7 +220,7 @@ def test_pillow_does_not_warn_about_large_images():
     size = struct.pack("<ii", 10_000, 10_000)
     bmp = encode(PICTURE, "BMP")
     program = (
-        "import sys; from pipeline.images.files import inspect; print(inspect(sys.stdin.buffer.read(), verify=False))"
+        "import sys; from pipeline.images.prepare import prepare; print(prepare(sys.stdin.buffer.read(), False).form)"
     )
     command = [sys.executable, "-W", "default", "-c", program]
     result = subprocess.run(command, input=bmp[:18] + size + bmp[26:], cwd=ROOT, capture_output=True, timeout=60)

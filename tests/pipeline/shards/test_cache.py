@@ -154,15 +154,6 @@ def test_a_full_disk_is_named_without_another_attempt(small, tmp_path):
         assert server.count["part-000.tar"] == 1
 
 
-def test_a_cache_on_a_file_system_without_locks_is_refused(small, tmp_path, monkeypatch):
-    def refuse(*_, **__):
-        raise NotImplementedError("FileLock is not supported on this filesystem")
-
-    monkeypatch.setattr("pipeline.shards.cache.FileLock.acquire", refuse)
-    with pytest.raises(UserError, match=r"can't be used as a cache \(.*not supported.*\); set \$STREAMCLR_CACHE to"):
-        cache_at(tmp_path).fetch(*filesystem(f"{small.root}/part-000.tar"), *shard_entry(small, 0))
-
-
 def test_verify_names_a_broken_cache(small, tmp_path):
     (tmp_path / "file").write_text("")
     with serving(Path(small.root)) as server:
