@@ -92,7 +92,8 @@ def nt_xent(
         decoupled: omit the positive from the denominator of equation 1 (DCL, arXiv 2110.06848). This needs at least two
             samples over all ranks, and the loss may be negative.
         queue: projections of past steps, on z's device, the same on every rank; constants, which receive no gradient.
-            The caller appends those of each step after this call (`NegativeQueue.append`).
+            dL/dz is that of a batch which they would complete, see `loss.queue`. The caller appends those of each step
+            after this call (`NegativeQueue.append`).
         sample: with a queue, the index of each sample, (n,) int64 on z's device, not negative.
 
     Returns:
@@ -144,11 +145,11 @@ def nt_xent(
     with torch.autocast(z.device.type, enabled=False) if autocast else nullcontext():
         if impl == "reference":
             z_all = z if group is None else distributed.GatherRowsWithGradient.apply(z, group)
-            past = None if queue is None else past_similarities(z, temperature, sample, queue.z, queue.sample)
+            past = None if queue is None else past_similarities(twice(z), temperature, sample, queue.z, queue.sample)
             return nt_xent_reference(z, temperature, z_all, decoupled, past)
         if queue is not None and impl != "triton":
             z = z.to(compute_dtype(z))  # once, so that the gradient is rounded to z's dtype once
-        past = None if queue is None else queue.log_sums(z, temperature, sample)
+        past = None if queue is None else queue.log_sums(twice(z), temperature, sample)
         gather = None if group is None else partial(distributed.gather_rows, group=group)
         if impl == "triton":
             from .triton.ops import nt_xent_triton
@@ -171,6 +172,11 @@ def nt_xent_and_append(
     if queue is not None:
         queue.append(z, sample, options.get("group"))
     return loss
+
+
+def twice(z: Tensor) -> Tensor:
+    """z itself, but its gradient counts twice: see `loss.queue`."""
+    return z + (z - z.detach())
 
 
 def _check_queue(z: Tensor, queue: NegativeQueue, sample: Tensor | None) -> None:

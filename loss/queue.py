@@ -12,7 +12,11 @@ m_i is the output of an attention with the queue as keys and values. As in Flash
 
 Q_i adds to the log-sum L_i of the batch's negatives: logaddexp(L_i, Q_i) takes the place of L_i in the equations of
 `cpu.blockwise` and `triton`, which then yield the loss and its gradient through the pairs of the batch.
-`cpu.blockwise.with_gradient_in` adds the gradient through Q_i.
+`cpu.blockwise.with_gradient_in` adds the gradient through Q_i, twice (`ntxent.twice`). In a batch, a pair of negatives
+occurs in two rows: z_i is pushed away from z_j by its own row and by that of z_j. The rows of past projections are not
+computed, so their half of the push would be missing, while the two views of an image still attract each other twice;
+training then ends in a partial collapse. Their half is estimated by the other one, P_qi = P_iq, as if both rows had the
+same denominator. dL/dtau is a mean over the rows of the batch and counts once.
 """
 
 from collections.abc import Iterable

@@ -79,7 +79,9 @@ def test_gradients_equal_autograd_of_the_reference(monkeypatch, decoupled, block
 
 
 @DECOUPLED
-def test_gradient_equals_finite_differences(decoupled):
+def test_gradient_equals_finite_differences(decoupled, monkeypatch):
+    """Of the part that is the derivative of the loss: the queue counted once."""
+    monkeypatch.setattr("loss.ntxent.twice", lambda z: z)
     z = trained_like(3, 5).requires_grad_()
     temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     options = {"impl": "blockwise", "queue": past_of(3, 5, 9, 9), "sample": torch.arange(3)}
@@ -102,6 +104,23 @@ def test_error_is_that_of_the_similarities(dtype, tau, decoupled):
     bounds = (2 * ulp, 0), (0, 4 * ulp + rounding), (2 * ulp / tau, 4 * ulp)
     for true, ours, (absolute, relative) in zip(*results, bounds, strict=True):
         assert (ours - true).norm() <= absolute + relative * true.norm()
+
+
+@DECOUPLED
+@pytest.mark.parametrize("impl", ["blockwise", "reference"])
+def test_the_gradient_is_that_of_a_batch_completed_by_the_queue(impl, decoupled):
+    """Seven images at equal angles, so that all rows have the same denominator; three of them are the batch."""
+    rotation = torch.linalg.qr(torch.randn(9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+    images = (torch.eye(9, dtype=torch.float64)[:7] + 0.1) @ rotation
+    z, n = images.repeat(2, 1), 3
+    whole_loss, whole, _ = loss_and_gradients(z, 0.2, impl, decoupled=decoupled)
+    queue = NegativeQueue(8, 9).double()
+    queue.append(images[n:].repeat(2, 1), torch.arange(n, 7))
+    compute = partial(nt_xent, impl=impl, queue=queue, sample=torch.arange(n))
+    loss, grad, _ = loss_and_gradients(images[:n].repeat(2, 1), 0.2, impl, compute, decoupled)
+    torch.testing.assert_close(loss, whole_loss, rtol=1e-12, atol=0)
+    assert whole.norm() > 1e-3
+    torch.testing.assert_close(grad * n / 7, whole.unflatten(0, (2, 7))[:, :n].flatten(0, 1), rtol=1e-12, atol=1e-14)
 
 
 def test_a_queue_without_negatives_changes_nothing(monkeypatch):
