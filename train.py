@@ -28,7 +28,7 @@ from engine.trackers import view_sheet
 from evaluation.evaluator import Evaluator
 from evaluation.features import raw_pixels
 from evaluation.tables import report_table
-from loss import NegativeQueue, Temperature, nt_xent_and_append
+from loss import Temperature, create_queue, nt_xent_and_append
 from model import (
     SimCLR,
     create_encoder,
@@ -88,7 +88,7 @@ def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> 
     simclr.temperature = Temperature(config.loss)
     simclr = session.to_device(synchronize_batchnorm(simclr), view_sizes=1 + len(views.phases))
     model = session.distribute(simclr)
-    queue = NegativeQueue(config.loss.queue, config.head.out).to(session.device) if config.loss.queue else None
+    queue = create_queue(config.loss.queue, config.head.out, config.epochs * len(loader), session.device)
 
     # Optimization: the probe has an optimizer of its own, so that the encoder's settings do not change the yardstick.
     groups = parameter_groups([simclr.encoder, simclr.head], config.optim.weight_decay)

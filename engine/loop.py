@@ -333,7 +333,7 @@ class TrainingLoop:
         if table is not None:
             self.session.print(table)
         summary, file = self._summary(), self.session.out / "summary.json"
-        if self.timer.total_steps or not file.exists():  # otherwise the run had ended before, and its speed stands there
+        if self.timer.total_steps or not file.exists():  # or the run had ended before, with its speed
             summary |= environment(self.session.device, self.session.world_size)
             with replacing(file) as path:
                 path.write_text(json.dumps(summary, indent=2))

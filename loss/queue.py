@@ -43,19 +43,21 @@ class NegativeQueue(nn.Module):
     Args:
         length: N, number of projections that are kept.
         width: D of the projections.
+        first_batch: number of batches that are left out at first.
 
     Attributes:
         z: (N, D) float32, unit rows; the oldest ones are replaced first.
         sample: (N,) int64, index of each entry's image; -1 for entries that have not been filled yet.
-        count: () int64, number of entries ever written; its remainder by N is the next slot.
+        count: () int64, number of entries ever written, those left out included; its remainder by N is the next slot.
     """
 
-    def __init__(self, length: int, width: int):
+    def __init__(self, length: int, width: int, first_batch: int = 0):
         super().__init__()
         if length < 1 or width < 1:
             raise ValueError(
                 f"length and width must be at least 1, not {length} and {width}; use queue=None for no queue."
             )
+        self.first_batch = first_batch
         self.register_buffer("z", torch.zeros(length, width))
         self.register_buffer("sample", torch.full((length,), EMPTY))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
@@ -80,6 +82,7 @@ class NegativeQueue(nn.Module):
         rows, samples = views.flatten(0, 1)[-length:].to(self.z), sample.repeat(2)[-length:]
         slots = (self.count + torch.arange(len(rows), device=rows.device)) % length
         taken = rows.isfinite().all()
+        samples = samples.where(self.count >= self.first_batch * len(rows), EMPTY)
         self.z.index_copy_(0, slots, rows.where(taken, self.z[slots]))
         self.sample.index_copy_(0, slots, samples.where(taken, self.sample[slots]))
         self.count += taken * len(rows)
@@ -93,6 +96,15 @@ class NegativeQueue(nn.Module):
             sample: (n,) int64 on z's device: entries of the same sample are not negatives.
         """
         return log_sums(z, temperature, sample, self.z, self.sample, torch.is_grad_enabled())[0]
+
+
+def create_queue(length: int, width: int, steps: int, device: torch.device) -> NegativeQueue | None:
+    """The queue of a run of `steps` steps, None for a length of 0.
+
+    It fills from the second quarter of the run on: before, the encoder changes so fast that entries no longer resemble
+    what it would compute now.
+    """
+    return NegativeQueue(length, width, first_batch=steps // 4).to(device) if length else None
 
 
 @torch.library.custom_op(f"{OPERATOR_NAMESPACE}::queue_log_sums", mutates_args=())

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loss import NegativeQueue, distributed, nt_xent, nt_xent_and_append
+from loss import NegativeQueue, create_queue, distributed, nt_xent, nt_xent_and_append
 from loss import queue as queue_module
 from loss.cpu.workers import Workers
 from tests.loss.cases import loss_and_gradients, trained_like
@@ -158,6 +158,16 @@ def test_the_last_projections_are_kept_in_order():
         assert queue.sample[newest].tolist() == samples[::-1][:kept]
         assert (queue.sample == -1).sum() == 20 - kept
     assert not queue.z.requires_grad
+
+
+def test_the_first_quarter_of_a_run_is_left_out():
+    queue = create_queue(8, 6, steps=11, device=torch.device("cpu"))  # the first two batches of three samples
+    kept = []
+    for step in range(4):
+        queue.append(trained_like(3, 6, torch.float32, seed=step), 3 * step + torch.arange(3))
+        kept.append(set(queue.sample.tolist()))
+    assert kept == [{-1}, {-1}, {-1, 6, 7, 8}, {7, 8, 9, 10, 11}] and queue.count == 24
+    assert create_queue(0, 6, steps=11, device=torch.device("cpu")) is None
 
 
 def test_a_batch_larger_than_the_queue_leaves_its_last_rows():
