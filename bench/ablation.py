@@ -4,9 +4,10 @@
     python -m bench.ablation --data SHARDS --epochs 100        other images, with labels and a test split
     python -m bench.ablation --seeds 0 --batches 64            some of the runs
 
-Every change is compared with the unchanged run of the same batch size and seed, which has the same initial weights and
-sees the same images in the same order. AdamW's learning rate grows with the square root of the batch size (arXiv
-2205.10287), so that one recipe suits all of them; crops and grayscale are those of the paper (arXiv 2002.05709).
+Every change is compared with the unchanged run of the same batch size and seed on the same kind of machine, which has
+the same initial weights and sees the same images in the same order. AdamW's learning rate grows with the square root of
+the batch size (arXiv 2205.10287), so that one recipe suits all of them; crops and grayscale are those of the paper
+(arXiv 2002.05709).
 `--processes` runs at a time train on one thread each. A row is added to bench/results/ablation.csv as each run ends,
 and runs that are there already are skipped, so the same command continues a table that was interrupted. At the end,
 the table of docs/training.md is filled from all rows.
@@ -35,6 +36,7 @@ from bench.harness import RESULTS, environment, read_rows, run_module, write_row
 from bench.scored_run import ScoredRun
 from common import UserError, check_range
 from config import PretrainConfig
+from engine.environment import device_name
 from evaluation.store import eval_splits
 from pipeline.data import open_data
 from pipeline.loader import LoaderConfig
@@ -61,7 +63,7 @@ CHANGES = {
     "crops from 0.2": ["--views.crop-area", "0.2", "1"],
 }
 """Name of a change -> its options."""
-SETTING = ("data", "images", "epochs", "encoder", "recipe", "images_sha256")
+SETTING = ("data", "images", "epochs", "encoder", "device", "recipe", "images_sha256")
 """Columns in which rows must agree to be compared."""
 Rows = list[dict[str, str]]
 console = Console()
@@ -122,6 +124,7 @@ class Setting:
             "images": self.images,
             "epochs": self.epochs,
             "encoder": f"{encoder.name} x {encoder.width:g}, {encoder.stem} stem",
+            "device": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
             "recipe": shlex.join(self.recipe),
             "images_sha256": self.sha256,
             **run._asdict(),

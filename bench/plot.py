@@ -92,7 +92,7 @@ def fill_views_table() -> Path:
 def fill_ablation_table() -> Path:
     """Tables of docs/training.md between its marks, one for each setting of ablation.csv."""
     parts = []
-    for (data, images, epochs, encoder, *_), rows in by_setting(read_rows("ablation")).items():
+    for (data, images, epochs, encoder, device, *_), rows in by_setting(read_rows("ablation")).items():
         if not (found := effects(rows, "knn_top1")):
             continue
         fewest, most = (bound(effect.seeds for effect in found.values()) for bound in (min, max))
@@ -104,7 +104,7 @@ def fill_ablation_table() -> Path:
             cells = [shown(found[change, batch]) if (change, batch) in found else "" for batch in batches]
             if change != BASE and any(cells):
                 lines.append([change, *cells])
-        parts.append(f"{data}, {images} training images, {epochs} epochs, {encoder}; seeds: {seeds}")
+        parts.append(f"{data}, {images} training images, {epochs} epochs, {encoder}, {device}; seeds: {seeds}")
         parts.append("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
     missing = "Not measured yet: there is no `ablation.csv` in `bench/results`."
     return _fill("training.md", "ablation", "\n\n".join(parts) or missing)

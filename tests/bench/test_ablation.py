@@ -144,6 +144,7 @@ SCORES = {BASE: {0: 0.5, 1: 0.6, 2: 0.4}, "gray 0.1": {0: 0.52, 1: 0.63, 2: 0.41
 def rows(monkeypatch):
     """Rows of three changes at batch 64, of two at batch 32, and of one whose base is missing."""
     monkeypatch.setattr(ablation.Setting, "config", lambda *_: ablation.PRETRAIN["textures"]())
+    monkeypatch.setattr(ablation, "device_name", lambda device: "a CPU")
     others = {BASE: {0: 0.25}, "decoupled loss": {0: 0.25}}
     return [*rows_of(SCORES), *rows_of(others, 32), *rows_of({"gray 0.1": {0: 0.9}}, 16)]
 
@@ -176,16 +177,16 @@ def test_the_table_is_filled_from_the_rows(rows, tmp_path, monkeypatch):
     monkeypatch.setattr(plot, "DOCS", tmp_path)
     document = tmp_path / "training.md"
     document.write_text("before\n\n<!-- ablation -->\n\nold\n\n<!-- /ablation -->\n\nafter\n")
-    other = [{**row, "epochs": "9"} for row in rows_of({BASE: {0: 0.75}})]
+    other = [{**row, "device": "a GPU"} for row in rows_of({BASE: {0: 0.75}})]
     monkeypatch.setattr(plot, "read_rows", lambda name: rows + other)
     for _ in range(2):  # filling it again changes nothing
         plot.fill_ablation_table()
         assert document.read_text() == (
             "before\n\n<!-- ablation -->\n\n"
-            "textures, 64 training images, 3 epochs, resnet18 x 0.25, standard stem; seeds: 1 to 3\n\n"
+            "textures, 64 training images, 3 epochs, resnet18 x 0.25, standard stem, a CPU; seeds: 1 to 3\n\n"
             "| change | batch 32 | batch 64 |\n| --- | --- | --- |\n| base: kNN, % | 25.0 | 50.0 |\n"
             "| decoupled loss | +0.0 |  |\n| queue of 1024 |  | -1.0 |\n| gray 0.1 |  | +2.0 ± 0.6 |\n\n"
-            "textures, 64 training images, 9 epochs, resnet18 x 0.25, standard stem; seeds: 1\n\n"
+            "textures, 64 training images, 3 epochs, resnet18 x 0.25, standard stem, a GPU; seeds: 1\n\n"
             "| change | batch 64 |\n| --- | --- |\n| base: kNN, % | 75.0 |\n\n"
             "<!-- /ablation -->\n\nafter\n"
         )
