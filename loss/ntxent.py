@@ -40,7 +40,7 @@ class LossConfig:
     decoupled: bool = False
     """Leave the positive out of the denominator (DCL, arXiv 2110.06848)."""
     queue: int = 0
-    """Number of projections of past steps that are further negatives; 0 for none."""
+    """Number of projections of past steps that are further negatives after a quarter of the run; 0 for none."""
     impl: Impl = "auto"
     """Implementation of NT-Xent. auto: triton on NVIDIA GPUs that support it, blockwise elsewhere."""
 
