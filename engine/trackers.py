@@ -100,7 +100,7 @@ class Trackers:
             os.environ.setdefault(variable, value)
         file = self.session.out / "trackers.json"
         self.state = {}
-        with suppress(OSError, ValueError, TypeError):  # a new run, or a damaged file: the trackers start anew
+        with suppress(OSError, ValueError, TypeError):  # a new run, or a damaged file: trackers start new runs
             self.state = dict(json.loads(file.read_text()))
         written = {(row["step"], name) for row in dropped for name in scalars(row)}
         kept = {(at, name) for at, name in written if at <= step}

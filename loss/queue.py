@@ -43,7 +43,7 @@ class NegativeQueue(nn.Module):
     Args:
         length: N, number of projections that are kept.
         width: D of the projections.
-        first_batch: number of batches that are left out at first.
+        first_batch: number of the first batch that is kept, counted from 0.
 
     Attributes:
         z: (N, D) float32, unit rows; the oldest ones are replaced first.
