@@ -48,14 +48,15 @@ def embed(
         expected = torch.from_numpy(padded[first : first + len(index)][: count - first]).to(index.device)
         first += len(index)
         readable = index[: len(expected)] == expected
-        unreadable += int((~readable).sum())
+        kept = expected[readable]
+        unreadable += len(expected) - len(kept)
         if unreadable > max_bad * count:
             raise UserError(
                 f"{unreadable} of {count} images to evaluate can't be read (see bad_samples.jsonl), more than "
                 f"--loader.max-bad {max_bad:g} allows; check the shards with `python -m pipeline.shards verify SHARDS` "
                 "or raise --loader.max-bad."
             )
-        yield features[: len(expected)][readable], label[: len(expected)][readable], expected[readable]
+        yield features[: len(expected)][readable], label[: len(expected)][readable], kept
 
 
 def _interleave(gathered: Tensor, world_size: int) -> Tensor:
