@@ -1,7 +1,9 @@
 """One process of a run: device, ranks, precision, threads and console. The only file that imports accelerate."""
 
+import ctypes
 import os
 import shutil
+import sys
 import time
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -71,6 +73,7 @@ class Session:
             raise UserError("--cuda-graph works in one process only; omit the option or start one process.")
         if self.device.type == "cpu":
             torch.set_num_threads(available_cores())  # the launcher restricts each process to one thread
+            keep_freed_memory()
             if compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
                 raise UserError("--compile needs a C++ compiler on a CPU; install g++ or omit the option.")
         torch.backends.cudnn.benchmark = True  # most steps have the same shapes
@@ -209,3 +212,15 @@ def computes_in_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+
+
+def keep_freed_memory() -> None:
+    """Let malloc keep up to 2 GB of freed memory for the next tensors, where the C library is glibc.
+
+    By default it returns large blocks to the system at once, so every activation of every step is made of new pages,
+    which the system clears one by one when they are first written.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        m_trim_threshold, m_mmap_max = -1, -4  # from malloc.h
+        libc.mallopt(m_trim_threshold, (1 << 31) - 1)
+        libc.mallopt(m_mmap_max, 0)

@@ -1,7 +1,10 @@
 """The run folder that the main process chooses for all ranks."""
 
 import os
+import platform
 import runpy
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +16,8 @@ from rich.console import Console
 from common import UserError, available_cores
 from engine import run_lock, session
 from engine.session import RANK_TIMEOUT, Session
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -113,3 +118,28 @@ def test_cores_are_those_that_a_container_may_use(tmp_path, monkeypatch, content
     if content is not None:
         (tmp_path / "cpu.max").write_text(content + "\n")
     assert available_cores(tmp_path / "cpu.max") == cores
+
+
+ACTIVATIONS = """
+import resource, torch
+from engine.session import Session
+
+def new_pages(tensors):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(tensors):
+        torch.ones(2**24)  # 64 MB
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize()
+
+print(new_pages(5))
+Session()
+new_pages(20)  # the heap finds its size
+print(new_pages(5))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
+def test_activations_of_the_next_step_are_not_new_pages_of_the_system(monkeypatch):
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")  # pages of 4 KB
+    process = subprocess.run([sys.executable, "-c", ACTIVATIONS], cwd=ROOT, capture_output=True, text=True, check=True)
+    before, with_a_session = map(int, process.stdout.split())
+    assert before >= 5 * 2**26 and with_a_session < 2**20
