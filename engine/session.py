@@ -18,6 +18,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from .common import UserError, available_cores
+from .convolution import multiply_small_maps
 from .cuda_graph import GraphedForward
 from .run_folder import run_folder
 
@@ -152,6 +153,8 @@ class Session:
             view_sizes: number of sizes of views in training; with several, each is compiled by itself.
         """
         module = module.to(self.device, memory_format=torch.channels_last)
+        if self.device.type == "cpu" and self.bf16 and torch.cpu.get_capabilities().get("amx_bf16"):
+            multiply_small_maps(module)
         # in place, so that names in checkpoints do not change; hooks of the module stay outside, or would break graphs
         if self.compile:
             static = view_sizes > 1  # or torch compiles the second size for all sizes, which is slower
