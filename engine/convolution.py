@@ -1,13 +1,18 @@
 """Gradients of convolution weights as one matrix product, for CPUs with AMX.
 
-oneDNN computes them one row of the map at a time. AMX multiplies 32 positions at once, so on the maps of a network's
-last layers, with rows of 1 to 9, most of its work is wasted.
+oneDNN's kernels with AMX are slow for this gradient on maps of few positions, as in the last layers of a network;
+bench/results/convolution.csv compares both.
 """
+
+import math
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv2d, pad
+
+PATCHES = 2**25
+"""Elements of the patches that are in memory at a time."""
 
 
 def multiply_small_maps(module: nn.Module) -> None:
@@ -29,10 +34,7 @@ def is_small(positions: int, channels: int) -> bool:
 
 
 class SmallMapConv2d(nn.Conv2d):
-    """Convolution without bias, whose weight gradient is a matrix product where the map is small.
-
-    The gradient is a product only for inputs in bfloat16, see bench/results/convolution.csv.
-    """
+    """Convolution without bias, whose weight gradient is a matrix product where the map is small, in bfloat16."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, O, P, Q)."""
@@ -61,7 +63,6 @@ class MultipliedGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        out_channels, channels, *kernel = weight.shape
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             geometry = ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1  # dilation, transposed, output padding, groups
@@ -69,10 +70,21 @@ class MultipliedGradient(torch.autograd.Function):
                 grad, x, weight.to(grad.dtype), None, *geometry, (True, False, False)
             )
         if ctx.needs_input_grad[1]:
-            (top, left), (down, right) = ctx.padding, ctx.stride
-            patches = pad(x.permute(0, 2, 3, 1), (0, 0, left, left, top, top))  # (N, H + 2 top, W + 2 left, C)
-            patches = patches.unfold(1, kernel[0], down).unfold(2, kernel[1], right)  # (N, P, Q, C, k, l)
-            patches = patches.permute(0, 1, 2, 4, 5, 3).reshape(-1, weight[0].numel())
-            grad_weight = grad.permute(0, 2, 3, 1).reshape(-1, out_channels).T @ patches
-            grad_weight = grad_weight.view(out_channels, *kernel, channels).permute(0, 3, 1, 2).to(weight.dtype)
+            grad_weight = weight_gradient(x, grad, weight.shape[2:], ctx.stride, ctx.padding).to(weight.dtype)
         return grad_x, grad_weight, None, None
+
+
+def weight_gradient(
+    x: Tensor, grad: Tensor, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
+) -> Tensor:
+    """x (N, C, H, W), dY (N, O, P, Q) -> dweight (O, C, k, l), summed over parts of the batch."""
+    width = x.shape[1] * math.prod(kernel)
+    views = max(1, PATCHES // (grad[0, 0].numel() * width))  # of a part
+    products = []
+    for inputs, grads in zip(x.split(views), grad.split(views), strict=True):
+        inputs = pad(inputs.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0]))
+        patches = inputs.unfold(1, kernel[0], stride[0]).unfold(2, kernel[1], stride[1])  # (n, P, Q, C, k, l)
+        patches = patches.permute(0, 1, 2, 4, 5, 3).reshape(-1, width)  # (n P Q, k l C)
+        products.append(grads.permute(0, 2, 3, 1).flatten(0, 2).T @ patches)
+    total = torch.stack(products).sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))
+    return total.view(-1, *kernel, x.shape[1]).permute(0, 3, 1, 2)
