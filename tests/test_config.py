@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from bench.harness import read_rows
 from common import UserError
 from config import DistillConfig, FinetuneConfig, PretrainConfig, StageConfig
 from engine.checkpoint import check_same_run
@@ -102,7 +103,9 @@ def test_help_lists_presets_with_cost_and_results(capsys, monkeypatch):
     printed = capsys.readouterr().out
     presets = printed[printed.index("Presets:") : printed.index("--out STR")]
     assert all(f"\n  {name}: " in presets for name in PRETRAIN)
-    assert "0.841 kNN" in presets and "not measured" in presets and "--preset imagenet" in presets
+    (trained,) = (row for row in read_rows("demo") if row["features"] == "trained")
+    assert f"{float(trained['knn_top1']):.3f} kNN" in presets
+    assert "not measured" in presets and "--preset imagenet" in presets
     assert all(len(line) <= 80 for line in presets.splitlines())
     for part in ("optim", "checkpoint", "loader", "views", "encoder", "head", "loss", "eval"):
         assert f" {part} options " in printed
