@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +53,31 @@ def has_c_compiler() -> bool:
     candidates = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]  # as in triton/runtime/build.py
     header = Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h")
     return any(map(shutil.which, candidates)) and header.exists()
+
+
+def compiled(**options: Any) -> Callable[[Callable], Callable]:
+    """Decorator that compiles a function with Numba, without the interpreter lock, and stores the result where it can.
+
+    Args:
+        options: of `numba.njit`.
+    """
+    from numba import config, njit
+    from numba.core.codegen import get_host_cpu_features
+
+    # LLVM prefers 256 bits of the vectors on every processor, because the first with 512 bits lowered their clock for
+    # them; Intel's since Ice Lake (AVX512_VBMI2) do not. Results are the same. The setting is Numba's for the process:
+    # without effect once it has compiled anything, and NUMBA_CPU_FEATURES wins.
+    features = get_host_cpu_features()
+    if config.CPU_FEATURES is None and "+avx512vbmi2" in features.split(","):
+        config.CPU_FEATURES = f"{features},-prefer-256-bit"
+
+    def compile(function: Callable) -> Callable:
+        try:
+            return njit(nogil=True, cache=True, **options)(function)
+        except RuntimeError:  # neither this folder nor the user's cache can be written: every process compiles
+            return njit(nogil=True, **options)(function)
+
+    return compile
 
 
 def file_sha256(path: str | os.PathLike) -> str:

@@ -155,6 +155,10 @@ class Session:
         module = module.to(self.device, memory_format=torch.channels_last)
         if self.device.type == "cpu" and self.bf16 and torch.cpu.get_capabilities().get("amx_bf16"):
             multiply_small_maps(module)
+        if self.device.type == "cpu" and not self.compile:
+            from .batch_norm import fuse_batch_norm  # Numba takes a second to import
+
+            fuse_batch_norm(module)
         # in place, so that names in checkpoints do not change; hooks of the module stay outside, or would break graphs
         if self.compile:
             static = view_sizes > 1  # or torch compiles the second size for all sizes, which is slower

@@ -25,8 +25,8 @@ from .weights import load_strictly, read_weights, reading_metadata, write_weight
 
 SMALL_IMAGE_PX = 64
 """Largest view size for which `stem="auto"` selects the small stem."""
-RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-BOTTLENECK_RESNETS = RESNETS[2:]
+RESNETS = ("resnet10t", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+BOTTLENECK_RESNETS = RESNETS[3:]
 """ResNets whose blocks can have selective kernels."""
 PREFIX = "simclr_"
 """Prefix of the architectures that this module registers with timm."""

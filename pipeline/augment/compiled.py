@@ -16,15 +16,14 @@ Between the operations a view is uint8, which the second-level cache holds at 22
 """
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 from llvmlite import ir
 from numba import carray, njit, types
-from numba.core import cgutils, config
-from numba.core.codegen import get_host_cpu_features
+from numba.core import cgutils
 from numba.extending import intrinsic
 
+from ..common import compiled
 from ..images.files import DecodeError
 from .config import AugmentConfig
 from .params import BRIGHTNESS, CONTRAST, LUMA, SATURATION, AugmentParams, affine_jitter
@@ -57,28 +56,6 @@ PART = 1024
 """Pixels that are jittered or blurred at once: their float32 values stay in the first-level cache."""
 ROUND = np.float32(1.5 * 2**23)
 """x + ROUND - ROUND rounds 0 <= x <= 255 to an integer, because float32 has no fractions from 2**23 on."""
-
-
-def _use_full_vectors() -> None:
-    """Have LLVM compile for all 512 bits of the vectors of Intel's processors since Ice Lake (AVX512_VBMI2).
-
-    It prefers 256 on every one, because the first with 512 bits lowered their clock for them. Results are the same. The
-    setting is Numba's for the process: without effect once it has compiled anything, and NUMBA_CPU_FEATURES wins.
-    """
-    features = get_host_cpu_features()
-    if config.CPU_FEATURES is None and "+avx512vbmi2" in features.split(","):
-        config.CPU_FEATURES = f"{features},-prefer-256-bit"
-
-
-_use_full_vectors()
-
-
-def _entry_point(function: Callable) -> Callable:
-    """Compile without the global interpreter lock, and store the result where Numba can."""
-    try:
-        return njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # neither this folder nor the user's cache can be written: every process compiles
-        return njit(nogil=True)(function)
 
 
 class CompiledViews:
@@ -130,7 +107,7 @@ class CompiledViews:
         _render(table, (part.start, part.stop), self.affine, self.window, self.scale, self.offset, out.view(np.uint16))
 
 
-@_entry_point
+@compiled()
 def _render(views, images, affine, window, scale, offset, out):
     """Write all views of some images into a batch.
 
