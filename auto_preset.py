@@ -29,6 +29,7 @@ CPU_TIME_S, LEAST_EPOCHS = 3600, 10
 CPU_CORE_GMACS = {True: 90, False: 55}
 """Multiply-adds of convolutions per second and core in 1e9, in bf16 and fp32: ResNet-18 on an EPYC (Zen 5)."""
 NETWORKS = {  # of one view of 224 px, counted: GMAC of a forward pass, and MB in bf16 that autograd keeps of it
+    "resnet10t": (0.89, 9.1),  # with the plain stem
     "resnet18": (1.81, 11.9),
     "resnet34": (3.66, 17.0),
     "resnet50": (4.09, 43.9),

@@ -2,7 +2,7 @@
 
 A plain encoder is exactly `timm.create_model(name, num_classes=0)`. timm lacks SimCLR's stem for small images (a first
 convolution of 3x3 with stride 1 and no max-pool: arXiv 2002.05709, appendix B.9) and its width multiplier. Importing
-this module therefore registers `simclr_resnet18` to `simclr_resnet152` with timm, so that
+this module therefore registers `simclr_resnet10t` to `simclr_resnet152` with timm, so that
 `timm.create_model("simclr_resnet18", num_classes=0, small_stem=True, width=2.0)` works. With `selective_kernels=True`
 they are the encoders of SimCLR v2 (arXiv 2006.10029, table 1).
 """
@@ -74,8 +74,11 @@ def _simclr_resnet(base: str, small_stem: bool, width: float, selective_kernels:
         kwargs |= {"block": SelectiveKernelBottleneck, "avg_down": True}
     # timm's plain stem always has 64 channels, but its deep stem follows stem_width: build the deep one, so that the
     # first block expects the right number of channels, then replace its convolutions by the plain one
-    encoder = timm.create_model(base, channels=channels, stem_type="deep", stem_width=channels[0] // 2, **kwargs)
-    if small_stem or not selective_kernels:
+    plain_stem = small_stem or not selective_kernels
+    first = {"first_conv": "conv1" if plain_stem else "conv1.0"}  # timm adapts it to weights of other channels
+    kwargs |= {"stem_type": "deep", "stem_width": channels[0] // 2, "pretrained_cfg_overlay": first}
+    encoder = timm.create_model(base, channels=channels, **kwargs)
+    if plain_stem:
         side, stride = (3, 1) if small_stem else (7, 2)
         in_channels = kwargs.get("in_chans", 3)
         encoder.conv1 = nn.Conv2d(in_channels, encoder.bn1.num_features, side, stride, padding=side // 2, bias=False)

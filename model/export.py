@@ -98,7 +98,6 @@ def huggingface_config(encoder: nn.Module, spec: EncoderSpec, config: dict[str, 
     name, kwargs = spec
     size = config["views"]["size"]
     base = timm.get_pretrained_cfg(name.removeprefix(PREFIX))  # describes the architecture, whatever its weights
-    deep_stem = spec.needs_streamclr and isinstance(encoder.conv1, nn.Sequential)
     return {
         "architecture": name,
         "num_classes": 0,
@@ -114,7 +113,7 @@ def huggingface_config(encoder: nn.Module, spec: EncoderSpec, config: dict[str, 
             "std": config["views"]["std"],
             "num_classes": 0,
             "pool_size": None,
-            "first_conv": "conv1.0" if deep_stem else base and base.first_conv,
+            "first_conv": timm.models.get_model_traits(encoder)["first_conv"],
             "classifier": base and base.classifier,
         },
     }

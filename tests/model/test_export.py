@@ -64,6 +64,7 @@ def test_torchvision_has_the_same_weight_names(name):
     [
         ("resnet18", 96, 1, False),
         ("resnet18", 32, 0.125, False),
+        ("resnet10t", 32, 0.125, False),
         ("resnet18", 96, 0.125, False),
         ("resnet50", 96, 0.125, True),
         ("resnet50", 32, 0.125, True),
@@ -88,9 +89,10 @@ def test_timm_opens_the_huggingface_folder(tmp_path, name, size, width, selectiv
     assert transform["crop_pct"] == window, "the center crop of the evaluation"
 
 
-def test_timm_adapts_the_first_convolution_to_other_channels(tmp_path):
+@pytest.mark.parametrize("name", ["resnet10t", "resnet18"])
+def test_timm_adapts_the_first_convolution_to_other_channels(tmp_path, name):
     """timm repeats or truncates the weights of the eight channels and scales their sum (`adapt_input_conv`)."""
-    eight = model.encoder_spec(model.EncoderConfig("resnet18", width=0.125), 32, 8)
+    eight = model.encoder_spec(model.EncoderConfig(name, width=0.125), 32, 8)
     encoder = write_run(tmp_path / "run", eight, 32, pixels=PixelFormat(8, 16))
     export_encoder(tmp_path / "run", tmp_path / "out", "huggingface")
     place, x = f"local-dir:{tmp_path / 'out'}", torch.randn(2, 8, 32, 32)
