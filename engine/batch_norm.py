@@ -117,7 +117,7 @@ class Normalize(torch.autograd.Function):
         rows = Rows(x)
         shift = x[0, :, 0, 0].double().numpy()  # small differences from a value of the channel keep float32's precision
         mean, square = rows.sum(moments, rows(x), rows.repeat(shift)) / count
-        variance = square - mean**2
+        variance = np.maximum(square - mean**2, 0)
         mean += shift
         std = np.sqrt(variance + eps)
         a = weight.detach().double().numpy() / std
