@@ -71,13 +71,13 @@ def compiled(**options: Any) -> Callable[[Callable], Callable]:
     if config.CPU_FEATURES is None and "+avx512vbmi2" in features.split(","):
         config.CPU_FEATURES = f"{features},-prefer-256-bit"
 
-    def compile(function: Callable) -> Callable:
+    def decorate(function: Callable) -> Callable:
         try:
             return njit(nogil=True, cache=True, **options)(function)
         except RuntimeError:  # neither this folder nor the user's cache can be written: every process compiles
             return njit(nogil=True, **options)(function)
 
-    return compile
+    return decorate
 
 
 def file_sha256(path: str | os.PathLike) -> str:

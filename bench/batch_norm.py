@@ -40,26 +40,20 @@ def measure(channels: int, side: int, views: int, dtype: torch.dtype, added: boo
         y = plain(x)
         if added:
             y += shortcut
-        y.relu_().backward(grad, inputs=(x, shortcut)[: 1 + added])
+        differentiate(y.relu_(), plain)
 
     def together() -> None:
-        y = fused(x, shortcut if added else None)
-        y.backward(grad, inputs=(x, shortcut)[: 1 + added])
+        differentiate(fused(x, shortcut if added else None), fused)
 
-    def clear(run):
-        def cleared() -> None:
-            x.grad = shortcut.grad = None
-            run()
-
-        return cleared
+    def differentiate(y: torch.Tensor, norm: torch.nn.BatchNorm2d) -> None:
+        torch.autograd.grad(y, [x, norm.weight, norm.bias] + [shortcut] * added, grad)
 
     def copies() -> None:
-        with torch.no_grad():
-            for _ in range(TRANSFERS[added] // 2):
-                copy.copy_(grad)
+        for _ in range(TRANSFERS[added] // 2):
+            copy.copy_(grad)
 
     times = interleave(
-        {"torch": clear(separate), "kernels": clear(together), "copies": copies},
+        {"torch": separate, "kernels": together, "copies": copies},
         seconds,
         torch.device("cpu"),
         shuffled=True,

@@ -46,7 +46,7 @@ def fuse_batch_norm(module: nn.Module) -> None:
 
 
 def _is_plain(block: nn.Module) -> bool:
-    """Whether a block has nothing between batch norm, addition and ReLU, and nothing behind its convolutions."""
+    """Whether a block consists of convolutions, batch norms and ReLUs, and a shortcut."""
     names = ("1", "2", "3") if isinstance(block, Bottleneck) else ("1", "2")
     norms = all(type(getattr(block, f"bn{n}")) is nn.BatchNorm2d for n in names)
     relus = all(type(getattr(block, f"act{n}")) is nn.ReLU for n in names)
@@ -60,7 +60,7 @@ class BatchNorm2d(nn.BatchNorm2d):
     relu = False
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
-        """x (N, C, H, W) -> (N, C, H, W); `shortcut`, of the same shape, is for `BatchNormReLU2d` only."""
+        """x, shortcut (N, C, H, W) -> (N, C, H, W), batch norm of x plus the shortcut where there is one."""
         learns = self.training and self.affine and self.track_running_stats and self.momentum is not None
         dtypes = {x.dtype} if shortcut is None else {x.dtype, shortcut.dtype}
         known = x.device.type == "cpu" and dtypes in ({torch.bfloat16}, {torch.float32})
@@ -74,13 +74,13 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 class BatchNormReLU2d(BatchNorm2d):
-    """Batch norm, the addition of a shortcut where there is one, and ReLU."""
+    """The same, followed by ReLU."""
 
     relu = True
 
 
 class FusedBasicBlock(BasicBlock):
-    """timm's block of ResNet-18 and 34, with the ReLU in the batch norms."""
+    """timm's block of ResNet-10 to 34, with the ReLU in the batch norms."""
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -115,8 +115,9 @@ class Normalize(torch.autograd.Function):
         set_num_threads(min(torch.get_num_threads(), config.NUMBA_NUM_THREADS))
         count = x.numel() // x.shape[1]  # pixels
         rows = Rows(x)
+        table = rows(x)
         shift = x[0, :, 0, 0].double().numpy()  # small differences from a value of the channel keep float32's precision
-        mean, square = rows.sum(moments, rows(x), rows.repeat(shift)) / count
+        mean, square = rows.sum(moments, table, rows.repeat(shift)) / count
         variance = np.maximum(square - mean**2, 0)
         mean += shift
         std = np.sqrt(variance + eps)
@@ -126,9 +127,9 @@ class Normalize(torch.autograd.Function):
 
         y = torch.empty_like(x, memory_format=torch.channels_last)
         if shortcut is None:
-            normalize(rows(x), *constants, floor, rows(y))
+            normalize(table, *constants, floor, rows(y))
         else:
-            normalize_and_add(rows(x), rows(shortcut), *constants, floor, rows(y))
+            normalize_and_add(table, rows(shortcut), *constants, floor, rows(y))
 
         running_mean.lerp_(torch.from_numpy(mean).to(running_mean), momentum)
         unbiased = torch.from_numpy(variance * count / (count - 1))
@@ -144,20 +145,21 @@ class Normalize(torch.autograd.Function):
         a, mean, std, *constants, floor = ctx.constants
         count = x.numel() // x.shape[1]
         rows = Rows(x)
+        table = rows(x)
         grad_shortcut = None
         if y is None:
             g = rows(grad)
-            sums = rows.sum(gradient_sums, rows(x), g, *constants, floor, rows.repeat(mean))
+            sums = rows.sum(gradient_sums, table, g, *constants, floor, rows.repeat(mean))
         else:
             grad_shortcut = torch.empty_like(x, memory_format=torch.channels_last)
             g = rows(grad_shortcut)
-            sums = rows.sum(clipped_gradient_sums, rows(x), rows(grad), rows(y), floor, rows.repeat(mean), g)
+            sums = rows.sum(clipped_gradient_sums, table, rows(grad), rows(y), floor, rows.repeat(mean), g)
             floor = -INFINITY  # g is clipped
         grad_bias, grad_weight = sums[0], sums[1] / std
         slope = -a / std * grad_weight / count
         offset = -a * grad_bias / count - slope * mean
         grad_x = torch.empty_like(x, memory_format=torch.channels_last)
-        input_gradient(rows(x), g, *constants, floor, rows.repeat(slope), rows.repeat(offset), rows(grad_x))
+        input_gradient(table, g, *constants, floor, rows.repeat(slope), rows.repeat(offset), rows(grad_x))
         grads = (torch.from_numpy(total.astype(np.float32)) for total in (grad_weight, grad_bias))
         return grad_x, grad_shortcut, *grads, *(None,) * 5
 

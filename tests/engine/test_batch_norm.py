@@ -68,7 +68,8 @@ def errors(norm, shape, dtype, added, relu):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("norm", "added"), [(BatchNorm2d, False), (BatchNormReLU2d, False), (BatchNormReLU2d, True)])
+@pytest.mark.parametrize("norm", [BatchNorm2d, BatchNormReLU2d])
+@pytest.mark.parametrize("added", [False, True])
 def test_values_and_gradients_are_those_of_float64(shape, norm, added):
     assert max(errors(norm, shape, torch.float32, added, norm.relu)) < 2e-5
 
