@@ -36,6 +36,8 @@ NETWORKS = {  # of one view of 224 px, counted: GMAC of a forward pass, and MB i
     "resnet101": (7.80, 64.5),
     "resnet152": (11.51, 90.0),
 }
+PROGRESSIVE = ((0.5, 0.18), (0.75, 0.9))
+"""Smaller sizes of small views on CPUs, and where in the run each of them ends, as in rows of presets.csv."""
 DEEP = ("resnet50", "resnet101", "resnet152")
 """Encoders that are trained as in the papers."""
 PASSES = ((10_000, 1000), (100_000, 500), (1_000_000, 200), (math.inf, 100))
@@ -196,8 +198,15 @@ def choose_pretraining(config: PretrainConfig, facts: Facts, fixed: Mapping[str,
     batch = choose("batch_size", divisible(largest, facts.processes), why)
     if gpu and batch > fits * facts.processes:
         choose("micro_batch", max(fits // 8 * 8, 2), f"{memory}; the loss still sees the whole batch")
+    known = encoder.name in NETWORKS
+    shrinks = 32 <= size <= SMALL_PX and not gpu and known
+    if shrinks:  # of as many epochs as are wanted, then of as many as there is time for
+        choose_size_schedule(choose, epochs)
     why = "as in the paper" if epochs == 100 else f"fewer than {limit:,} images"
-    choose_epochs(choose, facts, epochs, why, views=2)
+    epochs = choose_epochs(choose, facts, epochs, why, views=2)
+    if shrinks:
+        choose_size_schedule(choose, epochs)
+    state_time(choose, facts, views=2)
 
     if small:
         choose("views.crop_area", (0.2, 1.0), "small images; used in all measurements on CIFAR-10 and the textures")
@@ -213,7 +222,6 @@ def choose_pretraining(config: PretrainConfig, facts: Facts, fixed: Mapping[str,
         choose("views.gray_p", 0.0, f"{facts.pixels}: no colors, so jitter changes brightness and contrast only")
 
     features = round((2048 if deep else 512) * encoder.width)
-    known = encoder.name in NETWORKS
     choose("head.hidden", features, "width of the encoder's features" if known else "as for ResNet-18")
     choose("head.out", min(128, features // 2), "128 as in the paper, 64 for a quarter of ResNet-18's width")
     if deep:
@@ -278,6 +286,7 @@ def choose_classifier(config: FinetuneConfig, facts: Facts, fixed: Mapping[str, 
         largest, why = max(images / 4, 2), "four steps an epoch"
     choose("batch_size", divisible(largest, facts.processes), why)
     choose_epochs(choose, facts, epochs, f"{'at least' if images >= 10_000 else 'fewer than'} 10,000 images", views=1)
+    state_time(choose, facts, views=1)
 
     if not deep:
         base = 5e-4 if distills else 7.5e-4
@@ -329,7 +338,7 @@ def choose_encoder(choose: Choices, facts: Facts, least_epochs: float, views: in
         else:
             choose("encoder.name", "resnet18", f"for a GPU of {memory}" if many else "few or small images")
     else:
-        choose("encoder.name", "resnet18", "the smallest ResNet, for a CPU")
+        choose("encoder.name", "resnet10t", "better than ResNet-18 in the same time on CIFAR-10 and the textures")
     if part := [option for option in ("encoder.name", "encoder.width", "encoder.stem") if option in choose.fixed]:
         for option in part:  # what is not given keeps its default, because it may not suit a given encoder
             choose(option, None, "")
@@ -338,7 +347,7 @@ def choose_encoder(choose: Choices, facts: Facts, least_epochs: float, views: in
 
 
 def choose_width(choose: Choices, facts: Facts, least_epochs: float, views: int) -> None:
-    """The widest ResNet-18 that `CPU_TIME_S` allows for `least_epochs`; the last resort is the standard stem."""
+    """The widest ResNet-10 that `CPU_TIME_S` allows for `least_epochs`; the last resort is the standard stem."""
 
     def seen(width: float, stem: str) -> float:
         encoder = replace(choose.config.encoder, width=width, stem=stem)
@@ -353,20 +362,34 @@ def choose_width(choose: Choices, facts: Facts, least_epochs: float, views: int)
     choose("encoder.stem", stem, "small for views of up to 64 px" if stem == "auto" else "the faster one")
 
 
-def choose_epochs(choose: Choices, facts: Facts, wanted: int, why: str, views: int) -> None:
-    """Epochs, on a CPU at most as many as fit into `CPU_TIME_S` but at least ten, and the time that they take."""
+def choose_size_schedule(choose: Choices, epochs: int) -> None:
+    """Smaller views in the first epochs, see `PROGRESSIVE`."""
+    schedule, before = [], 0
+    for factor, end in PROGRESSIVE:
+        until = min(math.ceil(end * epochs), epochs - 1)  # at least the last epoch has the full size
+        schedule += [f"{round(factor * choose.config.views.size)}:{until - before}"] if until > before else []
+        before = until
+    choose("views.size_schedule", tuple(schedule), "faster on CIFAR-10, and as accurate within 0.6 points")
+
+
+def choose_epochs(choose: Choices, facts: Facts, wanted: int, why: str, views: int) -> int:
+    """Epochs; on a CPU at most as many as fit into `CPU_TIME_S`, but at least ten."""
+    if facts.device != "cuda":
+        fitting = int(fitting_epochs(replace(choose.config, epochs=wanted), facts, views))
+        if LEAST_EPOCHS <= fitting < wanted:
+            wanted, why = fitting, f"as many as take {rounded(CPU_TIME_S)} on this CPU"
+        elif fitting < LEAST_EPOCHS < wanted:
+            wanted, why = LEAST_EPOCHS, "the fewest that are worth training"
+    return choose("epochs", wanted, why)
+
+
+def state_time(choose: Choices, facts: Facts, views: int) -> None:
+    """State the expected time in a row of the table."""
     if facts.device == "cuda":
-        choose("epochs", wanted, why)
         choose.reasons[TIME] = "not measured on a GPU yet; --dry-run measures it"
         return
-    fitting = int(fitting_epochs(choose.config, facts, views))
-    if LEAST_EPOCHS <= fitting < wanted:
-        wanted, why = fitting, f"as many as take {rounded(CPU_TIME_S)} on this CPU"
-    elif fitting < LEAST_EPOCHS < wanted:
-        wanted, why = LEAST_EPOCHS, "the fewest that are worth training"
-    epochs, rate = choose("epochs", wanted, why), images_per_s(choose.config, facts, views)
-    size = f" and {choose.config.views.size} px in every epoch" if choose.config.views.size_schedule else ""
-    time = f"about {rounded(epochs * facts.images / rate)} of training at {rate:,.0f} images/s{size}"
+    rate = images_per_s(choose.config, facts, views)
+    time = f"about {rounded(choose.config.epochs * facts.images / rate)} of training at {rate:,.0f} images/s"
     choose.reasons[TIME] = f"{time}, estimated from an EPYC (Zen 5); --dry-run measures it"
 
 
@@ -399,10 +422,16 @@ def images_that_fit(config: StageConfig, facts: Facts, views: int) -> int:
 def images_per_s(config: StageConfig, facts: Facts, views: int) -> float:
     """Training speed on all cores of a CPU, from rows of bench/results/train_step.csv and pipeline.csv."""
     gmac, _ = network_cost(config)
-    decode_ms = 0.1 + 6.5 * facts.megapixels
-    view_ms = 0.1 + 0.6 * (config.views.size / 224) ** 2
-    step_ms = 0.15 + 1000 * 3 * gmac / CPU_CORE_GMACS[facts.bf16]  # a backward pass costs as much as two forward
-    return 1000 * facts.cores * facts.processes / (decode_ms + views * (view_ms + step_ms))
+    scheduled = sum(epochs for _, epochs in config.views.phases)
+    phases = [*config.views.phases, (config.views.size, max(config.epochs - scheduled, 0))]
+    ms = 0.0  # of an image on one core, over all epochs
+    for size, epochs in phases:
+        decode_ms = 0.1 + 6.5 * facts.megapixels
+        view_ms = 0.1 + 0.6 * (size / 224) ** 2
+        passes = 3 * gmac * (size / config.views.size) ** 2  # a backward pass costs as much as two forward
+        step_ms = 0.15 + 1000 * passes / CPU_CORE_GMACS[facts.bf16]
+        ms += epochs * (decode_ms + views * (view_ms + step_ms))
+    return 1000 * facts.cores * facts.processes * sum(epochs for _, epochs in phases) / ms
 
 
 def rounded(seconds: float) -> str:

@@ -2,7 +2,7 @@
 
 A plain encoder is exactly `timm.create_model(name, num_classes=0)`. timm lacks SimCLR's stem for small images (a first
 convolution of 3x3 with stride 1 and no max-pool: arXiv 2002.05709, appendix B.9) and its width multiplier. Importing
-this module therefore registers `simclr_resnet10t` to `simclr_resnet152` with timm, so that
+this module therefore registers `simclr_resnet10t` to `simclr_resnet152d` with timm, so that
 `timm.create_model("simclr_resnet18", num_classes=0, small_stem=True, width=2.0)` works. With `selective_kernels=True`
 they are the encoders of SimCLR v2 (arXiv 2006.10029, table 1).
 """
@@ -25,9 +25,10 @@ from .weights import load_strictly, read_weights, reading_metadata, write_weight
 
 SMALL_IMAGE_PX = 64
 """Largest view size for which `stem="auto"` selects the small stem."""
-RESNETS = ("resnet10t", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-BOTTLENECK_RESNETS = RESNETS[3:]
-"""ResNets whose blocks can have selective kernels."""
+PLAIN_RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+SELECTIVE_KERNEL_RESNETS = PLAIN_RESNETS[2:]
+RESNETS = ("resnet10t", *PLAIN_RESNETS, "resnet18d", "resnet34d", "resnet50d", "resnet101d", "resnet152d")
+"""ResNet-10-T and ResNet-D average pixels in the shortcuts, where a plain ResNet omits three of four."""
 PREFIX = "simclr_"
 """Prefix of the architectures that this module registers with timm."""
 
@@ -39,8 +40,8 @@ class EncoderConfig:
     name: str = "resnet50"
     """Name of any timm model."""
     stem: Literal["auto", "small", "standard"] = "auto"
-    """Stem of a ResNet. small: 3x3, stride 1, no max-pool. standard: 7x7 (three 3x3 with selective kernels), stride 2,
-    max-pool. auto: small for views of 64 px or less."""
+    """Stem of a ResNet. small: 3x3, stride 1, no max-pool. standard: timm's, which is 7x7 (three 3x3 in ResNet-10-T and
+    ResNet-D, and with selective kernels), stride 2, max-pool. auto: small for views of 64 px or less."""
     width: float = 1.0
     """Multiplier of all channel counts of a ResNet."""
     selective_kernels: bool = False
@@ -74,9 +75,11 @@ def _simclr_resnet(base: str, small_stem: bool, width: float, selective_kernels:
         kwargs |= {"block": SelectiveKernelBottleneck, "avg_down": True}
     # timm's plain stem always has 64 channels, but its deep stem follows stem_width: build the deep one, so that the
     # first block expects the right number of channels, then replace its convolutions by the plain one
-    plain_stem = small_stem or not selective_kernels
+    plain_stem = small_stem or (base in PLAIN_RESNETS and not selective_kernels)
+    if plain_stem or selective_kernels:
+        kwargs["stem_type"] = "deep"
     first = {"first_conv": "conv1" if plain_stem else "conv1.0"}  # timm adapts it to weights of other channels
-    kwargs |= {"stem_type": "deep", "stem_width": channels[0] // 2, "pretrained_cfg_overlay": first}
+    kwargs |= {"stem_width": channels[0] // 2, "pretrained_cfg_overlay": first}
     encoder = timm.create_model(base, channels=channels, **kwargs)
     if plain_stem:
         side, stride = (3, 1) if small_stem else (7, 2)
@@ -99,8 +102,8 @@ def _register(base: str) -> None:
         selective_kernels: bool = False,
         **kwargs,
     ) -> nn.Module:
-        if selective_kernels and base not in BOTTLENECK_RESNETS:
-            raise ValueError(f"selective kernels need one of {', '.join(BOTTLENECK_RESNETS)}")
+        if selective_kernels and base not in SELECTIVE_KERNEL_RESNETS:
+            raise ValueError(f"selective kernels need one of {', '.join(SELECTIVE_KERNEL_RESNETS)}")
         if pretrained and not pretrained_cfg:  # only exported folders have weights
             raise ValueError(f"there are no pretrained weights for {name}")
         build = partial(_simclr_resnet, base, small_stem, width, selective_kernels)
@@ -141,9 +144,9 @@ def encoder_spec(config: EncoderConfig, image_size: int, channels: int = 3) -> E
         close = sorted(completions, key=len)[:3] or get_close_matches(name, names, 3)
         hint = f" (did you mean {' or '.join(close)}?)" if close else ""
         raise UserError(f"timm has no encoder {name!r}{hint}; use one of `timm.list_models()`.")
-    if config.selective_kernels and name not in BOTTLENECK_RESNETS:
+    if config.selective_kernels and name not in SELECTIVE_KERNEL_RESNETS:
         raise UserError(
-            f"{name} does not support selective kernels; use one of {', '.join(BOTTLENECK_RESNETS)} or set "
+            f"{name} does not support selective kernels; use one of {', '.join(SELECTIVE_KERNEL_RESNETS)} or set "
             "--encoder.no-selective-kernels."
         )
     kwargs: dict = {"num_classes": 0}

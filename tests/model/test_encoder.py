@@ -12,7 +12,7 @@ from engine import checkpoint
 from tests.model.networks import spec
 
 
-@pytest.mark.parametrize("name", ["resnet10t", "resnet18", "resnet50"])
+@pytest.mark.parametrize("name", ["resnet10t", "resnet18", "resnet18d", "resnet50", "resnet50d"])
 def test_small_images_use_the_small_stem(name):
     encoder = model.create_encoder(spec(name, 32))
     assert encoder.conv1.kernel_size == (3, 3) and encoder.conv1.stride == (1, 1) and encoder.conv1.padding == (1, 1)
@@ -34,14 +34,16 @@ def test_stem_can_be_chosen():
 
 
 @pytest.mark.parametrize("width", [0.25, 2.0])
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_width_multiplies_every_channel_count(name, width):
+@pytest.mark.parametrize(
+    ("name", "first"), [("resnet18", ""), ("resnet50", ""), ("resnet10t", "0."), ("resnet34d", "0."), ("resnet50d", "0.")]
+)
+def test_width_multiplies_every_channel_count(name, first, width):
     plain = timm.create_model(name, num_classes=0).state_dict()
     wide = model.create_encoder(spec(name, 224, width=width)).state_dict()
     assert wide.keys() == plain.keys()
     for key, value in plain.items():
         expected = [side * width for side in value.shape]
-        if key == "conv1.weight":
+        if key == f"conv1.{first}weight":
             expected[1:] = value.shape[1:]  # images keep three channels
         elif value.ndim == 4:
             expected[2:] = value.shape[2:]

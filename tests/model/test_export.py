@@ -65,6 +65,8 @@ def test_torchvision_has_the_same_weight_names(name):
         ("resnet18", 96, 1, False),
         ("resnet18", 32, 0.125, False),
         ("resnet10t", 32, 0.125, False),
+        ("resnet10t", 96, 0.125, False),
+        ("resnet18d", 32, 0.125, False),
         ("resnet18", 96, 0.125, False),
         ("resnet50", 96, 0.125, True),
         ("resnet50", 32, 0.125, True),
