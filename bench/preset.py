@@ -42,7 +42,7 @@ def _row(run: Path) -> dict:
         "cores": summary["hardware"]["CPU cores per process"],
         "torch": summary["versions"]["torch"],
         "preset": config["preset"],
-        "data": Path(config["data"]).name,
+        "data": Path(config["data"]).name or "built-in",
         "encoder": f"{config['timm_name']} {json.dumps(config['timm_kwargs'])}",
         "epochs": config["epochs"],
         "size": config["views"]["size"],

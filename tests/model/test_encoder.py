@@ -35,7 +35,8 @@ def test_stem_can_be_chosen():
 
 @pytest.mark.parametrize("width", [0.25, 2.0])
 @pytest.mark.parametrize(
-    ("name", "first"), [("resnet18", ""), ("resnet50", ""), ("resnet10t", "0."), ("resnet34d", "0."), ("resnet50d", "0.")]
+    ("name", "first"),
+    [("resnet18", ""), ("resnet50", ""), ("resnet10t", "0."), ("resnet34d", "0."), ("resnet50d", "0.")],
 )
 def test_width_multiplies_every_channel_count(name, first, width):
     plain = timm.create_model(name, num_classes=0).state_dict()
