@@ -183,10 +183,10 @@ def test_the_table_is_filled_from_the_rows(rows, tmp_path, monkeypatch):
         plot.fill_ablation_table()
         assert document.read_text() == (
             "before\n\n<!-- ablation -->\n\n"
-            "textures, 64 training images, 3 epochs, resnet18 x 0.25, standard stem, a CPU; seeds: 1 to 3\n\n"
+            "textures, 64 training images, 3 epochs, resnet10t x 0.25, standard stem, a CPU; seeds: 1 to 3\n\n"
             "| change | batch 32 | batch 64 |\n| --- | --- | --- |\n| base: kNN, % | 25.0 | 50.0 |\n"
             "| decoupled loss | +0.0 |  |\n| queue of 1024 |  | -1.0 |\n| gray 0.1 |  | +2.0 ± 0.6 |\n\n"
-            "textures, 64 training images, 3 epochs, resnet18 x 0.25, standard stem, a GPU; seeds: 1\n\n"
+            "textures, 64 training images, 3 epochs, resnet10t x 0.25, standard stem, a GPU; seeds: 1\n\n"
             "| change | batch 64 |\n| --- | --- |\n| base: kNN, % | 75.0 |\n\n"
             "<!-- /ablation -->\n\nafter\n"
         )
