@@ -193,7 +193,7 @@ def test_changed_options_are_refused_by_name(pretrain, whole, data):
     for options, message in (
         (["--seed", 1], r"--seed 0 \(now 1\)"),
         (["--loss.temperature", 0.5], r"--loss\.temperature 0\.2 \(now 0\.5\)"),
-        (["--encoder.name", "resnet34", "--epochs", 3], r"--encoder\.name resnet18 .*--epochs 2 \(now 3\)"),
+        (["--encoder.name", "resnet34", "--epochs", 3], r"--encoder\.name resnet10t .*--epochs 2 \(now 3\)"),
     ):
         with pytest.raises(UserError, match=message):
             pretrain("--data", data, "--out", whole, "--epochs", 2, *options)

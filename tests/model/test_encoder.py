@@ -117,6 +117,12 @@ def test_unsupported_architectures(name, options, message):
         spec(name, 224, **options)
 
 
+def test_a_stem_without_channels_is_refused():
+    assert model.create_encoder(spec("resnet10t", 96, width=0.11)).conv1[0].out_channels == 3
+    with pytest.raises(UserError, match=r"its standard stem needs a width of 0\.11 or more"):
+        model.create_encoder(spec("resnet10t", 96, width=0.1))
+
+
 @pytest.mark.parametrize(("name", "size"), [("resnet18", 32), ("mobilenetv3_small_050", 64), ("convnext_atto", 32)])
 def test_feature_dim_is_the_width_of_the_output(name, size):
     encoder = model.create_encoder(spec(name, size))
