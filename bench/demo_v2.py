@@ -1,6 +1,6 @@
 """SimCLR v2's three stages on the built-in textures, compared with a classifier trained only on the labels.
 
-python -m bench.demo_v2     pretrain, fine-tune on a tenth of the labels, distill; write bench/results/demo_v2.csv
+python -m bench.demo_v2     pretrain, fine-tune on 2 % of the labels, distill; write bench/results/demo_v2.csv
 """
 
 import json
@@ -26,7 +26,7 @@ STAGES = {
 }
 """Stage -> script and arguments; the run folder has the name of the stage."""
 SHOWN = {
-    "supervised": "from random weights on a tenth of the labels",
+    "supervised": "from random weights on 2 % of the labels",
     "finetune": "pretrained without labels, fine-tuned on the same labels",
     "distill": "student of the fine-tuned classifier, on all images",
 }

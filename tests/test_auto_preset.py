@@ -390,12 +390,14 @@ def test_fine_tuning_and_distillation_start_from_the_encoder_of_the_run(run, dat
     assert config.encoder == encoder_of(run) == EncoderConfig("resnet10t", "standard", 0.125)
     assert config.views.size == 32 and config.views.jitter_p == 0
     assert config.reasons["views.size"] == "as in the run to start from"
-    assert config.optim.lr == pytest.approx(0.006), "in inverse proportion to the width"
+    assert (config.optim.name, config.optim.lr, config.optim.momentum) == ("muon", 0.02, 0.95)
+    adamw = read("finetune.py", "--start.run", run, "--optim.name", "adamw")
+    assert adamw.optim.lr == pytest.approx(0.006), "in inverse proportion to the width"
     student = read("distill.py", "--teacher", run)
     assert student.encoder == config.encoder and student.temperature == 0.1
     other = read("distill.py", "--teacher", run, "--encoder.width", 0.25)
     assert other.encoder.width == 0.25 and other.temperature == 1.0
-    assert read("finetune.py", "--start.run", run, "--preset", "textures").labels.fraction == 0.1
+    assert read("finetune.py", "--start.run", run, "--preset", "textures").labels.fraction == 0.02
 
 
 def train_in_rank(rank, world_size, data, out):

@@ -329,7 +329,7 @@ def test_heads_temperatures_and_labels_of_the_presets():
     from_layer = {name: preset().start.from_layer for name, preset in FINETUNE.items()}
     assert from_layer == {"auto": 0, "textures": 0, "v1-1": 0, "v1-10": 0, "v2-1": 1, "v2-10": 1}
     fraction = {name: preset().labels.fraction for name, preset in FINETUNE.items()}
-    assert fraction == {"auto": 1, "textures": 0.1, "v1-1": 0.01, "v1-10": 0.1, "v2-1": 0.01, "v2-10": 0.1}
+    assert fraction == {"auto": 1, "textures": 0.02, "v1-1": 0.01, "v1-10": 0.1, "v2-1": 0.01, "v2-10": 0.1}
     student = DISTILL["v2"]()
     assert student.temperature == 1.0 and student.labeled_share == 0
 

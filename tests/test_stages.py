@@ -66,7 +66,7 @@ def pretrained(run, data, tmp_path_factory):
 def tuned(run, pretrained, tmp_path_factory):
     out = tmp_path_factory.mktemp("tuned") / "run"
     start = ["--start.run", pretrained, "--start.from-layer", 1]
-    quickly = ["--optim.lr", 0.01, "--optim.warmup-epochs", 0]
+    quickly = ["--optim.name", "adamw", "--optim.lr", 0.01, "--optim.warmup-epochs", 0]
     run("finetune", *start, *quickly, "--labels.fraction", 0.5, "--epochs", 6, "--validate-every", 3, "--out", out)
     return out
 
