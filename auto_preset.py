@@ -164,8 +164,8 @@ def choose_pretraining(config: PretrainConfig, facts: Facts, fixed: Mapping[str,
 
     Sources: arXiv 2002.05709 for ResNet-50 (augmentation, LARS, temperature, table B.1 on batch sizes and its appendix
     B.9 for small images); short runs on the textures and on CIFAR-10 for AdamW, temperature 0.2, grayscale 0.2 and
-    crops from 0.2 of the area, and on CIFAR-10 for Muon; arXiv 2203.03466 for a learning rate of Adam in inverse
-    proportion to the width. Sizes, batches and times on GPUs are estimates.
+    crops from 0.2 of the area, and on CIFAR-10 for Muon, growing views and ResNet-10; arXiv 2203.03466 for a learning
+    rate of Adam in inverse proportion to the width. Sizes, batches and times on GPUs are estimates.
 
     Args:
         config: configuration with the values of the fixed options.
@@ -256,8 +256,8 @@ def choose_pretraining(config: PretrainConfig, facts: Facts, fixed: Mapping[str,
 def choose_classifier(config: FinetuneConfig, facts: Facts, fixed: Mapping[str, str]) -> FinetuneConfig:
     """Settings of fine-tuning and, for a `DistillConfig`, of distillation.
 
-    Sources: the textures presets, measured at a quarter of ResNet-18's width; arXiv 2002.05709, appendix B.5, and
-    2006.10029, section 3, for ResNets of 50 layers and more.
+    Sources: the textures presets for Muon, those of earlier versions, at a quarter of ResNet-18's width, for AdamW;
+    arXiv 2002.05709, appendix B.5, and 2006.10029, section 3, for ResNets of 50 layers and more.
     """
     choose = Choices(config, fixed)
     distills = isinstance(config, DistillConfig)
@@ -278,7 +278,7 @@ def choose_classifier(config: FinetuneConfig, facts: Facts, fixed: Mapping[str, 
     if images >= 10_000:
         largest, why = 256, "at least 10,000 images"
     else:
-        largest, why = 128 if distills else 64, "as in the textures preset"
+        largest, why = (128, "as in the textures preset") if distills else (64, "fewer than 10,000 images")
     fits = images_that_fit(choose.config, facts, views=1)
     if largest > fits * facts.processes:
         largest, why = fits * facts.processes, f"{facts.memory_gb:.0f} GB hold an estimated {fits} images"
