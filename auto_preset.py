@@ -37,7 +37,7 @@ NETWORKS = {  # of one view of 224 px, counted: GMAC of a forward pass, and MB i
     "resnet152": (11.51, 90.0),
 }
 PROGRESSIVE = ((0.5, 0.18), (0.75, 0.9))
-"""Smaller sizes of small views on CPUs, and where in the run each of them ends, as in rows of presets.csv."""
+"""Sizes of small views on CPUs before the full one, relative to it, and the share of the epochs at which each ends."""
 DEEP = ("resnet50", "resnet101", "resnet152")
 """Encoders that are trained as in the papers."""
 PASSES = ((10_000, 1000), (100_000, 500), (1_000_000, 200), (math.inf, 100))
@@ -430,9 +430,9 @@ def images_per_s(config: StageConfig, facts: Facts, views: int) -> float:
     gmac, _ = network_cost(config)
     scheduled = sum(epochs for _, epochs in config.views.phases)
     phases = [*config.views.phases, (config.views.size, max(config.epochs - scheduled, 0))]
+    decode_ms = 0.1 + 6.5 * facts.megapixels
     ms = 0.0  # of an image on one core, over all epochs
     for size, epochs in phases:
-        decode_ms = 0.1 + 6.5 * facts.megapixels
         view_ms = 0.1 + 0.6 * (size / 224) ** 2
         passes = 3 * gmac * (size / config.views.size) ** 2  # a backward pass costs as much as two forward
         step_ms = 0.15 + 1000 * passes / CPU_CORE_GMACS[facts.bf16]

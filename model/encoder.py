@@ -78,7 +78,7 @@ def _simclr_resnet(base: str, small_stem: bool, width: float, selective_kernels:
     plain_stem = small_stem or (base in PLAIN_RESNETS and not selective_kernels)
     if plain_stem or selective_kernels:
         kwargs["stem_type"] = "deep"
-    elif base == "resnet10t" and channels[0] < 8:  # timm would give its first convolution none
+    elif base == "resnet10t" and channels[0] < 8:  # its first convolution would have no channels
         raise ValueError("its standard stem needs a width of 0.11 or more")
     first = {"first_conv": "conv1" if plain_stem else "conv1.0"}  # timm adapts it to weights of other channels
     kwargs |= {"stem_width": channels[0] // 2, "pretrained_cfg_overlay": first}

@@ -213,7 +213,7 @@ def test_small_views_on_a_cpu_grow_during_the_run(epochs, schedule):
     assert pretraining(CASES["small images on a laptop"], epochs=epochs).views.size_schedule == schedule
 
 
-def test_views_keep_their_size_where_smaller_ones_are_not_known_to_do():
+def test_views_keep_their_size_where_growing_was_not_measured():
     configs = [pretraining(CASES[name]) for name in ("small images on a GPU", "scans on a laptop")]
     laptop = CASES["small images on a laptop"]
     configs += [pretraining(laptop, encoder__name="vit_tiny_patch16_224"), pretraining(laptop, views__size=16)]
