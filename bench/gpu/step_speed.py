@@ -31,7 +31,7 @@ NETWORKS = {
     "ResNet-50, 224 px": Network("imagenet", 256, "one_of_many_photographs"),
     "ResNet-18, 32 px": Network("cifar10", 512, "texture"),
 }
-SMALL_NETWORKS = {"ResNet-18 x 1/8, 32 px": Network("textures", 8, "texture")}
+SMALL_NETWORKS = {"ResNet-10 x 1/8, 32 px": Network("textures", 8, "texture")}
 WARM, STEPS = 6, 12
 TRACED_STEPS = 3
 

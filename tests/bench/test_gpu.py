@@ -250,7 +250,7 @@ def test_steps_are_timed_and_traced(setup, one_thread):
     cases = {case.name: case for case in step_speed.step_speed(setup)}
     assert list(cases)[:3] == [f"{next(iter(step_speed.SMALL_NETWORKS))}, {source}" for source in
                                ("views in memory", "opencv")] + ["profiler trace"]  # fmt: skip
-    (measured,) = cases["ResNet-18 x 1/8, 32 px, views in memory"].run()
+    (measured,) = cases["ResNet-10 x 1/8, 32 px, views in memory"].run()
     row = measured.row
     assert row["batch"] == 8 and row["images_per_s"] == pytest.approx(
         8000 / row["step_ms"], rel=0.01, abs=0.06
@@ -258,7 +258,7 @@ def test_steps_are_timed_and_traced(setup, one_thread):
     parts = sum(row[f"{part}_ms"] for part in ("wait", "forward", "loss", "backward", "optimizer", "other"))
     assert parts == pytest.approx(row["step_ms"], rel=0.01) and row["runs"] == step_speed.TRACED_STEPS
     assert row["verdict"].startswith("Compute-bound")
-    assert list(cases["ResNet-18 x 1/8, 32 px, CUDA graph"].run()) == [checks.Skipped("CUDA graphs need a GPU")]
+    assert list(cases["ResNet-10 x 1/8, 32 px, CUDA graph"].run()) == [checks.Skipped("CUDA graphs need a GPU")]
     kernels = [result.row for result in cases["profiler trace"].run()]
     assert 0 < sum(kernel["share"] for kernel in kernels) <= 1 and "conv" in str(kernels)
     assert (setup.out / "gpu_trace.json.gz").stat().st_size > 10_000
