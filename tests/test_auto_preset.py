@@ -36,6 +36,7 @@ PHOTOGRAPHS = {"images": 1_281_167, "side_px": 375, "megapixels": 0.19, "labeled
 CASES = {
     "small images on a laptop": Facts(**SMALL, **LAPTOP),
     "small images on two cores": Facts(**SMALL, device="cpu", memory_gb=16, bf16=True, cores=2),
+    "small images on two cores in fp32": Facts(**SMALL, device="cpu", memory_gb=16, bf16=False, cores=2),
     "small images on a GPU": Facts(**SMALL, **GPU_80),
     "scans on a laptop": Facts(**SCANS, **LAPTOP),
     "scans on a GPU of 8 GB": Facts(**SCANS, **GPU_8),
@@ -86,6 +87,7 @@ def test_every_choice_is_valid_and_has_a_reason(script, name):
 DOCUMENTED = {
     "50,000 images of 32 px, a GPU of 80 GB": "small images on a GPU",
     "50,000 images of 32 px, two cores with bf16": "small images on two cores",
+    "50,000 images of 32 px, two cores without": "small images on two cores in fp32",
     "50,000 images of 32 px, a laptop": "small images on a laptop",
     "5,000 scans of 512 px, a GPU of 8 GB": "scans on a GPU of 8 GB",
     "5,000 scans of 512 px, a laptop": "scans on a laptop",
