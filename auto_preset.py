@@ -8,18 +8,20 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from rich import box
 from rich.table import Table
 
-from common import available_cores
+from common import UserError, available_cores
 from config import DistillConfig, FinetuneConfig, PretrainConfig, StageConfig
 from engine.session import computes_in_bf16
 from pipeline.data import open_data
 from pipeline.images.pixel_format import RGB8, PixelFormat
+from pipeline.loader.subsets import keys_subset
 from pipeline.shards.dataset import ShardSet
 
 SMALL_PX = 64
@@ -40,10 +42,42 @@ PROGRESSIVE = ((0.5, 0.18), (0.75, 0.9))
 """Sizes of small views on CPUs before the full one, relative to it, and the share of the epochs at which each ends."""
 DEEP = ("resnet50", "resnet101", "resnet152")
 """Encoders that are trained as in the papers."""
+
+
+class Rate(NamedTuple):
+    """Learning rate and weight decay of an optimizer; AdamW's rate is divided by the width of the encoder."""
+
+    scaling: str
+    lr: float
+    weight_decay: float
+    why: str
+
+
+PRETRAINING_RATES = {
+    "lars": Rate("sqrt", 0.075, 1e-6, "as in the paper, better than linear below a batch of 2048 (table B.1)"),
+    "adamw": Rate("none", 1.5e-3, 1e-4, "measured on CIFAR-10 and the textures"),
+    "muon": Rate("none", 0.05, 1e-4, "measured on CIFAR-10; it does not depend on the width"),
+    "sgd": Rate("linear", 0.03, 5e-4, "as in the preset cifar10"),
+    "nesterov": Rate("linear", 0.03, 5e-4, "that of SGD in the preset cifar10"),
+}
+FINETUNING_RATES = {
+    "muon": Rate("none", 0.02, 1e-4, "as in the textures preset; it does not depend on the width"),
+    "adamw": Rate("none", 7.5e-4, 1e-4, "measured on the textures"),
+    "nesterov": Rate("linear", 0.05, 0.0, "as in the paper"),
+    "sgd": Rate("linear", 0.05, 0.0, "that of Nesterov's momentum in the paper"),
+    "lars": Rate("sqrt", 0.005, 0.0, "as in the preset v2-1"),
+}
+DISTILLATION_RATES = {
+    "muon": FINETUNING_RATES["muon"],
+    "adamw": Rate("none", 5e-4, 1e-4, "measured on the textures"),
+    "lars": Rate("sqrt", 0.1, 1e-4, "as in the paper"),
+}
 PASSES = ((10_000, 1000), (100_000, 500), (1_000_000, 200), (math.inf, 100))
 """Epochs of pretraining for fewer than so many images, where time does not limit them; 100 as in arXiv 2002.05709."""
 DATA, TIME = "data set", "expected time"
 """Rows of the table that are not options."""
+OTHER_STUDENT = "as in --start.run"
+"""Why a student's encoder stays, if it is not the teacher's."""
 BLOCK = 4096
 """Rows of the index that are read at a time for the facts; large indexes are memory-mapped."""
 
@@ -59,7 +93,7 @@ class Facts:
     megapixels: float
     """Median of the images' areas."""
     labeled: int
-    """Number of training images with a label."""
+    """Number of training images with a label, or of those that --labels.keys lists."""
     classes: int
     device: str
     """"cuda" or "cpu"."""
@@ -84,11 +118,14 @@ def read_facts(config: StageConfig) -> Facts:
     """Facts about the train split of `config.data`, of which only the index is read, and about this machine.
 
     Raises:
-        UserError: the data is missing, damaged or can't be converted.
+        UserError: the data is missing, damaged or can't be converted, or --labels.keys does not fit it.
     """
     train, _ = open_data(config.data, config.loader)
     rows = spread_rows(train)
     height, width = rows["height"].astype(np.int64), rows["width"].astype(np.int64)
+    labeled = round(float((rows["label"] >= 0).mean()) * len(train))
+    if isinstance(config, FinetuneConfig) and config.labels.keys:
+        labeled = len(keys_subset(train, Path(config.labels.keys)))
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes"):
         device = torch.device("cuda")
@@ -101,7 +138,7 @@ def read_facts(config: StageConfig) -> Facts:
         images=len(train),
         side_px=int(np.median(np.minimum(height, width))),
         megapixels=float(np.median(height * width)) / 1e6,
-        labeled=round(float((rows["label"] >= 0).mean()) * len(train)),
+        labeled=labeled,
         classes=len(train.classes),
         device=device.type,
         memory_gb=memory / 1e9,
@@ -178,13 +215,13 @@ def choose_pretraining(config: PretrainConfig, facts: Facts, fixed: Mapping[str,
     size = choose_view_size(choose, facts)
     small = size <= SMALL_PX
     limit, epochs = next((limit, epochs) for limit, epochs in PASSES if facts.images < limit)
-    known = config.encoder.name in NETWORKS
+    known = network(config.encoder.name) in NETWORKS
     shrinks = 32 <= size <= SMALL_PX and not gpu and known
     if shrinks:  # of as many epochs as are wanted; below, of as many as there is time for
         choose_size_schedule(choose, epochs)
-    choose_encoder(choose, facts, max(epochs / 20, LEAST_EPOCHS), views=2)
+    choose_encoder(choose, facts, epochs, max(epochs / 20, LEAST_EPOCHS), views=2)
     encoder = choose.config.encoder
-    deep = encoder.name in DEEP
+    deep = network(encoder.name) in DEEP
 
     fits = images_that_fit(choose.config, facts, views=2)
     memory = f"{facts.memory_gb:.0f} GB hold an estimated {fits} images"
@@ -228,21 +265,12 @@ def choose_pretraining(config: PretrainConfig, facts: Facts, fixed: Mapping[str,
     if deep:
         choose("loss.temperature", 0.1, "as in the paper")
         choose("optim.name", "lars", "as in the paper")
-        choose("optim.scaling", "sqrt", "better than linear below a batch of 2048 (paper, table B.1)")
-        choose("optim.lr", 0.075, "as in the paper")
-        choose("optim.weight_decay", 1e-6, "as in the paper")
     else:
         choose("loss.temperature", 0.2, "used in all measurements on CIFAR-10 and the textures")
         short = small and not gpu
         why = "better than AdamW" if short else "better than the paper's LARS"
-        name = choose("optim.name", "muon" if short else "adamw", f"{why} in short runs on CIFAR-10")
-        choose("optim.scaling", "none", "measured at batch 128")
-        if name == "muon":
-            choose("optim.lr", 0.05, "measured at a quarter of the width; it does not depend on the width")
-            choose("optim.momentum", 0.95, "as in its source")
-        else:
-            choose("optim.lr", 1.5e-3 / encoder.width, "0.0015 / width; measured at a quarter of the width")
-        choose("optim.weight_decay", 1e-4, "as in the textures preset")
+        choose("optim.name", "muon" if short else "adamw", f"{why} in short runs on CIFAR-10")
+    choose_rate(choose, PRETRAINING_RATES)
 
     if facts.classes < 2 or not facts.labeled:
         choose("eval.knn_every", 0, "no two labeled classes")
@@ -267,14 +295,16 @@ def choose_classifier(config: FinetuneConfig, facts: Facts, fixed: Mapping[str, 
     small = size <= SMALL_PX
     choose("views.crop_area", (0.2, 1.0) if small else (0.08, 1.0), "small views" if small else "as in the paper")
     if distills:
-        images, epochs = facts.images, 50 if facts.images < 100_000 else 100
+        epochs = 50 if facts.images < 100_000 else 100
     else:
-        fraction = choose("labels.fraction", 1.0, "all labels of the data set")
-        images = round(facts.labeled * fraction)
-        epochs = 100 if images < 10_000 else 30
-    choose_encoder(choose, facts, max(epochs / 5, LEAST_EPOCHS), views=1)
+        images = facts.labeled
+        if not config.labels.keys:
+            images = round(images * choose("labels.fraction", 1.0, "all labels of the data set"))
+        facts, epochs = replace(facts, images=max(images, 1)), 100 if images < 10_000 else 30
+    images = facts.images  # to train on
+    choose_encoder(choose, facts, epochs, max(epochs / 5, LEAST_EPOCHS), views=1)
     encoder = choose.config.encoder
-    deep = encoder.name in DEEP
+    deep = network(encoder.name) in DEEP
 
     if images >= 10_000:
         largest, why = 256, "at least 10,000 images"
@@ -290,32 +320,19 @@ def choose_classifier(config: FinetuneConfig, facts: Facts, fixed: Mapping[str, 
     state_time(choose, facts, views=1)
 
     if not deep:
-        base = 5e-4 if distills else 7.5e-4
         short = small and facts.device != "cuda"
         why = "better than AdamW on the textures" if short else "measured on the textures"
-        name = choose("optim.name", "muon" if short else "adamw", why)
-        choose("optim.scaling", "none", "as in the textures preset")
-        if name == "muon":
-            choose("optim.lr", 0.02, "as in the textures preset; it does not depend on the width")
-            choose("optim.momentum", 0.95, "as in its source")
-        else:
-            choose("optim.lr", base / encoder.width, f"{base} / width; measured at a quarter of the width")
-        choose("optim.weight_decay", 1e-4, "as in the textures preset")
-        choose("optim.warmup_epochs", 3, "as in the textures preset")
+        choose("optim.name", "muon" if short else "adamw", why)
+        choose("optim.warmup_epochs", 2 if distills else 3, "as in the textures preset")
     elif distills:
         choose("optim.name", "lars", "as in the paper")
-        choose("optim.scaling", "sqrt", "as in the paper")
-        choose("optim.lr", 0.1, "as in the paper")
-        choose("optim.weight_decay", 1e-4, "as in the paper")
         choose("optim.warmup_epochs", choose.config.epochs / 20, "5 % of the epochs, as in the paper")
     else:
         choose("optim.name", "nesterov", "as in the paper")
-        choose("optim.scaling", "linear", "as in the paper")
-        choose("optim.lr", 0.05, "as in the paper")
-        choose("optim.weight_decay", 0.0, "as in the paper")
         choose("optim.warmup_epochs", 0, "as in the paper")
+    choose_rate(choose, DISTILLATION_RATES if distills else FINETUNING_RATES)
     if distills:
-        same = "given" not in (why for option, why in fixed.items() if option.startswith("encoder."))
+        same = not {"given", OTHER_STUDENT} & {why for option, why in fixed.items() if option.startswith("encoder.")}
         why = "the teacher's architecture" if same else "an architecture other than the teacher's"
         choose("temperature", 0.1 if same else 1.0, f"{why}, as in the paper")
     choose("validate_every", max(choose.config.epochs // 5, 1), "five times in the run")
@@ -336,8 +353,14 @@ def choose_view_size(choose: Choices, facts: Facts) -> int:
     return choose("views.size", size, why if size == largest else f"the images have {facts.side_px} px")
 
 
-def choose_encoder(choose: Choices, facts: Facts, least_epochs: float, views: int) -> None:
-    """Encoder: by images and memory on a GPU; the largest that `CPU_TIME_S` allows for `least_epochs` on a CPU."""
+def choose_encoder(choose: Choices, facts: Facts, epochs: int, least_epochs: float, views: int) -> None:
+    """Encoder: by images and memory on a GPU; the largest that `CPU_TIME_S` allows for `least_epochs` on a CPU.
+
+    Args:
+        epochs: as many as are wanted.
+        least_epochs: as many as an encoder must be trained for at least.
+        views: number of views of an image.
+    """
     if facts.device == "cuda":
         many, memory = facts.images >= 100_000 and choose.config.views.size > SMALL_PX, f"{facts.memory_gb:.0f} GB"
         if many and facts.memory_gb >= 12:
@@ -350,15 +373,15 @@ def choose_encoder(choose: Choices, facts: Facts, least_epochs: float, views: in
         for option in part:  # what is not given keeps its default, because it may not suit a given encoder
             choose(option, None, "")
     elif facts.device != "cuda":
-        choose_width(choose, facts, least_epochs, views)
+        choose_width(choose, facts, epochs, least_epochs, views)
 
 
-def choose_width(choose: Choices, facts: Facts, least_epochs: float, views: int) -> None:
+def choose_width(choose: Choices, facts: Facts, epochs: int, least_epochs: float, views: int) -> None:
     """The widest ResNet-10 that `CPU_TIME_S` allows for `least_epochs`; the last resort is the standard stem."""
 
     def seen(width: float, stem: str) -> float:
         encoder = replace(choose.config.encoder, width=width, stem=stem)
-        return fitting_epochs(replace(choose.config, encoder=encoder), facts, views)
+        return fitting_epochs(replace(choose.config, encoder=encoder, epochs=epochs), facts, views)
 
     networks = [(1.0, "auto"), (0.5, "auto"), (0.25, "auto")]
     networks += [(0.25, "standard")] if choose.config.views.size <= SMALL_PX else []
@@ -377,6 +400,31 @@ def choose_size_schedule(choose: Choices, epochs: int) -> None:
         schedule += [f"{round(factor * choose.config.views.size)}:{until - before}"] if until > before else []
         before = until
     choose("views.size_schedule", tuple(schedule), "faster on CIFAR-10, and as accurate within 0.6 points")
+
+
+def choose_rate(choose: Choices, rates: Mapping[str, Rate]) -> None:
+    """Learning rate and weight decay of the optimizer, which may be fixed.
+
+    Raises:
+        UserError: there is no rate for this optimizer.
+    """
+    name, width = choose.config.optim.name, choose.config.encoder.width
+    if name not in rates:
+        if "optim.lr" not in choose.fixed:
+            raise UserError(
+                f"--preset auto has no learning rate for --optim.name {name} in this stage; set --optim.lr and "
+                "--optim.scaling, too."
+            )
+        return
+    scaling, lr, weight_decay, why = rates[name]
+    choose("optim.scaling", scaling, why)
+    if name == "adamw":
+        choose("optim.lr", lr / width, f"{lr:g} / width; measured at a quarter of the width")
+    else:
+        choose("optim.lr", lr, why)
+    if name == "muon":
+        choose("optim.momentum", 0.95, "as in its source")
+    choose("optim.weight_decay", weight_decay, why)
 
 
 def choose_epochs(choose: Choices, facts: Facts, wanted: int, why: str, views: int) -> int:
@@ -408,10 +456,15 @@ def divisible(largest: float, processes: int) -> int:
 # ---- estimates
 
 
+def network(name: str) -> str:
+    """Name in `NETWORKS` of an encoder, if it is one of them: a ResNet-D costs hardly more than the plain ResNet."""
+    return name.removesuffix("d")
+
+
 def network_cost(config: StageConfig) -> tuple[float, float]:
     """GMAC of a forward pass, and MB that autograd keeps in bf16, of one view; ResNet-50's for encoders not listed."""
     encoder, size = config.encoder, config.views.size
-    gmac, mb = NETWORKS.get(encoder.name, NETWORKS["resnet50"])
+    gmac, mb = NETWORKS.get(network(encoder.name), NETWORKS["resnet50"])
     pixels = (size / 224) ** 2
     if encoder.stem == "small" or (encoder.stem == "auto" and size <= SMALL_PX):
         pixels *= 16  # the small stem omits two halvings of both sides

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from auto_preset import choices_table, choose_classifier, choose_pretraining, read_facts
+from auto_preset import OTHER_STUDENT, choices_table, choose_classifier, choose_pretraining, read_facts
 from common import UserError
 from config import DistillConfig, FinetuneConfig, PretrainConfig, StageConfig
 from engine import checkpoint
@@ -329,8 +329,10 @@ def default_options(
     default = replace(default, data=data, views=replace(default.views, **views))
     if name != "auto":
         return default, {}
-    inherited = ["views.size", "views.mean", "views.std", "encoder.name", "encoder.width"]
-    return replace(default, encoder=encoder_of(Path(before))), dict.fromkeys(inherited, "as in the run to start from")
+    inherited = dict.fromkeys(["views.size", "views.mean", "views.std"], "as in the run to start from")
+    encoder = encoder_of(Path(chosen["start.run"] or before))
+    why = "as in the run to start from" if encoder == encoder_of(Path(before)) else OTHER_STUDENT
+    return replace(default, encoder=encoder), inherited | dict.fromkeys(["encoder.name", "encoder.width"], why)
 
 
 def first_options(arguments: list[str]) -> dict[str, str | None]:

@@ -168,6 +168,54 @@ def test_more_cores_mean_no_smaller_network_and_no_longer_run():
         assert time_s <= auto_preset.CPU_TIME_S or config.epochs == 10
 
 
+@pytest.mark.parametrize(
+    ("encoder", "optimizer", "expected"),
+    [
+        ("resnet50", "adamw", ("none", 0.0015, 1e-4)),
+        ("resnet50", "muon", ("none", 0.05, 1e-4)),
+        ("resnet50", "lars", ("sqrt", 0.075, 1e-6)),
+        ("resnet18", "sgd", ("linear", 0.03, 5e-4)),
+        ("resnet18", "lars", ("sqrt", 0.075, 1e-6)),
+    ],
+)
+def test_the_learning_rate_follows_the_optimizer(encoder, optimizer, expected):
+    optim = pretraining(CASES["small images on a GPU"], encoder__name=encoder, optim__name=optimizer).optim
+    assert (optim.scaling, optim.lr, optim.weight_decay) == expected
+    assert optim.momentum == (0.95 if optimizer == "muon" else 0.9)
+
+
+def test_an_optimizer_without_a_rule_needs_a_learning_rate():
+    config = replace(DISTILL["auto"](), optim=replace(DISTILL["auto"]().optim, name="sgd", lr=0.7))
+    facts, fixed = CASES["scans on a laptop"], {"optim.name": "given"}
+    with pytest.raises(UserError, match=r"no learning rate for --optim\.name sgd in this stage; set --optim\.lr"):
+        choose_classifier(config, facts, fixed)
+    assert choose_classifier(config, facts, fixed | {"optim.lr": "given"}).optim.lr == 0.7
+
+
+def test_fine_tuning_takes_time_for_labeled_images_only():
+    facts = CASES["small images on two cores in fp32"]
+
+    def choose(**labels):
+        config = FINETUNE["auto"]()
+        return choose_classifier(replace(config, labels=replace(config.labels, **labels)), facts, given)
+
+    given = {"labels.fraction": "given"}
+    few = choose(fraction=0.01)
+    assert few.encoder.width == 1 and few.epochs == 100 and few.batch_size == 64
+    assert few.reasons[auto_preset.TIME].startswith("about 7 min") and "50,000 images" in few.reasons[auto_preset.DATA]
+    assert choose(fraction=1.0).encoder.width < 1
+    given = {}
+    listed = choose(keys="list.txt")
+    assert "labels.fraction" not in listed.reasons and listed.batch_size == 256
+
+
+def test_a_resnet_d_is_treated_as_the_plain_one():
+    facts = CASES["small images on two cores"]
+    plain, averaging = (pretraining(facts, encoder__name=name) for name in ("resnet18", "resnet18d"))
+    assert replace(averaging, encoder=plain.encoder) == plain and plain.views.size_schedule
+    assert pretraining(CASES["photographs on eight GPUs"], encoder__name="resnet50d").head.hidden == 2048
+
+
 def test_options_on_the_command_line_win_and_other_choices_follow_them():
     facts = CASES["photographs on a GPU of 8 GB"]
     config = pretraining(facts, views__size=64, encoder__name="resnet50", batch_size=96, loss__temperature=0.3)
@@ -386,7 +434,7 @@ def test_a_folder_of_another_stage_is_refused_with_another_remedy(run):
         read("finetune.py", "--start.run", run, "--out", run)
 
 
-def test_fine_tuning_and_distillation_start_from_the_encoder_of_the_run(run, data):
+def test_fine_tuning_and_distillation_start_from_the_encoder_of_the_run(run, data, tmp_path):
     config = read("finetune.py", "--start.run", run)
     assert config.preset == "auto" and config.data == str(data) and config.labels.fraction == 1
     assert config.encoder == encoder_of(run) == EncoderConfig("resnet10t", "standard", 0.125)
@@ -399,6 +447,19 @@ def test_fine_tuning_and_distillation_start_from_the_encoder_of_the_run(run, dat
     assert student.encoder == config.encoder and student.temperature == 0.1
     other = read("distill.py", "--teacher", run, "--encoder.width", 0.25)
     assert other.encoder.width == 0.25 and other.temperature == 1.0
+    record = json.loads((run / "config.json").read_text())
+    record["timm_kwargs"]["width"] = 0.5
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    other = read("distill.py", "--teacher", run, "--start.run", tmp_path)
+    assert (
+        other.encoder.width == 0.5
+        and other.temperature == 1.0
+        and other.reasons["encoder.width"] == "as in --start.run"
+    )
+    keys = np.load(data / "train" / "train-000000.index.npy")["key"][:8]
+    (tmp_path / "list.txt").write_text("\n".join(key.decode() for key in keys))
+    few = read("finetune.py", "--start.run", run, "--labels.keys", tmp_path / "list.txt")
+    assert f"labels: {len(keys)}," in few.reasons[auto_preset.DATA] and few.batch_size <= len(keys) / 4
     assert read("finetune.py", "--start.run", run, "--preset", "textures").labels.fraction == 0.02
 
 
