@@ -1,5 +1,6 @@
 """The data of a run: what `--data` names, shards or images, or the built-in textures."""
 
+import os
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def open_data(data: str, config: LoaderConfig) -> tuple[ShardSet, ShardSet | Non
     Raises:
         UserError: the shards are missing or damaged, or the images can't be converted.
     """
-    cache = config.cache()
+    cache, data = config.cache(), os.path.expanduser(data)
     if not data:
         ensure_textures(Path(TEXTURES))
     elif is_photos(data):

@@ -72,8 +72,8 @@ class AugmentConfig:
         require(0 <= self.jitter_strength <= 2.5, "jitter_strength", "from 0 to 2.5, where the hue covers every color")
         require(self.jitter in get_args(Jitter), "jitter", " or ".join(get_args(Jitter)))
         low, high = self.blur_sigma
-        expected = "two standard deviations in pixels, 0 < smallest <= largest; use --views.blur-p 0 for no blur"
-        require(0 < low <= high < np.inf, "blur_sigma", expected)
+        expected = "two standard deviations in pixels, 0 < smallest <= largest <= 1e6; use --views.blur-p 0 for no blur"
+        require(0 < low <= high <= 1e6, "blur_sigma", expected)
         for name, smallest in ("mean", 0), ("std", SMALLEST_STD):
             values = getattr(self, name)
             expected = f"one number per channel or one for all, {smallest:g} to 1, for an image in 0..1, not 0..255"

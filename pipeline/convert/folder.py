@@ -162,7 +162,7 @@ def named(files: Iterable[tuple[str, tuple]], class_level: str | None = None) ->
     """Turn (path, address) pairs into (class, key, address) items.
 
     Leading folders that all images share are ignored; the folders directly below them are the classes. Images at the
-    top level have no class. Keys contain no dot and are unique, as WebDataset requires.
+    top level have no class. Keys are unique, and their file names contain no dot, as WebDataset requires.
 
     Args:
         files: POSIX paths relative to the source, each with the address of the image.

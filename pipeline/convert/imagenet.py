@@ -73,7 +73,7 @@ def _train_source(path: Path) -> Source:
                     continue
                 folder, file = posixpath.basename(class_tar.name).removesuffix(".tar"), outer.extractfile(class_tar)
                 try:
-                    with tarfile.open(fileobj=file, mode="r:", tarinfo=CheckedMember) as inner:
+                    with tarfile.open(fileobj=file, mode="r:", tarinfo=CheckedMember, encoding="utf-8") as inner:
                         for image in image_members(inner, f"{path}:{class_tar.name}", left_out):
                             classes.append(folder)
                             yield f"{folder}/{image.name}", (class_tar.offset_data + image.offset_data, image.size)
@@ -93,7 +93,9 @@ def _class_folders(path: Path) -> Source:
     source = folder_source(path)
     classes = [label for label, _, _ in source.items]
     if None in classes:
-        raise UserError(f"Images in {path} are not in class folders; use --labels to set their classes.")
+        raise UserError(
+            f"Images in {path} are not in class folders; convert {path} with --labels, and others with --split train."
+        )
     return replace(source, name="imagenet", items=_by_file_name(source.items, classes))
 
 

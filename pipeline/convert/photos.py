@@ -35,7 +35,7 @@ from .base import Item, Source
 from .folder import AmbiguousClasses, Listing, files_below, list_images, named, parts_of
 from .writer import write_split
 
-RULES = 3
+RULES = 4
 """Version of the rules below; another one converts again."""
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLITS |= {"val": "val", "valid": "val", "validation": "val"}
@@ -70,9 +70,9 @@ def is_photos(data: str) -> bool:
             return False
         if path.is_dir():
             folders = path, path / "train"
-            if any((folder / "dataset.json").exists() for folder in folders):
-                return False
             tars = [tar.name for folder in folders for tar in folder.glob("*.tar")]
+            if tars and any((folder / "dataset.json").exists() for folder in folders):
+                return False
             unknown = tars and not fnmatch.filter(tars, SPLIT_TARS["train"])  # those are indexed on their first use
             if unknown and any(not name.endswith("index.npy") for name, _ in files_below(path, [], [])):
                 raise UserError(
@@ -80,7 +80,8 @@ def is_photos(data: str) -> bool:
                     "images out of it to index the tar."
                 )
             return not tars
-        return path.name.lower().endswith(ARCHIVES) and not (path.parent / "dataset.json").exists()
+        name = path.name.lower()
+        return name.endswith(ARCHIVES) and not (name.endswith(".tar") and (path.parent / "dataset.json").exists())
     except PermissionError as error:
         raise UserError(f"{data} can't be read ({error.strerror}); change its permissions.") from error
 
@@ -120,7 +121,8 @@ def convert_photos(path: Path, cache: ShardCache, agree: Callable[[str], str] = 
             "several machines with `rsync -a`."
         )
     identity = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]
-    home = cache.folder / "photos" / f"{path.resolve().name}-{identity}"
+    name = os.fsencode(path.resolve().name)[:100].decode(errors="ignore")  # file systems limit names to 255 bytes
+    home = cache.folder / "photos" / f"{name}-{identity}"
     version = home / found
     with disk_errors(home):
         home.mkdir(parents=True, exist_ok=True)
@@ -219,9 +221,9 @@ def _counts(path: Path, splits: list[ShardSet]) -> list[str]:
 def photo_sources(path: Path, listing: Listing | None = None, class_level: str | None = None) -> Photos:
     """Splits of a collection of images.
 
-    Folders called train and test (or val, and the like) are the splits. Without a test split of the same classes, a
-    part of each class is kept as one. A single class, or nested folders of which it is unclear which ones are the
-    classes, mean that there are no labels; then nothing is kept.
+    Folders called train and test (or val, and the like) are the splits; test is preferred if both have labels. Without
+    a split of the same classes, a part of each class is kept as one. A single class, or nested folders of which it is
+    unclear which ones are the classes, mean that there are no labels; then nothing is kept.
 
     Args:
         path: folder, zip or tar.
@@ -246,6 +248,9 @@ def photo_sources(path: Path, listing: Listing | None = None, class_level: str |
         train = named(files, "none")
     parts = {"train": train}
     for split, files in folders.items():
+        if len(parts) == 2:  # evaluation uses one
+            notes.append(f"The {split} images are not used because there are test images.")
+            break
         items = _named(files, class_level if classes else "none", notes)
         if foreign := sorted(_classes(items) - classes):
             notes.append(f"The {split} images are not used because no training image is of class {foreign[0]}.")
@@ -268,7 +273,7 @@ def photo_sources(path: Path, listing: Listing | None = None, class_level: str |
 
 
 def _split_folders(files: list[tuple[str, tuple]], notes: list[str]) -> dict[str, list[tuple[str, tuple]]]:
-    """Images of the train split and of the test or val split, by split, with paths inside it; {} without splits."""
+    """Images of the train, test and val splits, by split, with paths inside it; {} without splits."""
     paths = [parts_of(name) for name, _ in files]
     low, high = (choose(path[:-1] for path in paths) for choose in (min, max))
     depth = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(low, high, strict=False))))  # folders of all images
@@ -282,8 +287,6 @@ def _split_folders(files: list[tuple[str, tuple]], notes: list[str]) -> dict[str
     used = {split: by_split[split] for split in ("train", "test", "val") if split in by_split}
     if "train" not in used or len(used) == 1:
         return {}
-    if len(used) == 3:  # evaluation uses one
-        del used["val"]
     if unused := [folder or "images outside of folders" for folder in inside if folder not in used.values()]:
         notes.append(f"Not used: {', '.join(unused[:5])}{' and more' if unused[5:] else ''}.")
     return {split: inside[folder] for split, folder in used.items()}

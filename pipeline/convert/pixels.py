@@ -94,7 +94,14 @@ def cifar_sources(path: Path) -> dict[str, Source]:
                     data = batch[b"data"].pixels()
                     if data.shape != (len(batch[version.labels_key]), 3 * CIFAR_SIDE_PX**2):
                         raise ValueError(f"{name} has data of shape {data.shape}")
-                    file.write(data.tobytes())
+                    try:
+                        file.write(data.tobytes())
+                        file.flush()
+                    except OSError as error:
+                        raise UserError(
+                            f"{path} can't be unpacked to {scratch.name} ({error.strerror}); set TMPDIR to a folder "
+                            "with enough space."
+                        ) from error
                     labels += batch[version.labels_key]
             if not set(labels) <= set(range(len(classes))):
                 raise ValueError(f"a label of {split} has no class")

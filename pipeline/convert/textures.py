@@ -125,10 +125,16 @@ def ensure_textures(out: Path) -> None:
     else is ever deleted.
 
     Raises:
-        UserError: the folder holds data that was not rendered by this module.
+        UserError: the folder holds data that was not rendered by this module, or can't be written.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    with FileLock(out / ".lock"):
+    if _is_complete(out):  # possibly in a folder that only others may write
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / ".lock").acquire()
+    except OSError as error:
+        raise UserError(f"{out} can't be written ({error.strerror}); run in another folder, or use --data.") from error
+    with lock:
         sources = {split: textures_source(split) for split in SPLITS}
         if any(out.glob("*.tar")):
             raise _foreign(out, out)
@@ -144,6 +150,16 @@ def ensure_textures(out: Path) -> None:
         for split, source in sources.items():
             if not (out / split).exists():
                 write_split(source, out, split)
+
+
+def _is_complete(out: Path) -> bool:
+    """Whether all splits exist as this version renders them."""
+    try:
+        name = f"textures-{VERSION}"
+        current = all((out / split).exists() and not _is_outdated(out, split, name) for split in SPLITS)
+        return current and not any(out.glob("*.tar"))
+    except UserError:  # another process may be replacing a split
+        return False
 
 
 def _is_outdated(out: Path, split: str, name: str) -> bool:

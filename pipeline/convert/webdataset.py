@@ -92,14 +92,14 @@ def _find_tars(path: str) -> tuple[dict[str, Path | str], Path]:
         return {f"pipe-{n:06d}.tar": command for n, command in enumerate(expand_braces(path))}, Path(".")
     folder = Path(path)
     refuse_url(folder, "index it in place by `python -m pipeline.shards index`, or copy it to a folder first")
-    if folder.is_dir():
+    if os.path.isdir(folder):  # unlike Path's methods, not an error for a long brace pattern
         inside = sorted(folder.iterdir())
         tars = [file for file in inside if file.name.endswith(".tar")]
         tars = tars or [file for file in inside if file.name.endswith(COMPRESSED_TARS)]
         if not tars:
             raise UserError(f"There is no .tar in {path}; use the folder that holds the shards.")
         return {file.name: file for file in tars}, folder
-    files = [folder] if folder.exists() else [Path(name) for name in expand_braces(path)]
+    files = [folder] if os.path.exists(folder) else [Path(name) for name in expand_braces(path)]
     folder = Path(os.path.commonpath([file.parent for file in files]))
     return {file.relative_to(folder).as_posix(): file for file in files}, folder
 

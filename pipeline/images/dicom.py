@@ -49,7 +49,7 @@ def open_dicom(encoded: bytes) -> DeepImage:
     try:
         import pydicom
     except ImportError as error:
-        raise UserError("Reading DICOM images requires the package pydicom: pip install 'streamclr[dicom]'.") from error
+        raise UserError("Reading DICOM images requires the package pydicom: pip install pydicom.") from error
     try:
         data = pydicom.dcmread(io.BytesIO(encoded))
         height, width, frames = int(data.Rows), int(data.Columns), int(data.get("NumberOfFrames") or 1)

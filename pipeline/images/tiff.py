@@ -180,7 +180,7 @@ def _import_tifffile(pixel_format: PixelFormat) -> None:
     except ImportError as error:
         kind = "or use --bits 8 for its upper eight bits" if pixel_format.channels == 3 else "or save it as .npy"
         raise UserError(
-            f"Reading a TIFF of {pixel_format} requires the package tifffile: pip install 'streamclr[tiff]', {kind}."
+            f"Reading a TIFF of {pixel_format} requires the package tifffile: pip install tifffile, {kind}."
         ) from error
 
 

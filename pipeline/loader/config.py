@@ -9,7 +9,7 @@ from ..shards.cache import ShardCache
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """Reading and augmentation options; batches depend on none of them, except for the rounding of each backend."""
+    """Reading and augmentation options; batches depend only on `node_groups` and the rounding of the backend."""
 
     backend: Literal["auto", "dali", "kornia", "opencv", "triton"] = "auto"
     """Augmentation backend. auto: chosen by device, view size and number of threads; the run says which and why."""

@@ -86,7 +86,7 @@ def open_tar(path: Path, compressed: bool = False) -> Iterator[tarfile.TarFile]:
     if not path.is_file():
         raise UserError(f"There is no file {path}; use the path of the tar that holds the images.")
     try:
-        with tarfile.open(path, "r" if compressed else "r:", tarinfo=CheckedMember) as tar:
+        with tarfile.open(path, "r" if compressed else "r:", tarinfo=CheckedMember, encoding="utf-8") as tar:
             yield tar
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         if getattr(error, "errno", None) is not None:  # bz2 reports damage as an OSError without a number

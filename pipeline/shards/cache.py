@@ -249,13 +249,13 @@ class Lease:
         self.cache = cache
         self.path = cache.folder / "leases" / f"{uuid.uuid4().hex}.held"
         self._alive = FileLock(self.path.with_suffix(".lock"), thread_local=False)
-        with cache._locked("lock"):
+        with cache._locked("lock"), disk_errors(cache.folder):
             self._alive.acquire()
             self.path.write_text("")
 
     def hold(self, checksums: Iterable[str]) -> None:
         """Replace the held files; the lock excludes a concurrent eviction."""
-        with self.cache._locked("lock"):
+        with self.cache._locked("lock"), disk_errors(self.cache.folder):
             self.path.write_text("\n".join(checksums))
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ import fnmatch
 import hashlib
 import io
 import json
+import os
 import posixpath
 import re
 import threading
@@ -120,10 +121,11 @@ def folder_and_tars(root: str) -> tuple[str, str]:
 def cached_index(root: str, cache: ShardCache) -> Path:
     """Folder in the cache for the index of a set in a read-only location, or of one of several splits in a folder."""
     folder, tars = folder_and_tars(root)
+    fs, path = filesystem(folder, cache.retry_policy)  # an absolute path, also of a relative folder
+    path = os.path.normpath(path) if is_local(fs) else path
     if tars == ALL_TARS:
-        return cache.index_folder(root)
-    fs, path = filesystem(folder, cache.retry_policy)
-    return cache.index_folder(f"{fs.unstrip_protocol(path)}/{tars}")  # absolute, also for a relative folder
+        return cache.index_folder(path if is_local(fs) else root)
+    return cache.index_folder(f"{fs.unstrip_protocol(path)}/{tars}")
 
 
 def _find_manifest(root: str, cache: ShardCache) -> tuple[AbstractFileSystem, str, str, bytes]:
@@ -307,8 +309,8 @@ def lies_inside(rows: np.ndarray, tar_bytes: int) -> np.ndarray:
 def open_splits(root: str, cache: ShardCache | None = None) -> tuple[ShardSet, ShardSet | None]:
     """Open the train split of a folder or URL and its test (or val) split, None if it has none.
 
-    A shard set without splits counts as a train split. Of splits whose tars are in one folder, the val split is
-    preferred, since published test splits often lack labels.
+    A shard set without splits counts as a train split. A test split without labels gives way to a val split with them.
+    Of splits whose tars are in one folder, the val split is preferred, since published test splits often lack labels.
 
     Raises:
         UserError: as `open_shards`, and if the classes, channels or bits of the splits differ.
@@ -318,12 +320,17 @@ def open_splits(root: str, cache: ShardCache | None = None) -> tuple[ShardSet, S
     train = open_shards(roots[0], cache)
     if len(roots) == 1:
         return train, None
-    test = open_shards(roots[1], cache)
+    root, test = roots[1], open_shards(roots[1], cache)
+    if len(roots) == 3 and folder_and_tars(root)[1] == ALL_TARS and _top_label(test.index) < 0:
+        with suppress(UserError):  # a folder that holds something else
+            val = open_shards(roots[2], cache)
+            if _top_label(val.index) >= 0 and val.classes == train.classes:
+                root, test = roots[2], val
     if test.classes != train.classes:
-        raise UserError(f"{roots[1]} has other classes than {roots[0]}; convert both again.")
+        raise UserError(f"{root} has other classes than {roots[0]}; convert both again.")
     if test.pixel_format != train.pixel_format:
         raise UserError(
-            f"The images of {roots[1]} are {test.pixel_format}, but those of {roots[0]} are {train.pixel_format}; "
+            f"The images of {root} are {test.pixel_format}, but those of {roots[0]} are {train.pixel_format}; "
             "convert both from images of one kind, or with --bits 8."
         )
     return train, test

@@ -58,7 +58,7 @@ class Sample(NamedTuple):
 def write_shard(folder: Path, name: str, samples: Iterable[Sample]) -> dict[str, Any]:
     """Write one tar and its index to `folder`; returns the shard's entry for the manifest."""
     rows = []
-    with tarfile.open(folder / name, "w", format=tarfile.GNU_FORMAT) as tar:
+    with tarfile.open(folder / name, "w", format=tarfile.GNU_FORMAT, encoding="utf-8") as tar:
         for key, (extension, height, width), encoded, label in samples:
             offset = _add(tar, f"{key}.{extension}", encoded)
             if label >= 0:

@@ -330,7 +330,7 @@ def _images(file: BinaryIO, path: str, extension: str | None, bits: int | None, 
     parts: list[Part] = []
     left_out: list[tuple[str, str]] = []
     try:
-        with tarfile.open(fileobj=file, mode="r:", tarinfo=CheckedMember) as tar:
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=CheckedMember, encoding="utf-8") as tar:
             for part in read_parts(tar, forgetting(tar), extension, left_out):
                 parts.append(part)  # kept if the tar turns out to be damaged
     except tarfile.TarError as error:

@@ -235,6 +235,25 @@ def test_a_folder_whose_name_would_be_a_chain_of_urls(tmp_path, config, folder):
     assert (len(train), len(test)) == (27, 3)
 
 
+def test_a_home_folder_is_expanded(tmp_path, config, folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    train, test = open_data(f"~/{folder.name}", config)
+    assert (len(train), len(test)) == (27, 3)
+
+
+def test_a_dataset_json_of_another_program_does_not_make_shards_of_images(tmp_path, config, folder):
+    (folder / "dataset.json").write_text('{"labels": null}')
+    photos_zip = write_zip(folder / "photos.zip", pictures(each=10))
+    assert len(open_data(str(photos_zip), config)[0]) == 27
+    photos_zip.unlink()
+    assert len(open_data(str(folder), config)[0]) == 27
+
+
+def test_a_folder_with_a_long_name(tmp_path, config, folder):
+    train, test = open_data(str(folder.rename(tmp_path / ("ä" * 120))), config)
+    assert (len(train), len(test)) == (27, 3)
+
+
 # ---- splits and labels
 
 
@@ -244,7 +263,8 @@ def test_a_folder_whose_name_would_be_a_chain_of_urls(tmp_path, config, folder):
         (("train", "test"), "test", ""),
         (("training", "val"), "val", ""),
         (("Train", "Validation"), "val", ""),
-        (("train", "test", "valid", "unlabeled"), "test", "Not used: unlabeled, valid."),
+        (("train", "test", "unlabeled"), "test", "Not used: unlabeled."),
+        (("train", "test", "valid"), "test", "The val images are not used because there are test images."),
     ],
 )
 @pytest.mark.parametrize("form", ["folder", "zip"])
@@ -279,6 +299,13 @@ def test_a_test_split_of_other_classes_is_not_used(tmp_path, files, note):
     sources, notes = photo_sources(path)
     assert notes[0] == note and "a tenth of each class" in notes[1]
     assert {split: len(source.items) for split, source in sources.items()} == {"train": 27, "test": 3}
+
+
+def test_a_test_split_without_labels_gives_way_to_a_val_split(tmp_path):
+    files = under("train", pictures()) | under("val", pictures()) | {"test/a.jpg": b"1", "test/b.jpg": b"2"}
+    sources, notes = photo_sources(write_folder(tmp_path / "in", files))
+    assert {split: len(source.items) for split, source in sources.items()} == {"train": 12, "val": 12}
+    assert notes == ["The test images are not used because they have no labels."]
 
 
 def test_a_test_split_of_some_classes_is_used(tmp_path):

@@ -29,12 +29,22 @@ def render(images: list[Tensor], params: AugmentParams, config: AugmentConfig, o
         config: augmentation options.
         out: (V, k, 3, S, S), float32 or bfloat16; each out[v] is contiguous in channels-last order.
     """
-    records = copy_to(out.device, view_records(images, params, config))
+    render_records(copy_to(out.device, view_records(images, params, config)), len(images), config, out)
+
+
+def render_records(records: Tensor, images: int, config: AugmentConfig, out: Tensor) -> None:
+    """Launch the kernels for the `view_records` of V views of k images, which are on the device.
+
+    Args:
+        records: (V k, WORDS) int32; the images that they name must stay in memory.
+        images: k.
+        config, out: see `render`.
+    """
     major = torch.cuda.get_device_capability(out.device)[0] if out.device.type == "cuda" else 0
     views, size = len(records), config.size
     gain = [1 / std for std in config.std]
     shift = [-mean / std for mean, std in zip(config.mean, config.std, strict=True)]
-    target = (out, len(images), out.stride(0), *gain, *shift)
+    target = (out, images, out.stride(0), *gain, *shift)
     if size <= TILE:
         whole_views_kernel[(views,)](records, *target, **constants(whole_views_kernel, config, major))
         return

@@ -88,6 +88,24 @@ def test_textures(tmp_path, few_textures):
     assert (tmp_path / "train" / "dataset.json").stat().st_mtime_ns == before
 
 
+def test_complete_textures_need_no_permission_to_write(tmp_path, few_textures, monkeypatch):
+    def refused(*_):
+        raise PermissionError(13, "Permission denied")
+
+    ensure_textures(tmp_path / "few")
+    monkeypatch.setattr(textures, "FileLock", refused)
+    ensure_textures(tmp_path / "few")
+    with pytest.raises(UserError, match=r"textures can't be written \(Permission denied\); run in another folder, or"):
+        ensure_textures(tmp_path / "textures")
+
+
+def test_names_are_utf_8_in_every_locale(tmp_path, monkeypatch):
+    monkeypatch.setattr(tarfile.TarFile, "encoding", "ascii")
+    write_shard(tmp_path, "a.tar", [Sample("雪/1", ("png", 1, 1), b"1", -1)])
+    with tarfile.open(tmp_path / "a.tar", encoding="utf-8") as tar:
+        assert tar.getnames() == ["雪/1.png"]
+
+
 def test_textures_of_another_version_are_rendered_again(tmp_path, few_textures, monkeypatch):
     ensure_textures(tmp_path)
     monkeypatch.setattr(textures, "VERSION", textures.VERSION + 1)

@@ -138,7 +138,7 @@ def test_imagenet_folders(tmp_path):
         expected = {name.split("/")[1].split(".")[0]: (name.split("/")[0], c) for name, c in images.items()}
         assert contents(shards) == expected and shards.manifest["name"] == "imagenet"
     write_folder(tmp_path / "flat", {f"val/{n.split('/')[1]}": c for n, c in val.items()})
-    with pytest.raises(UserError, match=r"are not in class folders; use --labels"):
+    with pytest.raises(UserError, match=r"are not in class folders; convert .* with --labels"):
         imagenet_sources(tmp_path / "flat")
 
 

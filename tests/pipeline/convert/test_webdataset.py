@@ -118,6 +118,11 @@ def test_brace_patterns(tmp_path, tars):
         webdataset_source(f"{tars}/a-{{0..1.tar")
 
 
+def test_a_brace_pattern_longer_than_a_file_name(tars):
+    pattern = f"{tars}/{{{','.join(['a-0', *('a-1' for _ in range(99))])}}}.tar"
+    assert len(pattern) > 300 and len(webdataset_source(pattern).items) == 12
+
+
 def test_tars_of_the_same_name_in_several_folders(tmp_path, tars):
     for folder in "bc":
         (tmp_path / folder).mkdir()

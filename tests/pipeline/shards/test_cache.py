@@ -154,6 +154,16 @@ def test_a_full_disk_is_named_without_another_attempt(small, tmp_path):
         assert server.count["part-000.tar"] == 1
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a file that is always full")
+def test_a_lease_on_a_full_disk_is_named(tmp_path):
+    lease = Lease(cache_at(tmp_path))
+    lease.path.unlink()
+    lease.path.symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"can't be used as a cache \(.*\); set \$STREAMCLR_CACHE to .* has room"):
+        lease.hold(["0" * 64])
+    lease.close()
+
+
 def test_verify_names_a_broken_cache(small, tmp_path):
     (tmp_path / "file").write_text("")
     with serving(Path(small.root)) as server:

@@ -30,6 +30,7 @@ from tests.pipeline.image_sets import (
     with_manifest,
     write_tar,
 )
+from tests.small_sets import remove_labels
 
 
 @pytest.fixture
@@ -212,6 +213,16 @@ def test_interrupted_indexing_leaves_no_shard_set(copy, monkeypatch):
         index_shards(str(copy))
     with pytest.raises(UserError, match="have no index"):
         open_shards(str(copy))
+
+
+def test_a_test_split_without_labels_gives_way_to_a_val_split(original, tmp_path):
+    for split in ("train", "test", "val"):
+        shutil.copytree(original, tmp_path / split)
+    assert open_splits(str(tmp_path))[1].root == f"{tmp_path}/test"
+    remove_labels(tmp_path / "test")
+    assert open_splits(str(tmp_path))[1].root == f"{tmp_path}/val"
+    remove_labels(tmp_path / "val")
+    assert open_splits(str(tmp_path))[1].root == f"{tmp_path}/test"
 
 
 def test_a_remote_shard_set(original):

@@ -290,6 +290,19 @@ def test_indexing_again_in_the_cache_keeps_classes_and_checksums(tmp_path, monke
     assert [entry["name"] for entry in again.manifest["left_out"]] == ["shard-001.tar"]
 
 
+def test_relative_paths_of_read_only_sets_are_not_mixed_up(tmp_path, monkeypatch):
+    monkeypatch.setenv("STREAMCLR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("pipeline.shards.index._writable", lambda *_: False)
+    for number, name in enumerate("ab"):
+        monkeypatch.chdir(foreign_tars(tmp_path / name, [labeled(4 * number)]))
+        index_shards(".")
+    for name, other in ("ab", "ba"):
+        monkeypatch.chdir(tmp_path / name)
+        here, there = open_shards("."), open_shards(f"../{other}")
+        assert here.index_root == open_shards(str(tmp_path / name)).index_root != there.index_root
+        assert not {*here.index["key"].tolist()} & {*there.index["key"].tolist()}
+
+
 def test_a_manifest_that_cannot_be_replaced_is_refused(original, tmp_path, monkeypatch):
     """The set's own manifest takes precedence, so an index in the cache would never be read."""
     monkeypatch.setenv("STREAMCLR_CACHE", str(tmp_path / "cache"))
