@@ -60,6 +60,11 @@ def distill(config: DistillConfig, instruments: Instruments | None = None) -> No
 
     # Data: all images -> one augmented view each, and which of their labels may be used.
     train, test = open_data(config.data, config.loader)
+    if train.pixel_format.channels != channels:
+        raise UserError(
+            f"The teacher in {config.teacher} takes {channels}-channel images, but {train.root} has "
+            f"{train.pixel_format.channels}-channel images; use --data with images like those that it was trained on."
+        )
     views = config.views.for_images(train.pixel_format, train.manifest.get("statistics", {}))
     config = replace(config, views=views)
     reading = {"device": session.device, "dtype": session.dtype, "bad_samples_file": session.out / "bad_samples.jsonl"}
@@ -75,11 +80,6 @@ def distill(config: DistillConfig, instruments: Instruments | None = None) -> No
         views_per_image=1,
         **reading,
     )
-    if train.pixel_format.channels != channels:
-        raise UserError(
-            f"The teacher in {config.teacher} takes {channels}-channel images, but {train.root} has "
-            f"{train.pixel_format.channels}-channel images; use --data with images like those that it was trained on."
-        )
     uses_label = np.zeros(len(train), dtype=bool)
     if config.labeled_share:
         if list(train.classes) != classes:

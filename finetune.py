@@ -43,12 +43,14 @@ def finetune(config: FinetuneConfig, instruments: Instruments | None = None) -> 
 
     # Data: labeled images -> one augmented view each.
     train, test = open_data(config.data, config.loader)
-    views = config.views.for_images(train.pixel_format, train.manifest.get("statistics", {}))
-    config = replace(config, views=views)
-    classes = list(train.classes)
+    classes, channels = list(train.classes), train.pixel_format.channels
     if len(classes) < 2:
         raise UserError(f"Fine-tuning needs at least two classes, {train.root} has {len(classes)}; use another --data.")
     samples = labeled_subset(train, config.labels, config.seed)
+    # refuses images of other channels than those of the pretraining, which its normalization would not fit either
+    classifier, spec = start_classifier(config.start, config.encoder, config.views.size, len(classes), channels)
+    views = config.views.for_images(train.pixel_format, train.manifest.get("statistics", {}))
+    config = replace(config, views=views)
     reading = {"device": session.device, "dtype": session.dtype, "bad_samples_file": session.out / "bad_samples.jsonl"}
     loader = ViewLoader(
         train,
@@ -65,8 +67,6 @@ def finetune(config: FinetuneConfig, instruments: Instruments | None = None) -> 
     )
 
     # Model: view -> h, or a layer of the projection head -> logits.
-    channels = train.pixel_format.channels
-    classifier, spec = start_classifier(config.start, config.encoder, config.views.size, len(classes), channels)
     classifier = session.to_device(synchronize_batchnorm(classifier))
     model = session.distribute(classifier)
 

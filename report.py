@@ -213,14 +213,16 @@ def neighbors(
 def predictions(
     folder: Path, bank: Split, query: Split, batches: Callable, device: torch.device
 ) -> tuple[Tensor | None, str]:
-    """Predicted classes of the queries, (n,) int64, and what predicted them; None without labels.
+    """Predicted classes of the queries, (n,) int64, and what predicted them; None without labels of the same classes.
 
     The classifier of a fine-tuned run predicts itself; for pretraining it is a linear probe on the bank's features.
     """
     if (query.label < 0).all() or list(query.shards.classes) != list(bank.shards.classes):
         return None, ""
     if (folder / "model.safetensors").exists():
-        classifier, _ = load_classifier(folder / "model.safetensors")
+        classifier, classes = load_classifier(folder / "model.safetensors")
+        if classes != list(query.shards.classes):  # of a teacher of other images
+            return None, ""
         logits = embed_split(classifier.to(device).eval(), query.shards, query.samples, batches).features
         return logits.argmax(1), "the trained classifier"
     labeled = bank.label >= 0

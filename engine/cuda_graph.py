@@ -76,9 +76,10 @@ class CapturedPasses:
             return torch.autograd.grad(outputs, self.parameters, gradients, allow_unused=True)
 
         stream = torch.cuda.Stream(views.device)
-        stream.wait_stream(torch.cuda.current_stream(views.device))
         # the backward pass belongs outside of autocast
         with buffers_restored(module), torch.autocast(kind, enabled=False):
+            # after the copies of the buffers, which the passes change
+            stream.wait_stream(torch.cuda.current_stream(views.device))
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UP_PASSES):
                     outputs = encode()

@@ -354,14 +354,14 @@ class TrainingLoop:
         summary = {"replaced_images": self.replaced_images, "sentences": []}
         if self.replaced_images:
             listing = session.out / "bad_samples.jsonl"
-            summary["sentences"].append(f"{self.replaced_images} unreadable images were replaced; see {listing}")
+            summary["sentences"].append(f"Replacements of unreadable images: {self.replaced_images}; see {listing}")
         if timer.total_steps:
             images_per_s, waiting = timer.summary(config.batch_size)
             communicating = communication_s(self.model) * timer.total_steps / timer.total_s
             faster = "faster hardware" if session.bf16 else "hardware that computes in bf16"
             if not session.bf16 and computes_in_bf16(session.device):
                 faster = "--precision auto"
-            if session.device.type == "cuda" and not config.compile:
+            elif session.device.type == "cuda" and not config.compile:
                 faster = "--compile"  # on CPUs it was slower in bf16 in every measurement
             decimals = 0 if images_per_s >= 10 else 1  # a large network on a CPU encodes a few images per second
             speed = f"{images_per_s:,.{decimals}f} images/s, {waiting:.1%} of the time waiting for data"

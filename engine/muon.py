@@ -49,12 +49,20 @@ class Muon(Optimizer):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "adapt": True, "fused": True}
         super().__init__(params, defaults)
         self.dtype = dtype
-        for group in self.param_groups:
-            for w in group["params"]:
-                names = ["momentum_buffer"] if group["adapt"] else ["exp_avg", "exp_avg_sq"]
-                self.state[w] = {name: torch.zeros_like(w) for name in names}
-                if not group["adapt"]:
-                    self.state[w]["step"] = torch.zeros((), device=w.device)
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Add parameters, with a state of zeros: a first step that is skipped would leave none."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for w in group["params"]:
+            names = ["momentum_buffer"] if group["adapt"] else ["exp_avg", "exp_avg_sq"]
+            self.state[w] = {name: torch.zeros_like(w) for name in names}
+            if not group["adapt"]:
+                self.state[w]["step"] = torch.zeros((), device=w.device)
+
+    def __getstate__(self) -> dict:
+        """State of a copy or a pickle, of which `Optimizer` would leave out the dtype."""
+        return super().__getstate__() | {"dtype": self.dtype}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

@@ -80,6 +80,10 @@ class LARS(Optimizer):
         super().__init__(params, defaults)
         self.scratch: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]] = {}
 
+    def __getstate__(self) -> dict:
+        """State of a copy or a pickle, of which `Optimizer` would leave out the scratch memory."""
+        return super().__getstate__() | {"scratch": {}}
+
     @torch.no_grad()
     def step(self) -> None:
         """Update all parameters without waiting for the device."""
@@ -159,7 +163,7 @@ def parameter_groups(
 ) -> list[dict]:
     """Parameter groups: weights decay and adapt, biases and normalization parameters do neither.
 
-    The latter are the parameters with at most one dimension, as in every timm encoder.
+    The latter are the parameters with at most one dimension, as in nearly every timm encoder.
 
     Args:
         modules: networks to optimize.

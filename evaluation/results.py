@@ -1,4 +1,4 @@
-"""The file that evaluate.py writes: results as JSON, or features in safetensors with a record as metadata."""
+"""The file that evaluate.py writes: results as JSON, features in safetensors with a record as metadata, or a report."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def prepare_out(out: Path) -> None:
 
 
 def _is_result(path: Path) -> bool:
-    """Whether a file is empty or was written by an evaluation, so that it may be replaced."""
+    """Whether a file is empty, or was written by an evaluation or as a report, so that it may be replaced."""
     if not path.is_file() or path.stat().st_size == 0:
         return path.is_file()
     try:
@@ -33,6 +33,8 @@ def _is_result(path: Path) -> bool:
             text = (file.metadata() or {}).get("record", "")
     except SafetensorError:
         text = path.read_text(errors="replace")
+    if "StreamCLR report</title>" in text:
+        return True
     try:
         record = json.loads(text)
     except ValueError:

@@ -54,7 +54,7 @@ def _of_run(folder: Path, data: str, views: dict[str, Any]) -> EvalTarget:
         if (folder / "checkpoints").is_dir():
             raise UserError(
                 f"The run in {folder} is not finished, it has checkpoints but no encoder.safetensors; resume it with "
-                f"train.py --out {folder}."
+                f"the same command and --out {folder}."
             )
         raise UserError(
             f"{folder} is not the folder of a finished run, it has no encoder.safetensors; use another folder."

@@ -48,7 +48,8 @@ class NegativeQueue(nn.Module):
     Attributes:
         z: (N, D) float32, unit rows; the oldest ones are replaced first.
         sample: (N,) int64, index of each entry's image; -1 for entries that have not been filled yet.
-        count: () int64, number of entries ever written, those left out included; its remainder by N is the next slot.
+        count: () int64, number of entries ever written, those before `first_batch` included, those of batches that are
+            not finite excluded; its remainder by N is the next slot.
     """
 
     def __init__(self, length: int, width: int, first_batch: int = 0):

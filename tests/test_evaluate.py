@@ -23,6 +23,8 @@ from evaluation.accuracy import wilson
 from evaluation.cache import code_checksum
 from model import EncoderConfig, create_encoder, encoder_spec, load_encoder, save_encoder
 from pipeline.convert import textures
+from pipeline.convert.sources import folder_source
+from pipeline.convert.writer import write_split
 from pipeline.images.pixel_format import decode_pixels
 from pipeline.loader import resident
 from pipeline.shards.dataset import open_splits
@@ -156,6 +158,18 @@ def test_features_are_embedded_once(run, data, run_here, tmp_path, monkeypatch):
     assert "from the cache" not in run_here("knn", run)
 
 
+def test_features_belong_to_their_images(run, data, run_here, tmp_path):
+    """As many other images of the same classes."""
+    run_here("knn", run)
+    for split in ("train", "test"):
+        folder = tmp_path / "images" / split
+        for number, name in enumerate(textures.CLASSES * (8 if split == "train" else 4)):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            (folder / name / f"{number}.jpg").write_bytes(textures.render(1, split, number))
+        write_split(folder_source(folder), tmp_path / "shards", split)
+    assert "from the cache" not in run_here("knn", run, "--data", tmp_path / "shards")
+
+
 def test_no_cache_leaves_nothing(run, run_here, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
@@ -221,9 +235,12 @@ def test_linear_simclr_in_two_processes_equals_one(run, data, run_here, tmp_path
 def test_seeds_of_linear_simclr_share_resident_images(run, run_here, monkeypatch):
     decoded = []
     monkeypatch.setattr(resident, "decode_pixels", lambda *image: decoded.append(image) or decode_pixels(*image))
+    augments, loader = [], evaluate.ViewLoader
+    monkeypatch.setattr(evaluate, "ViewLoader", lambda *args, **kw: augments.append(args[1]) or loader(*args, **kw))
     options = ["--protocol", "simclr", "--epochs", 2, "--loader.resident", "on", "--loader.prefetch", 0]
     run_here("linear", run, *options, "--seeds", 2)
     assert len(decoded) == 80
+    assert {(views.jitter_p, views.gray_p, views.blur_p, views.flip_p) for views in augments} == {(0, 0, 0, 0.5)}
 
 
 @pytest.mark.soak
@@ -339,7 +356,7 @@ def test_result_replaces_an_earlier_result_and_no_other_file(run, run_here, tmp_
     foreign.write_text('{"what": "else"}')
     before = {path: path.read_bytes() for path in (config, weights, foreign)}
     for out in (*before, folder, Path("/dev/null")):
-        for command in ("knn", "embed"):
+        for command in ("knn", "embed", "report"):
             with pytest.raises(SystemExit, match=r"exists and is not a result of .*; use another --out"):
                 run_here(command, run, "--out", out)
     assert {path: path.read_bytes() for path in before} == before and Path("/dev/null").is_char_device()

@@ -227,7 +227,6 @@ def test_images_of_another_format_are_refused(run, sets, scans, bands, tuned, ev
     with pytest.raises(UserError, match="--mean must be one number, or 8"):
         evaluated("knn", bands, "--mean", 0.5, 0.5, 0.5)
     with pytest.raises(UserError, match="takes 8-channel images, but the data has 1-channel images; use --data"):
-        other = ["--views.mean", 0.5, "--views.std", 0.25]
-        run("finetune", "--start.run", bands, "--data", sets / "gray16", "--batch-size", 24, *other)
+        run("finetune", "--start.run", bands, "--data", sets / "gray16", "--batch-size", 24)
     with pytest.raises(UserError, match=r"takes 1-channel images, but .*bands8.* has 8-channel images; use --data"):
         run("distill", "--teacher", tuned, "--data", sets / "bands8", "--batch-size", 24)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -11,12 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
+import finetune
 import train
 from common import UserError
 from engine import run_lock
 from engine.processes import ending_together
-from presets import PRETRAIN, parse
+from presets import FINETUNE, PRETRAIN, parse
 from tests.ranks import run_ranks
 from tests.small_sets import texture_shards
 
@@ -61,6 +64,25 @@ def pretrain_in_rank(rank, world_size, *arguments):
     train.pretrain(parse(PRETRAIN, list(map(str, arguments)), prog="train.py"))
 
 
+def finetune_in_rank(rank, world_size, *arguments):
+    finetune.finetune(parse(FINETUNE, list(map(str, arguments)), prog="finetune.py"))
+
+
+def pretrain_until_a_signal(rank, world_size, *arguments):
+    """The last of the ranks gets SIGTERM in its second step; returns the number of steps taken."""
+    nt_xent, steps = train.nt_xent_and_append, []
+
+    def signaled(*args, **options):
+        steps.append(1)
+        if len(steps) == 2 and rank == world_size - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return nt_xent(*args, **options)
+
+    train.nt_xent_and_append = signaled  # of this process alone
+    pretrain_in_rank(rank, world_size, *arguments)
+    return len(steps)
+
+
 def losses(out):
     rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
     return [row["loss"] for row in rows if "loss" in row]
@@ -75,12 +97,43 @@ def test_four_processes_equal_one(data, tmp_path):
         cwd=ROOT,
     )
     assert alone.returncode == 0, alone.stderr
-    run_ranks(4, tmp_path, pretrain_in_rank, "--data", data, "--out", tmp_path / "four", *OPTIONS)
+    often = ["--checkpoint.every-steps", "1", "--checkpoint.keep", "4"]
+    run_ranks(4, tmp_path, pretrain_in_rank, "--data", data, "--out", tmp_path / "four", *OPTIONS, *often)
     summary = json.loads((tmp_path / "four" / "summary.json").read_text())
     assert summary["hardware"]["processes"] == 4 and "-bound: " in summary["sentences"][1]
     one, four = losses(tmp_path / "one"), losses(tmp_path / "four")
     assert len(one) == 4 and four == pytest.approx(one, abs=1e-5)
-    assert max(one) - min(one) > 0.01, "the weights must have moved"
+    before, after = (
+        load_file(tmp_path / "four" / "checkpoints" / f"step-{step:08d}" / "state.safetensors") for step in (2, 4)
+    )
+    moved = [
+        (after[name] - before[name]).abs().max().item()
+        for name in before
+        if "/encoder." in name and name.endswith("weight")
+    ]
+    assert max(moved) > 1e-3, "the comparison would prove nothing with frozen weights"
+
+
+def test_two_processes_fine_tune_like_one(data, tmp_path):
+    options = ["--preset", "textures", "--no-report", "--encoder.width", "0.125", "--encoder.stem", "small"]
+    options += ["--batch-size", "16", "--epochs", "1", "--log-every", "1", "--precision", "fp32", "--seed", "1"]
+    options += ["--labels.fraction", "1", "--optim.name", "sgd", "--optim.lr", "0.02", "--data", data]
+    for processes in (1, 2):
+        folder = tmp_path / f"{processes}"
+        folder.mkdir()
+        run_ranks(processes, folder, finetune_in_rank, *options, "--out", folder / "run")
+    one, two = losses(tmp_path / "1" / "run"), losses(tmp_path / "2" / "run")
+    assert len(one) == 4 and two == pytest.approx(one, abs=1e-5) and max(one) - min(one) > 1e-3
+    one, two = (load_file(tmp_path / f"{n}" / "run" / "model.safetensors") for n in (1, 2))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: name + text)
+
+
+def test_a_signal_to_one_process_stops_all_after_saving(data, tmp_path):
+    options = ["--data", data, "--out", tmp_path / "run", *OPTIONS]
+    assert run_ranks(2, tmp_path, pretrain_until_a_signal, *options) == [2, 2]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    assert not (tmp_path / "run" / "encoder.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -18,9 +19,13 @@ import presets
 import train
 from common import UserError
 from engine import run_lock
-from model import EncoderConfig, create_encoder, encoder_spec, save_encoder
+from model import EncoderConfig, create_classifier, create_encoder, encoder_spec, save_classifier, save_encoder
+from pipeline.augment import AugmentConfig
+from pipeline.images.pixel_format import RGB8
+from pipeline.loader import LoaderConfig, center_crop_batches
+from pipeline.shards import open_shards
 from presets import PRETRAIN, parse
-from report import count_pairs, write_report
+from report import count_pairs, embed_split, predictions, write_report
 from tests.small_sets import remove_labels, texture_shards
 
 CPU = torch.device("cpu")
@@ -140,6 +145,18 @@ def test_two_runs_are_compared(comparison):
 def test_the_confusion_matrix_counts_labeled_images():
     counts = count_pairs(torch.tensor([0, 1, 1, -1]), torch.tensor([0, 1, 0, 2]), 3)
     assert counts.tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 0]]
+
+
+def test_the_classes_of_a_teacher_are_not_confused_with_those_of_other_images(data, tmp_path):
+    shards, views = open_shards(str(data / "test")), AugmentConfig(size=32).for_images(RGB8, {})
+    options = {"augment": views, "config": LoaderConfig(), "batch_size": 8, "device": CPU}
+    batches = functools.partial(center_crop_batches, **options)
+    split = embed_split(torch.nn.Flatten(), shards, np.arange(4), batches)
+    classifier, found = create_classifier(create_encoder(SPEC), None, 0, 64, 10), []
+    for classes in ([f"other {n}" for n in range(10)], list(shards.classes)):
+        save_classifier(classifier, SPEC, classes, tmp_path / "model.safetensors")
+        found.append(predictions(tmp_path, split, split, batches, CPU)[1])
+    assert found == ["", "the trained classifier"]
 
 
 def test_data_without_labels_gives_everything_that_needs_none(data, tmp_path):

@@ -132,12 +132,14 @@ def test_supervised_baseline_is_the_same_command(run, data, tmp_path):
     assert load_classifier(tmp_path / "run" / "model.safetensors")[0].kept is None
 
 
-def test_student_learns_from_its_teacher(run, tuned, data, tmp_path, capsys):
+def test_student_learns_from_its_teacher(run, tuned, data, tmp_path, capsys, monkeypatch):
+    temperatures, distillation = set(), distill.distillation
+    monkeypatch.setattr(distill, "distillation", lambda *args: temperatures.add(args[2]) or distillation(*args))
     options = ["--teacher", tuned, "--encoder.width", 0.125, "--epochs", 6, "--temperature", 0.5]
     before = (tuned / "model.safetensors").read_bytes()
     run("distill", *options, "--out", tmp_path / "run")
     steps = [row for row in rows(tmp_path / "run") if "agreement" in row]
-    assert len(steps) == 30 and steps[-1]["loss"] < steps[0]["loss"]
+    assert len(steps) == 30 and steps[-1]["loss"] < steps[0]["loss"] - 0.005 and temperatures == {0.5}
     scored = {row["features"]: row["top1"] for row in rows(tmp_path / "run") if "features" in row}
     assert scored["teacher"] == rows(tuned)[-1]["top1"], "frozen, and still in evaluation mode"
     assert (tuned / "model.safetensors").read_bytes() == before
@@ -168,6 +170,9 @@ def test_labeled_share_uses_the_chosen_labels_only(run, tuned, tmp_path, monkeyp
     options = ["--labeled-share", 0.5, "--labels.fraction", 0.25, "--epochs", 1]
     run("distill", "--teacher", tuned, *options, "--out", tmp_path / "run")
     assert len(used) == 5 and sum(used) == 20, "a quarter of the 80 images, each once"
+    loss = next(row["loss"] for row in rows(tmp_path / "run") if "loss" in row)
+    uniform = np.log(10)  # the student's probabilities in the first step, in which its last layer is zero
+    assert loss == pytest.approx(0.5 * uniform + 0.5 * uniform * used[0] / 16, rel=1e-5)
 
 
 def test_fine_tuning_resumes_bit_for_bit(run, pretrained, tmp_path):

@@ -154,12 +154,24 @@ def test_progress_bar_shows_epoch_loss_and_speed(run_here, data, tmp_path, monke
     assert re.search(r"5/5 .* epoch 1  loss \d+\.\d{3}  [\d,]+ images/s", shown), shown
 
 
-def test_same_seed_gives_the_same_losses(run_here, data, tmp_path):
-    losses = []
+def test_encoder_head_and_probe_are_trained(run_here, data, tmp_path):
+    often = ["--checkpoint.every-steps", 1, "--checkpoint.keep", 9, "--eval.no-baselines"]
+    run_here("--data", data, "--out", tmp_path / "run", "--epochs", 1, *often, *SMALL)
+    states = sorted((tmp_path / "run" / "checkpoints").glob("*/state.safetensors"))
+    first, last = load_file(states[0]), load_file(states[-1])
+    weights = [name for name in first if name.startswith("model/") and name.endswith("weight")]
+    assert {name.split("/")[1].split(".")[0] for name in weights} == {"encoder", "head", "probe"}
+    assert not [name for name in weights if torch.equal(first[name], last[name])]
+
+
+def test_same_seed_gives_the_same_losses(run_here, data, tmp_path, monkeypatch):
+    losses, seeds = [], []
+    loader = train.ViewLoader
+    monkeypatch.setattr(train, "ViewLoader", lambda *args, **kw: seeds.append(kw["seed"]) or loader(*args, **kw))
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         run_here("--data", data, "--out", tmp_path / name, "--epochs", 1, "--seed", seed, "--eval.no-baselines", *SMALL)
         losses.append([row["loss"] for row in rows(tmp_path / name) if "loss" in row])
-    assert losses[0] == losses[1] != losses[2]
+    assert losses[0] == losses[1] != losses[2] and seeds == [3, 3, 4]
 
 
 def test_pretraining_without_labels_and_without_test_split(run_here, tmp_path):
@@ -216,6 +228,9 @@ def test_probe_objective_of_slices_and_ranks_adds_up_to_the_whole_batch():
     whole = train.probe_objective(logits, label=label)
     expected = nn.functional.cross_entropy(logits[[0, 1, 2, 8, 9, 10]], label[[0, 1, 2, 0, 1, 2]]) * 6 / 16
     assert whole[0].item() == pytest.approx(expected.item(), rel=1e-6) and whole[2].item() == 6 / 16
+    one_hot = nn.functional.one_hot(torch.tensor([0, 2, 1, 0, 0, 0, 0, 0] * 2), 3).double()
+    assert train.probe_objective(one_hot, label=label)[1].item() == 6 / 16, "all labeled views, and no other"
+    assert train.probe_objective(-one_hot, label=label)[1].item() == 0
     halves = slice(0, 4), slice(4, 8)
     half_logits = [torch.cat([logits[half], logits[8:][half]]) for half in halves]
     of_slices = [train.probe_objective(*pair, label=label) for pair in zip(half_logits, halves, strict=True)]
@@ -338,7 +353,7 @@ def test_unreadable_image_is_replaced_and_reported(run_here, data, tmp_path, cap
     assert [row["replaced_images"] for row in rows(tmp_path / "run") if "loss" in row][-1] == 1
     resume_from = tmp_path / "run" / "checkpoints" / "step-00000005"
     assert json.loads((resume_from / "record.json").read_text())["replaced"] == 1
-    assert "1 unreadable images were replaced" in capsys.readouterr().out.replace("\n", " ")
+    assert "Replacements of unreadable images: 1;" in capsys.readouterr().out.replace("\n", " ")
     with pytest.raises(SystemExit, match=r"--loader\.max-bad"):
         run_here(*options, "--out", tmp_path / "strict")
     # images replaced before the checkpoint count, and are reported even if no unreadable one follows
@@ -403,7 +418,7 @@ def test_non_finite_weights_at_the_end_are_not_written(run_here, data, tmp_path)
     explode = ["--optim.name", "sgd", "--optim.lr", "1e30", "--optim.warmup-epochs", "0", "--epochs", 1]
     with pytest.raises(SystemExit, match=r"weights are not finite at the end .*; use a lower --optim\.lr"):
         run_here("--data", data, "--out", tmp_path / "run", "--eval.no-baselines", *explode, *SMALL)
-    assert not list((tmp_path / "run").glob("*.safetensors"))
+    assert not list((tmp_path / "run").rglob("*.safetensors")), "neither encoder nor checkpoint"
 
 
 @pytest.mark.parametrize(

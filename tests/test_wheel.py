@@ -1,8 +1,12 @@
 """The wheel, built, installed into an empty folder, and used from another one without the checkout."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -61,6 +65,28 @@ def test_one_import_name_is_installed(target):
     (metadata,) = (name for name in names if name.endswith(".dist-info"))
     assert names == {"streamclr", metadata}
     assert (target / metadata / "licenses" / "LICENSE").is_file()
+
+
+def test_what_is_imported_is_installed(target):
+    """Dependencies are not installed by these tests, which run next to all packages of the checkout."""
+    assert (target / "streamclr" / "evaluation" / "report" / "page.html.jinja").is_file()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared, modules = list(project["dependencies"]), packages_distributions()
+    for extra in ("trackers", "hf", "dicom", "tiff"):
+        declared += project["optional-dependencies"][extra]
+    known = {re.match(r"[\w.-]+", line)[0].lower().replace("_", "-") for line in declared}
+    imported = set()
+    for file in (target / "streamclr").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            imported |= {name.partition(".")[0] for name in names}
+    missing = {
+        name
+        for name in imported - sys.stdlib_module_names - {"common", "huggingface_hub"}  # of the checkout; of datasets
+        if not {distribution.lower().replace("_", "-") for distribution in modules.get(name, [])} & known
+    }
+    assert not missing
 
 
 def test_it_works_without_the_checkout(target, tmp_path, small_shards):

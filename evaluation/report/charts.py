@@ -17,6 +17,7 @@ TRAINING = {
     "probe_top1": "Online probe, top-1",
     "train_top1": "Training top-1",
     "agreement": "Agreement with the teacher",
+    "temperature": "Temperature",
     "images_per_s": "Images per second",
     "wait": "Share of the time waiting for data",
 }

@@ -272,8 +272,9 @@ def _block_size(u: Tensor, rows: int) -> int:
 
 def exp_fits(dtype: torch.dtype, tau: float) -> bool:
     # |s| <= 1 / tau, so from this temperature on (0.0134 in float32) no maximum has to be subtracted: neither exp(s),
-    # nor the sum of a million of them (hence 14), nor its inverse leaves the normal numbers. Below it, L is a running
-    # log-sum-exp, and P_ij + P_ji takes two exponentials, both of numbers that are not positive.
+    # nor the sum of a million of them (hence 14) leaves the normal numbers, and neither does the inverse of a sum of
+    # 300,000. Below it, L is a running log-sum-exp, and P_ij + P_ji takes two exponentials, both of numbers that are
+    # not positive.
     return 1 / tau <= math.log(torch.finfo(dtype).max) - 14
 
 

@@ -29,9 +29,9 @@ The kernels work in base 2 and on unnormalized rows. With g_i = sqrt(log2(e) / t
 
 so the GEMM reads the rows without rounding them a second time, and one float32 vector carries norm and temperature. S
 is symmetric: P_ij + P_ji = 2^t_ij (a_i + a_j) with a_i = 2^-lse_i needs one exponential. Because |s| <= 1 / tau,
-neither 2^t, nor a sum of a million of them, nor its inverse leaves the normal float32 numbers down to MIN_TEMPERATURE,
-and no maximum has to be subtracted. Below it, ONLINE keeps a running maximum in the forward pass and computes two
-exponentials in the backward pass, 2^(t_ij - lse_i) + 2^(t_ij - lse_j) with lse in base 2.
+neither 2^t nor a sum of a million of them leaves the normal float32 numbers down to MIN_TEMPERATURE, nor does the
+inverse of a sum of 300,000, and no maximum has to be subtracted. Below it, ONLINE keeps a running maximum in the
+forward pass and computes two exponentials in the backward pass, 2^(t_ij - lse_i) + 2^(t_ij - lse_j) with lse in base 2.
 
 Half of S is enough for the forward pass, which saves half of one GEMM of three. But then every tile also sums its
 columns, for rows of other programs. `lse_triangle` adds these as integers, whose sum does not depend on the order of

@@ -106,14 +106,23 @@ def rows(tmp_path):
 
 def test_loop_runs_every_epoch_and_writes_rows(create, tmp_path):
     loop, model, loader = create()
-    losses = train(loop, model)
+    rates = []
+    losses = train(loop, model, lambda loop: rates.append(loop.optimizers[0].param_groups[0]["lr"]))
     assert loop.global_step == len(losses) == 12 and loader.closed and not loop.stopped
+    assert rates == [0.1 / step for step in range(1, 13)], "of the optimizer"
     written = rows(tmp_path)
     assert [row["step"] for row in written] == [2, 4, 6, 8, 10, 12] and [row["epoch"] for row in written][-1] == 3
     for row in written:
         assert row["loss"] == pytest.approx(sum(losses[row["step"] - 2 : row["step"]]) / 2), "mean since the last row"
         assert row["lr"] == pytest.approx(0.1 / row["step"])
     assert json.loads((tmp_path / "run" / "config.json").read_text())["epochs"] == 3
+
+
+def test_checkpoints_are_written_when_their_time_has_come(create, tmp_path):
+    loop, model, _ = create(checkpoint=CheckpointConfig(every_minutes=1e-9, keep=20))
+    train(loop, model)
+    written = sorted(int(path.name.split("-")[1]) for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert written == [2, 4, 6, 8, 10, 12]
 
 
 def test_without_a_terminal_every_epoch_prints_a_line(create, capsys):

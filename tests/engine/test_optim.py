@@ -1,5 +1,7 @@
 """Optimizers: LARS in its official form, parameter groups, and resuming."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -223,3 +225,37 @@ def test_every_optimizer_reduces_the_loss_and_resumes(name, momentum):
 def test_lars_refuses_the_values_that_torch_refuses(values):
     with pytest.raises(ValueError, match="out of range"):
         LARS([nn.Parameter(torch.ones(2, 2))], **{"lr": 0.1, **values})
+
+
+def test_a_new_layer_decays_but_does_not_adapt():
+    network, layer = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), nn.Linear(2, 3)
+    groups = parameter_groups([network], 0.1, layer)
+    assert [(group["weight_decay"], group.get("adapt", True)) for group in groups] == [
+        (0.1, True),
+        (0.0, False),
+        (0.1, False),
+        (0.0, False),
+    ]
+    assert groups[2]["params"] == [layer.weight] and groups[3]["params"] == [layer.bias]
+
+
+def test_options_reach_the_optimizer():
+    groups = parameter_groups([nn.Linear(2, 2)], 0.1)
+    assert create_optimizer(OptimConfig("nesterov"), groups, 1.0).defaults["nesterov"]
+    assert not create_optimizer(OptimConfig("sgd"), groups, 1.0).defaults["nesterov"]
+    assert create_optimizer(OptimConfig("adamw", momentum=0.8), groups, 1.0).defaults["betas"] == (0.8, 0.95)
+    assert create_optimizer(OptimConfig("muon", momentum=0.8), groups, 1.0).defaults["momentum"] == 0.8
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd", "nesterov", "adamw", "muon"])
+def test_copies_of_an_optimizer_and_added_parameters_are_trained(name):
+    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    optimizer = create_optimizer(OptimConfig(name), parameter_groups([network[0]], 0.1), 0.1)
+    optimizer = copy.deepcopy(optimizer)
+    optimizer.add_param_group({"params": [*network[1].parameters()][:1], "weight_decay": 0.1})
+    weights = [w for group in optimizer.param_groups for w in group["params"]]
+    before = [w.detach().clone() for w in weights]
+    for w in weights:
+        w.grad = torch.ones_like(w)
+    optimizer.step()
+    assert len(weights) == 3 and not any(map(torch.equal, before, weights))

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from engine.schedule import peak_learning_rate, warmup_cosine
+from engine.optim import OptimConfig
+from engine.schedule import create_schedule, peak_learning_rate, warmup_cosine
 
 
 def test_scaling_rules_match_the_papers():
@@ -27,3 +28,9 @@ def test_linear_warmup_then_cosine():
 def test_no_warmup_and_runs_shorter_than_warmup():
     assert warmup_cosine(0, 0, 5, 1.0) == 1.0
     assert warmup_cosine(3, 10, 5, 1.0) == pytest.approx(0.3)  # a run shorter than its warm-up
+
+
+def test_the_warm_up_takes_a_tenth_of_the_run_at_most():
+    config = OptimConfig("sgd", lr=1.0, scaling="none", warmup_epochs=10)
+    schedule = create_schedule(config, 256, 10, 10)
+    assert schedule(10) == 1 and schedule(5) == pytest.approx(0.5)
