@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import train
-from bench.trainers import create_peer, peer_loader, peer_step
+from bench.trainers import create_peer, peer_loader, peer_step, use_all_cores
 from config import PretrainConfig
 from engine import checkpoint
 from engine.loop import Instruments
@@ -168,6 +168,7 @@ def stretched(phases: list[tuple[int, int]], factor: float) -> tuple[str, ...]:
 
 def train_peer(entry: Entry, config: PretrainConfig, clock: Clock, shards: ShardSet) -> dict[str, Any]:
     """Run lightly's loop or a plain one, see `bench.trainers`; the learning rate follows a cosine over the steps."""
+    use_all_cores(clock.device)
     torch.manual_seed(config.seed)
     model, peer = create_peer(entry.trainer, config, clock.device)
     peer = replace(peer, contrast=partial(in_float32, peer.contrast))
@@ -184,7 +185,7 @@ def train_peer(entry: Entry, config: PretrainConfig, clock: Clock, shards: Shard
                 group["lr"] = schedule(clock.steps)
             peer_step(model, peer, optimizer, views, entry.precision, mark=lambda part: None)
     clock.keep(model[0].state_dict())
-    return described(config)
+    return described(replace(config, views=config.views.full_size))  # the only one that peers see
 
 
 def in_float32(contrast: Callable[..., Tensor], *projections: Tensor) -> Tensor:
@@ -203,6 +204,7 @@ def train_file(entry: Entry, config: PretrainConfig, clock: Clock, shards: Shard
     Raises:
         RuntimeError: the file does not train on such a DataLoader.
     """
+    use_all_cores(clock.device)
     torch.manual_seed(config.seed)
     encoder = create_encoder(encoder_spec(config.encoder, config.views.size))
     epochs = math.ceil(entry.images / len(shards))

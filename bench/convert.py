@@ -3,8 +3,8 @@
     python -m bench.convert            writes bench/results/convert.csv
 
 Both use the same rendered JPEGs of ImageNet's typical size and the same number of processes. The decoders hold them in
-memory; the converter reads them from a tar, decodes each (`--verify`), hashes them and writes shards and indexes. Both
-times include starting the processes, and the two alternate.
+memory and decode them in color; the converter reads them from a tar, decodes each in gray (`--verify`), which takes
+less time, hashes them and writes shards and indexes. Both times include starting the processes, and the two alternate.
 """
 
 import argparse

@@ -3,6 +3,7 @@
 python -m bench.demo          write bench/results/demo.csv
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "train.py"), "--out", "run"]
         started = time.perf_counter()

@@ -3,6 +3,7 @@
 python -m bench.demo_v2     pretrain, fine-tune on 2 % of the labels, distill; write bench/results/demo_v2.csv
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -35,6 +36,7 @@ console = Console()
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     scores, wall_s = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for stage, (script, *arguments) in STAGES.items():

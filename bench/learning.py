@@ -221,10 +221,11 @@ def available(arguments: argparse.Namespace) -> list[str]:
 
 
 def other_rows(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """Committed rows of other contenders, data sets, encoders, times or seeds than `rows`."""
+    """Committed rows of other contenders, data sets, encoders, machines, times or seeds than `rows`."""
 
-    def key(row: dict[str, Any]) -> tuple[str, ...]:
-        return tuple(str(row[name]) for name in ("data", "encoder", "budget_s", "seed", "contender"))
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        names = ("data", "encoder", "device", "seed", "contender")
+        return float(row["budget_s"]), *(str(row[name]) for name in names)
 
     return [row for row in read_rows("learning") if key(row) not in set(map(key, rows))]
 

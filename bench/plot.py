@@ -136,15 +136,15 @@ def fill_learning_table() -> Path:
 
 
 def plot_learning() -> Path:
-    """docs/learning.png: kNN accuracy over seconds of training, from learning.csv; one panel per data set and time."""
+    """docs/learning.png: kNN accuracy over seconds of training, from learning.csv; one panel per race."""
     rows = read_rows("learning")
-    races = list(dict.fromkeys((row["data"], row["encoder"], row["budget_s"]) for row in rows))
+    races = list(dict.fromkeys(map(race_of, rows)))
     figure, panels = plt.subplots(
         1, len(races), figsize=(max(7, 5.5 * len(races)), 4.2), layout="constrained", squeeze=False
     )
     names = list(dict.fromkeys(row["contender"] for row in rows))
     for axes, race in zip(panels[0], races, strict=True):
-        mine = [row for row in rows if (row["data"], row["encoder"], row["budget_s"]) == race]
+        mine = [row for row in rows if race_of(row) == race]
         for name, seed in dict.fromkeys((row["contender"], row["seed"]) for row in mine):
             points = [row for row in mine if (row["contender"], row["seed"]) == (name, seed)]
             seconds, top1 = ([float(row[column]) for row in points] for column in ("seconds", "knn_top1"))
@@ -158,6 +158,11 @@ def plot_learning() -> Path:
         axes.legend(fontsize=8)
     figure.suptitle("Equal time for all contenders of a panel", fontsize=10)
     return _save(figure, "learning.png")
+
+
+def race_of(row: dict[str, str]) -> tuple[str, ...]:
+    """Columns of learning.csv that the contenders of a race have in common."""
+    return tuple(row[name] for name in ("data", "encoder", "budget_s", "device"))
 
 
 def _save(figure: plt.Figure, name: str) -> Path:
@@ -189,3 +194,4 @@ if __name__ == "__main__":
     print(fill_ablation_table())
     if read_rows("learning"):
         print(plot_learning())
+        print(fill_learning_table())

@@ -17,6 +17,7 @@ read and decoded in every epoch, and on the same batch.
 
 import argparse
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -36,6 +37,7 @@ from bench.harness import environment, read_rows, run_module, write_rows
 from bench.pipeline import encode, photograph
 from bench.trainers import PARTS, Turn
 from common import available_cores
+from engine.session import computes_in_bf16
 from pipeline.convert import textures
 from pipeline.convert.sources import folder_source
 from pipeline.convert.writer import write_split
@@ -113,18 +115,23 @@ def make_images(folder: Path, setting: Setting, count: int) -> None:
     write_split(folder_source(folder / "images"), folder, "train")
 
 
-def contestants(setting: Setting, folder: Path) -> list[Turn]:
+def precisions(device: torch.device) -> tuple[str, ...]:
+    """bf16 only where the hardware multiplies in it: emulated, it is slower than fp32, and nobody would train so."""
+    return ("bf16", "fp32") if computes_in_bf16(device) else ("fp32",)
+
+
+def contestants(setting: Setting, folder: Path, device: torch.device) -> list[Turn]:
     """Turns of all trainers in every precision, with and without data loading; peers with every number of workers."""
     arguments = [*setting.arguments, "--data", str(folder), "--batch-size", str(setting.batch)]
     cores = available_cores()
     peers = ["plain", *(["lightly"] if find_spec("lightly") else [])]
     first = Turn("ours", "fp32", "images", arguments, str(folder / "images"), 0, setting.warm, setting.steps)
     turns = []
-    for precision in ("bf16", "fp32"):
+    for precision in precisions(device):
         for source in ("images", "same batch"):
             turns.append(replace(first, precision=precision, source=source))
             for peer in peers:
-                counts = sorted({1, max(1, cores // 2), cores}) if source == "images" else [1]
+                counts = sorted({0, 1, max(1, cores // 2), cores}) if source == "images" else [1]
                 turns += [replace(turns[-1], trainer=peer, workers=count) for count in counts]
     return turns
 
@@ -191,8 +198,9 @@ def micro_batch(turn: Turn) -> int:
 
 def measure(name: str, setting: Setting, seconds: float, device: torch.device) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
-        make_images(Path(folder), setting, (setting.warm + setting.steps + AHEAD) * setting.batch)
-        turns = contestants(setting, Path(folder))
+        ahead = max(AHEAD, 2 * available_cores())  # a DataLoader prepares two batches per worker
+        make_images(Path(folder), setting, (setting.warm + setting.steps + ahead) * setting.batch)
+        turns = contestants(setting, Path(folder), device)
         return rows_of(name, setting, in_turns(turns, lambda turn: in_a_process(turn, Path(folder)), seconds), device)
 
 
@@ -204,8 +212,8 @@ def measure_memory(device: torch.device) -> list[dict]:
         for batch, at_a_time in SLICES:
             setting = replace(MEMORY, batch=batch)
             arguments = [*setting.arguments, "--epochs", "2", "--micro-batch", str(at_a_time)]
-            turns = contestants(replace(setting, arguments=arguments), Path(folder))
-            (turn,) = (t for t in turns if (t.trainer, t.precision, t.source) == ("ours", "bf16", "images"))
+            turns = contestants(replace(setting, arguments=arguments), Path(folder), device)
+            turn = next(t for t in turns if (t.trainer, t.source) == ("ours", "images"))
             rows += rows_of("memory", setting, [(turn, [in_a_process(turn, Path(folder))])], device)
     return rows
 
@@ -218,19 +226,33 @@ def measure_resident(setting: Setting, epoch: int, seconds: float, device: torch
     """
     with tempfile.TemporaryDirectory() as folder:
         make_images(Path(folder), setting, epoch * setting.batch)
-        ours = [t for t in contestants(setting, Path(folder)) if (t.trainer, t.source) == ("ours", "images")]
+        ours = [t for t in contestants(setting, Path(folder), device) if (t.trainer, t.source) == ("ours", "images")]
         turns = [
             replace(turn, source=source, arguments=[*turn.arguments, "--loader.resident", resident])
             for turn in ours
             for source, resident in SOURCES.items()
         ]
         measured = in_turns(turns, lambda turn: in_a_process(turn, Path(folder)), seconds)
-    for precision in ("bf16", "fp32"):
+    for precision in precisions(device):
         ours = [results for turn, results in measured if turn.precision == precision and turn.source != "same batch"]
         losses = {result["loss"] for results in ours for result in results}
         if len(losses) > 1:
             raise RuntimeError(f"resident images changed the loss in {precision}: {sorted(losses)}")
     return rows_of("resident", setting, measured, device)
+
+
+def measure_setting(name: str, seconds: float, quick: bool, device: torch.device) -> list[dict]:
+    """Rows of one of the settings, of "memory" or of "resident"."""
+    if name == "memory":
+        return measure_memory(device)
+    if name == "resident":
+        return measure_resident(RESIDENT, EPOCH, seconds, device)
+    setting = SETTINGS[name]
+    if device.type == "cuda":
+        setting = replace(setting, batch=GPU_BATCHES[name], warm=10, steps=30)
+    if quick:
+        setting = replace(setting, warm=1, steps=2)
+    return measure(name, setting, seconds, device)
 
 
 def show(rows: list[dict]) -> None:
@@ -258,28 +280,26 @@ def main() -> None:
     if unknown := set(chosen) - set(everything):
         sys.exit(f"There is no setting {min(unknown)!r}; use {', '.join(everything)}.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = []
+    seconds, rows, failed = 0 if arguments.quick else arguments.seconds, [], []
     for name in chosen:
         console.print(f"{name} ...")
-        if name == "memory":
-            rows += measure_memory(device)
+        try:
+            new = measure_setting(name, seconds, arguments.quick, device)
+        except (subprocess.CalledProcessError, RuntimeError) as error:  # a process has printed its reason
+            console.print(error)
+            failed.append(name)
             continue
-        if name == "resident":
-            rows += measure_resident(RESIDENT, EPOCH, 0 if arguments.quick else arguments.seconds, device)
-            continue
-        setting = SETTINGS[name]
-        if device.type == "cuda":
-            setting = replace(setting, batch=GPU_BATCHES[name], warm=10, steps=30)
-        if arguments.quick:
-            setting = replace(setting, warm=1, steps=2)
-        rows += measure(name, setting, 0 if arguments.quick else arguments.seconds, device)
+        rows += new
+        if not arguments.quick:  # now, because the next one may fail
+            others = [row for row in read_rows("train_step") if row["setting"] != name]
+            path = write_rows("train_step", sorted(others + new, key=lambda row: everything.index(row["setting"])))
     show(rows)
-    if not arguments.quick:
-        rows += [row for row in read_rows("train_step") if row["setting"] not in chosen]
-        rows.sort(key=lambda row: everything.index(row["setting"]))
-        console.print(f"written: {write_rows('train_step', rows)}")
+    if rows and not arguments.quick:
+        console.print(f"written: {path}")
     if not find_spec("lightly"):
         console.print("lightly is not installed, so it was not measured; `make bench` installs it.")
+    if failed:
+        sys.exit(f"{' and '.join(failed)} failed; the reasons are above.")
 
 
 if __name__ == "__main__":

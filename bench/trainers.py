@@ -27,6 +27,7 @@ from torchvision.datasets import ImageFolder
 import train
 from bench.implementations import dense
 from config import PretrainConfig
+from engine import session
 from engine.environment import peak_resident_mb
 from engine.loop import Instruments
 from model import create_encoder, encoder_spec, feature_dim, projection_head
@@ -140,7 +141,8 @@ def _on_device(batch: object, device: torch.device) -> object:
 
 
 def train_peer(turn: Turn, config: PretrainConfig, marks: Marks, supply: Callable[[Iterable], Iterator]) -> float:
-    """Run lightly's example loop or a plain one on torch's default number of threads; returns the last loss."""
+    """Run lightly's example loop or a plain one; returns the last loss."""
+    use_all_cores(marks.device)
     torch.manual_seed(config.seed)
     model, peer = create_peer(turn.trainer, config, marks.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.06)  # as in lightly's examples
@@ -148,6 +150,12 @@ def train_peer(turn: Turn, config: PretrainConfig, marks: Marks, supply: Callabl
     for views, _ in marks.batches(supply(loader)):
         loss = peer_step(model, peer, optimizer, views, turn.precision, marks)
     return loss.item()
+
+
+def use_all_cores(device: torch.device) -> None:
+    """Give torch the threads that train.py gives it, where a container may use fewer cores than the machine has."""
+    if device.type == "cpu":
+        torch.set_num_threads(session.available_cores())
 
 
 def create_peer(name: str, config: PretrainConfig, device: torch.device) -> tuple[nn.Sequential, "Peer"]:

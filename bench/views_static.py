@@ -7,6 +7,7 @@ are read. The bounds are computed, not measured: the larger of the time to move 
 products on the tensor cores.
 """
 
+import argparse
 import json
 import math
 import subprocess
@@ -210,4 +211,5 @@ if __name__ == "__main__":
     if "--rows" in sys.argv:  # in a process with another version of Triton
         print(json.dumps(static_rows()))
     else:
+        argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
         report()

@@ -4,6 +4,7 @@ The loader prepares batches of the built-in textures on the host, while sleeping
 and takes a multiple of the time of a batch. Writes bench/results/waiting.csv.
 """
 
+import argparse
 import statistics
 import tempfile
 import time
@@ -28,6 +29,7 @@ CPU = torch.device("cpu")
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         ensure_textures(Path(folder))

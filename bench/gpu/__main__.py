@@ -8,8 +8,8 @@
     python -m bench.gpu all --device cpu --small      dry run without a GPU, in Triton's interpreter
 
 Needs torch, Triton, timm, accelerate and NumPy; a check whose other packages are missing is skipped and says so. Writes
-gpu_*.csv, gpu_summary.md and gpu_trace.json.gz to --out; rows of other parts there are kept. Exits with 1 if a check
-fails. `python -m bench.gpu.tables` fills the tables of the documents from bench/results.
+gpu_*.csv, gpu_summary.md and gpu_trace.json.gz to --out; rows there of other parts, and of checks that do not run, are
+kept. Exits with 1 if a check fails. `python -m bench.gpu.tables` fills the tables of the documents from bench/results.
 """
 
 import argparse

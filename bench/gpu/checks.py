@@ -89,7 +89,8 @@ class Report:
     """Results of one part, printed and written to CSVs as they arrive.
 
     Args:
-        part: name of the part; its rows replace those of its last run, and rows of other parts stay.
+        part: name of the part; its rows replace those of its last run, and rows of other parts stay, like those of
+            checks that do not run.
         device: device that the rows describe.
         out: folder of the CSVs.
     """
@@ -108,7 +109,12 @@ class Report:
 
     def write(self) -> None:
         for table, rows in self.rows.items():
-            others = [row for row in read_rows(f"gpu_{table}", self.out) if row["part"] != self.part]
+            run = {row.get("check") for row in rows}
+            others = [
+                row
+                for row in read_rows(f"gpu_{table}", self.out)
+                if row["part"] != self.part or row.get("check") not in run
+            ]
             write_rows(f"gpu_{table}", others + rows, self.out)
 
     def failures(self) -> int:
@@ -177,6 +183,7 @@ def _run_check(check: Check, setup: Setup, report: Report, limit: float) -> bool
             if not _device_works(setup.device):
                 report.status(check.name, "", "not reached", f"the device failed in {case.name}")
                 return False
+        report.write()  # the machine may be taken away during the next one
     return True
 
 

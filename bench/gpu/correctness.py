@@ -268,6 +268,7 @@ def compare_with_cpu(setup: Setup, name: str, momentum: float) -> Iterator[Outco
 
 
 CHECKS = [
+    Check(loss_accuracy, 300, ("triton",)),
     Check(optimizers, 30),
     Check(loss_bit_identity, 60, ("triton",)),
     Check(loss_tensor_temperature, 30, ("triton",)),
@@ -278,5 +279,4 @@ CHECKS = [
     Check(files.image_files, 60, ("cv2", "numba")),
     Check(loss_opcheck, 60, ("triton",)),
     Check(loss_compiled, 60, ("triton",)),
-    Check(loss_accuracy, 200, ("triton",)),
 ]

@@ -61,6 +61,8 @@ def configuration(setup: Setup, network: Network, out: str, backend: str, reside
         epochs=3 if resident else 1,
         batch_size=network.batch,
         log_every=10**6,
+        report=False,
+        trackers=("none",),
         precision=PRECISION,
         **modes,
         loader=replace(config.loader, backend=backend, resident="on" if resident else "off"),

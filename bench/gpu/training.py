@@ -52,6 +52,8 @@ def configuration(setup: Setup, stage: str, name: str, **changes: Any):
         epochs=1,
         batch_size=BATCH,
         log_every=10**6,
+        report=False,
+        trackers=("none",),
         loader=replace(config.loader, backend="opencv"),
         encoder=replace(config.encoder, width=0.125),
     )

@@ -118,6 +118,23 @@ def test_rows_of_other_parts_are_kept(setup):
     for part, value in (("a", 1), ("b", 2), ("a", 3)):
         run_part([check(Outcome("error", value, 9))], setup, Report(part, CPU, setup.out), 60)
     assert [(row["part"], row["value"]) for row in rows_of(setup.out, "checks")] == [("b", "2"), ("a", "3")]
+    run_part([check(Outcome("error", 4, 9), name="other")], setup, Report("a", CPU, setup.out), 60)
+    assert [row["value"] for row in rows_of(setup.out, "checks")] == ["2", "3", "4"], "of checks that did not run, too"
+
+
+def test_rows_are_written_after_every_case(setup):
+    seen = []
+
+    def look():
+        seen.append([row["case"] for row in rows_of(setup.out, "checks")])
+        return []
+
+    def cases(setup):
+        yield checks.Case("first", lambda: [Outcome("error", 0, 0)])
+        yield checks.Case("second", look)
+
+    run_part([checks.Check(cases, 60)], setup, Report("part", CPU, setup.out), 60)
+    assert seen == [["first"]]
 
 
 @pytest.mark.parametrize(("value", "code"), [(0, 0), (1, 1)])

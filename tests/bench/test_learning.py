@@ -207,6 +207,12 @@ def test_training_ends_with_its_time(data, take, ticking, tmp_path, contender, s
     assert (tmp_path / point["file"]).exists()
 
 
+def test_peers_are_not_described_by_a_schedule_that_they_do_not_follow(data, take, tmp_path):
+    race = learning.open_race(arguments(data))
+    race = replace(race, options=[*race.options, "--views.size-schedule", "16:1"])
+    assert "px" not in take(entry_of(race, "plain", 32), tmp_path)["recipe"]
+
+
 def test_lightly_races(data, take, tmp_path):
     pytest.importorskip("lightly", reason="`make bench` installs lightly")
     result = take(entry_of(learning.open_race(arguments(data)), "lightly", 32), tmp_path)

@@ -36,12 +36,18 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def turns(folder, monkeypatch):
+def bf16(monkeypatch):
+    """A machine that computes in bf16."""
+    monkeypatch.setattr(bench, "computes_in_bf16", lambda device: True)
+
+
+@pytest.fixture
+def turns(folder, bf16, monkeypatch):
     """(trainer, precision, source) -> turn in this process, on one thread because the tensors are small."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setattr(session, "available_cores", lambda: 1)
-    found = bench.contestants(SETTING, folder)
+    found = bench.contestants(SETTING, folder, CPU)
     yield {(t.trainer, t.precision, t.source): replace(t, workers=0) for t in found}
     AcceleratorState._reset_state(reset_partial_state=True)
     torch.set_num_threads(threads)
@@ -142,19 +148,21 @@ def test_turn_runs_in_a_new_process(turns, folder):
     assert sorted(path.name for path in folder.iterdir()) == ["images", "train"]
 
 
-def test_every_trainer_takes_its_turns(folder, monkeypatch):
+def test_every_trainer_takes_its_turns(folder, bf16, monkeypatch):
     monkeypatch.setattr(bench, "available_cores", lambda: 8)
     monkeypatch.setattr(bench, "find_spec", lambda name: None)
-    turns = [(t.trainer, t.precision, t.source, t.workers) for t in bench.contestants(SETTING, folder)]
+    turns = [(t.trainer, t.precision, t.source, t.workers) for t in bench.contestants(SETTING, folder, CPU)]
     for precision in ("bf16", "fp32"):
         assert [turn for turn in turns if turn[1] == precision] == [
             ("ours", precision, "images", 0),
-            *(("plain", precision, "images", workers) for workers in (1, 4, 8)),
+            *(("plain", precision, "images", workers) for workers in (0, 1, 4, 8)),
             ("ours", precision, "same batch", 0),
             ("plain", precision, "same batch", 1),
         ]
     monkeypatch.setattr(bench, "find_spec", lambda name: object())
-    assert {turn.trainer for turn in bench.contestants(SETTING, folder)} == {"ours", "plain", "lightly"}
+    assert {turn.trainer for turn in bench.contestants(SETTING, folder, CPU)} == {"ours", "plain", "lightly"}
+    monkeypatch.setattr(bench, "computes_in_bf16", lambda device: False)
+    assert {turn.precision for turn in bench.contestants(SETTING, folder, CPU)} == {"fp32"}
 
 
 def test_rows(monkeypatch):
@@ -193,7 +201,7 @@ def test_rows(monkeypatch):
     bench.show([ours, alone])
 
 
-def test_resident_images_are_compared_with_loaded_ones(monkeypatch):
+def test_resident_images_are_compared_with_loaded_ones(bf16, monkeypatch):
     """In turns; a loss that depends on them is an error."""
     taken, changed = [], 0.0
 
