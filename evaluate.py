@@ -298,7 +298,7 @@ def report(options: Report) -> None:
     session = Session()
     out = Path(options.out or (Path(options.run[0]) if len(options.run) == 1 else Path()) / "report.html")
     if session.is_main:
-        if options.out or len(options.run) > 1:  # not the report that a run wrote itself, perhaps in another version
+        if options.out or len(options.run) > 1:  # RUN/report.html is a report, perhaps of a version without its mark
             prepare_out(out)
         write_report([Path(run) for run in options.run], out, session.device)
         session.print(f"written: {out}")

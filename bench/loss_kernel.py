@@ -86,7 +86,8 @@ def print_memory(name: str, m: int, d: int, dtype: str) -> None:
     implementation = implementations(device)[name]
     forward_backward(implementation, projections(64, d, getattr(torch, dtype), device))
     z = projections(m, d, getattr(torch, dtype), device)
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak, to which the projections' own memory belongs
+    if (peak := Path("/proc/self/clear_refs")).exists():  # on Linux
+        peak.write_text("5")  # forgets the peak, to which the projections' own memory belongs
     before = peak_resident_mb()
     forward_backward(implementation, z)
     print(peak_resident_mb() - before)
