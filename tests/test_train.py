@@ -305,7 +305,7 @@ def test_two_ranks_equal_one_process(run_here, data, tmp_path):
         (["--data", "DATA", "--optim.lr", "-1"], "--optim.lr is -1"),
         (["--data", "DATA", "--views.crop-area", "1.0", "0.1"], "--views.crop-area is 1.0 0.1"),
         (["--preset", "textures", "--batch-size", "16", "--encoder.name", "vit_tiny_patch16_224"], "--encoder.width 1"),
-        (["--epochs", "3", "--views.size-schedule", "16:3"], "covers 3 epochs, but --epochs is 3"),
+        (["--epochs", "3", "--views.size-schedule", "16:4"], "covers 4 epochs, but --epochs is 3"),
         (
             ["--views.size-schedule", "16:1", "--encoder.name", "vit_tiny_patch16_224", "--encoder.width", "1"],
             "can't take views of 16 px (Input height (16) doesn't match model (32).); change --views.size-schedule",

@@ -136,16 +136,16 @@ class AugmentConfig:
         return self.full_size
 
     def check_epochs(self, epochs: int) -> None:
-        """Refuse a schedule that leaves no epoch of a run at full size.
+        """Refuse a schedule that is longer than the run. It may be as long: no epoch then has views of `size`.
 
         Raises:
             UserError: names both numbers of epochs.
         """
         scheduled = sum(each for _, each in self.phases)
-        if scheduled >= epochs:
+        if scheduled > epochs:
             raise UserError(
                 f"--views.size-schedule covers {scheduled} epochs, but --epochs is {epochs}; shorten the schedule or "
-                f"use --epochs {scheduled + 1} or more, so that the run ends with views of {self.size} px."
+                f"use --epochs {scheduled} or more."
             )
 
     @property

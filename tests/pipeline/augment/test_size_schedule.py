@@ -45,10 +45,11 @@ def test_invalid_schedules_are_one_sentence(schedule, reason):
     AugmentConfig(size=32, size_schedule=("8:1", "31:1"))
 
 
-def test_the_last_epoch_has_full_size():
+def test_a_schedule_may_fill_the_run_but_not_exceed_it():
     GROWING.check_epochs(4)
-    with pytest.raises(UserError, match=r"covers 3 epochs, but --epochs is 3; .*use --epochs 4 or more"):
-        GROWING.check_epochs(3)
+    GROWING.check_epochs(3)
+    with pytest.raises(UserError, match=r"covers 3 epochs, but --epochs is 2; .*use --epochs 3 or more\.$"):
+        GROWING.check_epochs(2)
 
 
 def test_parameters_are_those_of_full_size_except_for_the_scale_of_the_blur():
