@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+UNFINISHED = ".unfinished-"
+"""Prefix of the hidden folders that `replacing` writes in; a process that is killed leaves one behind."""
+
 
 class UserError(Exception):
     """An error that the user can fix: one sentence with cause and remedy, shown without a traceback."""
@@ -51,7 +54,8 @@ def available_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
 def has_c_compiler() -> bool:
     """Whether Triton can compile its launcher, for which it calls CC, gcc or clang at the first launch of a kernel."""
     candidates = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]  # as in triton/runtime/build.py
-    header = Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h")
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    header = Path(sysconfig.get_paths(scheme)["include"], "Python.h")
     return any(map(shutil.which, candidates)) and header.exists()
 
 
@@ -100,7 +104,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=path.parent, prefix=".unfinished-") as folder:
+        with TemporaryDirectory(dir=path.parent, prefix=UNFINISHED) as folder:
             temporary = Path(folder) / path.name
             yield temporary
             if temporary.is_file():

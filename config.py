@@ -8,6 +8,7 @@ from typing import Self
 
 from common import UserError, check_range
 from engine.checkpoint import MAY_CHANGE
+from engine.grad_cache import check_micro_batch
 from engine.loop import MANY, LoopConfig
 from evaluation.evaluator import EvalConfig
 from loss.ntxent import LossConfig
@@ -77,6 +78,12 @@ class PretrainConfig(StageConfig):
                 f"--cuda-graph captures one forward and backward pass per step, but --micro-batch {self.micro_batch} "
                 "takes several; omit one of the two options."
             )
+
+    def for_ranks(self, world_size: int) -> Self:
+        """As for every stage; a --micro-batch that encodes an image alone is refused."""
+        config = super().for_ranks(world_size)
+        check_micro_batch(config.micro_batch, config.batch_size, world_size)
+        return config
 
 
 @dataclass(frozen=True)

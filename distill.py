@@ -39,7 +39,7 @@ from pipeline.data import open_data
 from pipeline.loader import ViewLoader, center_crop_batches
 from pipeline.loader.subsets import labeled_subset
 from pipeline.pictures import to_pictures
-from presets import DISTILL, channels_of, images_of, parse
+from presets import DISTILL, images_of, parse, pixels_of
 from report import report_run
 
 
@@ -54,16 +54,16 @@ def distill(config: DistillConfig, instruments: Instruments | None = None) -> No
     check_normalization(config)
     weights = Path(config.teacher) / "model.safetensors"
     teacher, classes = load_classifier(weights)
-    channels = channels_of(Path(config.teacher))
-    feature_dim(teacher.encoder, config.views.size, channels)  # refuses a view size that the teacher cannot take
+    pixels = pixels_of(Path(config.teacher))
+    feature_dim(teacher.encoder, config.views.size, pixels.channels)  # refuses a view size that the teacher cannot take
     teacher = teacher.eval().requires_grad_(False).to(session.device, memory_format=torch.channels_last)
 
     # Data: all images -> one augmented view each, and which of their labels may be used.
     train, test = open_data(config.data, config.loader)
-    if train.pixel_format.channels != channels:
+    if train.pixel_format != pixels:
         raise UserError(
-            f"The teacher in {config.teacher} takes {channels}-channel images, but {train.root} has "
-            f"{train.pixel_format.channels}-channel images; use --data with images like those that it was trained on."
+            f"The teacher in {config.teacher} was trained on other images ({pixels}) than those of {train.root} "
+            f"({train.pixel_format}); use --data with images like the teacher's."
         )
     views = config.views.for_images(train.pixel_format, train.manifest.get("statistics", {}))
     config = replace(config, views=views)
@@ -88,7 +88,7 @@ def distill(config: DistillConfig, instruments: Instruments | None = None) -> No
     uses_label = torch.from_numpy(uses_label)
 
     # Student
-    student, spec = start_classifier(config.start, config.encoder, config.views.size, len(classes), channels)
+    student, spec = start_classifier(config.start, config.encoder, config.views.size, len(classes), pixels.channels)
     student = session.to_device(synchronize_batchnorm(student))
     model = session.distribute(student)
 
@@ -126,7 +126,7 @@ def distill(config: DistillConfig, instruments: Instruments | None = None) -> No
                 logits = model(batch.views)  # (B, classes)
             loss = (1 - config.labeled_share) * distillation(logits, target, config.temperature)
             if config.labeled_share:
-                label = visible_labels(batch.label, uses_label[batch.index])
+                label = batch.label.where(session.copy_to_device(uses_label[batch.index]), -1)
                 loss = loss + config.labeled_share * labeled_cross_entropy(logits, label)
             loop.backward(loss)
             loop.step(loss=loss, agreement=(logits.argmax(1) == target.argmax(1)).float().mean())
@@ -143,12 +143,6 @@ def distill(config: DistillConfig, instruments: Instruments | None = None) -> No
     loop.finish(report_table(loop.results) if loop.results else None)
     if config.report and session.is_main:
         report_run(session)
-
-
-def visible_labels(label: torch.Tensor, uses_label: torch.Tensor) -> torch.Tensor:
-    """(B,) int64 labels, -1 where `uses_label` ((B,) bool on the host) is False."""
-    mask = uses_label.pin_memory() if label.is_cuda else uses_label  # so that the copy does not wait
-    return label.where(mask.to(label.device, non_blocking=True), -1)
 
 
 def check_normalization(config: DistillConfig) -> None:

@@ -196,7 +196,10 @@ def evaluate(options: Knn | Linear | Embed) -> None:
     made_from["pixels"] = expected  # the shards of a conversion with --bits 8 may be the same files
     backend, threads = options.loader.backend, options.loader.threads
     backend = choose_backend(backend, session.device, views.size, threads, expected).name
-    decoder = import_module({"opencv": "cv2", "dali": "nvidia.dali"}.get(backend, backend))
+    try:
+        decoder = import_module({"opencv": "cv2", "dali": "nvidia.dali"}.get(backend, backend))
+    except ImportError as error:
+        raise UserError(f"--loader.backend {backend} can't be imported ({error}); use auto.") from error
     made_from |= {"backend": backend, decoder.__name__: decoder.__version__, "torch": torch.__version__}
     made_from |= {"timm": timm.__version__, "code_sha256": code_checksum(pipeline, model)}
     record = {"what": name, "arguments": sys.argv[1:], "options": asdict(options), **made_from}

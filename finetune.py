@@ -12,6 +12,7 @@ import math
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from torch.nn.functional import cross_entropy
 
@@ -30,7 +31,7 @@ from pipeline.data import open_data
 from pipeline.loader import ViewLoader, center_crop_batches
 from pipeline.loader.subsets import labeled_subset
 from pipeline.pictures import to_pictures
-from presets import FINETUNE, parse
+from presets import FINETUNE, parse, pixels_of
 from report import report_run
 
 
@@ -47,7 +48,11 @@ def finetune(config: FinetuneConfig, instruments: Instruments | None = None) -> 
     if len(classes) < 2:
         raise UserError(f"Fine-tuning needs at least two classes, {train.root} has {len(classes)}; use another --data.")
     samples = labeled_subset(train, config.labels, config.seed)
-    # refuses images of other channels than those of the pretraining, which its normalization would not fit either
+    if config.start.run and train.pixel_format != (pixels := pixels_of(Path(config.start.run))):
+        raise UserError(
+            f"{config.start.run} was trained on other images ({pixels}) than those of {train.root} "
+            f"({train.pixel_format}); use --data with images like the run's, or another --start.run."
+        )
     classifier, spec = start_classifier(config.start, config.encoder, config.views.size, len(classes), channels)
     views = config.views.for_images(train.pixel_format, train.manifest.get("statistics", {}))
     config = replace(config, views=views)

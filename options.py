@@ -6,7 +6,7 @@ import io
 import re
 from collections.abc import Iterable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, get_type_hints
 
 from common import UserError
 
@@ -55,7 +55,11 @@ def parse_options(default: Any, arguments: list[str], prog: str, description: st
         option = unknown[0].split("=")[0]
         if not option.startswith("-"):
             raise UserError(f"{option!r} is neither an option nor the value of one; see {prog} --help.")
-        hint = nearest(option, option_names(asdict(default)))
+        fields = get_type_hints(type(default), include_extras=True).items()
+        bare = [name for name, of in fields if tyro.conf.Positional in getattr(of, "__metadata__", ())]
+        if option.lstrip("-") in bare:
+            raise UserError(f"{option} is given without its name: {prog} {option.lstrip('-').upper()}.")
+        hint = nearest(option, option_names({k: v for k, v in asdict(default).items() if k not in bare}))
         raise UserError(f"There is no option {option!r}{hint}; see {prog} --help.")
     return options
 

@@ -24,6 +24,7 @@ from loss import LossConfig
 from model import EncoderConfig, HeadConfig, StartConfig
 from options import as_arguments, nearest, option_names, parse_options
 from pipeline.augment import AugmentConfig
+from pipeline.images.pixel_format import PixelFormat
 from pipeline.loader.subsets import LabelsConfig
 
 NOT_REUSED = {"out", "resume", "config", "reasons", "timm_name", "timm_kwargs", "pixels"}
@@ -445,9 +446,9 @@ def images_of(run: Path) -> tuple[str, dict[str, Any]]:
         ) from error
 
 
-def channels_of(run: Path) -> int:
-    """Channels of the images of a run; 3 in runs of versions that knew no others."""
-    return read_options(run / "config.json").get("pixels", {}).get("channels", 3)
+def pixels_of(run: Path) -> PixelFormat:
+    """Format of the images of a run; 8-bit RGB in runs of versions that knew no others."""
+    return PixelFormat(**read_options(run / "config.json").get("pixels", {}))
 
 
 def encoder_of(run: Path) -> EncoderConfig:

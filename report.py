@@ -6,7 +6,6 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from common import UserError
 from engine.session import Session
-from evaluation.features import embed
+from evaluation.features import ALONE, embed
 from evaluation.knn import nearest
 from evaluation.report.page import Neighbor, RunPictures, write_page
 from evaluation.report.pictures import data_uri
@@ -36,10 +35,10 @@ BANK, QUERIES, ROWS, NEIGHBORS = 5000, 1000, 8, 8
 neighbors of each."""
 VIEW_SIDE, PICTURE_SIDE = 160, 48
 """Longer side in pixels of views, and of all other pictures."""
+MANY_CLASSES = 1000
+"""Above this number, the confusion matrix has only the classes that occur."""
 MOST_RUNS = 20
 """Runs on a page, which keeps it below 10 MB."""
-ALONE = SimpleNamespace(rank=0, world_size=1, gather=lambda x: x)
-"""Stand-in for a session of one rank, for `embed`."""
 
 
 def write_report(folders: Sequence[Path], out: Path, device: torch.device) -> None:
@@ -105,7 +104,8 @@ def draw(run: RunRecord, folder: Path, runs: int, device: torch.device) -> RunPi
         views = AugmentConfig(**options)
     except TypeError as error:
         raise UserError(f"{folder} was written by another version ({error}); train again with this one.") from error
-    loading = LoaderConfig(cache_dir=run.config["loader"].get("cache_dir", ""), max_bad=1.0)  # it shows what there is
+    cache = {name: value for name, value in run.config["loader"].items() if name in ("cache_dir", "cache_gb")}
+    loading = LoaderConfig(**cache, max_bad=1.0)  # it shows what there is
     train, test = open_data(run.config["data"], loading)
     batches = partial(center_crop_batches, augment=views, config=loading, batch_size=256, device=device)
 
@@ -120,6 +120,9 @@ def draw(run: RunRecord, folder: Path, runs: int, device: torch.device) -> RunPi
     predicted, classifier = None, ""
     if test is not None:
         predicted, classifier = predictions(folder, bank, query, batches, device)
+    confusion, classes = None, list(train.classes)
+    if predicted is not None:
+        confusion, classes = count_pairs(query.label, predicted, classes)
     rows = max(ROWS // runs, 3)
     return RunPictures(
         views=view_pairs(train, views, rows, run.config["seed"], loading, device),
@@ -130,8 +133,8 @@ def draw(run: RunRecord, folder: Path, runs: int, device: torch.device) -> RunPi
         rank=rankme(bank.features),
         rank_images=len(bank.samples),
         feature_dim=bank.features.shape[1],
-        confusion=None if predicted is None else count_pairs(query.label, predicted, len(train.classes)),
-        classes=list(train.classes),
+        confusion=confusion,
+        classes=classes,
         classifier=classifier,
     )
 
@@ -232,7 +235,14 @@ def predictions(
     return predicted, "a linear probe on frozen features"
 
 
-def count_pairs(label: Tensor, predicted: Tensor, classes: int) -> np.ndarray:
-    """Confusion matrix (classes, classes): labeled images by true and predicted class."""
-    labeled = label >= 0
-    return torch.bincount(label[labeled] * classes + predicted[labeled], minlength=classes**2).view(classes, -1).numpy()
+def count_pairs(label: Tensor, predicted: Tensor, classes: list[str]) -> tuple[np.ndarray, list[str]]:
+    """Confusion matrix of the labeled images by true and predicted class, and its classes.
+
+    These are all, or those that occur if there are many: the matrix of 20,000 classes would take 3 GB.
+    """
+    pairs = torch.stack([label, predicted])[:, label >= 0]
+    if len(classes) > MANY_CLASSES:
+        used, pairs = pairs.unique(return_inverse=True)
+        classes = [classes[i] for i in used.tolist()]
+    count = len(classes)
+    return torch.bincount(pairs[0] * count + pairs[1], minlength=count**2).view(count, -1).numpy(), classes

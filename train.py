@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from config import PretrainConfig
-from engine.grad_cache import cached_backward, check_micro_batch
+from engine.grad_cache import cached_backward
 from engine.loop import Instruments, TrainingLoop
 from engine.optim import create_optimizer, parameter_groups
 from engine.processes import ending_together
@@ -52,7 +52,7 @@ def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> 
     config = session.from_rank_0(config)
     session.open_run(config.out, config.resume, name=config.preset, dry_run=config.dry_run)
     config = config.for_ranks(session.world_size)
-    check_micro_batch(config.micro_batch, config.batch_size, session.world_size)
+    config.loss.check_device(session.device, session.dtype)
 
     # Encoder: built first, because a wrong option should be refused before data is fetched or rendered.
     spec = encoder_spec(config.encoder, config.views.size)

@@ -33,7 +33,6 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.harness import RESULTS, environment, read_rows, run_module, write_rows
-from bench.scored_run import ScoredRun
 from common import UserError, check_range
 from config import PretrainConfig
 from engine.environment import device_name
@@ -152,7 +151,7 @@ def identity(row: dict[str, Any]) -> tuple[str, ...]:
 def train_in_a_process(arguments: list[str]) -> dict[str, float]:
     """Scores of one run of train.py, see `bench.scored_run`."""
     with tempfile.TemporaryDirectory() as folder:
-        return run_module("bench.scored_run", ScoredRun(arguments), Path(folder, "run"))
+        return run_module("bench.scored_run", arguments, Path(folder, "run"))
 
 
 def measure(

@@ -65,7 +65,7 @@ class Entry:
     """Training script of the trainer "file"."""
 
 
-class Clock:
+class Clock(Instruments):
     """Time and images of a training, which it ends in time, and its encoders.
 
     Attributes:
@@ -123,19 +123,6 @@ class Clock:
         self.points.append({"step": self.steps, "seconds": seconds, "images": images, "file": name})
 
 
-class TimedLoop(Instruments):
-    """Passes the batches of the training loop through a clock."""
-
-    def __init__(self, clock: Clock):
-        self.clock = clock
-
-    def mark(self, part: str) -> None:
-        pass
-
-    def batches(self, loader: Iterable) -> Iterator:
-        return self.clock.batches(loader)
-
-
 def train_ours(entry: Entry, config: PretrainConfig, clock: Clock, shards: ShardSet) -> dict[str, Any]:
     """Run `train.pretrain`. Its encoder at a point is that of the checkpoint which it writes there."""
     steps_per_epoch = len(shards) // config.batch_size
@@ -148,20 +135,20 @@ def train_ours(entry: Entry, config: PretrainConfig, clock: Clock, shards: Shard
         return {name.removeprefix(encoder): tensor for name, tensor in tensors.items() if name.startswith(encoder)}
 
     clock.plan(epochs * steps_per_epoch, entry.points, newest)
-    views = replace(config.views, size_schedule=stretched(config.views.phases, epochs / config.epochs))
+    views = replace(config.views, size_schedule=stretched(config.views.phases, config.epochs, epochs))
     checkpoints = replace(config.checkpoint, every_steps=clock.every_steps)
     config = replace(config, epochs=epochs, views=views, report=False, checkpoint=checkpoints)
-    train.pretrain(config, TimedLoop(clock))
+    train.pretrain(config, clock)
     clock.keep(load_file(out / "encoder.safetensors"))
     return described(config)
 
 
-def stretched(phases: list[tuple[int, int]], factor: float) -> tuple[str, ...]:
-    """A schedule of sizes for a run that is `factor` times as long, see `AugmentConfig.size_schedule`.
+def stretched(phases: list[tuple[int, int]], old: int, new: int) -> tuple[str, ...]:
+    """A schedule of sizes of a run of `old` epochs for one of `new`, see `AugmentConfig.size_schedule`.
 
-    Times are rounded down, which leaves an epoch at full size.
+    Its ends are rounded down, so a schedule that leaves epochs at full size still does, and one that fills the run too.
     """
-    ends = [0, *(int(factor * end) for end in accumulate(epochs for _, epochs in phases))]
+    ends = [0, *(end * new // old for end in accumulate(epochs for _, epochs in phases))]
     lengths = (end - start for start, end in pairwise(ends))
     return tuple(f"{size}:{epochs}" for (size, _), epochs in zip(phases, lengths, strict=True) if epochs)
 

@@ -130,6 +130,28 @@ def seconds_per_call(function: Callable[[], object], calls: int, device: torch.d
     return first.elapsed_time(last) / 1000 / calls
 
 
+def replay_of(create: Callable[[], Callable[[], object]], device: torch.device) -> Callable[[], object]:
+    """What `create` returns, as the replay of a CUDA graph: its kernels without the time of their launches.
+
+    Args:
+        create: called on the stream of the recording, because a backward pass runs on the stream of its forward pass.
+        device: where the function runs; on a CPU the function itself is returned.
+    """
+    if device.type != "cuda":
+        return create()
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        function = create()
+        for _ in range(3):  # compiles kernels, which a recording does not allow
+            function()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        function()
+    return graph.replay
+
+
 def calls_per_turn(function: Callable[[], object], device: torch.device) -> int:
     """Number of calls that fill `TURN_S` on a GPU, at most 1000; 1 on a CPU."""
     if device.type != "cuda":
@@ -141,13 +163,13 @@ def run_module(module: str, argument: Any, out: Path) -> dict[str, Any]:
     """Run `python -m module ARGUMENT OUT` in a new process, so that runs share neither threads, memory nor caches.
 
     Args:
-        argument: dataclass, which the process receives as JSON.
+        argument: a dataclass or a list, which the process receives as JSON.
         out: second argument, a path for what the process writes.
 
     Returns:
         The JSON object in the last line that the process prints.
     """
-    command = [sys.executable, "-m", module, json.dumps(asdict(argument)), str(out)]
+    command = [sys.executable, "-m", module, json.dumps(argument, default=asdict), str(out)]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -35,25 +35,18 @@ def dense(z: Tensor, temperature: float) -> Tensor:
 
 
 @cache
-def _lightly(temperature: float) -> torch.nn.Module:
-    from lightly.loss import NTXentLoss
+def _library_loss(name: str, temperature: float) -> torch.nn.Module:
+    if name == "lightly":
+        from lightly.loss import NTXentLoss
 
-    return NTXentLoss(temperature)
-
-
-def lightly(z: Tensor, temperature: float) -> Tensor:
-    return _lightly(temperature)(*z.chunk(2))
-
-
-@cache
-def _metric_learning(temperature: float) -> torch.nn.Module:
+        return NTXentLoss(temperature)
     from pytorch_metric_learning.losses import NTXentLoss, SelfSupervisedLoss
 
     return SelfSupervisedLoss(NTXentLoss(temperature))
 
 
-def metric_learning(z: Tensor, temperature: float) -> Tensor:
-    return _metric_learning(temperature)(*z.chunk(2))
+def library(name: str, z: Tensor, temperature: float) -> Tensor:
+    return _library_loss(name, temperature)(*z.chunk(2))
 
 
 def implementations(device: torch.device) -> dict[str, Implementation]:
@@ -63,8 +56,7 @@ def implementations(device: torch.device) -> dict[str, Implementation]:
         found = {"triton": partial(nt_xent, impl="triton"), **found}
     found["dense"] = dense
     found["dense compiled"] = torch.compile(dense, dynamic=False)
-    if find_spec("lightly"):
-        found["lightly"] = lightly
-    if find_spec("pytorch_metric_learning"):
-        found["pytorch-metric-learning"] = metric_learning
+    for name in ("lightly", "pytorch-metric-learning"):
+        if find_spec(name.replace("-", "_")):
+            found[name] = partial(library, name)
     return found

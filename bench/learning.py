@@ -25,7 +25,6 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -38,6 +37,7 @@ from bench.harness import environment, read_rows, run_module, write_rows
 from common import UserError, available_cores, check_range
 from config import PretrainConfig
 from evaluation.evaluator import EvalConfig, Evaluator
+from evaluation.features import ALONE
 from evaluation.store import eval_splits
 from model import create_encoder, encoder_spec
 from pipeline.augment import AugmentConfig
@@ -120,7 +120,8 @@ def warmed_up(entry: Entry, images: int, take: Take) -> Entry:
     if entry.trainer == "ours":
         config = parse(PRETRAIN, entry.arguments, prog="train.py")
         views, phases = config.views, dict(config.views.phases)
-        phases[views.size] = config.epochs - sum(phases.values())
+        if rest := config.epochs - sum(phases.values()):
+            phases[views.size] = rest
         image_s = 0.0
         for size, epochs in phases.items():
             fixed = replace(entry, arguments=[*entry.arguments, "--views.size", str(size), "--views.size-schedule"])
@@ -151,8 +152,7 @@ def scores(race: Race, file: Path, views: AugmentConfig, config: PretrainConfig,
     encoder.load_state_dict(load_file(file))
     splits = [(split.shards, split.samples) for split in eval_splits(race.train, race.test, labeled=True)]
     batches = partial(center_crop_batches, augment=views, config=LoaderConfig(), batch_size=256, device=device)
-    alone = SimpleNamespace(rank=0, world_size=1, gather=lambda x: x)
-    evaluate = Evaluator(*splits, batches, alone, EvalConfig(k=20), LoaderConfig().max_bad)
+    evaluate = Evaluator(*splits, batches, ALONE, EvalConfig(k=20), LoaderConfig().max_bad)
     return evaluate(encoder.to(device).eval(), linear=linear)
 
 

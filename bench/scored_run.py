@@ -1,4 +1,4 @@
-"""One pretraining of bench/ablation.py: `python -m bench.scored_run RUN OUT`; RUN and the last line printed are JSON.
+"""One pretraining of bench/ablation.py: `python -m bench.scored_run ARGUMENTS OUT`, both ARGUMENTS and result in JSON.
 
 It computes on one thread. On networks this small, two runs next to each other take less time than one after the other
 on two threads, and a result does not depend on the number of cores.
@@ -7,7 +7,6 @@ on two threads, and a result does not depend on the number of cores.
 import json
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import train
@@ -17,27 +16,23 @@ ONLY_SCORES = ["--no-report", "--eval.knn-every", "0", "--no-eval.baselines", "-
 """Options of train.py that leave out everything but the training and its final evaluation."""
 
 
-@dataclass(frozen=True)
-class ScoredRun:
-    """What to train."""
-
-    arguments: list[str]
-    """Command line of train.py, without --out."""
-
-
-def scores(run: ScoredRun, out: Path) -> dict[str, float]:
+def scores(arguments: list[str], out: Path) -> dict[str, float]:
     """Train on one thread in the new folder `out`; returns `knn_top1` and `linear_top1` of the trained encoder.
+
+    Args:
+        arguments: command line of train.py, without --out.
+        out: the run folder.
 
     Raises:
         RuntimeError: the run was stopped, or its images have no labels.
     """
     os.environ["LOCAL_WORLD_SIZE"] = str(os.cpu_count())  # as if every core had such a process
-    train.pretrain(parse(PRETRAIN, [*run.arguments, *ONLY_SCORES, "--out", str(out)], prog="train.py"))
+    train.pretrain(parse(PRETRAIN, [*arguments, *ONLY_SCORES, "--out", str(out)], prog="train.py"))
     for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()):
         if row.get("features") == "trained":
             return {name: row[name] for name in ("knn_top1", "linear_top1")}
-    raise RuntimeError(f"The run ended without an evaluation: train.py {' '.join(run.arguments)}")
+    raise RuntimeError(f"The run ended without an evaluation: train.py {' '.join(arguments)}")
 
 
 if __name__ == "__main__":
-    print(json.dumps(scores(ScoredRun(**json.loads(sys.argv[1])), Path(sys.argv[2]))))
+    print(json.dumps(scores(json.loads(sys.argv[1]), Path(sys.argv[2]))))

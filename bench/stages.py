@@ -123,11 +123,11 @@ def kornia_stages(data: Prepared, config: AugmentConfig, count: int, device: tor
 
     Its decoder on a GPU is called "decode by nvJPEG", since "decode" is the common lower bound.
     """
-    from pipeline.augment import kornia
+    from pipeline.augment import decoding, kornia
 
     ((encoded, params),) = data.batches(count, count)
     if device.type == "cuda":
-        yield Candidate("kornia", "decode by nvJPEG", "", count, lambda: kornia.decode_on_gpu(encoded, device))
+        yield Candidate("kornia", "decode by nvJPEG", "", count, lambda: decoding.decode_on_gpu(encoded, device))
     images = [torch.from_numpy(decode(file)).to(device).permute(2, 0, 1) for file in encoded]
     resized = kornia.resized_crops(images, params, config.size)  # later stages work in place, on copies of it
     affine = replace(config, jitter="affine")

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from .common import replacing
 
 
 class StepTimer:
@@ -161,9 +162,8 @@ class MetricsFile:
             rows = [(line, at) for line, at in [*rows, (last, _step_of(last))] if at is not None]
             kept = [line for line, at in rows if at <= step]
             self.dropped = [json.loads(line) for line, at in rows if at > step]
-            partial = path.with_name(f".{path.name}.partial")
-            partial.write_bytes(b"".join(line + b"\n" for line in kept))
-            os.replace(partial, path)
+            with replacing(path) as temporary:
+                temporary.write_bytes(b"".join(line + b"\n" for line in kept))
         self.file = path.open("a", buffering=1)
 
     def write(self, **row: float) -> None:

@@ -30,7 +30,7 @@ def is_first_to_fail() -> bool:
     The others fail as a consequence, when the collectives they wait for break.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return os.environ.get("RANK", "0") == "0"  # before the process group exists all ranks fail alike
+        return os.environ.get("LOCAL_RANK", "0") == "0"  # before the process group exists, a machine's ranks fail alike
     rank = str(dist.get_rank())
     with contextlib.suppress(RuntimeError):  # the store ends with the process that hosts it
         return dist.distributed_c10d._get_default_store().compare_set(FAILURE, "", rank) == rank.encode()

@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from . import checkpoint, run_lock
-from .common import UserError
+from .common import UNFINISHED, UserError, replacing
 from .metrics import MetricsFile
 
-PARTIAL_CONFIG = ".config.json.partial"
 BEFORE_FIRST_CHECKPOINT = {"config.json", "metrics.jsonl", "bad_samples.jsonl", "checkpoints", "diverged.json"}
-BEFORE_FIRST_CHECKPOINT |= {".metrics.jsonl.partial"}
 TRACKER_FILES = {"tensorboard", "wandb", "mlflow", "trackers.json"}
 """Files of a run that was stopped or killed before its first checkpoint; it starts again from step 0."""
 
@@ -30,6 +28,8 @@ def run_folder(out: str, resume: str, default: str) -> tuple[Path, Path | None]:
     Raises:
         UserError: another process uses the folder, or it holds something else than a run that can continue.
     """
+    if "://" in out:
+        raise UserError(f"{out} is a URL, but a run folder is local; use a folder and copy it afterwards.")
     start = own = None
     if resume not in ("auto", "none"):
         start = checkpoint.find(Path(resume).resolve())
@@ -44,16 +44,25 @@ def run_folder(out: str, resume: str, default: str) -> tuple[Path, Path | None]:
     try:
         if start is None:
             return folder, _latest(folder, resume)
-        if _files(folder) and folder.resolve() != own:
-            raise UserError(f"{folder} holds other files than the run that --resume names; choose another --out.")
-        return folder, start
+        if not _files(folder) or folder.resolve() == own:
+            return folder, start
+        if _started_from(folder, resume):  # by the same command, which now continues what it began
+            return folder, _latest(folder, "auto") or start
+        raise UserError(f"{folder} holds other files than the run that --resume names; choose another --out.")
     except BaseException:
         run_lock.release(folder)
         raise
 
 
 def _files(folder: Path) -> set[str]:
-    return set(os.listdir(folder)) - {run_lock.NAME, PARTIAL_CONFIG}
+    return {name for name in os.listdir(folder) if name != run_lock.NAME and not name.startswith(UNFINISHED)}
+
+
+def _started_from(folder: Path, resume: str) -> bool:
+    try:
+        return json.loads((folder / "config.json").read_text())["resume"] == resume
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _latest(folder: Path, resume: str) -> Path | None:
@@ -70,8 +79,8 @@ def start_run(out: Path, record: dict[str, Any], step: int) -> MetricsFile:
 
     At step 0, what trackers recorded of an earlier attempt is deleted: that attempt may have had other options.
     """
-    (out / PARTIAL_CONFIG).write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(out / PARTIAL_CONFIG, out / "config.json")  # the one of an earlier part must survive a full disk
+    with replacing(out / "config.json") as path:  # the one of an earlier part must survive a full disk
+        path.write_text(json.dumps(record, indent=2) + "\n")
     checkpoint.Checkpoints(out / "checkpoints", keep=1).discard_after(step)
     for path in (out / name for name in TRACKER_FILES if step == 0):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -27,6 +27,9 @@ RANK_TIMEOUT = timedelta(hours=2)
 """How long ranks wait for each other before the run fails. NCCL's default of ten minutes is shorter than what one rank
 may need for a checkpoint on slow storage or a shard from a slow server, while the others are in the next collective."""
 
+OTHER_PARALLELISM = [f"ACCELERATE_USE_{name}" for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")]
+"""What the launcher sets for configurations that would wrap or shard the network in ways the loop does not expect."""
+
 
 class Session:
     """Everything that depends on where a script runs, shared by all scripts.
@@ -48,6 +51,12 @@ class Session:
     """
 
     def __init__(self, precision: str = "auto", seed: int = 0, compile: bool = False, cuda_graph: bool = False):
+        for name in OTHER_PARALLELISM:
+            if os.environ.get(name, "").lower() in ("1", "true", "yes"):
+                raise UserError(
+                    f"Only data parallelism is supported, but the configuration of accelerate sets {name}; answer "
+                    "`accelerate config` again, or use `accelerate launch --multi_gpu --config_file OTHER`."
+                )
         self.accelerator = Accelerator(
             mixed_precision="no",  # `autocast` is opened around forward passes alone, never around the loss
             kwargs_handlers=[

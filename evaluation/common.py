@@ -1,8 +1,6 @@
 """Helpers shared by all rooms: the module `common` in the checkout, `streamclr.common` once installed."""
 
 if __package__ == "evaluation":
-    from common import UserError, available_cores, check_range, file_sha256, progress_bar, replacing, save_tensors
+    from common import *  # noqa: F403
 else:
-    from ..common import UserError, available_cores, check_range, file_sha256, progress_bar, replacing, save_tensors
-
-__all__ = ["UserError", "available_cores", "check_range", "file_sha256", "progress_bar", "replacing", "save_tensors"]
+    from ..common import *  # noqa: F403

@@ -1,6 +1,7 @@
 """Frozen features of a set of images."""
 
 from collections.abc import Callable, Iterable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,9 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from .common import UserError
+
+ALONE = SimpleNamespace(rank=0, world_size=1, gather=lambda x: x)
+"""Stand-in for a session of one rank, for `embed`."""
 
 
 @torch.no_grad()

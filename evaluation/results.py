@@ -1,6 +1,7 @@
 """The file that evaluate.py writes: results as JSON, features in safetensors with a record as metadata, or a report."""
 
 import json
+import re
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -13,8 +14,10 @@ def prepare_out(out: Path) -> None:
     """Create the folder of a result, before anything is computed.
 
     Raises:
-        UserError: the file cannot be written, or exists and is not an earlier result.
+        UserError: the file cannot be written, or exists and is not an earlier result, or it is a URL.
     """
+    if re.match(r"[a-z][a-z0-9+]+:/", str(out)):  # Path collapses the double slash
+        raise UserError(f"{out} is a URL, but results are written to a local file; use another --out and copy it.")
     if out.exists() and not _is_result(out):
         raise UserError(f"{out} exists and is not a result of evaluate.py; use another --out.")
     try:

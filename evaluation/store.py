@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from .cache import feature_name, load_features, save_features
 from .common import UserError, progress_bar
-from .features import embed
+from .features import ALONE, embed
 
 
 @dataclass(frozen=True)
@@ -143,8 +142,7 @@ class FeatureStore:
             return False
         # together with at least as many readable ones, from which the loader draws replacements
         tried = np.union1d(missing, index[: max(len(missing), self.batch_size)].numpy())
-        alone = SimpleNamespace(rank=0, world_size=1, gather=lambda x: x)
-        parts = embed(lambda views: views[:, 0, 0], partial(self.batches, split.shards), tried, alone)
+        parts = embed(lambda views: views[:, 0, 0], partial(self.batches, split.shards), tried, ALONE)
         with suppress(UserError), closing(parts):  # the shards may be unavailable while their features are stored
             return any(np.isin(readable.numpy(force=True), missing).any() for _, _, readable in parts)
         return False

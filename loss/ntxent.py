@@ -1,6 +1,7 @@
 """NT-Xent loss: the public function, its configuration and the choice of implementation."""
 
 import math
+import re
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch._C import _functorch
 from torch.autograd import forward_ad
 
 from . import distributed
-from .common import check_range
+from .common import UserError, check_range
 from .cpu import one_pass
 from .cpu.blockwise import compute_dtype, nt_xent_blockwise
 from .queue import NegativeQueue
@@ -49,6 +50,15 @@ class LossConfig:
         check_range("--loss.queue", self.queue, 0, 10**6)
         if self.learn_temperature:
             check_range("--loss.temperature with --loss.learn-temperature", self.temperature, *LEARNED_RANGE)
+
+    def check_device(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Refuse an implementation that does not run on such projections.
+
+        Raises:
+            UserError: names the reason and another implementation.
+        """
+        if self.impl == "triton" and (reason := unsupported_reason(device, dtype)):
+            raise UserError(re.sub(r"impl='(\w+)'", r"--loss.impl \1", reason).replace("'", ""))
 
 
 def nt_xent(

@@ -257,7 +257,13 @@ def test_the_table_shows_value_and_reason_of_each_choice(capsys):
 
 @pytest.mark.parametrize(
     ("epochs", "schedule"),
-    [(1, ()), (2, ("16:1",)), (3, ("16:1", "24:1")), (10, ("16:2", "24:7")), (50, ("16:9", "24:36"))],
+    [
+        (1, ("20:1",)),
+        (2, ("20:2",)),
+        (3, ("16:1", "20:1", "24:1")),
+        (10, ("16:2", "20:6", "24:2")),
+        (49, ("16:10", "20:29", "24:10")),
+    ],
 )
 def test_small_views_on_a_cpu_grow_during_the_run(epochs, schedule):
     assert pretraining(CASES["small images on a laptop"], epochs=epochs).views.size_schedule == schedule

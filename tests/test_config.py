@@ -89,8 +89,9 @@ def test_error_sentence_does_not_depend_on_the_terminal(force, monkeypatch):
 
 
 @pytest.mark.parametrize(("rank", "code"), [("0", "error: There is no option '--zzz'; see train.py --help."), ("1", 1)])
-def test_only_rank_0_prints_a_command_line_error(rank, code, monkeypatch):
-    monkeypatch.setenv("RANK", rank)
+def test_one_rank_of_a_machine_prints_a_command_line_error(rank, code, monkeypatch):
+    monkeypatch.setenv("RANK", "8")
+    monkeypatch.setenv("LOCAL_RANK", rank)
     with pytest.raises(SystemExit) as stopped, ending_together():
         read("train.py", "--zzz")
     assert stopped.value.code == code

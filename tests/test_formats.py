@@ -226,7 +226,11 @@ def test_images_of_another_format_are_refused(run, sets, scans, bands, tuned, ev
             evaluated("knn", folder, "--data", sets / data)
     with pytest.raises(UserError, match="--mean must be one number, or 8"):
         evaluated("knn", bands, "--mean", 0.5, 0.5, 0.5)
-    with pytest.raises(UserError, match="takes 8-channel images, but the data has 1-channel images; use --data"):
-        run("finetune", "--start.run", bands, "--data", sets / "gray16", "--batch-size", 24)
-    with pytest.raises(UserError, match=r"takes 1-channel images, but .*bands8.* has 8-channel images; use --data"):
+    for folder, data, (known, found) in (
+        (bands, "gray16", (r"\(8 channels, 8 bits\)", r"gray16.* \(gray, 16 bits\)")),
+        (scans, "gray8", (r"\(gray, 16 bits\)", r"gray8.* \(RGB, 8 bits\)")),
+    ):
+        with pytest.raises(UserError, match=f"was trained on other images {known} than those of .*{found}; use --data"):
+            run("finetune", "--start.run", folder, "--data", sets / data, "--batch-size", 24)
+    with pytest.raises(UserError, match=r"teacher .* \(gray, 16 bits\) than those of .*bands8 \(8 channels, 8 bits\)"):
         run("distill", "--teacher", tuned, "--data", sets / "bands8", "--batch-size", 24)

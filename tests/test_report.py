@@ -143,8 +143,15 @@ def test_two_runs_are_compared(comparison):
 
 
 def test_the_confusion_matrix_counts_labeled_images():
-    counts = count_pairs(torch.tensor([0, 1, 1, -1]), torch.tensor([0, 1, 0, 2]), 3)
-    assert counts.tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 0]]
+    label, predicted = torch.tensor([0, 1, 1, -1]), torch.tensor([0, 1, 0, 2])
+    counts, classes = count_pairs(label, predicted, ["ant", "bee", "cat"])
+    assert counts.tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 0]] and classes == ["ant", "bee", "cat"]
+
+
+def test_the_confusion_matrix_of_many_classes_has_those_that_occur():
+    names = [f"class {i}" for i in range(30_000)]
+    counts, classes = count_pairs(torch.tensor([7, 29_999, -1]), torch.tensor([3, 29_999, 5]), names)
+    assert counts.tolist() == [[0, 0, 0], [1, 0, 0], [0, 0, 1]] and classes == ["class 3", "class 7", "class 29999"]
 
 
 def test_the_classes_of_a_teacher_are_not_confused_with_those_of_other_images(data, tmp_path):

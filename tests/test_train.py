@@ -212,6 +212,20 @@ def test_gradient_accumulation_is_refused(run_here, data, tmp_path, monkeypatch)
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
+def test_other_parallelism_of_accelerate_is_refused(run_here, data, tmp_path, monkeypatch, name):
+    """`accelerate config`, perhaps answered for another project, sets it through the launcher."""
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(SystemExit, match=rf"Only data parallelism is supported, .* sets ACCELERATE_USE_{name}; answer"):
+        run_here("--data", data, "--out", tmp_path / "run", *SMALL)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_implementation_of_the_loss_that_does_not_run_is_refused(run_here, data, tmp_path):
+    with pytest.raises(SystemExit, match=r"--loss\.impl triton .* use --loss\.impl auto or blockwise\.$"):
+        run_here("--data", data, "--out", tmp_path / "run", *SMALL, "--loss.impl", "triton")
+
+
 def test_a_compiler_chosen_by_accelerate_is_refused(run_here, data, tmp_path, monkeypatch):
     """It would wrap the network, and with it rename every weight in checkpoints."""
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")

@@ -1,4 +1,4 @@
-"""Validation on a GPU in four parts of under ten minutes each; `make gpu` runs them all.
+"""Validation on a GPU in four parts of under ten minutes each; `make gpu` runs each in a process of its own.
 
     python -m bench.gpu correctness     loss, optimizers, host waits, resumption, image files, two ranks
     python -m bench.gpu loss            speed of the loss next to the roofline, sweep of tiles and registers
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
     for part, checks in parts.items():
         checks = [check for check in checks if not options.only or check.name in options.only]
         print(f"{part}, at most {options.seconds:.0f} s:", flush=True)
-        faulthandler.dump_traceback_later(options.seconds + 120, exit=True)  # a deadlock must not take the machine
+        faulthandler.dump_traceback_later(options.seconds + 300, exit=True)  # a deadlock must not take the machine
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
             setup = Setup(device, options.small, Path(scratch), out)
             if not run_part(checks, setup, Report(part, device, out), options.seconds):

@@ -68,7 +68,8 @@ def loss_and_gradients(loss: Callable[[Tensor, Tensor], Tensor], z: Tensor, tau:
     temperature = torch.tensor(tau, dtype=torch.promote_types(z.dtype, torch.float32), requires_grad=True)
     value = loss(z, temperature)
     (value * 1024).backward()
-    return {"loss": value.detach(), "dL/dz": z.grad / 1024, "dL/dtau": temperature.grad / 1024}
+    dz = z.grad.to(temperature.dtype)  # before the division, whose result float16 would round to multiples of 6e-8
+    return {"loss": value.detach(), "dL/dz": dz / 1024, "dL/dtau": temperature.grad / 1024}
 
 
 def loss_accuracy(setup: Setup) -> Iterator[Case]:
@@ -276,7 +277,7 @@ CHECKS = [
     Check(training.kill_and_resume, 90, training.SHARDS),
     Check(training.cuda_graphs, 90, training.SHARDS),
     Check(ranks.two_ranks, 60),
-    Check(files.image_files, 60, ("cv2", "numba")),
     Check(loss_opcheck, 60, ("triton",)),
     Check(loss_compiled, 60, ("triton",)),
+    Check(files.image_files, 60, ("cv2", "numba")),  # last: damaged files may break the context
 ]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu.checks import Case, Check, Measurement, Outcome, Setup
-from bench.harness import interleave, percentiles_ms
+from bench.harness import interleave, percentiles_ms, replay_of
 from bench.implementations import dense, projections
 from bench.rates import copy, exponentials, matmul_precision, matrix_product
 from loss import nt_xent
@@ -64,14 +64,26 @@ def loss_speed(setup: Setup) -> Iterator[Case]:
         yield Case(f"M {m}, D {d}, {name}", partial(time_passes, setup, m, d, name))
 
 
-def time_passes(setup: Setup, m: int, d: int, name: str) -> Iterator[Measurement]:
+def graph_speed(setup: Setup) -> Iterator[Case]:
+    """The kernels alone, where the host takes longer to launch them; replayed as CUDA graphs."""
+    shapes = [] if setup.device.type == "cpu" else SHAPES[:2] if setup.small else SHAPES
+    for m, d, name in shapes:
+        if m <= LARGEST_DENSE:
+            yield Case(f"M {m}, D {d}, {name}, graph", partial(time_passes, setup, m, d, name, graphs=True))
+
+
+def time_passes(setup: Setup, m: int, d: int, name: str, graphs: bool = False) -> Iterator[Measurement]:
     dtype, device = DTYPES[name], setup.device
     z = projections(m, d, dtype, device)
     precision = "tf32" if name == "tf32" else "ieee"
     fused, square = fused_loss(precision), fused_loss(precision, SQUARE_TEMPERATURE)
-    functions = {("triton", which): function for which, function in passes(z, fused).items()}
-    functions["triton_square", "forward"] = passes(z, square)["forward"]
-    if m <= LARGEST_DENSE:
+    if graphs:
+        both = {which: partial(lambda which: passes(z, fused)[which], which) for which in UNITS}
+        functions = {("triton_graph", which): replay_of(create, device) for which, create in both.items()}
+    else:
+        functions = {("triton", which): function for which, function in passes(z, fused).items()}
+        functions["triton_square", "forward"] = passes(z, square)["forward"]
+    if m <= LARGEST_DENSE and not graphs:
         functions |= {("dense", which): f for which, f in passes(z, lambda z: dense(z, TEMPERATURE)).items()}
     works = {"product": matrix_product(dtype, device), "exps": exponentials(device), "bytes": copy(device)}
     with matmul_precision(precision):  # of the product that bounds the loss, and of the dense form
@@ -81,7 +93,8 @@ def time_passes(setup: Setup, m: int, d: int, name: str) -> Iterator[Measurement
     peaks = {"triton": peak_mb(z, fused, device), "triton_square": peak_mb(z, square, device)}
     for (implementation, which), _ in functions.items():
         timing = percentiles_ms(times[implementation, which])
-        triangle = implementation == "triton" and which == "forward" and on_triangle(z, precision)
+        triangular = implementation in ("triton", "triton_graph") and which == "forward"
+        triangle = triangular and on_triangle(z, precision)
         pairs = m * m / 2 if triangle else m * m
         flop = UNITS[which] * 2 * pairs * d
         # forward: reads x; backward: reads x twice, writes and reads the product in float32, writes the gradient
@@ -229,4 +242,8 @@ def compiled_resources(kernel: str, device: torch.device) -> dict[str, int]:
     return {"registers": compiled.n_regs, "spills": compiled.n_spills}
 
 
-CHECKS = [Check(loss_speed, 200, ("triton",)), Check(tile_sweep, 320, ("triton",))]
+CHECKS = [
+    Check(loss_speed, 150, ("triton",)),
+    Check(graph_speed, 90, ("triton",)),
+    Check(tile_sweep, 300, ("triton",)),
+]

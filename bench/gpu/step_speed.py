@@ -178,6 +178,8 @@ class Tracer:
         batch = next(iter(loader))
         for step in range(self.warm + TRACED_STEPS):
             if step == self.warm:
+                if torch.cuda.is_available():  # the host may be steps ahead
+                    torch.cuda.synchronize()
                 self.profile.start()
             yield batch
         self.profile.stop()
@@ -200,7 +202,8 @@ def trace(setup: Setup) -> Iterator[Measurement]:
         return event.self_device_time_total if on_gpu else event.self_cpu_time_total
 
     kind = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
-    events = sorted((e for e in tracer.profile.key_averages() if e.device_type == kind), key=own_us, reverse=True)
+    events = [e for e in tracer.profile.key_averages() if e.device_type == kind and not e.is_user_annotation]
+    events.sort(key=own_us, reverse=True)
     total = sum(map(own_us, events))
     for event in events[:15]:
         yield Measurement(

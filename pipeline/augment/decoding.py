@@ -9,7 +9,10 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from ..images.files import DecodeError, contains, decode, nvjpeg_decodes_alike
-from .gpu import pinned, refusal, warn_once
+from ..images.pixel_format import RGB8, PixelFormat
+from .config import AugmentConfig
+from .gpu import augment_in_chunks, check_rgb8, pinned, refusal, warn_once
+from .params import AugmentParams
 
 NVJPEG_REFUSALS = re.compile(
     r"Failed to [a-z ]+: (3|4|9|10)\b"  # of nvjpegStatus_t: bad, unsupported, not implemented, incomplete
@@ -63,6 +66,56 @@ class ImageDecoder:
     def _on_host(self, image: bytes | np.ndarray) -> Tensor | None:
         pixels = decode(image) if isinstance(image, bytes) else image
         return None if pixels is None else pinned(pixels, self._device)
+
+
+class DecodingBackend:
+    """Augmentation backend that decodes a batch to the device and then renders its views there; see `Backend`.
+
+    Args:
+        config: augmentation options.
+        device: device of the views.
+        batch_size, views: not used; part of the common signature.
+        workers: number of threads that decode on the host.
+        dtype: of the views, float32 or bfloat16; they are computed in float32.
+        pixel_format: format of the images, which must be 8-bit RGB.
+
+    Raises:
+        UserError: another format.
+    """
+
+    name: str
+    calls_at_once = 1
+
+    def __init__(
+        self,
+        config: AugmentConfig,
+        device: torch.device,
+        batch_size: int,
+        views: int,
+        workers: int,
+        dtype: torch.dtype = torch.float32,
+        pixel_format: PixelFormat = RGB8,
+    ):
+        check_rgb8(self.name, pixel_format)
+        self._config, self._dtype = config, dtype
+        self._device = torch.device(device)
+        self.image_device = self._device if self._device.type in ("cpu", "cuda") else None
+        self._decoder = ImageDecoder(self._device, workers)
+
+    def __call__(self, images: list[bytes | np.ndarray | Tensor], params: AugmentParams) -> Tensor:
+        """Augment V views of n images; see `Backend`. An image may be decoded, (H, W, 3) uint8, and on the device."""
+        return augment_in_chunks(self._augment, images, params, self._config, self._device, self._dtype)
+
+    def close(self) -> None:
+        """End the decoding threads."""
+        self._decoder.close()
+
+    def _augment(self, images: list[bytes | np.ndarray | Tensor], params: AugmentParams, out: Tensor) -> None:
+        self._render(self._decoder(images, params.crop), params, out)
+
+    def _render(self, images: list[Tensor], params: AugmentParams, out: Tensor) -> None:
+        """Write the V views of k decoded images (3, H, W) to `out` (V, k, 3, S, S)."""
+        raise NotImplementedError
 
 
 def decode_on_gpu(files: list[bytes], device: torch.device) -> list[Tensor | None]:

@@ -19,56 +19,18 @@ from kornia.enhance.adjust import adjust_contrast_with_mean_subtraction
 from kornia.filters import filter2d_separable, get_gaussian_kernel1d
 from torch import Tensor
 
-from ..images.pixel_format import RGB8, PixelFormat
 from .config import AugmentConfig
-from .decoding import ImageDecoder
-from .gpu import augment_in_chunks, check_rgb8, copy_to
+from .decoding import DecodingBackend
+from .gpu import copy_to
 from .params import BRIGHTNESS, CONTRAST, HUE, LUMA, SATURATION, AugmentParams, affine_jitter
 
 
-class KorniaBackend:
-    """Augmentation backend for any torch device; see `Backend` for the interface.
+class KorniaBackend(DecodingBackend):
+    """Augmentation backend for any torch device."""
 
-    Args:
-        config: augmentation options.
-        device: device of the views.
-        batch_size, views: not used; part of the common signature.
-        workers: number of threads that decode on the host.
-        dtype: of the views, float32 or bfloat16; they are computed in float32.
-        pixel_format: format of the images, which must be 8-bit RGB.
+    name = "Kornia"
 
-    Raises:
-        UserError: another format.
-    """
-
-    calls_at_once = 1
-
-    def __init__(
-        self,
-        config: AugmentConfig,
-        device: torch.device,
-        batch_size: int,
-        views: int,
-        workers: int,
-        dtype: torch.dtype = torch.float32,
-        pixel_format: PixelFormat = RGB8,
-    ):
-        check_rgb8("Kornia", pixel_format)
-        self._config, self._dtype = config, dtype
-        self._device = torch.device(device)
-        self.image_device = self._device if self._device.type in ("cpu", "cuda") else None
-        self._decoder = ImageDecoder(self._device, workers)
-
-    def __call__(self, images: list[bytes | np.ndarray | Tensor], params: AugmentParams) -> Tensor:
-        """Augment V views of n images; see `Backend`."""
-        return augment_in_chunks(self._augment, images, params, self._config, self._device, self._dtype)
-
-    def close(self) -> None:
-        """End the decoding threads."""
-        self._decoder.close()
-
-    def _augment(self, images: list[bytes | np.ndarray | Tensor], params: AugmentParams, out: Tensor) -> None:
-        images = self._decoder(images, params.crop)
+    def _render(self, images: list[Tensor], params: AugmentParams, out: Tensor) -> None:
         out.copy_(augment(images, params, self._config).unflatten(0, (-1, len(images))))
 
 

@@ -30,7 +30,7 @@ from pathlib import Path
 
 from ..common import UserError, available_cores, check_range
 from ..images.prepare import QUALITY
-from ..shards.archives import one_line
+from ..shards.archives import one_line, refuse_url
 from ..shards.dataset import ShardSet, open_shards
 from ..shards.duplicates import shared_images
 from ..shards.samples import add_image_extension
@@ -95,6 +95,7 @@ def main() -> None:
         check_range("--workers", arguments.workers, 1, math.inf)
         if arguments.short_side is not None:
             check_range("--short-side", arguments.short_side, 1, math.inf)
+        refuse_url(arguments.out, "write to a folder and copy it")
         splits = _sources(arguments)
         for split, source in (without_copies(splits) if arguments.drop_duplicates else splits).items():
             shards = write_split(

@@ -70,6 +70,12 @@ def is_photos(data: str) -> bool:
             return False
         if path.is_dir():
             folders = path, path / "train"
+            for split in ("test", "val"):
+                if (path / split / "dataset.json").exists() and not (path / "train").exists():
+                    raise UserError(
+                        f"{data} holds the shards of {split}/, but no train/; convert the training split, or use "
+                        f"{path / split}."
+                    )
             tars = [tar.name for folder in folders for tar in folder.glob("*.tar")]
             if tars and any((folder / "dataset.json").exists() for folder in folders):
                 return False

@@ -348,21 +348,14 @@ def _copies(folder: Path, tars: list[str], parts: list[np.ndarray]) -> list[tupl
         tars: names of the tars.
         parts: (n,) index rows of each.
     """
-    starts = np.cumsum([0] + [len(rows) for rows in parts])
-
-    def row(position: int) -> tuple[str, np.void]:
-        shard = int(np.searchsorted(starts, position, side="right")) - 1
-        return tars[shard], parts[shard][position - starts[shard]]
+    rows, tar = np.concatenate(parts), np.repeat(tars, [len(part) for part in parts])
 
     def read(position: int) -> bytes:
-        tar, found = row(position)
-        return read_range(folder / tar, int(found["offset"]), int(found["size"]))
+        return read_range(folder / tar[position], int(rows["offset"][position]), int(rows["size"][position]))
 
-    def key(position: int) -> str:
-        return row(position)[1]["key"].decode()
-
-    groups = identical(np.concatenate([size_and_crc(rows) for rows in parts]), read)
-    return [(key(copy), key(first)) for first, *copies in groups for copy in copies]
+    keys = rows["key"]
+    groups = identical(size_and_crc(rows), read)
+    return [(keys[copy].decode(), keys[first].decode()) for first, *copies in groups for copy in copies]
 
 
 def _write_csv(file: Path, rows: list[tuple[str, str]]) -> None:

@@ -60,7 +60,7 @@ def open_tiff(encoded: bytes, bits: int | None = None, pages_as_channels: bool =
     if height * width > LARGEST_PIXELS:
         raise DecodeError(TOO_LARGE)
     if samples == 1:
-        return DeepImage(PixelFormat(1, 16), height, width, "tif", lambda: _verified_gray16(encoded))
+        return DeepImage(PixelFormat(1, 16), height, width, "tif", lambda: _page(encoded, 0))
     extra = tags.get(EXTRASAMPLES, ALPHA[:1] if samples == 4 and tags.get(PHOTOMETRIC_INTERPRETATION) == RGB else ())
     kinds = [*[None] * (samples - len(extra)), *extra][:samples]
     kept = [place for place, kind in enumerate(kinds) if kind not in ALPHA]
@@ -133,13 +133,6 @@ def _opens(encoded: bytes) -> bool:
     except Exception:  # see _damage
         return False
     return True
-
-
-def _verified_gray16(encoded: bytes) -> np.ndarray:
-    pixels = gray16_pixels(encoded)
-    if not tiff_checksums_agree(encoded):
-        raise DecodeError(DAMAGED_TIFF)
-    return pixels
 
 
 def _open_pages(encoded: bytes) -> DeepImage:

@@ -31,10 +31,11 @@ def worth_whole_shards(shards: ShardSet, samples: np.ndarray, cache_bytes: int =
     return 4 * len(samples) >= np.diff(shards.shard_starts)[used].sum() or total_bytes <= cache_bytes
 
 
-def describe_schedule(augment: AugmentConfig) -> str:
+def describe_schedule(augment: AugmentConfig, epochs: int | None) -> str:
     """Sizes of the views in words, such as ", 16 px for 30 epochs, then 32 px"; "" if they do not change."""
-    parts = [f", {size} px for {epochs} epoch{'s' * (epochs > 1)}" for size, epochs in augment.phases]
-    return "".join(parts) + (f", then {augment.size} px" if parts else "")
+    parts = [f", {size} px for {each} epoch{'s' * (each > 1)}" for size, each in augment.phases]
+    fills = sum(each for _, each in augment.phases) == epochs
+    return "".join(parts) + (f", then {augment.size} px" if parts and not fills else "")
 
 
 class ViewLoader:
@@ -118,7 +119,7 @@ class ViewLoader:
         images = shards.pixel_format
         on_gpu = device.type == "cuda" and config.resident != "off" and epochs != 1 and fits(shards, samples, device)
         choice = choose_backend(config.backend, device, augment.size, config.threads, images, fits_device=on_gpu)
-        self.backend_name = f"{choice}{describe_schedule(augment)}"
+        self.backend_name = f"{choice}{describe_schedule(augment, epochs)}"
 
         def create(views: AugmentConfig) -> Backend:
             share = batch_size // world_size

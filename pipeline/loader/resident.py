@@ -29,6 +29,12 @@ from .bad_samples import UNDECODABLE
 AUTO_SHARE = 4
 """With "auto", resident images take at most 1 / AUTO_SHARE of a GPU's memory, or of the host's available memory."""
 CONTROL_GROUP = Path("/sys/fs/cgroup")
+GROUP_FILES = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+)
+"""Files of a control group, of version 2 and 1, with the limit and the use of memory, and the entry of memory.stat for
+cached files that are not in use."""
 
 _stores: WeakValueDictionary[int, "PixelStore"] = WeakValueDictionary()  # id of a shard set -> its newest store
 
@@ -232,13 +238,19 @@ def memory_bytes(device: torch.device, whole: bool) -> int:
     return available if whole else available // AUTO_SHARE
 
 
+def machine_memory() -> int:
+    """Memory in bytes of this machine, or the limit of its container (control group)."""
+    limits = [virtual_memory().total]
+    for limit, *_ in GROUP_FILES:
+        with suppress(OSError, ValueError):  # no such file, or "max"
+            limits.append(int((CONTROL_GROUP / limit).read_text()))
+    return min(limits)
+
+
 def available_memory() -> int:
     """Memory in bytes that this machine, or its container (control group), can provide without swapping."""
     available = [virtual_memory().available]
-    for limit, usage, cached in (  # of version 2 and 1 of control groups
-        ("memory.max", "memory.current", "inactive_file"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
-    ):
+    for limit, usage, cached in GROUP_FILES:
         with suppress(OSError, ValueError):  # no such file, or "max"
             free = int((CONTROL_GROUP / limit).read_text()) - int((CONTROL_GROUP / usage).read_text())
             counts = dict(map(str.split, (CONTROL_GROUP / limit).with_name("memory.stat").read_text().splitlines()))

@@ -72,7 +72,7 @@ def test_a_run_is_train_py_on_one_thread(data, tmp_path, monkeypatch):
     torch.set_num_threads(2)
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        found = scored_run.scores(scored_run.ScoredRun(small), tmp_path / "run")
+        found = scored_run.scores(small, tmp_path / "run")
         assert torch.get_num_threads() == 1
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -86,7 +86,7 @@ def test_a_run_without_evaluation_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "loss": 1.0}\n')
     monkeypatch.setattr(scored_run.train, "pretrain", lambda config: None)
     with pytest.raises(RuntimeError, match="ended without an evaluation"):
-        scored_run.scores(scored_run.ScoredRun(SETTING.arguments(RUNS[0])), tmp_path)
+        scored_run.scores(SETTING.arguments(RUNS[0]), tmp_path)
 
 
 def test_every_run_has_a_row_and_is_trained_once(results):

@@ -159,8 +159,9 @@ def test_views_of_a_race_grow_as_in_its_preset():
     found = learning.warmed_up(entry, 50, take)
     assert asked == [40.0] * 3
     assert found.images == round(480 / (1 / 4 / 6 + 1 / 2 / 3 + 1 / 4)), "its 80 epochs have 20, 40 and 20 of each size"
-    assert contenders.stretched([(16, 20), (24, 40)], 10 / 80) == ("16:2", "24:5")
-    assert contenders.stretched([(16, 20), (24, 40)], 2 / 80) == ("24:1",)
+    assert contenders.stretched([(16, 20), (24, 40)], 80, 10) == ("16:2", "24:5")
+    assert contenders.stretched([(16, 20), (24, 40)], 80, 2) == ("24:1",)
+    assert contenders.stretched([(16, 20), (24, 60)], 80, 7) == ("16:1", "24:6"), "the whole run"
 
 
 def test_race(data, take, ticking, tmp_path, monkeypatch):

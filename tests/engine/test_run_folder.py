@@ -40,12 +40,29 @@ def test_newest_or_named_checkpoint_is_resumed(tmp_path):
     assert run_folder(str(tmp_path / "new"), str(first), "") == (tmp_path / "new", first)
 
 
+def test_a_branch_is_continued_by_the_command_that_started_it(tmp_path):
+    first, _ = saved(tmp_path / "run", 3, 12)
+    branch, start = tmp_path / "branch", str(first)
+    assert run_folder(str(branch), start, "") == (branch, first)
+    start_run(branch, {"resume": start}, 3).close()
+    assert run_folder(str(branch), start, "") == (branch, first), "it has no checkpoint of its own yet"
+    (latest,) = saved(branch, 20)
+    assert run_folder(str(branch), start, "") == (branch, latest)
+    with pytest.raises(UserError, match="holds other files than the run that --resume names"):
+        run_folder(str(branch), str(tmp_path / "run"), "")
+
+
+def test_a_url_is_no_run_folder():
+    with pytest.raises(UserError, match="s3://bucket/run is a URL, but a run folder is local; use a folder"):
+        run_folder("s3://bucket/run", "auto", "")
+
+
 @pytest.mark.parametrize(
     "left",
     [
-        [".config.json.partial"],
+        [".unfinished-1/config.json"],
         ["config.json"],
-        ["config.json", "metrics.jsonl", ".metrics.jsonl.partial"],
+        ["config.json", "metrics.jsonl", ".unfinished-1/metrics.jsonl"],
         ["config.json", "metrics.jsonl", "bad_samples.jsonl", "diverged.json"],
         ["config.json", "checkpoints/.step-00000001.partial/state.safetensors"],
     ],

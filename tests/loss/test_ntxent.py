@@ -256,6 +256,6 @@ def test_auto_is_triton_with_a_c_compiler(hopper, monkeypatch, tmp_path, variabl
 
 
 def test_auto_needs_the_header_files_of_python(hopper, monkeypatch, tmp_path):
-    monkeypatch.setattr(common.sysconfig, "get_config_var", lambda name: str(tmp_path))
+    monkeypatch.setattr(common.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
     with pytest.warns(UserWarning, match="header files"):
         assert loss.ntxent._choose_impl(hopper, torch.bfloat16) == "blockwise"

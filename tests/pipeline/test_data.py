@@ -378,6 +378,11 @@ def refuse(path: Path, config: LoaderConfig, message: str) -> None:
     assert not list(Path(config.cache_dir).rglob("done.json")) and not list(Path(config.cache_dir).rglob("*.tar"))
 
 
+def test_shards_without_a_train_split_are_not_taken_for_images(tmp_path, config, original):
+    shutil.copytree(original, tmp_path / "set" / "test")
+    refuse(tmp_path / "set", config, "set holds the shards of test/, but no train/; convert the training split, or use")
+
+
 def test_shards_that_are_taken_for_images_and_images_next_to_a_tar(tmp_path, config, folder, original):
     shard = shutil.copy(original / "train-000000.tar", tmp_path / "copy.tar")
     refuse(shard, config, "cls, the class of a WebDataset sample; use `python -m pipeline.convert webdataset .*copy")

@@ -423,3 +423,11 @@ def test_a_mistyped_option_names_the_one_that_was_meant(option, hint, monkeypatc
         convert.main()
     name = option.split("=")[0]
     assert f"folder has no option '{name}'{hint}; see folder --help" in capsys.readouterr().err
+
+
+def test_shards_are_not_written_to_a_url(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["convert", "folder", str(tmp_path), "s3://bucket/shards"])
+    with pytest.raises(SystemExit, match="s3:/bucket/shards is a URL, but a local path is required; write to"):
+        convert.main()
+    assert not list(tmp_path.iterdir())

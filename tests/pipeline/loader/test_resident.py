@@ -322,9 +322,9 @@ def test_what_a_container_has_left_counts_as_memory(tmp_path, monkeypatch, limit
     (tmp_path / usage).write_text("700000\n")
     (tmp_path / usage).with_name("memory.stat").write_text(f"anon 600000\nfile 90000\n{cached} 80000\n")
     (tmp_path / limit).write_text("max\n")
-    assert 0.5 < resident.available_memory() / host < 2
+    assert 0.5 < resident.available_memory() / host < 2 and resident.machine_memory() > 1e9
     (tmp_path / limit).write_text("1000000\n")
-    assert resident.available_memory() == 380_000
+    assert resident.available_memory() == 380_000 and resident.machine_memory() == 1_000_000
 
 
 def test_the_run_says_what_it_keeps(whole):
