@@ -148,7 +148,7 @@ def test_the_fastest_loader_of_a_peer_is_kept(monkeypatch):
 
 
 def test_views_of_a_race_grow_as_in_its_preset():
-    rates, asked = {"16": 6, "24": 3, "32": 1}, []
+    rates, asked = {"16": 6, "20": 4, "24": 3, "32": 1}, []
 
     def take(entry, folder):
         asked.append(entry.seconds)
@@ -158,7 +158,10 @@ def test_views_of_a_race_grow_as_in_its_preset():
     entry = Entry("ours", ["--preset", "cifar10-cpu", "--data", "CIFAR"], 0, 480.0, 6, "auto", 0)
     found = learning.warmed_up(entry, 50, take)
     assert asked == [40.0] * 3
-    assert found.images == round(480 / (1 / 4 / 6 + 1 / 2 / 3 + 1 / 4)), "its 80 epochs have 20, 40 and 20 of each size"
+    assert found.images == round(480 * 49 / (10 / 6 + 30 / 4 + 9 / 3)), "its 49 epochs have 10, 30 and 9 of each size"
+    entry = replace(entry, arguments=[*entry.arguments, "--epochs", "50"])
+    assert learning.warmed_up(entry, 50, take).images == round(480 * 50 / (10 / 6 + 30 / 4 + 9 / 3 + 1))
+    assert asked[3:] == [30.0] * 4
     assert contenders.stretched([(16, 20), (24, 40)], 80, 10) == ("16:2", "24:5")
     assert contenders.stretched([(16, 20), (24, 40)], 80, 2) == ("24:1",)
     assert contenders.stretched([(16, 20), (24, 60)], 80, 7) == ("16:1", "24:6"), "the whole run"
