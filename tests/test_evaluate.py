@@ -359,7 +359,7 @@ def test_result_replaces_an_earlier_result_and_no_other_file(run, run_here, tmp_
         for command in ("knn", "embed", "report"):
             with pytest.raises(SystemExit, match=r"exists and is not a result of .*; use another --out"):
                 run_here(command, run, "--out", out)
-    with pytest.raises(SystemExit, match="s3:/bucket/knn is a URL, but results are written to a local file"):
+    with pytest.raises(SystemExit, match=r"s3:/bucket/knn\.json is a URL, but results are written to a local file"):
         run_here("knn", run, "--out", "s3://bucket/knn.json")
     with pytest.raises(SystemExit, match=r"--run is given without its name: evaluate\.py knn RUN\."):
         run_here("knn", "--run", run)

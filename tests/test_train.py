@@ -259,12 +259,12 @@ def test_two_ranks_equal_one_process(run_here, data, tmp_path):
     """Five fp32 steps at the same global batch, with batch norm in encoder and head.
 
     The settings do not magnify rounding: SGD, because AdamW divides by the size of the gradient, even where that is
-    rounding alone; the small stem, so that batch norm has pixels to average over; and ResNet-18, because runs of the
-    preset's ResNet-10 agree to rounding at learning rate 0, but drift apart from the third step on at this one.
+    rounding alone; the small stem, so that batch norm has pixels to average over; ResNet-18, because runs of the
+    preset's ResNet-10 drift apart from the third step on; and a low learning rate, because at 0.02 these do, too, on some CPUs.
     """
     common = ["--data", data, "--epochs", 1, *SMALL, "--precision", "fp32", "--encoder.stem", "small"]
     common += ["--encoder.name", "resnet18"]
-    common += ["--loss.temperature", 0.5, "--loss.learn-temperature", "--optim.name", "sgd", "--optim.lr", 0.02]
+    common += ["--loss.temperature", 0.5, "--loss.learn-temperature", "--optim.name", "sgd", "--optim.lr", 0.005]
     # rows of two steps: a checkpoint after the first of them holds the sums of an open row, one part per process
     common += ["--checkpoint.every-steps", 1, "--checkpoint.keep", 9, "--log-every", 2, "--out"]
     run_here(*common, tmp_path / "one")

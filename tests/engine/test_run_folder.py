@@ -118,7 +118,7 @@ def test_full_disk_keeps_the_earlier_configuration(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match=r"config\.json can't be written \(No space left on device\); free"):
         start_run(tmp_path, {"a": 1}, 0)
     monkeypatch.undo()
     assert (tmp_path / "config.json").read_text() == "before"
