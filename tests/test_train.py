@@ -260,7 +260,7 @@ def test_two_ranks_equal_one_process(run_here, data, tmp_path):
 
     The settings do not magnify rounding: SGD, because AdamW divides by the size of the gradient, even where that is
     rounding alone; the small stem, so that batch norm has pixels to average over; ResNet-18, because runs of the
-    preset's ResNet-10 drift apart from the third step on; and a low learning rate, because at 0.02 these do, too, on some CPUs.
+    preset's ResNet-10 drift apart from the third step on; and a low learning rate: at 0.02, some CPUs magnify it, too.
     """
     common = ["--data", data, "--epochs", 1, *SMALL, "--precision", "fp32", "--encoder.stem", "small"]
     common += ["--encoder.name", "resnet18"]
