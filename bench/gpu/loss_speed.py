@@ -78,8 +78,9 @@ def time_passes(setup: Setup, m: int, d: int, name: str, graphs: bool = False) -
     precision = "tf32" if name == "tf32" else "ieee"
     fused, square = fused_loss(precision), fused_loss(precision, SQUARE_TEMPERATURE)
     if graphs:
-        both = {which: partial(lambda which: passes(z, fused)[which], which) for which in UNITS}
-        functions = {("triton_graph", which): replay_of(create, device) for which, create in both.items()}
+        functions = {
+            ("triton_graph", which): replay_of(lambda which=which: passes(z, fused)[which], device) for which in UNITS
+        }
     else:
         functions = {("triton", which): function for which, function in passes(z, fused).items()}
         functions["triton_square", "forward"] = passes(z, square)["forward"]
