@@ -348,14 +348,21 @@ def _copies(folder: Path, tars: list[str], parts: list[np.ndarray]) -> list[tupl
         tars: names of the tars.
         parts: (n,) index rows of each.
     """
-    rows, tar = np.concatenate(parts), np.repeat(tars, [len(part) for part in parts])
+    starts = np.cumsum([0] + [len(rows) for rows in parts])
+
+    def row(position: int) -> tuple[str, np.void]:
+        shard = int(np.searchsorted(starts, position, side="right")) - 1
+        return tars[shard], parts[shard][position - starts[shard]]
 
     def read(position: int) -> bytes:
-        return read_range(folder / tar[position], int(rows["offset"][position]), int(rows["size"][position]))
+        tar, found = row(position)
+        return read_range(folder / tar, int(found["offset"]), int(found["size"]))
 
-    keys = rows["key"]
-    groups = identical(size_and_crc(rows), read)
-    return [(keys[copy].decode(), keys[first].decode()) for first, *copies in groups for copy in copies]
+    def key(position: int) -> str:
+        return row(position)[1]["key"].decode()
+
+    groups = identical(np.concatenate([size_and_crc(rows) for rows in parts]), read)
+    return [(key(copy), key(first)) for first, *copies in groups for copy in copies]
 
 
 def _write_csv(file: Path, rows: list[tuple[str, str]]) -> None:
