@@ -1,6 +1,7 @@
 """Decoding to a device: JPEGs with nvJPEG on CUDA, everything else in host threads."""
 
 import re
+from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -68,7 +69,7 @@ class ImageDecoder:
         return None if pixels is None else pinned(pixels, self._device)
 
 
-class DecodingBackend:
+class DecodingBackend(ABC):
     """Augmentation backend that decodes a batch to the device and then renders its views there; see `Backend`.
 
     Args:
@@ -113,9 +114,9 @@ class DecodingBackend:
     def _augment(self, images: list[bytes | np.ndarray | Tensor], params: AugmentParams, out: Tensor) -> None:
         self._render(self._decoder(images, params.crop), params, out)
 
+    @abstractmethod
     def _render(self, images: list[Tensor], params: AugmentParams, out: Tensor) -> None:
         """Write the V views of k decoded images (3, H, W) to `out` (V, k, 3, S, S)."""
-        raise NotImplementedError
 
 
 def decode_on_gpu(files: list[bytes], device: torch.device) -> list[Tensor | None]:
