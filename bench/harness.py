@@ -131,7 +131,7 @@ def seconds_per_call(function: Callable[[], object], calls: int, device: torch.d
 
 
 def replay_of(create: Callable[[], Callable[[], object]], device: torch.device) -> Callable[[], object]:
-    """What `create` returns, as the replay of a CUDA graph: its kernels without the time of their launches.
+    """Record the function that `create` returns as a CUDA graph, and return its replay, without the time of launches.
 
     Args:
         create: called on the stream of the recording, because a backward pass runs on the stream of its forward pass.

@@ -28,7 +28,7 @@ RANK_TIMEOUT = timedelta(hours=2)
 may need for a checkpoint on slow storage or a shard from a slow server, while the others are in the next collective."""
 
 OTHER_PARALLELISM = [f"ACCELERATE_USE_{name}" for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")]
-"""What the launcher sets for configurations that would wrap or shard the network in ways the loop does not expect."""
+"""Variables that the launcher sets for configurations under which accelerate would wrap or shard the network."""
 
 
 class Session:
