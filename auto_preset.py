@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -174,7 +175,7 @@ class Choices:
         if option not in self.fixed:
             self.config = with_option(self.config, option, value)
         self.reasons[option] = self.fixed.get(option, reason)
-        return value_of(self.config, option)
+        return attrgetter(option)(self.config)
 
     def result(self) -> Any:
         """The configuration with its reasons."""
@@ -185,13 +186,6 @@ def with_option(config: Any, option: str, value: Any) -> Any:
     """Copy of a configuration with another value of an option such as "views.size"."""
     part, _, rest = option.partition(".")
     return replace(config, **{part: with_option(getattr(config, part), rest, value) if rest else value})
-
-
-def value_of(config: Any, option: str) -> Any:
-    """Value of an option such as "views.size"."""
-    for part in option.split("."):
-        config = getattr(config, part)
-    return config
 
 
 # ---- the rules
@@ -517,7 +511,7 @@ def choices_table(config: StageConfig) -> Table:
         if option in (DATA, TIME):
             table.add_row(option, "", reason)
             continue
-        value = value_of(config, option)
+        value = attrgetter(option)(config)
         values = value if isinstance(value, tuple) else (value,)
         shown = " ".join(f"{each:g}" if isinstance(each, float) else str(each) for each in values)
         table.add_row("--" + option.replace("_", "-"), shown, reason)

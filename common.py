@@ -116,6 +116,19 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         raise UserError(f"{path} can't be written ({reason}); free some space or use another place.") from error
 
 
+def flatten(options: dict[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+    """Nested options under the names of the command line, such as optim.lr; what is not a scalar becomes a string."""
+    flat = {}
+    for name, value in options.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        elif isinstance(value, list | tuple):
+            flat[prefix + name] = " ".join(map(str, value))
+        else:
+            flat[prefix + name] = value if isinstance(value, bool | int | float | str) else str(value)
+    return flat
+
+
 def save_tensors(tensors: "dict[str, Tensor]", path: Path, metadata: dict[str, str]) -> None:
     """Write a safetensors file that is readable as far as the umask allows, like any other new file.
 

@@ -148,7 +148,7 @@ def distill(config: DistillConfig, instruments: Instruments | None = None) -> No
 def check_normalization(config: DistillConfig) -> None:
     """Refuse a normalization other than the teacher's: the frozen teacher would only be wrong about such views."""
     for name, value in images_of(Path(config.teacher))[1].items():
-        if name != "size" and getattr(config.views, name) != value:
+        if name != "size" and (own := getattr(config.views, name)) != value and (own or ()) * len(value) != value:
             shown = " ".join(map(str, value))
             raise UserError(f"The teacher in {config.teacher} was trained with --views.{name} {shown}; use the same.")
 

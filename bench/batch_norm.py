@@ -11,10 +11,8 @@ import argparse
 import statistics
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from bench.harness import environment, interleave, percentiles_ms, write_rows
+from bench.harness import environment, interleave, percentiles_ms, show, write_rows
 from common import available_cores
 from engine.batch_norm import BatchNormReLU2d
 from engine.session import keep_freed_memory
@@ -92,11 +90,8 @@ def main() -> None:
         for added in (False, True)
     ]
     columns = ("dtype", "channels", "map", "shortcut", "torch_ms", "kernels_ms", "floor_ms", "ratio", "ratio_to_floor")
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*(str(row[column]) for column in columns))
-    Console().print(table)
-    Console().print(f"written: {write_rows('batch_norm', rows)}")
+    show(rows, columns)
+    print(f"written: {write_rows('batch_norm', rows)}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import train
-from bench.trainers import create_peer, peer_loader, peer_step, use_all_cores
+from bench.trainers import create_peer, peer_loader, peer_step, prepare_torch
 from config import PretrainConfig
 from engine import checkpoint
 from engine.loop import Instruments
@@ -137,7 +137,8 @@ def train_ours(entry: Entry, config: PretrainConfig, clock: Clock, shards: Shard
     clock.plan(epochs * steps_per_epoch, entry.points, newest)
     views = replace(config.views, size_schedule=stretched(config.views.phases, config.epochs, epochs))
     checkpoints = replace(config.checkpoint, every_steps=clock.every_steps)
-    config = replace(config, epochs=epochs, views=views, report=False, checkpoint=checkpoints)
+    scores = replace(config.eval, knn_every=0, baselines=False)  # the race has its own, outside its time
+    config = replace(config, epochs=epochs, views=views, report=False, checkpoint=checkpoints, eval=scores)
     train.pretrain(config, clock)
     clock.keep(load_file(out / "encoder.safetensors"))
     return described(config)
@@ -155,7 +156,7 @@ def stretched(phases: list[tuple[int, int]], old: int, new: int) -> tuple[str, .
 
 def train_peer(entry: Entry, config: PretrainConfig, clock: Clock, shards: ShardSet) -> dict[str, Any]:
     """Run lightly's loop or a plain one, see `bench.trainers`; the learning rate follows a cosine over the steps."""
-    use_all_cores(clock.device)
+    prepare_torch(clock.device, entry.precision)
     torch.manual_seed(config.seed)
     model, peer = create_peer(entry.trainer, config, clock.device)
     peer = replace(peer, contrast=partial(in_float32, peer.contrast))
@@ -191,7 +192,7 @@ def train_file(entry: Entry, config: PretrainConfig, clock: Clock, shards: Shard
     Raises:
         RuntimeError: the file does not train on such a DataLoader.
     """
-    use_all_cores(clock.device)
+    prepare_torch(clock.device, entry.precision)
     torch.manual_seed(config.seed)
     encoder = create_encoder(encoder_spec(config.encoder, config.views.size))
     epochs = math.ceil(entry.images / len(shards))

@@ -11,10 +11,8 @@ import argparse
 import statistics
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from bench.harness import environment, interleave, percentiles_ms, write_rows
+from bench.harness import environment, interleave, percentiles_ms, show, write_rows
 from common import available_cores
 from engine.convolution import MultipliedGradient, is_small
 from engine.session import keep_freed_memory
@@ -84,11 +82,8 @@ def main() -> None:
         for channels, side in CHANNELS_AND_SIDES
     ]
     columns = ("channels", "map", "used", "torch_ms", "product_ms", "floor_ms", "ratio", "ratio_to_floor")
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*(str(row[column]) for column in columns))
-    Console().print(table)
-    Console().print(f"written: {write_rows('convolution', rows)}")
+    show(rows, columns)
+    print(f"written: {write_rows('convolution', rows)}")
 
 
 if __name__ == "__main__":

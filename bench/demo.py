@@ -5,35 +5,25 @@ python -m bench.demo          write bench/results/demo.csv
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 
-from bench.harness import environment, write_rows
-
-ROOT = Path(__file__).parents[1]
+from bench.harness import environment, launch, write_rows
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "train.py"), "--out", "run"]
-        started = time.perf_counter()
-        subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
-        wall_s = time.perf_counter() - started
-        metrics = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
-    steps = [row for row in metrics if "loss" in row]
+        wall_s, metrics = launch("train.py", folder=Path(folder), out="run")
+        summary = json.loads(Path(folder, "run", "summary.json").read_text())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = environment(device) | {
-        "steps": steps[-1]["step"],
+        "steps": metrics[-1]["step"],
         "wall_s": round(wall_s, 1),
-        "images_per_s": round(sorted(row["images_per_s"] for row in steps)[len(steps) // 2]),
-        "data_wait_share": round(sum(r["data_wait_ms"] for r in steps) / sum(r["step_ms"] for r in steps), 4),
+        "images_per_s": round(summary["images_per_s"]),
+        "data_wait_share": round(summary["data_wait_share"], 4),
     }
     rows = [
         run | {"features": row["features"], **{name: round(row[name], 4) for name in ("knn_top1", "linear_top1")}}

@@ -4,21 +4,15 @@ python -m bench.demo_v2     pretrain, fine-tune on 2 % of the labels, distill; w
 """
 
 import argparse
-import json
-import os
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.harness import environment, write_rows
+from bench.harness import environment, launch, write_rows
 
-ROOT = Path(__file__).parents[1]
 STAGES = {
     "pretrain": ["train.py", "--head.version", "v2", "--eval.no-baselines"],
     "supervised": ["finetune.py"],
@@ -40,13 +34,8 @@ def main() -> None:
     scores, wall_s = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for stage, (script, *arguments) in STAGES.items():
-            command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / script), *arguments]
             console.print(f"accelerate launch {' '.join([script, *arguments])} --out {stage}", style="bold")
-            started = time.perf_counter()
-            environ = {**os.environ, "PYTHONPATH": str(ROOT)}
-            subprocess.run([*command, "--out", stage], cwd=folder, env=environ, check=True)
-            wall_s[stage] = time.perf_counter() - started
-            rows = [json.loads(line) for line in (Path(folder) / stage / "metrics.jsonl").read_text().splitlines()]
+            wall_s[stage], rows = launch(script, *arguments, folder=Path(folder), out=stage)
             scores[stage] = {name: round(rows[-1][name], 4) for name in SCORES if name in rows[-1]}
     table = Table("classifier", "top-1", "top-5", "s")
     for stage, title in SHOWN.items():

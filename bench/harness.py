@@ -4,12 +4,13 @@ import csv
 import datetime
 import json
 import math
+import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -183,6 +184,36 @@ def percentiles_ms(seconds: list[float]) -> dict[str, float]:
         "p80_ms": round(1000 * cuts[7], 4),
         "runs": len(seconds),
     }
+
+
+def show(rows: list[dict[str, Any]], columns: Sequence[str]) -> None:
+    """Print these columns of the rows as a table."""
+    from rich.console import Console  # not at the top: a GPU machine may lack it
+    from rich.table import Table
+
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*(str(row.get(column, "")) for column in columns))
+    Console().print(table)
+
+
+def csv_name(name: str, device: torch.device) -> str:
+    """Name of a benchmark's CSV: GPUs have their own, so that their rows do not replace those that documents quote."""
+    return name if device.type == "cpu" else f"{name}_{device.type}"
+
+
+def launch(script: str, *arguments: str, folder: Path, out: str) -> tuple[float, list[dict[str, Any]]]:
+    """Run `accelerate launch SCRIPT` in `folder`; returns its seconds and the rows of the metrics in OUT."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / script), *arguments, "--out", out]
+    started = time.perf_counter()
+    subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+    wall_s = time.perf_counter() - started
+    return wall_s, read_metrics(folder / out)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def write_rows(name: str, rows: list[dict], folder: Path | None = None) -> Path:

@@ -29,13 +29,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from safetensors.torch import load_file
 
 from bench.contenders import Entry
-from bench.harness import environment, read_rows, run_module, write_rows
+from bench.harness import environment, read_rows, run_module, show, write_rows
 from common import UserError, available_cores, check_range
 from config import PretrainConfig
+from engine.session import computes_in_bf16
 from evaluation.evaluator import EvalConfig, Evaluator
 from evaluation.features import ALONE
 from evaluation.store import eval_splits
@@ -160,19 +160,22 @@ def rows_of(contender: str, race: Race, take: Take = in_a_process) -> list[dict[
     """Warm up, train and evaluate one contender; one row per point in time."""
     config = race.config(contender)
     entry = warmed_up(race.entry(contender), len(race.train), take)
-    rows = []
+    rows, device = [], torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = entry.precision
+    if precision == "auto":
+        precision = "bf16" if computes_in_bf16(device) else "fp32"
     with tempfile.TemporaryDirectory() as folder:
         result = take(entry, Path(folder))
         views = replace(config.views.full_size, mean=tuple(result["mean"]), std=tuple(result["std"]))
         for point in result["points"]:
             last = point is result["points"][-1]
             found = scores(race, Path(folder, point["file"]), views, config, linear=last)
-            row = environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+            row = environment(device)
             row |= {"threads": available_cores(), "data": race.train.manifest.get("name", race.train.root)}
             row |= {"train_images": len(race.train), "test_images": len(race.test), "budget_s": race.seconds}
             row |= {"contender": Path(race.file).stem if contender == "peer" else contender}
             row |= {"encoder": f"{config.encoder.name} x {config.encoder.width:g}, {config.encoder.stem} stem"}
-            row |= {"batch": result["batch"], "precision": entry.precision, "workers": entry.workers}
+            row |= {"batch": result["batch"], "precision": precision, "workers": entry.workers}
             row |= {"seconds": round(point["seconds"], 2), "images_seen": point["images"]}
             row |= {"images_per_s": round(point["images"] / point["seconds"], 1)}
             row |= {"schedule": round(point["step"] / result["planned_steps"], 3)}
@@ -217,6 +220,9 @@ def available(arguments: argparse.Namespace) -> list[str]:
             raise UserError(missing[name])
     if arguments.peer and not Path(arguments.peer).is_file():
         raise UserError(f"--peer {arguments.peer} is not a file; use the path of a training script.")
+    if not arguments.contenders:
+        for reason in missing.values():
+            console.print(reason)
     return arguments.contenders or [name for name in CONTENDERS if name not in missing]
 
 
@@ -228,16 +234,6 @@ def other_rows(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
         return float(row["budget_s"]), *(str(row[name]) for name in names)
 
     return [row for row in read_rows("learning") if key(row) not in set(map(key, rows))]
-
-
-def show(rows: list[dict[str, Any]]) -> None:
-    """Print the last point of every contender."""
-    columns = ("contender", "batch", "precision", "workers", "seconds", "images_per_s", "knn_top1", "linear_top1")
-    table = Table(*columns)
-    for row in rows:
-        if row["linear_top1"] is not None:
-            table.add_row(*(str(row[column]) for column in columns))
-    console.print(table)
 
 
 def main() -> None:
@@ -268,7 +264,8 @@ def main() -> None:
         sys.exit(str(error))
     if not rows:
         sys.exit("No contender finished; the reasons are above.")
-    show(rows)
+    columns = ("contender", "batch", "precision", "workers", "seconds", "images_per_s", "knn_top1", "linear_top1")
+    show([row for row in rows if row["linear_top1"] is not None], columns)  # the last points
     from bench.plot import fill_learning_table, plot_learning  # not at the top: it imports matplotlib
 
     console.print(f"written: {path}, {plot_learning()} and {fill_learning_table()}")

@@ -13,6 +13,7 @@ with the candidates.
 """
 
 import argparse
+import ctypes
 import statistics
 import subprocess
 import sys
@@ -21,12 +22,11 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.harness import environment, interleave, percentiles_ms, read_rows, write_rows
+from bench.harness import csv_name, environment, interleave, percentiles_ms, read_rows, show, write_rows
 from bench.implementations import Implementation, implementations, projections
 from bench.rates import Work, exponentials, matrix_product
 from engine.environment import peak_resident_mb
@@ -81,11 +81,13 @@ def peak_extra_mb(name: str, m: int, d: int, dtype: str, device: torch.device) -
 
 
 def print_memory(name: str, m: int, d: int, dtype: str) -> None:
-    """Child process of `peak_extra_mb`; a small warm-up first, so that only this shape raises the peak."""
+    """Child process of `peak_extra_mb`: memory of the second call; the first one compiles and starts threads."""
     device = torch.device("cpu")
     implementation = implementations(device)[name]
-    forward_backward(implementation, projections(64, d, getattr(torch, dtype), device))
     z = projections(m, d, getattr(torch, dtype), device)
+    forward_backward(implementation, z)  # compiles
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # memory that was freed would hide what the next call needs
     if (peak := Path("/proc/self/clear_refs")).exists():  # on Linux
         peak.write_text("5")  # forgets the peak, to which the projections' own memory belongs
     before = peak_resident_mb()
@@ -129,14 +131,6 @@ def measure(m: int, d: int, dtype: str, device: torch.device, seconds: float, me
     return rows
 
 
-def show(rows: list[dict]) -> None:
-    columns = ("implementation", "M", "D", "dtype", "median_ms", "ratio_to_floor", "tflop_per_s", "peak_extra_mb")
-    table = Table(*columns, "gradient_error")
-    for row in rows:
-        table.add_row(*(str(row[column]) for column in (*columns, "gradient_error")))
-    console.print(table)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     selection = parser.add_mutually_exclusive_group()
@@ -160,22 +154,23 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtypes = ("bfloat16", "float32") if device.type == "cuda" else ("float32",)
     shapes = [(1024, 128), (2048, 128)] if arguments.quick else sweep
-    rows = []
+    rows, table = [], csv_name("loss_kernel", device)
     if arguments.rows:
         shapes = [(m, d) for m, d in shapes if m == arguments.rows]
-        rows = [
-            row for row in read_rows("loss_kernel") if int(row["M"]) != arguments.rows or row["dtype"] not in dtypes
-        ]
+        rows = [row for row in read_rows(table) if int(row["M"]) != arguments.rows]
     for dtype in dtypes:
         for m, d in shapes:
             console.print(f"M = {m}, D = {d}, {dtype} ...")
             rows += measure(m, d, dtype, device, arguments.seconds, memory=not arguments.quick)
     rows.sort(key=lambda row: (row["dtype"], int(row["D"]) != 128, int(row["M"]), int(row["D"])))
-    show(rows)
+    columns = ("implementation", "M", "D", "dtype", "median_ms", "ratio_to_floor", "tflop_per_s", "peak_extra_mb")
+    show(rows, (*columns, "gradient_error"))
     if not arguments.quick:
         from bench.plot import plot_loss_kernel
 
-        console.print(f"written: {write_rows('loss_kernel', rows)} and {plot_loss_kernel()}")
+        console.print(f"written: {write_rows(table, rows)} and {plot_loss_kernel(table)}")
+    if missing := [name for name in ("lightly", "pytorch_metric_learning") if not find_spec(name)]:
+        console.print(f"Not installed, so not measured: {' and '.join(missing)}; `make bench` installs both.")
     if device.type == "cpu":
         console.print("No GPU found: the Triton kernels were not timed; use --static to see what they compile to.")
 

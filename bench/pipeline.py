@@ -38,13 +38,12 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
-from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.harness import SteadyState, environment, interleave, percentiles_ms, write_rows
+from bench.harness import SteadyState, csv_name, environment, interleave, percentiles_ms, show, write_rows
 from bench.stages import Candidate, Prepared, dali_stages, kornia_stages, opencv_stages
 from common import UserError
 from pipeline.augment.backend import create_backend
@@ -283,15 +282,6 @@ def _ratio(reference: list[float], own: list[float]) -> float:
     return round(statistics.median(r / o for r, o in zip(reference, own, strict=True)), 3)
 
 
-def show(rows: list[dict]) -> None:
-    ratios = ("ratio_to_decode", "ratio_to_best_peer", "ratio_to_backend")
-    columns = ("shards", "implementation", "jitter", "stage", "images_per_s", *ratios)
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*(str(row.get(column, "")) for column in columns))
-    console.print(table)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few images and rounds, no file written")
@@ -321,11 +311,14 @@ def main() -> None:
                 rows += measure(shards, kind, AugmentConfig(), arguments.threads, seconds, device)
     except UserError as error:
         sys.exit(str(error))
-    show(rows)
+    ratios = ("ratio_to_decode", "ratio_to_best_peer", "ratio_to_backend")
+    show(rows, ("shards", "implementation", "jitter", "stage", "images_per_s", *ratios))
     if not arguments.quick:
         from bench.plot import fill_loader_table, fill_views_table, plot_pipeline
 
-        written = [write_rows("pipeline", rows), plot_pipeline(), fill_loader_table(), fill_views_table()]
+        written = [write_rows(csv_name("pipeline", device), rows)]
+        if device.type == "cpu":
+            written += [plot_pipeline(), fill_loader_table(), fill_views_table()]
         console.print(f"written: {', '.join(map(str, written))}")
     console.print(
         "Not measured: reading from a disk or object store (these reads come from the page cache); FFCV (it has no hue "

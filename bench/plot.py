@@ -2,6 +2,7 @@
 
 import re
 from collections import defaultdict
+from itertools import product
 from pathlib import Path
 
 import matplotlib
@@ -16,24 +17,29 @@ from bench.harness import read_rows
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-def plot_loss_kernel() -> Path:
-    """docs/loss_kernel.png: time and memory of NT-Xent over M at D = 128, from loss_kernel.csv."""
-    rows = [row for row in read_rows("loss_kernel") if row["D"] == "128" and row["dtype"] == "float32"]
+def plot_loss_kernel(table: str = "loss_kernel") -> Path:
+    """docs/TABLE.png: time and memory of NT-Xent over M at D = 128, from TABLE.csv, one line per device."""
+    rows = [row for row in read_rows(table) if row["D"] == "128" and row["dtype"] == "float32"]
     figure, (time, memory) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for name in dict.fromkeys(row["implementation"] for row in rows):
-        mine = [row for row in rows if row["implementation"] == name]
-        width = 2.5 if name in ("triton", "blockwise") else 1.2
-        time.plot(*_points(mine, "median_ms"), "o-", label=name, linewidth=width, markersize=4)
-        memory.plot(*_points(mine, "peak_extra_mb"), "o-", label=name, linewidth=width, markersize=4)
-    time.plot(*_points(rows, "floor_ms"), "k:", label="floor")
+    names, devices = (list(dict.fromkeys(row[column] for row in rows)) for column in ("implementation", "device"))
+    for name, device in product(names, devices):
+        mine = [row for row in rows if (row["implementation"], row["device"]) == (name, device)]
+        style = {"color": f"C{names.index(name)}", "linewidth": 2.5 if name in ("triton", "blockwise") else 1.2}
+        time.plot(*_points(mine, "median_ms"), "o-", markersize=4, **style)
+        memory.plot(*_points(mine, "peak_extra_mb"), "o-", markersize=4, **style)
+    for device in devices:
+        time.plot(*_points([row for row in rows if row["device"] == device], "floor_ms"), "k:")
+    for name in names:
+        time.plot([], [], color=f"C{names.index(name)}", label=name)
+    time.plot([], [], "k:", label="floor")
     for axes, title in ((time, "forward and backward, ms"), (memory, "peak extra memory, MB")):
         axes.set(title=title, xlabel="rows M (two views of M / 2 images)", xscale="log", yscale="log")
         axes.set_xscale("log", base=2)
         axes.grid(alpha=0.3)
     time.legend(fontsize=8)
-    devices = " and ".join(dict.fromkeys(row["device"] for row in rows))  # rows may be replaced on another machine
-    figure.suptitle(f"NT-Xent, fp32, D = 128, {devices}, {rows[0]['threads']} threads", fontsize=10)
-    return _save(figure, "loss_kernel.png")
+    measured = " and ".join(devices)  # rows may be replaced on another machine
+    figure.suptitle(f"NT-Xent, fp32, D = 128, {measured}, {rows[0]['threads']} threads", fontsize=10)
+    return _save(figure, f"{table}.png")
 
 
 def plot_pipeline() -> Path:

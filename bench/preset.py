@@ -9,7 +9,7 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
-from bench.harness import read_rows, write_rows
+from bench.harness import read_metrics, read_rows, write_rows
 from common import UserError
 
 
@@ -30,13 +30,13 @@ def row_of(run: Path) -> dict:
 
 def _row(run: Path) -> dict:
     config, summary = (json.loads((run / name).read_text()) for name in ("config.json", "summary.json"))
-    rows = list(map(json.loads, (run / "metrics.jsonl").read_text().splitlines()))
+    rows = read_metrics(run)
     scores = {row["features"]: row for row in rows if "features" in row}["trained"]
     steps = [row for row in rows if "step_ms" in row]
     train_s = sum((b["step"] - a["step"]) * b["step_ms"] for a, b in pairwise([{"step": 0}, *steps])) / 1000
     images = steps[-1]["step"] * config["batch_size"]
     return {
-        "date": datetime.date.today().isoformat(),
+        "date": datetime.date.fromtimestamp((run / "summary.json").stat().st_mtime).isoformat(),
         "device": summary["hardware"]["device"],
         "processes": summary["hardware"]["processes"],
         "cores": summary["hardware"]["CPU cores per process"],
@@ -47,14 +47,23 @@ def _row(run: Path) -> dict:
         "epochs": config["epochs"],
         "size": config["views"]["size"],
         "size_schedule": " ".join(config["views"].get("size_schedule", [])),
+        "crop_area": " ".join(map(str, config["views"]["crop_area"])),
+        "precision": summary["precision"],
         "seed": config["seed"],
         "minutes": round(train_s / 60, 1),
         "images": images,
         "images_per_s": round(images / train_s),
+        "test_images": test_images(Path(config["data"])),
         "k": config["eval"]["k"],
         "knn_top1": round(scores["knn_top1"], 4),
         "linear_top1": round(scores["linear_top1"], 4),
     }
+
+
+def test_images(data: Path) -> int | str:
+    """Number of test images in a local folder of shards, which has them in test/ or else in val/; "" elsewhere."""
+    manifests = [manifest for split in ("test", "val") if (manifest := data / split / "dataset.json").exists()]
+    return sum(json.loads(manifests[0].read_text())["class_counts"]) if manifests else ""
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import train
+from bench.harness import read_metrics
 from presets import PRETRAIN, parse
 
 ONLY_SCORES = ["--no-report", "--eval.knn-every", "0", "--no-eval.baselines", "--trackers", "none"]
@@ -28,7 +29,7 @@ def scores(arguments: list[str], out: Path) -> dict[str, float]:
     """
     os.environ["LOCAL_WORLD_SIZE"] = str(os.cpu_count())  # as if every core had such a process
     train.pretrain(parse(PRETRAIN, [*arguments, *ONLY_SCORES, "--out", str(out)], prog="train.py"))
-    for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()):
+    for row in read_metrics(out):
         if row.get("features") == "trained":
             return {name: row[name] for name in ("knn_top1", "linear_top1")}
     raise RuntimeError(f"The run ended without an evaluation: train.py {' '.join(arguments)}")

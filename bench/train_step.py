@@ -33,7 +33,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.harness import environment, read_rows, run_module, write_rows
+from bench.harness import csv_name, environment, read_rows, run_module, write_rows
 from bench.pipeline import encode, photograph
 from bench.trainers import PARTS, Turn
 from common import available_cores
@@ -291,8 +291,9 @@ def main() -> None:
             continue
         rows += new
         if not arguments.quick:  # now, because the next one may fail
-            others = [row for row in read_rows("train_step") if row["setting"] != name]
-            path = write_rows("train_step", sorted(others + new, key=lambda row: everything.index(row["setting"])))
+            table = csv_name("train_step", device)
+            others = [row for row in read_rows(table) if row["setting"] != name]
+            path = write_rows(table, sorted(others + new, key=lambda row: everything.index(row["setting"])))
     show(rows)
     if rows and not arguments.quick:
         console.print(f"written: {path}")

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 
 import train
+from bench.harness import read_metrics
 from bench.implementations import dense
 from config import PretrainConfig
 from engine import session
@@ -106,7 +107,7 @@ def train_ours(turn: Turn, config: PretrainConfig, marks: Marks, supply: Callabl
     seed, the non-finite guard, the means and the metrics rows.
     """
     train.pretrain(config, LoopMarks(marks, supply))
-    rows = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(Path(config.out))
     return rows[-1]["loss"] or math.nan
 
 
@@ -142,7 +143,7 @@ def _on_device(batch: object, device: torch.device) -> object:
 
 def train_peer(turn: Turn, config: PretrainConfig, marks: Marks, supply: Callable[[Iterable], Iterator]) -> float:
     """Run lightly's example loop or a plain one; returns the last loss."""
-    use_all_cores(marks.device)
+    prepare_torch(marks.device, turn.precision)
     torch.manual_seed(config.seed)
     model, peer = create_peer(turn.trainer, config, marks.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.06)  # as in lightly's examples
@@ -152,10 +153,15 @@ def train_peer(turn: Turn, config: PretrainConfig, marks: Marks, supply: Callabl
     return loss.item()
 
 
-def use_all_cores(device: torch.device) -> None:
-    """Give torch the threads that train.py gives it, where a container may use fewer cores than the machine has."""
+def prepare_torch(device: torch.device, precision: str) -> None:
+    """Give a peer what train.py gives itself: threads where a container may use fewer cores than the machine has, and
+    cuDNN's choice of algorithms and multiplication on a GPU."""
     if device.type == "cpu":
         torch.set_num_threads(session.available_cores())
+        return
+    torch.backends.cudnn.benchmark = True
+    if precision == "fp32":
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def create_peer(name: str, config: PretrainConfig, device: torch.device) -> tuple[nn.Sequential, "Peer"]:

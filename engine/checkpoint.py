@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .common import UserError, check_range, file_sha256, save_tensors
+from .common import UserError, check_range, file_sha256, flatten, save_tensors
 
 FORMAT = "streamclr-checkpoint-3"
 MAY_CHANGE = {"may_change": True}
@@ -57,24 +56,21 @@ def check_same_run(config: Any, saved: dict[str, Any]) -> None:
     Raises:
         UserError: names every option that differs, with both values.
     """
-    now = json.loads(json.dumps(asdict(config)))  # tuples become lists, as in the file
-    default = json.loads(json.dumps(asdict(type(config)())))
     free = {field.name for field in fields(config) if field.metadata.get("may_change")}
-    before, after = ({name: each[name] for name in each.keys() - free} for each in (saved, now))
-    if differing := ", ".join(_differences("", before, after, default)):
+    before, now, default = (
+        flatten({name: value for name, value in options.items() if name not in free})
+        for options in (saved, asdict(config), asdict(type(config)()))
+    )
+    before = default | before  # an option that is newer than the run had its default value in it
+    differing = ", ".join(
+        f"--{name.replace('_', '-')} {before.get(name)} (now {now.get(name)})"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    )
+    if differing:
         raise UserError(
             f"The run was started with {differing}; use the same values, or start again with another --out."
         )
-
-
-def _differences(option: str, before: Any, after: Any, default: Any) -> Iterator[str]:
-    """Options that differ; one that is newer than the run had its default value in it."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        for name in sorted(before.keys() | after.keys()):
-            usual = default.get(name) if isinstance(default, dict) else None
-            yield from _differences(f"{option}.{name}", before.get(name, usual), after.get(name), usual)
-    elif before != after:
-        yield f"--{option[1:].replace('_', '-')} {before} (now {after})"
 
 
 @dataclass(frozen=True)
@@ -231,11 +227,12 @@ def load_state_tensors(
                     state[field] = torch.empty_like(parameter).copy_(value)
 
 
-MESSAGE = b"\nSaving, then stopping; another signal stops at once without saving.\n"
+MESSAGE = b"\nStopping after this step; the same signal again stops at once, without a checkpoint.\n"
 
 
 class StopSignal:
-    """Context in which SIGTERM and Ctrl-C only set `received`, so that the step completes; a second one stops now.
+    """Context in which SIGTERM and Ctrl-C only set `received`, so that the step completes; a second one of the
+    same kind stops now.
 
     Rank 0 says so at once, because a step may take long and the shell's prompt may already be back.
     """

@@ -235,7 +235,7 @@ class TrainingLoop:
     def backward(self, loss: Tensor) -> None:
         """Backpropagate a loss (); gradients are averaged over ranks."""
         self.mark("backward")
-        self.session.backward(loss)
+        loss.backward()
         self.mark("other")
 
     def step(self, **metrics: Tensor | tuple[Tensor, Tensor]) -> None:
@@ -267,7 +267,7 @@ class TrainingLoop:
             self._write_row()
         self.update_progress(completed=step, epoch=self.epoch)
         if self.dry_run:
-            self.stopping, self.validation_due = self.dry_run.step(), False
+            self.stopping, self.validation_due = self.dry_run.step() or self.stopping, False
         elif self.stopping and self.validation_due:
             self._save()  # whoever asked to stop may not wait for the validation
 
@@ -335,6 +335,7 @@ class TrainingLoop:
         summary, file = self._summary(), self.session.out / "summary.json"
         if self.timer.total_steps or not file.exists():  # or the run had ended before, with its speed
             summary |= environment(self.session.device, self.session.world_size)
+            summary["precision"] = "bf16" if self.session.bf16 else "fp32"
             with replacing(file) as path:
                 path.write_text(json.dumps(summary, indent=2))
         for sentence in summary["sentences"]:

@@ -23,10 +23,7 @@ class StepTimer:
     def __init__(self) -> None:
         self.total_s = self.total_wait_s = 0.0
         self.total_steps = 0
-        self._reset()
-
-    def _reset(self) -> None:
-        self.wait_s, self.steps, self.since = 0.0, 0, time.perf_counter()
+        self.pause()
 
     def watch(self, batches: Iterable) -> Iterator:
         """Yield the same batches, adding up the time spent waiting for each."""
@@ -42,7 +39,7 @@ class StepTimer:
 
     def pause(self) -> None:
         """Discard the time since the last window, which was not spent training."""
-        self._reset()
+        self.wait_s, self.steps, self.since = 0.0, 0, time.perf_counter()
 
     def window(self, batch_size: int) -> dict[str, float]:
         """Rates over the steps since the last call: images per second; data wait and step time in milliseconds."""
@@ -55,7 +52,7 @@ class StepTimer:
             "data_wait_ms": 1000 * self.wait_s / self.steps,
             "step_ms": 1000 * elapsed / self.steps,
         }
-        self._reset()
+        self.pause()
         return rates
 
     def summary(self, batch_size: int) -> tuple[float, float]:

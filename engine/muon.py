@@ -46,9 +46,8 @@ class Muon(Optimizer):
         if not (lr >= 0 and 0 <= momentum < 1 and weight_decay >= 0):  # also refuses nan
             raise ValueError(f"lr {lr}, momentum {momentum} or weight_decay {weight_decay} is out of range")
         # "fused": `load_state_dict` moves "step" to the device of the weights only in groups with this option
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "adapt": True, "fused": True}
-        super().__init__(params, defaults)
-        self.dtype = dtype
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "dtype": dtype}
+        super().__init__(params, defaults | {"adapt": True, "fused": True})
 
     def add_param_group(self, param_group: dict) -> None:
         """Add parameters, with a state of zeros: a first step that is skipped would leave none."""
@@ -59,10 +58,6 @@ class Muon(Optimizer):
             self.state[w] = {name: torch.zeros_like(w) for name in names}
             if not group["adapt"]:
                 self.state[w]["step"] = torch.zeros((), device=w.device)
-
-    def __getstate__(self) -> dict:
-        """State of a copy or a pickle, of which `Optimizer` would leave out the dtype."""
-        return super().__getstate__() | {"dtype": self.dtype}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -83,7 +78,7 @@ class Muon(Optimizer):
         lr = group["lr"] if skipped is None else group["lr"] * (1 - skipped)
         torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
         for places in _same_shape(updates):  # one multiplication for all layers of a shape
-            stacked = orthogonalize(torch.stack([updates[place].flatten(1) for place in places]), self.dtype)
+            stacked = orthogonalize(torch.stack([updates[place].flatten(1) for place in places]), group["dtype"])
             stacked *= lr * max(1, stacked.shape[1] / stacked.shape[2]) ** 0.5
             for place, update in zip(places, stacked, strict=True):
                 weights[place].sub_(update.view(weights[place].shape))

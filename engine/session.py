@@ -90,6 +90,8 @@ class Session:
         if precision == "fp32":  # cuDNN's default is TF32; the loss follows the setting of matmul
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         self.bf16 = precision == "bf16" or (precision == "auto" and computes_in_bf16(self.device))
+        # if the hardware of all ranks does, because they must agree
+        self.bf16 = self.mean(torch.tensor(float(self.bf16), device=self.device)).item() == 1
         self.dtype = torch.bfloat16 if self.bf16 else torch.float32
         set_seed(seed)
 
@@ -182,9 +184,6 @@ class Session:
     def distribute(self, module: nn.Module) -> nn.Module:
         """Wrap a module in DistributedDataParallel if there are several ranks."""
         return self.accelerator.prepare_model(module)
-
-    def backward(self, loss: Tensor) -> None:
-        self.accelerator.backward(loss)
 
     def no_sync(self, module: nn.Module) -> AbstractContextManager:
         """Context in which backward passes through `module` do not average gradients over ranks."""

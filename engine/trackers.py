@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .common import UserError, replacing
+from .common import UserError, flatten, replacing
 from .session import Session
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow-skinny"}
@@ -213,19 +213,6 @@ def scalars(row: dict[str, Any]) -> dict[str, float]:
     """Name -> value of what trackers receive of a row of metrics.jsonl; rows of the final table are prefixed."""
     prefix = f"{row['features']}/" if "features" in row else ""
     return {prefix + name: value for name, value in row.items() if name not in ("step", "features")}
-
-
-def flatten(options: dict[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
-    """Nested options under the names of the command line, such as optim.lr; what is not a scalar becomes a string."""
-    flat = {}
-    for name, value in options.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{name}.")
-        elif isinstance(value, list | tuple):
-            flat[prefix + name] = " ".join(map(str, value))
-        else:
-            flat[prefix + name] = value if isinstance(value, bool | int | float | str) else str(value)
-    return flat
 
 
 def view_sheet(batch: Any, draw: Callable[[Tensor], Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ from . import distributed
 from .common import UserError, check_range
 from .cpu import one_pass
 from .cpu.blockwise import compute_dtype, nt_xent_blockwise
-from .queue import NegativeQueue
+from .queue import NegativeQueue, log_sums
 from .reference import nt_xent_reference, past_similarities
 from .triton import NO_C_COMPILER, unsupported_reason
 
@@ -159,7 +159,9 @@ def nt_xent(
             return nt_xent_reference(z, temperature, z_all, decoupled, past)
         if queue is not None and impl != "triton":
             z = z.to(compute_dtype(z))  # once, so that the gradient is rounded to z's dtype once
-        past = None if queue is None else queue.log_sums(twice(z), temperature, sample)
+        past = None
+        if queue is not None:
+            past = log_sums(twice(z), temperature, sample, queue.z, queue.sample, torch.is_grad_enabled())[0]
         gather = None if group is None else partial(distributed.gather_rows, group=group)
         if impl == "triton":
             from .triton.ops import nt_xent_triton

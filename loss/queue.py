@@ -88,16 +88,6 @@ class NegativeQueue(nn.Module):
         self.sample.index_copy_(0, slots, samples.where(taken, self.sample[slots]))
         self.count += taken * len(rows)
 
-    def log_sums(self, z: Tensor, temperature: Tensor, sample: Tensor) -> Tensor:
-        """Q_i (2n,) in float32 or wider, differentiable once in z and in temperature.
-
-        Args:
-            z: (2n, D) projections, not normalized.
-            temperature: () on the CPU or on z's device.
-            sample: (n,) int64 on z's device: entries of the same sample are not negatives.
-        """
-        return log_sums(z, temperature, sample, self.z, self.sample, torch.is_grad_enabled())[0]
-
 
 def create_queue(length: int, width: int, steps: int, device: torch.device) -> NegativeQueue | None:
     """The queue of a run of `steps` steps, None for a length of 0.

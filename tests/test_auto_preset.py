@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from dataclasses import asdict, replace
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from rich.console import Console
 
 import auto_preset
 import train
-from auto_preset import Facts, choices_table, choose_classifier, choose_pretraining, read_facts, value_of, with_option
+from auto_preset import Facts, choices_table, choose_classifier, choose_pretraining, read_facts, with_option
 from common import UserError
 from engine import run_lock
 from model import encoder_spec
@@ -80,7 +81,7 @@ def test_every_choice_is_valid_and_has_a_reason(script, name):
     assert {*config.reasons} >= {auto_preset.DATA, "views.size", "encoder.name", "batch_size", "epochs", "optim.lr"}
     assert all(config.reasons.values()) and "nan" not in str(config)
     for option in config.reasons.keys() - {auto_preset.DATA, auto_preset.TIME}:
-        default = with_option(default, option, value_of(config, option))
+        default = with_option(default, option, attrgetter(option)(config))
     assert replace(config, reasons={}) == default, "an option has changed that the table does not show"
 
 

@@ -194,6 +194,11 @@ def test_out_of_memory_ends_with_one_sentence(error):
         raise error
 
 
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="size"), ending_together():
+        torch.zeros(2) @ torch.zeros(3)
+
+
 @pytest.mark.parametrize(
     "error",
     [

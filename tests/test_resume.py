@@ -125,7 +125,7 @@ def test_growing_views_resume_bit_for_bit(pretrain, growing, data, tmp_path, ste
 
 
 def test_another_schedule_is_refused(pretrain, growing, data):
-    with pytest.raises(UserError, match=r"started with --views\.size-schedule \['16:1', '24:1'\] \(now \['16:2'\]\)"):
+    with pytest.raises(UserError, match=r"started with --views\.size-schedule 16:1 24:1 \(now 16:2\)"):
         pretrain("--data", data, "--out", growing, *GROWING, "--views.size-schedule", "16:2")
 
 
@@ -166,7 +166,7 @@ def test_run_in_use_is_refused(pretrain, whole, data):
         while not (whole / ".lock").exists() or not (whole / ".lock").read_text():
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        with pytest.raises(UserError, match=rf"is in use by process {other.pid} on .*, started \d s ago"):
+        with pytest.raises(UserError, match=rf"is in use by process {other.pid} on .*, started \d+ s ago"):
             pretrain("--data", data, "--out", whole, "--epochs", 2)
         other.kill()
     pretrain("--data", data, "--out", whole, "--epochs", 2)
@@ -239,3 +239,11 @@ def test_damaged_checkpoint_is_named(pretrain, whole, data, tmp_path):
     with pytest.raises(UserError, match=r"step-00000006/.*delete this checkpoint to continue"):
         pretrain("--data", data, "--out", tmp_path, "--epochs", 2)
     assert (tmp_path / "checkpoints" / "step-00000004" / "state.safetensors").exists()
+
+
+def test_baselines_survive_resuming(pretrain, data, tmp_path):
+    options = ["--data", data, "--epochs", 1, "--eval.baselines", "--checkpoint.every-steps", 1, "--checkpoint.keep", 9]
+    pretrain(*options, "--out", tmp_path / "whole")
+    pretrain(*options, "--out", tmp_path / "rest", "--resume", tmp_path / "whole" / "checkpoints" / "step-00000002")
+    whole, rest = ([row for row in rows(tmp_path / name) if "features" in row] for name in ("whole", "rest"))
+    assert whole == rest and [row["features"] for row in whole] == ["raw pixels", "untrained", "trained"]

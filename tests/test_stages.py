@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -14,8 +16,10 @@ import distill
 import finetune
 import train
 from common import UserError
+from config import DistillConfig
 from engine import run_lock
 from model import load_classifier, load_encoder, load_head
+from pipeline.augment.config import AugmentConfig
 from pipeline.convert import textures
 from pipeline.convert.sources import folder_source
 from pipeline.convert.writer import write_split
@@ -226,3 +230,26 @@ def test_fine_tuning_needs_two_classes(run, tmp_path):
     with pytest.raises(UserError, match=r"Fine-tuning needs at least two classes, .*train has 1"):
         run("finetune", "--data", data, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_distillation_resumes_only_with_the_same_teacher(run, tuned, tmp_path):
+    teacher = shutil.copytree(tuned, tmp_path / "teacher")
+    options = ["--teacher", teacher, "--encoder.width", 0.125, "--epochs", 1, "--checkpoint.every-steps", 1]
+    options += ["--labeled-share", 0.5, "--labels.fraction", 0.5, "--checkpoint.keep", 9]
+    run("distill", *options, "--out", tmp_path / "whole")
+    resume = ["--resume", tmp_path / "whole" / "checkpoints" / "step-00000002"]
+    run("distill", *options, *resume, "--out", tmp_path / "rest")
+    whole, rest = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "rest"))
+    assert all(torch.equal(whole[name], rest[name]) for name in whole)
+    whole, rest = ([row for row in rows(tmp_path / name) if "features" in row] for name in ("whole", "rest"))
+    assert whole == rest, "the teacher's scores come from the checkpoint"
+    shutil.copy(tmp_path / "rest" / "model.safetensors", teacher)
+    with pytest.raises(UserError, match="--teacher changed since"):
+        run("distill", *options, *resume, "--out", tmp_path / "other")
+
+
+@pytest.mark.parametrize(("mean", "refused"), [((0.5,), False), ((0.5, 0.5, 0.5), False), ((0.4,), True), (None, True)])
+def test_a_teacher_has_its_normalization(pretrained, mean, refused):
+    config = DistillConfig(teacher=str(pretrained), views=AugmentConfig(size=32, mean=mean, std=(0.25,)))
+    with pytest.raises(UserError, match=r"with --views\.mean 0\.5 0\.5 0\.5; use") if refused else nullcontext():
+        distill.check_normalization(config)

@@ -435,26 +435,6 @@ def test_non_finite_weights_at_the_end_are_not_written(run_here, data, tmp_path)
     assert not list((tmp_path / "run").rglob("*.safetensors")), "neither encoder nor checkpoint"
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        MemoryError("no room"),
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nSee the documentation."),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"),
-    ],
-)
-def test_out_of_memory_raises_one_sentence(run_here, data, monkeypatch, error):
-    def fail(config):
-        raise error
-
-    monkeypatch.setattr(train, "pretrain", fail)
-    with pytest.raises(SystemExit, match=r"^error: Out of memory \(.*\); use a smaller batch or encoder"):
-        run_here("--data", data)
-    monkeypatch.setattr(train, "pretrain", lambda config: torch.zeros(2) @ torch.zeros(3))
-    with pytest.raises(RuntimeError, match="size"):
-        run_here("--data", data)
-
-
 @pytest.mark.parametrize(("options", "candidates"), [([], 31), (["--loss.decoupled"], 30), (["--loss.queue", 8], 39)])
 def test_collapse_is_reported(run_here, data, tmp_path, monkeypatch, capsys, options, candidates):
     """All projections are equal, as in a collapsed network: the loss is ln(2B - 1) from the first step.
@@ -509,10 +489,3 @@ def test_exit_codes_without_traceback(data, tmp_path):
     assert ranks.returncode != 0
     assert "error: A global batch of 15" in ranks.stderr
     assert not (tmp_path / "run").exists()
-
-
-def test_help_lists_the_options():
-    printed = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True)
-    assert printed.returncode == 0
-    for option in ("--preset", "--data", "--batch-size", "--optim.name", "--loss.temperature", "--loader.backend"):
-        assert option in printed.stdout

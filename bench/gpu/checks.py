@@ -168,7 +168,7 @@ def _run_check(check: Check, setup: Setup, report: Report, limit: float) -> bool
         try:
             for result in case.run():
                 if isinstance(result, Measurement):
-                    report.add(result.table, result.row)
+                    report.add(result.table, {"check": check.name, **result.row})
                     continue
                 if isinstance(result, Skipped):
                     report.status(check.name, case.name, "skipped", result.reason)

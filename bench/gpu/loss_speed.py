@@ -131,7 +131,7 @@ def on_triangle(z: Tensor, precision: str) -> bool:
 
 
 def peak_mb(z: Tensor, loss: Callable[[Tensor], Tensor], device: torch.device) -> float | str:
-    """Peak memory of both passes in MB, without z and its gradient; "" on a CPU."""
+    """Peak memory of both passes in MB, with the gradient and without z; "" on a CPU."""
     if device.type != "cuda":
         return ""
     z = z.detach().requires_grad_()

@@ -1,7 +1,6 @@
 """Short real training runs on textures: host waits, kill and resume. The scripts' own functions run, not copies."""
 
 import io
-import json
 import multiprocessing
 import os
 import signal
@@ -16,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from bench.gpu.checks import Case, Outcome, Setup, Skipped, largest
+from bench.harness import read_metrics
 
 SHARDS = ("cv2", "numba", "rich")
 """What training needs that neither torch nor timm nor accelerate installs."""
@@ -113,7 +113,7 @@ def steps_without_waits(setup: Setup, stage: str, name: str, changes: dict) -> I
         if setup.device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")
     yield Outcome("steps not observed", STEPS - sum(modes), 0)
-    yield Outcome("loss is not finite", float(metrics(setup.scratch / name)[-1]["loss"] is None), 0)
+    yield Outcome("loss is not finite", float(read_metrics(setup.scratch / name)[-1]["loss"] is None), 0)
 
 
 def kill_and_resume(setup: Setup) -> Iterator[Case]:
@@ -145,7 +145,7 @@ def compare_resumed(setup: Setup) -> Iterator[Outcome]:
 
 def compare_runs(run: Any, reference: Any) -> Iterator[Outcome]:
     """Steps, losses and weights of two runs in float32."""
-    rows, expected = ([r for r in metrics(Path(c.out)) if "loss" in r] for c in (run, reference))
+    rows, expected = ([r for r in read_metrics(Path(c.out)) if "loss" in r] for c in (run, reference))
     yield Outcome("rows of other steps", float([r["step"] for r in rows] != [r["step"] for r in expected]), 0)
     # on a GPU a run is not repeatable bit for bit, but after few steps in float32 its rounding is still small
     pairs = zip(rows, expected, strict=True)
@@ -190,7 +190,3 @@ def train_until_killed(config: Any, steps: int) -> None:
 
     with quiet():
         train.pretrain(config, Killer(lambda step: None))
-
-
-def metrics(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

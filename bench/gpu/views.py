@@ -93,7 +93,7 @@ def time_views(setup: Setup, name: str, jitter: str, size: int, count: int) -> I
     backend = create_backend(name, config, setup.device, count, 2, threads)
     try:
         times = interleave({"": lambda: backend(encoded, params)}, 0 if setup.small else 5, setup.device)[""]
-        used_mb = free_mb - free_device_mb(setup.device)
+        used_mb = free_mb - free_device_mb(setup.device, release=False)
     finally:
         backend.close()
     timing = percentiles_ms(times)
@@ -160,12 +160,17 @@ def time_fused(setup: Setup, size: int, jitter: str, dtype: torch.dtype) -> Iter
         )
 
 
-def free_device_mb(device: torch.device) -> float:
-    """Free memory of the GPU in MB, with torch's unused blocks released; 0 for a CPU."""
+def free_device_mb(device: torch.device, release: bool = True) -> float:
+    """Free memory of the GPU in MB; 0 for a CPU.
+
+    Args:
+        release: whether torch's unused blocks count as free, which a backend's working memory is after a batch.
+    """
     if device.type != "cuda":
         return 0.0
     torch.cuda.synchronize(device)
-    torch.cuda.empty_cache()
+    if release:
+        torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(device)[0] / 1e6
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..common import UserError, replacing
+from ..common import UserError, flatten, replacing
 from ..tables import SCORES
 from .record import RunRecord
 
@@ -105,20 +105,10 @@ def score_rows(runs: Sequence[RunRecord]) -> dict[str, Any]:
 
 def option_rows(runs: Sequence[RunRecord]) -> list[tuple[str, list[str], bool]]:
     """Every option with its value in each run, and whether they differ; those that differ come first."""
-    flat = [_flatten(run.config) for run in runs]
+    flat = [{name: str(value) for name, value in flatten(run.config).items()} for run in runs]
     names = list(dict.fromkeys(name for options in flat for name in options))
     rows = [(name, values := [options.get(name, "") for options in flat], len(set(values)) > 1) for name in names]
     return sorted(rows, key=lambda row: not row[2])
-
-
-def _flatten(options: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    flat = {}
-    for name, value in options.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return flat
 
 
 def most_confused(shown: RunPictures) -> list[tuple[str, str, int, float]]:

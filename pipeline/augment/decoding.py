@@ -22,53 +22,6 @@ NVJPEG_REFUSALS = re.compile(
 """Errors of torchvision that mean that nvJPEG is missing or cannot decode a file."""
 
 
-class ImageDecoder:
-    """Decodes the images of a batch to a device.
-
-    Args:
-        device: where the pixels are needed.
-        workers: number of threads that decode on the host.
-    """
-
-    def __init__(self, device: torch.device, workers: int):
-        self._device = device
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-
-    def __call__(self, images: list[bytes | np.ndarray | Tensor], crops: np.ndarray) -> list[Tensor]:
-        """Decode n images to (3, H, W) uint8 RGB each, of any strides; the EXIF orientation is not applied.
-
-        Args:
-            images: each encoded, or decoded to (H, W, 3) uint8: an array on the host, or a tensor on the device, which
-                is not copied.
-            crops: (V, n, 4), crops that are needed of the images: top, left, height, width.
-
-        Raises:
-            DecodeError: an image can't be decoded or is smaller than a crop; `args[1]` is its position.
-        """
-        found = {i: image.permute(2, 0, 1) for i, image in enumerate(images) if isinstance(image, Tensor)}
-        if self._device.type == "cuda":
-            jpegs = [i for i, file in enumerate(images) if isinstance(file, bytes) and nvjpeg_decodes_alike(file)]
-            decoded = decode_on_gpu([images[i] for i in jpegs], self._device)
-            found |= {i: image for i, image in zip(jpegs, decoded, strict=True) if image is not None}
-        rest = [i for i in range(len(images)) if i not in found]
-        for i, pixels in zip(rest, self._threads.map(self._on_host, [images[i] for i in rest]), strict=True):
-            if pixels is None:
-                raise DecodeError("the image can't be decoded", i)
-            found[i] = pixels.to(self._device, non_blocking=True).permute(2, 0, 1)
-        for i in range(len(images)):
-            if not contains(*found[i].shape[1:], crops[:, i]):
-                raise DecodeError("the image is smaller than its index says", i)
-        return [found[i] for i in range(len(images))]
-
-    def close(self) -> None:
-        """End the threads."""
-        self._threads.shutdown()
-
-    def _on_host(self, image: bytes | np.ndarray) -> Tensor | None:
-        pixels = decode(image) if isinstance(image, bytes) else image
-        return None if pixels is None else pinned(pixels, self._device)
-
-
 class DecodingBackend(ABC):
     """Augmentation backend that decodes a batch to the device and then renders its views there; see `Backend`.
 
@@ -101,7 +54,7 @@ class DecodingBackend(ABC):
         self._config, self._dtype = config, dtype
         self._device = torch.device(device)
         self.image_device = self._device if self._device.type in ("cpu", "cuda") else None
-        self._decoder = ImageDecoder(self._device, workers)
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="decode")
 
     def __call__(self, images: list[bytes | np.ndarray | Tensor], params: AugmentParams) -> Tensor:
         """Augment V views of n images; see `Backend`. An image may be decoded, (H, W, 3) uint8, and on the device."""
@@ -109,10 +62,40 @@ class DecodingBackend(ABC):
 
     def close(self) -> None:
         """End the decoding threads."""
-        self._decoder.close()
+        self._threads.shutdown()
 
     def _augment(self, images: list[bytes | np.ndarray | Tensor], params: AugmentParams, out: Tensor) -> None:
-        self._render(self._decoder(images, params.crop), params, out)
+        self._render(self._decode(images, params.crop), params, out)
+
+    def _decode(self, images: list[bytes | np.ndarray | Tensor], crops: np.ndarray) -> list[Tensor]:
+        """Decode n images to (3, H, W) uint8 RGB each, of any strides; the EXIF orientation is not applied.
+
+        Args:
+            images: each encoded, or decoded to (H, W, 3) uint8: an array on the host, or a tensor on the device, which
+                is not copied.
+            crops: (V, n, 4), crops that are needed of the images: top, left, height, width.
+
+        Raises:
+            DecodeError: an image can't be decoded or is smaller than a crop; `args[1]` is its position.
+        """
+        found = {i: image.permute(2, 0, 1) for i, image in enumerate(images) if isinstance(image, Tensor)}
+        if self._device.type == "cuda":
+            jpegs = [i for i, file in enumerate(images) if isinstance(file, bytes) and nvjpeg_decodes_alike(file)]
+            decoded = decode_on_gpu([images[i] for i in jpegs], self._device)
+            found |= {i: image for i, image in zip(jpegs, decoded, strict=True) if image is not None}
+        rest = [i for i in range(len(images)) if i not in found]
+        for i, pixels in zip(rest, self._threads.map(self._on_host, [images[i] for i in rest]), strict=True):
+            if pixels is None:
+                raise DecodeError("the image can't be decoded", i)
+            found[i] = pixels.to(self._device, non_blocking=True).permute(2, 0, 1)
+        for i in range(len(images)):
+            if not contains(*found[i].shape[1:], crops[:, i]):
+                raise DecodeError("the image is smaller than its index says", i)
+        return [found[i] for i in range(len(images))]
+
+    def _on_host(self, image: bytes | np.ndarray) -> Tensor | None:
+        pixels = decode(image) if isinstance(image, bytes) else image
+        return None if pixels is None else pinned(pixels, self._device)
 
     @abstractmethod
     def _render(self, images: list[Tensor], params: AugmentParams, out: Tensor) -> None:

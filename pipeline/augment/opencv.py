@@ -78,7 +78,7 @@ class OpenCVBackend:
             step = max(1, min(SLICE, SLICE_PIXELS // self.config.size**2, -(-n // (4 * self.workers))))
             write = partial(self.compiled, self.compiled.table(params), out)
         else:
-            step, maps = 1, affine_maps(params) if self.config.jitter == "affine" else None
+            step, maps = 1, affine_jitter(params) if self.config.jitter == "affine" else None
             write = partial(self._write, params, maps, out)
         parts = [slice(first, min(first + step, n)) for first in range(0, n, step)]
         remaining = iter(parts)  # shared by the threads, because images and cores differ in speed
@@ -165,32 +165,22 @@ def resized_crop(image: np.ndarray, params: AugmentParams, v: int, i: int, size:
     return cv2.flip(view, 1) if params.flip[v, i] else view
 
 
-def affine_maps(params: AugmentParams) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Matrices and mean weights of `affine_jitter`, and which views are jittered; each (V, n, ...)."""
-    return *affine_jitter(params), params.jittered
-
-
 def color(view: np.ndarray, params: AugmentParams, v: int, i: int, maps: tuple | None) -> np.ndarray:
     """Apply jitter and grayscale to view v of image i.
 
     Args:
         view: (S, S, 3) RGB, uint16.
-        maps: `affine_maps(params)` for the affine jitter, None for the exact one.
+        maps: `affine_jitter(params)`, None for the exact jitter.
 
     Returns:
-        (S, S, 3) RGB, or (S, S) if the view is gray, of the same dtype.
+        The same shape and dtype.
     """
-    gray = params.gray[v, i]
     if maps is None:
         view = _jitter(view, params, v, i)
-        return _gray(view) if gray else view
-    view = _gray(view) if gray else view
-    matrix, mean_weight, jittered = (values[v, i] for values in maps)
-    if not jittered:
-        return view
+        # cv2.cvtColor rounds its weights to 15 bits, for 16 bits an error of up to 1.5 levels
+        return cv2.transform(view, np.tile(LUMA, (3, 1))) if params.gray[v, i] else view
+    matrix, mean_weight = (values[v, i] for values in maps)  # with the grayscale
     offset = float(mean_weight) * _mean_gray(view)
-    if gray:
-        return cv2.addWeighted(view, float(matrix[0].sum()), view, 0, offset)  # all rows of the matrix are equal
     return cv2.transform(view, np.column_stack([matrix, np.full(3, offset, np.float32)]))  # rounds and clips
 
 
@@ -232,13 +222,13 @@ def blur(view: np.ndarray, sigma: float, window: int) -> np.ndarray:
 
 
 class Normalize:
-    """Normalization of a view into the batch: (S, S, C), or (S, S) for gray -> (S, S, C) float32.
+    """Normalization of a view into the batch: (S, S, C), or (S, S) for one channel -> (S, S, C) float32.
 
     With dtype bfloat16, the output is uint16 and holds the bit patterns of the rounded float32 values.
     """
 
     def __init__(self, config: AugmentConfig, dtype: torch.dtype, pixel_format: PixelFormat):
-        self.channels, self.dtype = pixel_format.channels, dtype
+        self.dtype = dtype
         mean, std = np.array(config.mean, np.float32), np.array(config.std, np.float32)
         self.table = self.map = None
         if pixel_format.bits == 16:
@@ -249,8 +239,6 @@ class Normalize:
         self.table = (table.view(torch.uint16) if dtype == torch.bfloat16 else table).numpy()
 
     def __call__(self, view: np.ndarray, out: np.ndarray) -> None:
-        if view.ndim == 2 and self.channels == 3:
-            view = cv2.cvtColor(view, cv2.COLOR_GRAY2RGB)
         if self.table is not None:
             cv2.LUT(view, self.table, dst=out)
         elif self.dtype == torch.bfloat16:
@@ -279,7 +267,8 @@ def _jitter(view: np.ndarray, params: AugmentParams, v: int, i: int) -> np.ndarr
         if operation == BRIGHTNESS:
             view = _scale(view, float(params.brightness[v, i]), 0.0)
         elif operation == CONTRAST:
-            view = _scale(view, float(params.contrast[v, i]), None)
+            factor = float(params.contrast[v, i])
+            view = _scale(view, factor, (1 - factor) * _mean_gray(view))
         elif operation == SATURATION:
             view = _saturate(view, float(params.saturation[v, i]))
         else:
@@ -287,13 +276,8 @@ def _jitter(view: np.ndarray, params: AugmentParams, v: int, i: int) -> np.ndarr
     return view
 
 
-def _scale(view: np.ndarray, factor: float, center: float | None) -> np.ndarray:
-    """Return factor * x + (1 - factor) * center; None stands for the mean gray of the view (contrast)."""
-    if factor == 1:
-        return view
-    if center is None:
-        center = _mean_gray(view)
-    return cv2.addWeighted(view, factor, view, 0, (1 - factor) * center)  # rounds and clips
+def _scale(view: np.ndarray, factor: float, offset: float) -> np.ndarray:
+    return view if factor == 1 else cv2.addWeighted(view, factor, view, 0, offset)  # rounds and clips
 
 
 def _scale_channels(view: np.ndarray, factor: float, mean_weight: float) -> np.ndarray:
@@ -305,14 +289,8 @@ def _scale_channels(view: np.ndarray, factor: float, mean_weight: float) -> np.n
 
 
 def _mean_gray(view: np.ndarray) -> float:
-    """Mean gray of (S, S, 3) RGB or (S, S) gray."""
-    mean = cv2.mean(view)
-    return mean[0] if view.ndim == 2 else float(np.dot(mean[:3], LUMA))
-
-
-def _gray(view: np.ndarray) -> np.ndarray:
-    # cv2.cvtColor rounds its weights to 15 bits, for 16 bits an error of up to 1.5 levels
-    return cv2.transform(view, LUMA[None])
+    """Mean gray of (S, S, 3) RGB."""
+    return float(np.dot(cv2.mean(view)[:3], LUMA))
 
 
 def _saturate(view: np.ndarray, factor: float) -> np.ndarray:

@@ -124,7 +124,8 @@ def _folder_sources(options: argparse.Namespace) -> dict[str, sources.Source]:
     if options.split != AUTO:
         return {options.split: sources.folder_source(options.path, options.class_level)}
     splits, notes = photo_sources(options.path, class_level=options.class_level)
-    print(*notes, sep="\n", file=sys.stderr)
+    for note in notes:
+        print(note, file=sys.stderr)
     return splits
 
 

@@ -70,6 +70,10 @@ def is_photos(data: str) -> bool:
             return False
         if path.is_dir():
             folders = path, path / "train"
+            if not folders[1].exists() and any(path.glob(".*.partial/plan.json")):
+                raise UserError(
+                    f"{data} holds an unfinished conversion; run the same `python -m pipeline.convert` command again."
+                )
             for split in ("test", "val"):
                 if (path / split / "dataset.json").exists() and not (path / "train").exists():
                     raise UserError(

@@ -4,9 +4,6 @@ A class is a *pattern*; colors, scale, orientation, phase, lighting and noise ar
 pixel space therefore share colors rather than a class, and an encoder must learn what the SimCLR views have in common.
 """
 
-import os
-import re
-import shutil
 from pathlib import Path
 
 import cv2
@@ -17,9 +14,10 @@ from ..common import UserError
 from ..philox import uniforms
 from ..shards.dataset import open_shards
 from .base import Source
-from .writer import read_plan, write_split
+from .writer import write_split
 
-VERSION = 1
+NAME = "textures-1"
+"""Name of the data set; another one as soon as other images are rendered."""
 SIDE = 40
 """Height and width in pixels."""
 SPLITS = {"train": 4000, "test": 1000}
@@ -115,19 +113,18 @@ def textures_source(split: str, seed: int = 0) -> Source:
         (CLASSES[number % len(CLASSES)], f"{split}-{number:06d}", (seed, split, number))
         for number in range(SPLITS[split])
     ]
-    return Source(f"textures-{VERSION}", items, render, CLASSES, encodes=True)
+    return Source(NAME, items, render, CLASSES, encodes=True)
 
 
 def ensure_textures(out: Path) -> None:
     """Render the built-in data set to OUT/train and OUT/test unless it exists.
 
-    Of several processes, one renders and the others wait. Splits rendered by another version are replaced; nothing
-    else is ever deleted.
+    Of several processes, one renders and the others wait. Nothing that exists is ever overwritten.
 
     Raises:
-        UserError: the folder holds data that was not rendered by this module, or can't be written.
+        UserError: the folder holds other data, or can't be written.
     """
-    if _is_complete(out):  # possibly in a folder that only others may write
+    if not _missing(out):  # possibly in a folder that only others may write
         return
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -135,45 +132,23 @@ def ensure_textures(out: Path) -> None:
     except OSError as error:
         raise UserError(f"{out} can't be written ({error.strerror}); run in another folder, or use --data.") from error
     with lock:
-        sources = {split: textures_source(split) for split in SPLITS}
-        if any(out.glob("*.tar")):
-            raise _foreign(out, out)
-        outdated = [split for split, source in sources.items() if _is_outdated(out, split, source.name)]
-        for split in sources:  # after all splits have been checked, and before the classes of one affect the next
-            aside, unfinished = out / f".{split}.outdated", out / f".{split}.partial"
-            shutil.rmtree(aside, ignore_errors=True)
-            if split in outdated:
-                os.replace(out / split, aside)  # atomic: a process may be killed at any time
-                shutil.rmtree(aside, ignore_errors=True)
-            if _is_rendered(read_plan(unfinished) or {}):  # possibly by another version
-                shutil.rmtree(unfinished, ignore_errors=True)
-        for split, source in sources.items():
-            if not (out / split).exists():
-                write_split(source, out, split)
+        for split in _missing(out):
+            write_split(textures_source(split), out, split)
 
 
-def _is_complete(out: Path) -> bool:
-    """Whether all splits exist as this version renders them."""
-    try:
-        name = f"textures-{VERSION}"
-        current = all((out / split).exists() and not _is_outdated(out, split, name) for split in SPLITS)
-        return current and not any(out.glob("*.tar"))
-    except UserError:  # another process may be replacing a split
-        return False
-
-
-def _is_outdated(out: Path, split: str, name: str) -> bool:
-    """Whether a split exists and was rendered by another version of the textures; UserError if it was not rendered."""
-    if not (out / split).exists():
-        return False
-    try:
-        shards = open_shards(str(out / split))
-    except UserError as error:  # damaged or without an index, so it may hold anything
-        raise _foreign(out / split, out) from error
-    rendered_keys = (re.fullmatch(rb"(train|test)-[0-9]{6}", key) for key in shards.index["key"].tolist())
-    if not _is_rendered(shards.manifest) or not all(rendered_keys):
-        raise _foreign(out / split, out)
-    return shards.manifest["name"] != name
+def _missing(out: Path) -> list[str]:
+    """Splits that are not rendered yet; UserError if the folder holds other data than the textures of this version."""
+    missing = [split for split in SPLITS if not (out / split).exists()]
+    for split in SPLITS.keys() - missing:
+        try:
+            name = open_shards(str(out / split)).manifest.get("name")
+        except UserError as error:  # damaged or without an index, so it may hold anything
+            raise _foreign(out / split, out) from error
+        if name != NAME:
+            raise _foreign(out / split, out)
+    if any(out.glob("*.tar")):
+        raise _foreign(out, out)
+    return missing
 
 
 def _foreign(folder: Path, out: Path) -> UserError:
@@ -181,11 +156,3 @@ def _foreign(folder: Path, out: Path) -> UserError:
         f"{folder} does not hold the built-in textures and is not overwritten; use --data {out} to train on it, or "
         "move it elsewhere to train on the textures."
     )
-
-
-def _is_rendered(manifest: dict) -> bool:
-    """Whether a manifest or plan is that of textures of any version, and not of a folder of the same name."""
-    made_by = manifest.get("made_by", {})
-    # of the conversions without resizing, only those that encode images record the version of OpenCV
-    rendered = made_by.get("command") == "pipeline.convert" and "opencv" in made_by and "short_side" not in made_by
-    return rendered and re.fullmatch(r"textures-\d+", manifest.get("name", "")) is not None

@@ -84,26 +84,24 @@ class BadSampleTracker:
             failures: sample -> why it cannot be used.
         """
         with self._adding:  # batches are augmented in several threads
-            self._add(failures, epoch)
-
-    def _add(self, failures: dict[int, ReadFailure], epoch: int) -> None:
-        rows = []
-        for sample, failure in failures.items():
-            self._retry_after.pop(sample, None)
-            if failure.transient:
-                self._retry_after[sample] = epoch
-            if sample in self.reasons:
-                continue
-            self.reasons[sample] = failure.reason
-            shard = int(np.searchsorted(self.shards.shard_starts, sample, side="right")) - 1
-            file = self.shards.manifest["shards"][shard]["file"]
-            rows.append(json.dumps({"shard": file, "key": self._key(sample), "reason": failure.reason}))
-        if self.path is None:
-            return
-        # other ranks, the evaluation and earlier parts of the run append to the same file
-        known = set(self.path.read_text(errors="replace").splitlines()) if self.path.exists() else set()
-        with self.path.open("a") as file:
-            file.write("".join(f"{row}\n" for row in rows if row not in known))  # one write, so that rows stay whole
+            rows = []
+            for sample, failure in failures.items():
+                self._retry_after.pop(sample, None)
+                if failure.transient:
+                    self._retry_after[sample] = epoch
+                if sample in self.reasons:
+                    continue
+                self.reasons[sample] = failure.reason
+                shard = int(np.searchsorted(self.shards.shard_starts, sample, side="right")) - 1
+                file = self.shards.manifest["shards"][shard]["file"]
+                rows.append(json.dumps({"shard": file, "key": self._key(sample), "reason": failure.reason}))
+            if self.path is None:
+                return
+            # other ranks, the evaluation and earlier parts of the run append to the same file
+            known = set(self.path.read_text(errors="replace").splitlines()) if self.path.exists() else set()
+            with self.path.open("a") as file:
+                # one write, so that rows stay whole
+                file.write("".join(f"{row}\n" for row in rows if row not in known))
 
     def _key(self, sample: int) -> str:
         return self.shards.index["key"][sample].decode(errors="replace")

@@ -327,7 +327,10 @@ def open_splits(root: str, cache: ShardCache | None = None) -> tuple[ShardSet, S
             if _top_label(val.index) >= 0 and val.classes == train.classes:
                 root, test = roots[2], val
     if test.classes != train.classes:
-        raise UserError(f"{root} has other classes than {roots[0]}; convert both again.")
+        raise UserError(
+            f"{root} has other classes than {roots[0]}; convert both again, train first, "
+            "or run `python -m pipeline.shards index` on their folder."
+        )
     if test.pixel_format != train.pixel_format:
         raise UserError(
             f"The images of {root} are {test.pixel_format}, but those of {roots[0]} are {train.pixel_format}; "

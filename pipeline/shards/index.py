@@ -87,7 +87,7 @@ def index_splits(
     indexed: list[ShardSet] = []
     splits = [root] if "{" in root or folder_and_tars(root)[1] != ALL_TARS else split_roots(root, cache)
     for split in splits:
-        in_cache = folder_and_tars(split)[1] != ALL_TARS
+        in_cache = "://" in split or folder_and_tars(split)[1] != ALL_TARS
         with _indexing(split, cache) if in_cache else nullcontext():
             classes = indexed[0].classes if indexed else None
             indexed.append(index_shards(split, cache, image_extension, classes, bits))
@@ -201,7 +201,10 @@ def index_shards(
                 update(advance=1)
         samples = sum(shard["samples"] for shard in shards)
         if not samples:
-            raise UserError(f"No image could be read from the tars in {root}; they must hold <key>.jpg and <key>.cls.")
+            first = f" ({left_out[0]['name']}: {left_out[0]['reason']})" if left_out else ""
+            raise UserError(
+                f"No image could be read from the tars in {root}{first}; they must hold <key>.jpg and <key>.cls."
+            )
         if len(formats) > 1:
             raise mixed_formats(root, formats, "pipeline.shards index")
         (pixel_format,) = formats

@@ -32,7 +32,7 @@ class RetryPolicy:
     """Number of attempts and waits between them when a remote store fails."""
 
     attempts: int = 8
-    """Maximum attempts in a row without progress; with the default waits they take about 90 seconds."""
+    """Maximum attempts in a row without progress; with the default waits they take about a minute."""
     first_wait_s: float = 0.5
     """Wait after the first failure; doubles per attempt, with ±50 % jitter so that clients do not retry in lockstep."""
     longest_wait_s: float = 30.0

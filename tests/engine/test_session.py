@@ -143,3 +143,11 @@ def test_activations_of_the_next_step_are_not_new_pages_of_the_system(monkeypatc
     process = subprocess.run([sys.executable, "-c", ACTIVATIONS], cwd=ROOT, capture_output=True, text=True, check=True)
     before, with_a_session = map(int, process.stdout.split())
     assert before >= 5 * 2**26 and with_a_session < 2**20
+
+
+@pytest.mark.parametrize(("share", "bf16"), [(0.5, False), (1.0, True)])
+def test_precision_is_what_the_hardware_of_all_ranks_has(monkeypatch, share, bf16):
+    monkeypatch.setattr(Session, "mean", lambda session, x: x * share)
+    monkeypatch.setattr("engine.session.computes_in_bf16", lambda device: True)
+    session = Session("auto")
+    assert session.bf16 is bf16 and session.dtype == (torch.bfloat16 if bf16 else torch.float32)

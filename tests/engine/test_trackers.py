@@ -15,11 +15,11 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from common import UserError
+from common import UserError, flatten
 from engine import run_lock
 from engine.loop import LoopConfig, TrainingLoop
 from engine.session import Session
-from engine.trackers import Trackers, choose_trackers, flatten, view_sheet
+from engine.trackers import Trackers, choose_trackers, view_sheet
 from presets import PRETRAIN, parse
 from tests.engine.test_loop import Loader
 

@@ -185,6 +185,8 @@ def test_invalid_types_raise_type_error(temperature):
         nt_xent(torch.randn(4, 3), temperature)
     with pytest.raises(TypeError, match="z must be a tensor; got list"):
         nt_xent([[1.0, 2.0], [3.0, 4.0]], 0.1)
+    with pytest.raises(ValueError, match="precision must be None, tf32 or ieee; got 'fp32'"):
+        nt_xent(torch.randn(4, 3), 0.1, precision="fp32")
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])

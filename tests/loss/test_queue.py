@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from loss import NegativeQueue, create_queue, distributed, nt_xent, nt_xent_and_append
 from loss import queue as queue_module
 from loss.cpu.workers import Workers
+from loss.queue import log_sums
 from tests.loss.cases import loss_and_gradients, trained_like
 
 IMPLS = ["blockwise", "reference"]
@@ -243,7 +244,8 @@ def test_operator_passes_opcheck_and_compiles():
 
 def test_double_backward_is_refused():
     z = trained_like(3, 10).requires_grad_()
-    sums = past_of(3, 10, 12, 12).log_sums(z, torch.tensor(0.1), torch.arange(3))
+    queue = past_of(3, 10, 12, 12)
+    sums = log_sums(z, torch.tensor(0.1), torch.arange(3), queue.z, queue.sample, True)[0]
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         torch.autograd.grad(sums.sum(), z, create_graph=True)
 
@@ -260,3 +262,8 @@ def test_double_backward_is_refused():
 def test_queue_and_samples_must_fit(width, sample, message):
     with pytest.raises(ValueError, match=message):
         nt_xent(torch.ones(8, 5), 0.1, queue=NegativeQueue(9, width), sample=sample)
+
+
+def test_an_empty_queue_is_refused():
+    with pytest.raises(ValueError, match="length and width must be at least 1, not 0 and 5; use queue=None"):
+        NegativeQueue(0, 5)

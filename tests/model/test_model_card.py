@@ -59,6 +59,10 @@ def test_run_without_scores(tmp_path):
     write_small_run(tmp_path / "run")
     card = exported_card(tmp_path / "run", tmp_path / "out")
     assert "kNN top-1: not measured. Linear top-1: not measured." in card and "built-in textures" in card
+    (tmp_path / "run" / "evaluation").mkdir(exist_ok=True)
+    (tmp_path / "run" / "evaluation" / "linear.json").write_text('{"top1": 0.75}')
+    card = exported_card(tmp_path / "run", tmp_path / "evaluated")
+    assert "| linear | top1 0.75 |" in card and "Linear top-1: not measured" not in card
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,9 @@ from common import UserError
 from pipeline import data as data_module
 from pipeline.augment import AugmentConfig
 from pipeline.convert import photos
-from pipeline.convert.folder import list_images
+from pipeline.convert.folder import folder_source, list_images
 from pipeline.convert.photos import held_out, is_photos, photo_sources
+from pipeline.convert.writer import write_split
 from pipeline.data import open_data
 from pipeline.loader import LoaderConfig
 from pipeline.shards.dataset import ShardSet
@@ -381,6 +382,11 @@ def refuse(path: Path, config: LoaderConfig, message: str) -> None:
 def test_shards_without_a_train_split_are_not_taken_for_images(tmp_path, config, original):
     shutil.copytree(original, tmp_path / "set" / "test")
     refuse(tmp_path / "set", config, "set holds the shards of test/, but no train/; convert the training split, or use")
+
+
+def test_an_unfinished_conversion_is_not_taken_for_images(tmp_path, config, folder):
+    assert write_split(folder_source(folder), tmp_path / "set", "train", samples_per_shard=2, part=(1, 2)) is None
+    refuse(tmp_path / "set", config, "set holds an unfinished conversion; run the same `python -m pipeline.convert`")
 
 
 def test_shards_that_are_taken_for_images_and_images_next_to_a_tar(tmp_path, config, folder, original):

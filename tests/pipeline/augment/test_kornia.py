@@ -12,7 +12,7 @@ from torchvision.io import decode_jpeg as decode_jpeg_on_host
 
 from pipeline.augment import decoding
 from pipeline.augment.config import AugmentConfig
-from pipeline.augment.decoding import ImageDecoder, decode_on_gpu
+from pipeline.augment.decoding import decode_on_gpu
 from pipeline.augment.gpu import warn_once
 from pipeline.augment.kornia import KorniaBackend, augment
 from pipeline.images.files import DecodeError, decode
@@ -147,8 +147,8 @@ def test_other_errors_of_the_gpu_are_raised(photographs, nvjpeg, error, kind, ca
 def test_truncated_jpegs_are_refused_before_nvjpeg(photographs, monkeypatch):
     monkeypatch.setattr(decoding, "decode_on_gpu", lambda files, _: pytest.fail("asked") if files else [])
     jpeg = reference.encode(reference.smooth_field(1, 0, 40, 56), "JPEG", subsampling=0)
-    decoder = ImageDecoder(CUDA, 1)
+    backend = KorniaBackend(AugmentConfig(size=32), CUDA, 1, 2, 1)
     for length in np.linspace(4, len(jpeg) - 1, 30).astype(int):
         with pytest.raises(DecodeError):
-            decoder([jpeg[:length]], np.zeros((2, 1, 4), np.int32))
-    decoder.close()
+            backend._decode([jpeg[:length]], np.zeros((2, 1, 4), np.int32))
+    backend.close()

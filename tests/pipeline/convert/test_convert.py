@@ -17,7 +17,7 @@ from pipeline.convert import __main__ as convert
 from pipeline.convert import textures
 from pipeline.convert.folder import CLASS_LEVELS, AmbiguousClasses, folder_source, named
 from pipeline.convert.imagenet import imagenet_sources
-from pipeline.convert.textures import ensure_textures, textures_source
+from pipeline.convert.textures import ensure_textures
 from pipeline.convert.writer import write_split
 from pipeline.shards.dataset import open_shards, open_splits
 from pipeline.shards.format import Sample, write_shard
@@ -106,17 +106,9 @@ def test_names_are_utf_8_in_every_locale(tmp_path, monkeypatch):
         assert tar.getnames() == ["雪/1.png"]
 
 
-def test_textures_of_another_version_are_rendered_again(tmp_path, few_textures, monkeypatch):
-    ensure_textures(tmp_path)
-    monkeypatch.setattr(textures, "VERSION", textures.VERSION + 1)
-    ensure_textures(tmp_path)
-    for shards in open_splits(str(tmp_path)):
-        assert shards.manifest["name"] == f"textures-{textures.VERSION}"
-
-
 FOREIGN = [
     "a set",
-    "a set named like the textures",
+    "textures of another version",
     "tars without an index",
     "a damaged manifest",
     "tars at the top",
@@ -125,24 +117,23 @@ FOREIGN = [
 
 @pytest.mark.parametrize("case", FOREIGN)
 def test_textures_never_replace_data_of_the_user(tmp_path, few_textures, case):
-    """Rendered splits of another version are replaced, but only if the other split is rendered, too."""
-    out, source = tmp_path / "out", write_folder(tmp_path / f"textures-{textures.VERSION + 1}", pictures())
+    out = tmp_path / "out"
     ensure_textures(out)
-    manifest = out / "test" / "dataset.json"
-    manifest.write_text(manifest.read_text().replace(f'"textures-{textures.VERSION}"', '"textures-0"'))
-    shutil.rmtree(out / "train")
-    if case == "a set named like the textures":
-        write_split(folder_source(source), out.parent / "other", "train")
-        os.replace(tmp_path / "other" / "train", out / "train")
+    manifest = out / "train" / "dataset.json"
+    if case == "textures of another version":
+        manifest.write_text(manifest.read_text().replace(f'"{textures.NAME}"', '"textures-0"'))
+        shutil.rmtree(out / "test")
     elif case == "tars at the top":
+        shutil.rmtree(out / "test")
         write_tar(out / "mine.tar", pictures())
     else:
+        shutil.rmtree(out / "train")
         write_split(folder_source(write_folder(tmp_path / "in", pictures())), tmp_path / "other", "train")
         os.replace(tmp_path / "other" / "train", out / "train")
         if case == "tars without an index":
-            (out / "train" / "dataset.json").unlink()
+            manifest.unlink()
         elif case == "a damaged manifest":
-            (out / "train" / "dataset.json").write_text('{"format"')
+            manifest.write_text('{"format"')
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
     with pytest.raises(UserError, match=r"does not hold the built-in textures and is not overwritten; use --data"):
         ensure_textures(out)
@@ -157,17 +148,6 @@ def test_textures_keep_an_unfinished_conversion_of_the_user(tmp_path, few_textur
         ensure_textures(tmp_path / "out")
     assert digests(tmp_path / "out" / ".train.partial" / "shards") == written
     assert len(write_split(source, tmp_path / "out", "train", samples_per_shard=5)) == 12
-
-
-def test_textures_replace_an_unfinished_conversion_of_another_version(tmp_path, few_textures, monkeypatch):
-    """Killed while rendering, or between moving an outdated split and deleting it."""
-    write_split(textures_source("train"), tmp_path, "train", samples_per_shard=10, part=(1, 2))
-    write_split(textures_source("test"), tmp_path, "test")
-    os.replace(tmp_path / "test", tmp_path / ".test.outdated")
-    monkeypatch.setattr(textures, "VERSION", textures.VERSION + 1)
-    ensure_textures(tmp_path)
-    assert [len(shards) for shards in open_splits(str(tmp_path))] == [30, 10]
-    assert {path.name for path in tmp_path.iterdir()} <= {"train", "test", ".lock"}
 
 
 def test_conversion_is_deterministic(tmp_path):
@@ -431,3 +411,17 @@ def test_shards_are_not_written_to_a_url(monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="s3:/bucket/shards is a URL, but a local path is required; write to"):
         convert.main()
     assert not list(tmp_path.iterdir())
+
+
+def test_many_rejected_images_are_counted(tmp_path):
+    files = pictures() | {f"class_0/bad_{number:02d}.jpg": b"no image" for number in range(13)}
+    path = write_folder(tmp_path / "in", files)
+    result = run_here("pipeline.convert", "folder", path, tmp_path / "out", "--workers", "1")
+    assert result.returncode == 0 and result.stderr.count("left out ") == 10
+    assert f"... and 3 more; see {tmp_path}/out/train/rejected.csv" in result.stderr
+
+
+def test_a_split_that_the_source_lacks_is_refused(tmp_path):
+    result = run_here("pipeline.convert", "textures", tmp_path / "out", "--split", "val")
+    assert result.returncode == 1 and "There is no split val in the source; use --split train or test." in result.stderr
+    assert not (tmp_path / "out").exists()

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +35,11 @@ def test_the_least_recently_used_file_is_evicted(small, tmp_path):
     size, _ = shard_entry(small, 0)
     cache = cache_at(tmp_path, limit_bytes=2 * size + 100)
     fs, root = filesystem(small.root)
-    names = [entry["sha256"] for entry in small.manifest["shards"]]
+    names, uses = [entry["sha256"] for entry in small.manifest["shards"]], count(1_000_000)
 
     def fetch(number: int) -> None:
         assert cache.fetch(fs, f"{root}/part-{number:03d}.tar", *shard_entry(small, number))
-        time.sleep(0.01)  # last uses must differ by more than the file system's clock resolution
+        os.utime(cache.find(*shard_entry(small, number)), (next(uses),) * 2)
 
     fetch(0), fetch(1), fetch(0), fetch(2)
     assert cached_files(cache) == {names[0], names[2]}
@@ -280,11 +280,14 @@ def test_a_fetch_resumes_after_its_process_was_killed(small, tmp_path):
         partial = cache.folder / "files" / f"{sha256}.{size}.partial"
         while not (server.count["part-000.tar"] and partial.exists()) and time.monotonic() < deadline:
             time.sleep(0.01)
-        time.sleep(0.2)  # time to receive the first half
+        while not partial.stat().st_size and time.monotonic() < deadline:
+            time.sleep(0.01)
         process.kill()
         process.wait()
+        received = partial.stat().st_size
         assert cache.find(size, sha256) is None
         found = cache.fetch(*filesystem(url), size, sha256)
+        assert server.requests[-1][1]["Range"] == f"bytes={received}-"
         assert found.read_bytes() == Path(small.root, "part-000.tar").read_bytes()
         assert cached_files(cache) == {sha256}
 
