@@ -85,7 +85,8 @@ def cifar10_cpu() -> PretrainConfig:
     """CIFAR-10 in about an hour on two CPU cores: ResNet-10 at half of its width, views of 16, 20, then 24 px.
 
     Command: `accelerate launch train.py --preset cifar10-cpu --data CIFAR`. Cost: 53 minutes of training on two cores
-    of an EPYC (Zen 5); on Zen 4, 49 epochs take an hour. Accuracy: 0.7435 kNN, 0.7645 linear (bench/results/presets.csv).
+    of an EPYC (Zen 5); on Zen 4, 49 epochs take an hour. Accuracy: 0.7435 kNN, 0.7645 linear
+    (bench/results/presets.csv).
     """
     return PretrainConfig(
         preset="cifar10-cpu",
