@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import csv
 import dataclasses
 import importlib
 import json
@@ -399,3 +400,12 @@ def test_the_readme_is_short():
 @pytest.mark.parametrize("name", ["report-desktop", "report-phone", "report-dark"])
 def test_screenshots_are_small(name):
     assert (ROOT / "docs" / f"{name}.webp").stat().st_size < 300_000
+
+
+def test_the_readme_quotes_the_rows_of_the_demonstration():
+    with open(ROOT / "bench" / "results" / "demo.csv") as file:
+        rows = list(csv.DictReader(file))
+    page = (ROOT / "README.md").read_text()
+    for row in rows:
+        assert f"| {float(row['knn_top1']):.3f} | {float(row['linear_top1']):.3f} |" in page
+    assert f"took {float(rows[0]['wall_s']):.0f} s at {float(rows[0]['images_per_s']):,.0f} images/s" in page
