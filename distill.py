@@ -146,7 +146,10 @@ def distill(config: DistillConfig, instruments: Instruments | None = None) -> No
 
 
 def check_normalization(config: DistillConfig) -> None:
-    """Refuse a normalization other than the teacher's: the frozen teacher would only be wrong about such views."""
+    """Refuse a normalization other than the teacher's, because the frozen teacher would classify such views wrongly.
+
+    A single number stands for all channels.
+    """
     for name, value in images_of(Path(config.teacher))[1].items():
         if name != "size" and (own := getattr(config.views, name)) != value and (own or ()) * len(value) != value:
             shown = " ".join(map(str, value))

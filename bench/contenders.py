@@ -137,8 +137,8 @@ def train_ours(entry: Entry, config: PretrainConfig, clock: Clock, shards: Shard
     clock.plan(epochs * steps_per_epoch, entry.points, newest)
     views = replace(config.views, size_schedule=stretched(config.views.phases, config.epochs, epochs))
     checkpoints = replace(config.checkpoint, every_steps=clock.every_steps)
-    scores = replace(config.eval, knn_every=0, baselines=False)  # the race has its own, outside its time
-    config = replace(config, epochs=epochs, views=views, report=False, checkpoint=checkpoints, eval=scores)
+    evaluation = replace(config.eval, knn_every=0, baselines=False)  # it would take time of the race, which has its own
+    config = replace(config, epochs=epochs, views=views, report=False, checkpoint=checkpoints, eval=evaluation)
     train.pretrain(config, clock)
     clock.keep(load_file(out / "encoder.safetensors"))
     return described(config)
