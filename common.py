@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 UNFINISHED = ".unfinished-"
 """Prefix of the hidden folders that `replacing` writes in; a process that is killed leaves one behind."""
+PIPELINE = f"{__package__}.pipeline" if __package__ else "pipeline"
+"""Where `python -m` finds the command lines: in `pipeline` in the checkout, in `streamclr.pipeline` once installed."""
 
 
 class UserError(Exception):

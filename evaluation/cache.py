@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .common import UserError, replacing, save_tensors
+from .common import PIPELINE, UserError, replacing, save_tensors
 
 FORMAT = "streamclr-features-1"
 """Must change whenever the content of these files changes."""
@@ -95,7 +95,7 @@ def save_features(path: Path, parts: Iterable[tuple[Tensor, Tensor, Tensor]], ma
                 index.append(samples.cpu())
                 file.write(features.float().cpu().contiguous().numpy())
         if not (count := sum(map(len, index))):
-            raise UserError("No image can be decoded; check the shards with `python -m pipeline.shards verify`.")
+            raise UserError(f"No image can be decoded; check the shards with `python -m {PIPELINE}.shards verify`.")
         if non_finite:
             raise UserError(
                 f"{non_finite} of {count} features are not finite, because the encoder has diverged or overflows; use "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from .common import UserError
+from .common import PIPELINE, UserError
 
 ALONE = SimpleNamespace(rank=0, world_size=1, gather=lambda x: x)
 """Stand-in for a session of one rank, for `embed`."""
@@ -57,8 +57,8 @@ def embed(
         if unreadable > max_bad * count:
             raise UserError(
                 f"{unreadable} of {count} images to evaluate can't be read (see bad_samples.jsonl), more than "
-                f"--loader.max-bad {max_bad:g} allows; check the shards with `python -m pipeline.shards verify SHARDS` "
-                "or raise --loader.max-bad."
+                f"--loader.max-bad {max_bad:g} allows; check the shards with `python -m {PIPELINE}.shards verify "
+                "SHARDS` or raise --loader.max-bad."
             )
         yield features[: len(expected)][readable], label[: len(expected)][readable], kept
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .cache import feature_name, load_features, save_features
-from .common import UserError, progress_bar
+from .common import PIPELINE, UserError, progress_bar
 from .features import ALONE, embed
 
 
@@ -127,7 +127,7 @@ class FeatureStore:
         if unreadable > self.max_bad * total:
             raise UserError(
                 f"{unreadable} of {total} images of {root} can't be read (see {self.bad_samples_file}), more than "
-                f"--loader.max-bad {self.max_bad:g} allows; check the shards with `python -m pipeline.shards verify "
+                f"--loader.max-bad {self.max_bad:g} allows; check the shards with `python -m {PIPELINE}.shards verify "
                 f"{root}` or raise --loader.max-bad."
             )
 

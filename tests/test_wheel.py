@@ -96,6 +96,17 @@ def test_it_works_without_the_checkout(target, tmp_path, small_shards):
     assert Path(file).is_relative_to(target) and count == "20"
 
 
+def test_commands_have_the_package_in_their_names(target, tmp_path):
+    """The help and the remedies of errors name commands that exist without the checkout."""
+    (tmp_path / "photos.tar").write_bytes(b"")
+    environment = os.environ | {"PYTHONPATH": str(target)}
+    for arguments, expected in ((["--help"], "shards verify ROOT"), (["verify", str(tmp_path)], "shards index")):
+        command = [sys.executable, "-m", "streamclr.pipeline.shards", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert f"python -m streamclr.pipeline.{expected}" in done.stdout + done.stderr
+        assert "-m pipeline" not in done.stdout + done.stderr
+
+
 def test_checkout_and_installed_package_share_a_process(target, tmp_path):
     """Custom operators and timm models are registered once."""
     done = run(BOTH, tmp_path, ROOT, target)

@@ -61,7 +61,7 @@ class PreviewConfig:
 def main() -> None:
     try:
         config = tyro.extras.subcommand_cli_from_dict(
-            {"preview": PreviewConfig}, prog="python -m pipeline.augment", description="Tools for the augmentation."
+            {"preview": PreviewConfig}, prog=f"python -m {__package__}", description="Tools for the augmentation."
         )
         shards, _ = open_data(config.data, LoaderConfig())
         sheet = contact_sheet(shards, config.views, config.backend, config.samples, config.seed)

@@ -131,7 +131,9 @@ def _folder_sources(options: argparse.Namespace) -> dict[str, sources.Source]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m {__package__}",
+        description=__doc__.replace("-m pipeline.convert", f"-m {__package__}"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="source", required=True, metavar="|".join(COMMANDS))
     for name, (what, _) in COMMANDS.items():

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 from filelock import FileLock
 
-from ..common import UserError, available_cores, replacing
+from ..common import PIPELINE, UserError, available_cores, replacing
 from ..shards.archives import COMPRESSED_TARS
 from ..shards.cache import Lease, ShardCache
 from ..shards.dataset import SPLIT_TARS, ShardSet
@@ -72,7 +72,7 @@ def is_photos(data: str) -> bool:
             folders = path, path / "train"
             if not folders[1].exists() and any(path.glob(".*.partial/plan.json")):
                 raise UserError(
-                    f"{data} holds an unfinished conversion; run the same `python -m pipeline.convert` command again."
+                    f"{data} holds an unfinished conversion; run the same `python -m {PIPELINE}.convert` command again."
                 )
             for split in ("test", "val"):
                 if (path / split / "dataset.json").exists() and not (path / "train").exists():
@@ -223,7 +223,7 @@ def _counts(path: Path, splits: list[ShardSet]) -> list[str]:
     if shared:
         counts.append(f"{shared:,} evaluation images are also training images.")
     if copies or shared:
-        command = f"python -m pipeline.convert folder {shlex.quote(str(path))} SHARDS --split auto --drop-duplicates"
+        command = f"python -m {PIPELINE}.convert folder {shlex.quote(str(path))} SHARDS --split auto --drop-duplicates"
         counts.append(f"`{command}` leaves copies out.")
     return counts
 

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from ..common import UserError
+from ..common import PIPELINE, UserError
 from ..shards.archives import COMPRESSED_TARS, clean_key, members, open_tar, refuse_url
 from ..shards.dataset import open_shards
 from ..shards.samples import NO_CLASS, class_number, expand_braces, paired, read_parts
@@ -91,7 +91,7 @@ def _find_tars(path: str) -> tuple[dict[str, Path | str], Path]:
     if path.startswith(PIPE):
         return {f"pipe-{n:06d}.tar": command for n, command in enumerate(expand_braces(path))}, Path(".")
     folder = Path(path)
-    refuse_url(folder, "index it in place by `python -m pipeline.shards index`, or copy it to a folder first")
+    refuse_url(folder, f"index it in place by `python -m {PIPELINE}.shards index`, or copy it to a folder first")
     if os.path.isdir(folder):  # unlike Path's methods, not an error for a long brace pattern
         inside = sorted(folder.iterdir())
         tars = [file for file in inside if file.name.endswith(".tar")]

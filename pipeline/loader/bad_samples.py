@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..common import UserError
+from ..common import PIPELINE, UserError
 from ..philox import uniforms
 from ..shards.dataset import ShardSet
 from ..shards.reader import ReadFailure
@@ -74,7 +74,7 @@ class BadSampleTracker:
                 return candidate
         raise UserError(
             f"An image of {self.shards.root} can't be used ({self.reasons[sample]}), nor can {CANDIDATES} "
-            f"replacements; use `python -m pipeline.shards verify {self.shards.root}` to find the damaged shards."
+            f"replacements; use `python -m {PIPELINE}.shards verify {self.shards.root}` to find the damaged shards."
         )
 
     def add(self, failures: dict[int, ReadFailure], epoch: int) -> None:
@@ -136,6 +136,6 @@ class BadSampleTracker:
                 last = f", the last one {self._key(sample)} ({reason})"
             raise UserError(
                 f"{replaced} of {samples} images of {self.shards.root} were bad{listed}{last}, which is more than "
-                f"--loader.max-bad {self.max_bad:g} allows; use `python -m pipeline.shards verify {self.shards.root}` "
-                "to find damaged shards and copy them again, or raise --loader.max-bad."
+                f"--loader.max-bad {self.max_bad:g} allows; use `python -m {PIPELINE}.shards verify "
+                f"{self.shards.root}` to find damaged shards and copy them again, or raise --loader.max-bad."
             )

@@ -25,7 +25,9 @@ from .verify import show, verify
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.shards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m {__package__}",
+        description=__doc__.replace("-m pipeline.shards", f"-m {__package__}"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=["index", "verify", "show"])
     parser.add_argument(

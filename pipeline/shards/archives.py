@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from ..common import UserError
+from ..common import PIPELINE, UserError
 from ..images.files import IMAGE_SUFFIXES
 
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz")
@@ -159,7 +159,7 @@ def image_members(tar: tarfile.TarFile, path: Path | str, left_out: list[tuple[s
     for member in members(tar, path):
         if member.name.endswith(".cls"):
             raise UserError(
-                f"{path} holds {member.name}, the class of a WebDataset sample; use `python -m pipeline.convert "
+                f"{path} holds {member.name}, the class of a WebDataset sample; use `python -m {PIPELINE}.convert "
                 f"webdataset {path} SHARDS`, which keeps the classes."
             )
         if is_image(member.name) and not member.isdir():

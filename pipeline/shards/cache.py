@@ -23,7 +23,7 @@ from typing import BinaryIO
 from filelock import FileLock, Timeout
 from fsspec.spec import AbstractFileSystem
 
-from ..common import UserError, file_sha256
+from ..common import PIPELINE, UserError, file_sha256
 from .remote import PERMANENT_ERRORS, RetryPolicy, UnavailableFile, disk_errors, download, is_local
 
 DEFAULT_LIMIT_BYTES = 50 * 10**9
@@ -113,7 +113,7 @@ class ShardCache:
             UserError: the store can't be reached, or the cache can't be written.
         """
         if not SHA256.fullmatch(sha256):  # untrusted, and it becomes a file name
-            raise UserError(f"dataset.json has no valid SHA-256 for {path}; run `python -m pipeline.shards index`.")
+            raise UserError(f"dataset.json has no valid SHA-256 for {path}; run `python -m {PIPELINE}.shards index`.")
         retry_policy = retry_policy or self.retry_policy
         if found := self.find(size, sha256):
             return found
@@ -139,7 +139,7 @@ class ShardCache:
                         partial.unlink()
         raise UnavailableFile(
             f"{path} does not match its checksum in dataset.json after {FETCH_ATTEMPTS} downloads; copy it there again "
-            "or run `python -m pipeline.shards index`."
+            f"or run `python -m {PIPELINE}.shards index`."
         )
 
     @contextmanager

@@ -31,7 +31,7 @@ import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
-from ..common import UserError
+from ..common import PIPELINE, UserError
 from ..images.arrays import MOST_CHANNELS
 from ..images.pixel_format import RGB8, PixelFormat
 from .cache import ShardCache
@@ -94,7 +94,7 @@ def open_shards(root: str, cache: ShardCache | None = None) -> ShardSet:
     """
     cache = cache or ShardCache()
     fs, folder, index_root, content = _find_manifest(root, cache)
-    index_again = f"run `python -m pipeline.shards index {root}` to create it again"
+    index_again = f"run `python -m {PIPELINE}.shards index {root}` to create it again"
 
     def damaged(fault: object) -> UserError:
         return UserError(f"{root}/dataset.json is damaged ({fault}); copy it again, or {index_again}.")
@@ -147,10 +147,10 @@ def _find_manifest(root: str, cache: ShardCache) -> tuple[AbstractFileSystem, st
     with suppress(OSError):
         return LocalFileSystem(), str(folder), str(folder), (folder / "dataset.json").read_bytes()
     if list_tars(fs, path, cache.retry_policy, tars):
-        remedy = f"run `python -m pipeline.shards index {location}` first"
+        remedy = f"run `python -m {PIPELINE}.shards index {location}` first"
         raise UserError(f"The tars in {root} have no index; {remedy}.") from missing
     denied = f" or no permission to read them ({missing})" if isinstance(missing, PermissionError) else ""
-    remedy = "create them with `python -m pipeline.convert` or correct the path"
+    remedy = f"create them with `python -m {PIPELINE}.convert` or correct the path"
     if root.startswith(HUB):
         remedy = "correct the name, or log in with `hf auth login` if the data set is private or gated"
     raise UserError(f"No shards at {root}{denied}; {remedy}.") from missing
@@ -329,7 +329,7 @@ def open_splits(root: str, cache: ShardCache | None = None) -> tuple[ShardSet, S
     if test.classes != train.classes:
         raise UserError(
             f"{root} has other classes than {roots[0]}; convert both again, train first, "
-            "or run `python -m pipeline.shards index` on their folder."
+            f"or run `python -m {PIPELINE}.shards index` on their folder."
         )
     if test.pixel_format != train.pixel_format:
         raise UserError(

@@ -26,7 +26,7 @@ from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
-from ..common import UserError, available_cores, file_sha256, progress_bar
+from ..common import PIPELINE, UserError, available_cores, file_sha256, progress_bar
 from ..images.arrays import npy_bytes
 from ..images.files import DecodeError
 from ..images.pixel_format import RGB8, PixelFormat, decode_pixels
@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 IMAGES_PER_CORE = 16
 """Number of images that are in memory per core, while they are decoded in parallel."""
 
-NOT_IN_PLACE = "can't be read in place; use `python -m pipeline.convert webdataset`, which encodes its pixels again"
+NOT_IN_PLACE = f"can't be read in place; use `python -m {PIPELINE}.convert webdataset`, which encodes its pixels again"
 
 KEPT = {"name": "", "split": "", "classes": [], "shards": [], "made_by": {}, "pixels": {}}
 """Fields of an existing manifest that indexing keeps, of `pixels` only 8 bits, with their values for a new one."""
@@ -275,7 +275,7 @@ def _find_tars(root: str, retry_policy: RetryPolicy) -> tuple[str, list[str]]:
     if compressed := next((name for name in names if name.endswith(COMPRESSED_TARS)), ""):
         raise UserError(
             f"{root}/{compressed} is a compressed tar, which can't be indexed in place; use "
-            "`python -m pipeline.convert webdataset` instead."
+            f"`python -m {PIPELINE}.convert webdataset` instead."
         )
     raise UserError(
         f"There is no .tar in {root}; use the folder that holds the shards. If a web server does not list its files, "

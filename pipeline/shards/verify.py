@@ -11,7 +11,7 @@ from fsspec.spec import AbstractFileSystem
 from rich.markup import escape
 from rich.table import Table
 
-from ..common import UserError
+from ..common import PIPELINE, UserError
 from ..images.pixel_format import PixelFormat
 from .cache import ShardCache
 from .dataset import ShardSet, folder_and_tars, label_fault, list_tars, open_shards, split_roots
@@ -22,7 +22,7 @@ from .remote import filesystem
 SHOWN_ROWS = 20
 BAR_WIDTH = 40
 ENCODED_KB = np.array([0, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096])
-REMEDY = "copy it again or run `python -m pipeline.shards index`"
+REMEDY = f"copy it again or run `python -m {PIPELINE}.shards index`"
 
 
 def verify(root: str) -> dict[str, list[str]]:
@@ -74,7 +74,7 @@ def verify_shards(root: str, cache: ShardCache | None = None) -> list[str]:
         problems.append(f"{folder}/dataset.json is damaged ({fault}); {REMEDY}.")
     known = {shard["file"] for shard in shards.manifest["shards"]}
     problems += [
-        f"{path}/{name} is not in dataset.json; move it away or run `python -m pipeline.shards index`."
+        f"{path}/{name} is not in dataset.json; move it away or run `python -m {PIPELINE}.shards index`."
         for name in list_tars(fs, path, cache.retry_policy, folder_and_tars(root)[1])
         if name not in known
     ]
