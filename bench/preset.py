@@ -48,6 +48,7 @@ def _row(run: Path) -> dict:
         "size": config["views"]["size"],
         "size_schedule": " ".join(config["views"].get("size_schedule", [])),
         "crop_area": " ".join(map(str, config["views"]["crop_area"])),
+        "weight_decay": config["optim"]["weight_decay"],
         "precision": summary["precision"],
         "seed": config["seed"],
         "minutes": round(train_s / 60, 1),

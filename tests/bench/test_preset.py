@@ -17,6 +17,7 @@ def run(tmp_path):
         "epochs": 2,
         "seed": 3,
         "eval": {"k": 20},
+        "optim": {"weight_decay": 0.01},
     }
     views = {"size": 32, "size_schedule": ["16:1"], "crop_area": [0.2, 1.0]}
     config |= {"views": views, "timm_name": "net", "timm_kwargs": {"width": 0.25}}
@@ -40,11 +41,8 @@ def run(tmp_path):
 def test_time_is_that_of_all_steps(run):
     row = row_of(run)
     assert row["minutes"] == 2.0 and row["images"] == 15_000 and row["test_images"] == 7
-    assert (
-        row["images_per_s"] == 125
-        and row["precision"] == "bf16"
-        and (row["knn_top1"], row["linear_top1"]) == (0.5, 0.6)
-    )
+    assert (row["images_per_s"], row["precision"], row["weight_decay"]) == (125, "bf16", 0.01)
+    assert (row["knn_top1"], row["linear_top1"]) == (0.5, 0.6)
     assert row["size_schedule"] == "16:1" and row["data"] == "set" and row["encoder"] == 'net {"width": 0.25}'
 
 
