@@ -65,7 +65,7 @@ def distill(config: DistillConfig, instruments: Instruments | None = None) -> No
             f"The teacher in {config.teacher} was trained on other images ({pixels}) than those of {train.root} "
             f"({train.pixel_format}); use --data with images like the teacher's."
         )
-    views = config.views.for_images(train.pixel_format, train.manifest.get("statistics", {}))
+    views = session.from_rank_0(config.views.for_images(train.pixel_format, train.manifest.get("statistics", {})))
     config = replace(config, views=views)
     reading = {"device": session.device, "dtype": session.dtype, "bad_samples_file": session.out / "bad_samples.jsonl"}
     loader = ViewLoader(

@@ -54,7 +54,7 @@ def finetune(config: FinetuneConfig, instruments: Instruments | None = None) -> 
             f"({train.pixel_format}); use --data with images like the run's, or another --start.run."
         )
     classifier, spec = start_classifier(config.start, config.encoder, config.views.size, len(classes), channels)
-    views = config.views.for_images(train.pixel_format, train.manifest.get("statistics", {}))
+    views = session.from_rank_0(config.views.for_images(train.pixel_format, train.manifest.get("statistics", {})))
     config = replace(config, views=views)
     reading = {"device": session.device, "dtype": session.dtype, "bad_samples_file": session.out / "bad_samples.jsonl"}
     loader = ViewLoader(

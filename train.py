@@ -64,7 +64,7 @@ def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> 
 
     # Data: shards -> two augmented views of every image, on the device.
     train, test = open_data(config.data, config.loader)
-    views = config.views.for_images(train.pixel_format, train.manifest.get("statistics", {}))
+    views = session.from_rank_0(config.views.for_images(train.pixel_format, train.manifest.get("statistics", {})))
     config = replace(config, views=views)
     reading = {"device": session.device, "dtype": session.dtype, "bad_samples_file": session.out / "bad_samples.jsonl"}
     loader = ViewLoader(
@@ -152,6 +152,7 @@ def pretrain(config: PretrainConfig, instruments: Instruments | None = None) -> 
                 loop.backward(loss + probe_loss)
             learned = {"temperature": temperature} if config.loss.learn_temperature else {}
             loop.step(loss=loss, probe_top1=tuple(top1), **learned)
+            z = logits = loss = probe_loss = None  # their graph may not live on when --cuda-graph records another size
             if loop.validation_due:
                 loop.log(**evaluate(forward_features, linear=False))
     if loop.stopped:
@@ -184,8 +185,7 @@ def probe_objective(
         Cross-entropy (), share of views whose label is the most likely class (), share of labeled views ().
     """
     if logits is None:
-        zero = torch.zeros((), device=label.device)
-        return zero, zero, zero
+        return (torch.zeros((), device=label.device),) * 3
     views, label = 2 * len(label), label[part].repeat(2)  # (2b,)
     loss = cross_entropy(logits.float(), label, ignore_index=-1, reduction="sum")
     return loss / views, (logits.argmax(1) == label).sum() / views, (label >= 0).sum() / views

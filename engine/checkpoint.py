@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -227,26 +228,38 @@ def load_state_tensors(
                     state[field] = torch.empty_like(parameter).copy_(value)
 
 
-MESSAGE = b"\nStopping after this step; the same signal again stops at once, without a checkpoint.\n"
+MESSAGE = b"\nStopping with a checkpoint; the same signal again stops at once, without one.\n"
+REPEAT_S = 5.0
+"""For so long, another SIGTERM or SIGHUP is no second request: who signals a whole job reaches its ranks twice,
+directly and through their launcher."""
 
 
 class StopSignal:
-    """Context in which SIGTERM and Ctrl-C only set `received`, so that the step completes; a second one of the
-    same kind stops now.
+    """Context in which SIGTERM, SIGHUP and Ctrl-C only set `received`, so that the step completes; a second one of the
+    same kind stops now, Ctrl-C at once and the others after `REPEAT_S`.
 
-    Rank 0 says so at once, because a step may take long and the shell's prompt may already be back.
+    A signal that is ignored, such as SIGHUP under nohup, stays ignored. Rank 0 answers at once, because a step may take
+    long and the shell's prompt may already be back.
     """
 
     def __enter__(self) -> "StopSignal":
         self.received = False
-        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._received_at_s: dict[int, float] = {}
+        names = ("SIGTERM", "SIGINT", "SIGHUP")  # Windows has no SIGHUP
+        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        handled = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._receive) for number in handled}
         return self
 
     def _receive(self, number: int, _frame: object) -> None:
-        self.received = True
-        if os.environ.get("RANK", "0") == "0":
-            os.write(2, MESSAGE)  # print is not allowed to be entered twice, and a signal may interrupt one
-        signal.signal(number, self._previous[number])
+        now_s, first = time.monotonic(), number not in self._received_at_s
+        if not first and (number == signal.SIGINT or now_s - self._received_at_s[number] > REPEAT_S):
+            signal.signal(number, self._previous[number])
+            signal.raise_signal(number)
+        elif first:
+            self.received, self._received_at_s[number] = True, now_s
+            if os.environ.get("RANK", "0") == "0":
+                os.write(2, MESSAGE)  # print is not allowed to be entered twice, and a signal may interrupt one
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():

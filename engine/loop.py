@@ -439,6 +439,8 @@ class TrainingLoop:
             Checkpoints(session.out / "checkpoints", self.config.checkpoint.keep).save(
                 self.global_step, tensors, record
             )
+        if self.stopping:  # who leaves early may end the job of rank 0, which still writes
+            session.barrier()
         self.saved_at_s = time.monotonic()
 
     def _data(self) -> dict[str, Any]:

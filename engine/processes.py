@@ -5,6 +5,7 @@ import gc
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 
 import torch.distributed as dist
@@ -13,6 +14,9 @@ from . import run_lock
 from .common import UserError
 
 FAILURE = "streamclr/failure"
+ALIKE_S = 5.0
+"""How long an error waits in other ranks than a machine's first before the process group exists. Mostly all ranks fail
+alike, by their command line, and the launcher ends the others once the first has failed."""
 LEFT_ALONE = (
     "gloo",  # whose errors have no type of their own
     "ncclRemoteError",
@@ -30,7 +34,9 @@ def is_first_to_fail() -> bool:
     The others fail as a consequence, when the collectives they wait for break.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return os.environ.get("LOCAL_RANK", "0") == "0"  # before the process group exists, a machine's ranks fail alike
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(ALIKE_S)
+        return True
     rank = str(dist.get_rank())
     with contextlib.suppress(RuntimeError):  # the store ends with the process that hosts it
         return dist.distributed_c10d._get_default_store().compare_set(FAILURE, "", rank) == rank.encode()

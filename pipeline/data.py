@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from .common import UserError
 from .convert.photos import convert_photos, is_photos
 from .convert.textures import ensure_textures
 from .loader.config import LoaderConfig
@@ -28,7 +29,7 @@ def open_data(data: str, config: LoaderConfig) -> tuple[ShardSet, ShardSet | Non
         config: tells where the cache is, and how much of it shards of a remote set may take.
 
     Raises:
-        UserError: the shards are missing or damaged, or the images can't be converted.
+        UserError: the shards are missing, damaged or not the same for all ranks, or the images can't be converted.
     """
     cache, data = config.cache(), os.path.expanduser(data)
     if not data:
@@ -36,7 +37,14 @@ def open_data(data: str, config: LoaderConfig) -> tuple[ShardSet, ShardSet | Non
     elif is_photos(data):
         data = str(convert_photos(Path(data), cache, partial(same_for_all_ranks, data)))
     ensure_index(data or TEXTURES, cache)
-    return open_splits(data or TEXTURES, cache)
+    splits = open_splits(data or TEXTURES, cache)
+    found = str([(split.checksum, len(split), split.classes, split.pixel_format) for split in splits if split])
+    if same_for_all_ranks(f"shards of {data}", found) != found:
+        raise UserError(
+            f"The shards of {data or TEXTURES} are not the same for all processes; copy them and their index, in "
+            f"{splits[0].index_root}, from one machine to the others."
+        )
+    return splits
 
 
 def same_for_all_ranks(name: str, value: str) -> str:

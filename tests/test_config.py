@@ -13,8 +13,8 @@ import pytest
 from bench.harness import read_rows
 from common import UserError
 from config import DistillConfig, FinetuneConfig, PretrainConfig, StageConfig
+from engine import processes
 from engine.checkpoint import check_same_run
-from engine.processes import ending_together
 from engine.schedule import create_schedule
 from options import option_names
 from presets import DISTILL, FINETUNE, PRETRAIN, images_of, parse
@@ -88,13 +88,16 @@ def test_error_sentence_does_not_depend_on_the_terminal(force, monkeypatch):
     assert str(error.value) == f"{expected}; see train.py --help."
 
 
-@pytest.mark.parametrize(("rank", "code"), [("0", "error: There is no option '--zzz'; see train.py --help."), ("1", 1)])
-def test_one_rank_of_a_machine_prints_a_command_line_error(rank, code, monkeypatch):
+@pytest.mark.parametrize(("rank", "waits"), [("0", []), ("1", [processes.ALIKE_S])])
+def test_the_first_rank_of_a_machine_prints_a_command_line_error_before_others(rank, waits, monkeypatch):
+    """The launcher ends the others while they wait."""
+    slept = []
+    monkeypatch.setattr(processes.time, "sleep", slept.append)
     monkeypatch.setenv("RANK", "8")
     monkeypatch.setenv("LOCAL_RANK", rank)
-    with pytest.raises(SystemExit) as stopped, ending_together():
+    with pytest.raises(SystemExit) as stopped, processes.ending_together():
         read("train.py", "--zzz")
-    assert stopped.value.code == code
+    assert stopped.value.code == "error: There is no option '--zzz'; see train.py --help." and slept == waits
 
 
 def test_help_lists_presets_with_cost_and_results(capsys, monkeypatch):

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import distill
 import engine.session
@@ -115,7 +114,7 @@ def run(data, tmp_path, monkeypatch):
         return waits.waited
 
     def join_ranks(ranks):
-        dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+        dist.init_process_group("fake", rank=0, world_size=ranks, store=dist.HashStore())
         state = PartialState()
         state.num_processes, state.distributed_type = ranks, DistributedType.MULTI_GPU
         monkeypatch.setattr(engine.session, "broadcast_object_list", lambda objects: objects)

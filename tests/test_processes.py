@@ -173,6 +173,25 @@ def test_failure_of_one_process_ends_all_with_its_message(data, tmp_path, failur
     assert not (tmp_path / "run" / "encoder.safetensors").exists()
 
 
+@pytest.mark.parametrize("fails", ["all", "1"])
+def test_an_error_before_the_process_group_exists_is_shown_once(tmp_path, fails):
+    script = tmp_path / "fails.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import os, time
+        from common import UserError
+        from engine.processes import ending_together
+
+        with ending_together():
+            if {fails!r} in ("all", os.environ["LOCAL_RANK"]):
+                raise UserError("No room; free some space.")
+            time.sleep(300)
+        """)
+    )
+    done = launch(2, script)
+    assert done.returncode != 0 and done.stderr.count("error: No room; free some space.") == 1
+
+
 @pytest.mark.parametrize(
     "error",
     [

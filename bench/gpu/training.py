@@ -156,12 +156,13 @@ def compare_runs(run: Any, reference: Any) -> Iterator[Outcome]:
 
 
 def cuda_graphs(setup: Setup) -> Iterator[Case]:
-    """Replayed passes, eager or compiled, train like eager ones."""
-    for name, modes in {"graphs": {}, "graphs of compiled passes": {"compile": True}}.items():
-        yield Case(name, partial(compare_graphs, setup, name, modes))
+    """Replayed passes, eager or compiled, train like eager ones, also if the size of the views changes."""
+    yield Case("graphs", partial(compare_graphs, setup, "graphs", 1, {}))
+    yield Case("graphs of compiled passes", partial(compare_graphs, setup, "graphs compiled", 1, {"compile": True}))
+    yield Case("graphs of two sizes", partial(compare_graphs, setup, "graphs of two sizes", 2, {}))
 
 
-def compare_graphs(setup: Setup, name: str, modes: dict) -> Iterator[Outcome | Skipped]:
+def compare_graphs(setup: Setup, name: str, sizes: int, modes: dict) -> Iterator[Outcome | Skipped]:
     import train
     from engine.optim import OptimConfig
 
@@ -169,7 +170,9 @@ def compare_graphs(setup: Setup, name: str, modes: dict) -> Iterator[Outcome | S
         yield Skipped("CUDA graphs need a GPU")
         return
     changes = {"log_every": 1, "precision": "fp32", "optim": OptimConfig("lars", scaling="none")}
-    eager = configuration(setup, "train", f"{name} eager", **changes)
+    eager = configuration(setup, "train", f"{name} eager", epochs=sizes, **changes)
+    if sizes > 1:
+        eager = replace(eager, views=replace(eager.views, size_schedule=("16:1",)))
     graphs = replace(eager, out=str(setup.scratch / name), cuda_graph=True, **modes)
     for config in (eager, graphs):
         with quiet():

@@ -24,6 +24,10 @@ from .decoding import DecodingBackend
 from .gpu import copy_to
 from .params import BRIGHTNESS, CONTRAST, HUE, LUMA, SATURATION, AugmentParams, affine_jitter
 
+LARGEST_SHRINK = 40
+"""Crops that are more times as large as the view are resized on the CPU: torch's kernel for GPUs keeps its weights in
+shared memory, of which 48 KB suffice for 47 times (PyTorch, UpSampleBilinear2d.cu)."""
+
 
 class KorniaBackend(DecodingBackend):
     """Augmentation backend for any torch device."""
@@ -104,8 +108,11 @@ def _affine_jitter(x: Tensor, params: AugmentParams) -> None:
 def _resized_crop(image: Tensor, crop: np.ndarray, flip: bool, size: int) -> Tensor:
     """Crop, resize and flip: (3, H, W) uint8 -> (3, S, S) float32 in 0..1."""
     top, left, height, width = crop.tolist()
-    window = image[None, :, top : top + height, left : left + width].float() / 255
-    x = F.interpolate(window, (size, size), mode="bicubic", antialias=True, align_corners=False)[0].clamp_(0, 1)
+    window = image[None, :, top : top + height, left : left + width]
+    if max(height, width) > LARGEST_SHRINK * size:
+        window = window.cpu()
+    x = F.interpolate(window.float() / 255, (size, size), mode="bicubic", antialias=True, align_corners=False)
+    x = x[0].clamp_(0, 1).to(image.device)
     return x.flip(-1) if flip else x
 
 

@@ -4,6 +4,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -52,6 +53,12 @@ def shards_of(shards: ShardSet, samples: np.ndarray) -> np.ndarray:
     return np.unique(np.searchsorted(shards.shard_starts, samples, side="right") - 1)
 
 
+@cache
+def loading_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all loaders of a device, because torch reuses freed memory only on the stream that allocated it."""
+    return torch.cuda.Stream(device)
+
+
 class Prefetcher:
     """Stages from planned batches to batches on the device: read -> augment -> hand over.
 
@@ -83,7 +90,7 @@ class Prefetcher:
     ):
         self.reader, self.draw, self.backends, self.bad_samples = reader, draw, backends, bad_samples
         self.device, self.prefetch = device, prefetch
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = loading_stream(device) if device.type == "cuda" else None
 
     def batches(self, plan: Iterable[PlannedBatch]) -> Iterator[Batch]:
         """Yield one batch per planned batch, in order; closing the generator ends its threads.

@@ -221,9 +221,37 @@ def test_first_signal_is_recorded_and_the_second_one_interrupts(ctrl_c):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_comes_twice_is_one_request(monkeypatch, number):
+    """A launcher forwards what the ranks have received themselves."""
+    now_s, ended = [100.0], []
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now_s[0])
+    before = signal.signal(number, lambda *_: ended.append(now_s[0]))
+    try:
+        with StopSignal() as stop:
+            for at_s in (100.0, 104.0, 106.0):
+                now_s[0] = at_s
+                signal.raise_signal(number)
+            assert stop.received
+    finally:
+        signal.signal(number, before)
+    assert ended == [106.0]
+
+
+def test_an_ignored_signal_stays_ignored():
+    """nohup ignores SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.received
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
 def test_a_signal_is_acknowledged_at_once_by_rank_0(ctrl_c, monkeypatch, capfd, rank, lines):
     monkeypatch.setenv("RANK", rank)
     with StopSignal():
         signal.raise_signal(signal.SIGINT)
-        assert capfd.readouterr().err.count("Stopping after this step; the same signal again stops at once") == lines
+        assert capfd.readouterr().err.count("Stopping with a checkpoint; the same signal again stops at once") == lines

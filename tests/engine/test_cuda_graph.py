@@ -2,6 +2,7 @@
 
 import copy
 import json
+import weakref
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 import finetune
+import train
 from engine import cuda_graph, session
-from engine.cuda_graph import GraphedForward
+from engine.cuda_graph import CapturedPasses, GraphedForward
 from engine.session import Session
 from model import EncoderConfig, HeadConfig, SimCLR, create_encoder, encoder_spec, feature_dim, projection_head
-from presets import FINETUNE, parse
+from presets import FINETUNE, PRETRAIN, parse
 from tests.fake_cuda import fake_cuda
 from tests.recorded_graph import graphs_on_the_cpu
 from tests.small_sets import texture_shards
@@ -138,6 +140,46 @@ def test_a_failed_capture_changes_no_buffer(monkeypatch):
     assert net.encoder[1].num_batches_tracked == 0 and not net.encoder[1].running_mean.any()
 
 
+@pytest.fixture
+def graphed(monkeypatch):
+    """`Session.to_device` with graphs, on a CPU."""
+    monkeypatch.setattr(session, "available_cores", lambda: torch.get_num_threads())
+    monkeypatch.setattr("engine.batch_norm.fuse_batch_norm", lambda module: None)  # no operation of torch: not recorded
+    AcceleratorState._reset_state(reset_partial_state=True)
+    to_device = Session.to_device
+
+    def to_device_with_graphs(self, module, view_sizes=1):
+        module = to_device(self, module, view_sizes)
+        module.forward = GraphedForward(module)
+        return module
+
+    return to_device_with_graphs
+
+
+def test_no_graph_of_an_earlier_step_is_alive_when_another_size_is_recorded(monkeypatch, tmp_path, graphed):
+    """It would hold the last nodes of the weights, which belong to the default stream and invalidate a recording."""
+    record, replay, nodes, alive = CapturedPasses.__init__, CapturedPasses.__call__, [], []
+
+    def recording(self, *arguments):
+        alive.append(sum(node() is not None for node in nodes))
+        record(self, *arguments)
+
+    def replaying(self, views):
+        outputs = replay(self, views)
+        nodes.append(weakref.ref(outputs[0].grad_fn))
+        return outputs
+
+    monkeypatch.setattr(CapturedPasses, "__init__", recording)
+    monkeypatch.setattr(CapturedPasses, "__call__", replaying)
+    monkeypatch.setattr(Session, "to_device", graphed)
+    data = texture_shards(tmp_path / "data", train=48)
+    options = f"--preset textures --data {data} --encoder.name test_resnet --encoder.width 1 --batch-size 16 --epochs 2"
+    options += f" --views.size-schedule 16:1 --precision fp32 --no-report --trackers none --out {tmp_path / 'run'}"
+    with graphs_on_the_cpu(monkeypatch):
+        train.pretrain(parse(PRETRAIN, options.split(), prog="train.py"))
+    assert len(nodes) == 6 and alive == [0, 0]
+
+
 @pytest.mark.parametrize("name", ["test_vit"])
 def test_encoders_can_be_captured(monkeypatch, name):
     """A wait, a copy from the host or its random numbers would raise, see `tests.fake_cuda`."""
@@ -158,21 +200,12 @@ def test_encoders_can_be_captured(monkeypatch, name):
     assert all((w.grad is not None) == w.requires_grad for w in net.parameters())
 
 
-def test_a_run_with_graphs_equals_an_eager_one(monkeypatch, tmp_path):
+def test_a_run_with_graphs_equals_an_eager_one(monkeypatch, tmp_path, graphed):
     """Fine-tuning with the guard, LARS, and evaluations of the same network between the epochs."""
     data = texture_shards(tmp_path / "data", train=48, test=20)
     options = f"--preset textures --data {data} --encoder.name test_resnet --encoder.width 1 --labels.fraction 1"
     options += " --batch-size 16 --epochs 2 --log-every 1 --validate-every 1 --optim.name lars --precision fp32"
     options += " --no-report --trackers none --out"
-    monkeypatch.setattr(session, "available_cores", lambda: torch.get_num_threads())
-    monkeypatch.setattr("engine.batch_norm.fuse_batch_norm", lambda module: None)  # no operation of torch: not recorded
-    to_device = Session.to_device
-
-    def graphed(self, module):
-        module = to_device(self, module)
-        module.forward = GraphedForward(module)
-        return module
-
     runs = []
     for name in ("eager", "graphs"):
         with graphs_on_the_cpu(monkeypatch) as graphs, monkeypatch.context() as patch:

@@ -1,5 +1,6 @@
 """Images as --data: converted once, the same views in every form, splits, and what is refused."""
 
+import json
 import os
 import re
 import shutil
@@ -219,11 +220,28 @@ def test_one_of_several_processes_converts(tmp_path, folder):
     assert {first, second} == {"0", "1"} and here == there
 
 
-def test_ranks_that_see_other_images_are_refused(config, folder, monkeypatch):
-    """A rank on another machine would otherwise train on other batches without an error."""
+@pytest.fixture
+def ranks(monkeypatch):
+    """Every call of `open_data` is that of another rank."""
     store = dist.HashStore()
     monkeypatch.setattr(data_module.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(data_module.dist.distributed_c10d, "_get_default_store", lambda: store)
+
+
+def test_ranks_that_see_other_shards_are_refused(tmp_path, config, original, ranks):
+    """A copy that was made before the set was converted again has other images under the same numbers."""
+    data = shutil.copytree(original, tmp_path / "set")
+    for _ in range(2):
+        assert len(open_data(str(data), config)[0])
+    manifest = json.loads((data / "dataset.json").read_text())
+    manifest["shards"][0]["sha256"] = "0" * 64
+    (data / "dataset.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"The shards of .*set are not the same for all processes; copy them"):
+        open_data(str(data), config)
+
+
+def test_ranks_that_see_other_images_are_refused(config, folder, ranks):
+    """A rank on another machine would otherwise train on other batches without an error."""
     train, _ = open_data(str(folder), config)
     assert open_data(str(folder), config)[0].root == train.root
     os.utime(folder / "class_0" / "image_0.jpg", ns=(0, 0))

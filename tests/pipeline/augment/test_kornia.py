@@ -10,11 +10,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.io import decode_jpeg as decode_jpeg_on_host
 
-from pipeline.augment import decoding
+from pipeline.augment import decoding, kornia
 from pipeline.augment.config import AugmentConfig
 from pipeline.augment.decoding import decode_on_gpu
 from pipeline.augment.gpu import warn_once
-from pipeline.augment.kornia import KorniaBackend, augment
+from pipeline.augment.kornia import KorniaBackend, augment, resized_crops
 from pipeline.images.files import DecodeError, decode
 from pipeline.images.pixel_format import RGB8
 from tests.pipeline.augment import reference_views as reference
@@ -59,6 +59,22 @@ def test_everything_stays_on_the_device(photographs, jitter, monkeypatch):
         views = augment(images, params, config)
     assert views.device == CUDA and views.shape == (24, 3, 64, 64)
     assert copying.copies > 3  # rows, factors, kernels or matrices; constants of the configuration need none
+
+
+def test_crops_too_large_for_a_gpu_are_resized_on_the_cpu(monkeypatch):
+    """torch's kernel would ask for more shared memory than there is, which no CPU shows."""
+    interpolate, devices = kornia.F.interpolate, []
+
+    def recording(window, *arguments, **options):
+        devices.append(window.device.type)
+        return interpolate(window, *arguments, **options)
+
+    monkeypatch.setattr(kornia.F, "interpolate", recording)
+    flip, crop = np.array([[False, True]]), np.array([[[0, 0, 100, 641], [0, 0, 640, 640]]])
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        images = [torch.empty(3, 650, 650, dtype=torch.uint8, device=CUDA) for _ in range(2)]
+        views = resized_crops(images, SimpleNamespace(flip=flip, crop=crop), 16)
+    assert devices == ["cpu", "cuda"] and views.device == CUDA and views.shape == (2, 3, 16, 16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
