@@ -58,7 +58,7 @@ class Rate(NamedTuple):
 PRETRAINING_RATES = {
     "lars": Rate("sqrt", 0.075, 1e-6, "as in the paper, better than linear below a batch of 2048 (table B.1)"),
     "adamw": Rate("none", 1.5e-3, 1e-4, "measured on CIFAR-10 and the textures"),
-    "muon": Rate("none", 0.05, 1e-4, "measured on CIFAR-10; it does not depend on the width"),
+    "muon": Rate("none", 0.05, 0.01, "measured on CIFAR-10; it does not depend on the width"),
     "sgd": Rate("linear", 0.03, 5e-4, "as in the preset cifar10"),
     "nesterov": Rate("linear", 0.03, 5e-4, "that of SGD in the preset cifar10"),
 }
