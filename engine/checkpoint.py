@@ -238,17 +238,17 @@ class StopSignal:
     """Context in which SIGTERM, SIGHUP and Ctrl-C only set `received`, so that the step completes; a second one of the
     same kind stops now, Ctrl-C at once and the others after `REPEAT_S`.
 
-    A signal that is ignored, such as SIGHUP under nohup, stays ignored. Rank 0 answers at once, because a step may take
-    long and the shell's prompt may already be back.
+    Under nohup, SIGHUP stays ignored. Rank 0 answers at once, because a step may take long and the shell's prompt may
+    already be back.
     """
 
     def __enter__(self) -> "StopSignal":
         self.received = False
         self._received_at_s: dict[int, float] = {}
-        names = ("SIGTERM", "SIGINT", "SIGHUP")  # Windows has no SIGHUP
-        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-        handled = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
-        self._previous = {number: signal.signal(number, self._receive) for number in handled}
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # Windows has none
+            numbers.append(signal.SIGHUP)
+        self._previous = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 
     def _receive(self, number: int, _frame: object) -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import csv
 import dataclasses
 import importlib
 import json
@@ -29,6 +28,7 @@ import evaluate
 import export
 import presets
 from auto_preset import Facts
+from bench.harness import read_rows
 from common import UserError
 from options import parse_options
 from pipeline.augment.__main__ import PreviewConfig
@@ -403,8 +403,7 @@ def test_screenshots_are_small(name):
 
 
 def test_the_readme_quotes_the_rows_of_the_demonstration():
-    with open(ROOT / "bench" / "results" / "demo.csv") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows("demo")
     page = (ROOT / "README.md").read_text()
     for row in rows:
         assert f"| {float(row['knn_top1']):.3f} | {float(row['linear_top1']):.3f} |" in page

@@ -25,8 +25,8 @@ from .gpu import copy_to
 from .params import BRIGHTNESS, CONTRAST, HUE, LUMA, SATURATION, AugmentParams, affine_jitter
 
 LARGEST_SHRINK = 40
-"""Crops that are more times as large as the view are resized on the CPU: torch's kernel for GPUs keeps its weights in
-shared memory, of which 48 KB suffice for 47 times (PyTorch, UpSampleBilinear2d.cu)."""
+"""Crops with a side of more than 40 times that of the view are resized on the CPU: torch's kernel for GPUs keeps its
+weights in shared memory, whose 48 KB suffice for 47 times (PyTorch, UpSampleBilinear2d.cu)."""
 
 
 class KorniaBackend(DecodingBackend):

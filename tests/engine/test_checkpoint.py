@@ -238,8 +238,7 @@ def test_a_signal_that_comes_twice_is_one_request(monkeypatch, number):
     assert ended == [106.0]
 
 
-def test_an_ignored_signal_stays_ignored():
-    """nohup ignores SIGHUP."""
+def test_sighup_stays_ignored_under_nohup():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with StopSignal() as stop:
