@@ -59,7 +59,8 @@ class Prepared:
 
 
 @njit(nogil=True)
-def _resize(view, levels):
+def _resize(view, image, levels):
+    view.address, view.pitch = image.ctypes.data, image.strides[0]
     compiled._resized_crop(view, levels)
 
 
@@ -94,10 +95,7 @@ def opencv_stages(data: Prepared, config: AugmentConfig, device: torch.device) -
     n, params, size = len(data.samples), data.params, config.size
     images = list(map(np.ascontiguousarray, threads.map(decode, data.encoded)))
     renderer = compiled.CompiledViews(replace(config, jitter="affine"))  # whose table suits both kinds of jitter
-    table = renderer.table(params)
-    table["address"] = [image.__array_interface__["data"][0] for image in images]
-    table["pitch"] = [3 * image.shape[1] for image in images]
-    views = table.reshape(-1)
+    views = renderer.table(params).reshape(-1)  # view v of image i is v n + i
     resized = np.zeros((len(views), 3, size, size), np.uint8)
     out = np.zeros((len(views), size, size, 3), np.float32)
     reader = Reader(data.shards)
@@ -105,7 +103,7 @@ def opencv_stages(data: Prepared, config: AugmentConfig, device: torch.device) -
     yield Candidate("opencv", "decode", "", n, lambda: list(threads.map(_decode_and_drop, data.encoded)))
     scale, offset, window = renderer.scale, renderer.offset, config.blur_window
     for stage, jitter, work in (  # colors and blur change a copy, which takes about 1% of the time
-        ("geometry", "", lambda i: _resize(views[i], resized[i])),
+        ("geometry", "", lambda i: _resize(views[i], images[i % n], resized[i])),
         ("color", "exact", lambda i: _color(views[i], resized[i].copy(), False)),
         ("color", "affine", lambda i: _color(views[i], resized[i].copy(), True)),
         ("blur", "", lambda i: _blur(views[i], resized[i].copy(), window)),

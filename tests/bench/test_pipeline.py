@@ -3,6 +3,7 @@
 import re
 from importlib.util import find_spec
 from types import SimpleNamespace
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -155,6 +156,15 @@ def test_the_table_of_views_is_filled_from_the_rows(rows, filled):
     )
     assert ["OpenCV backend, exact jitter", f"{exact['images_per_s']:.0f} ({exact['ratio_to_decode']:.2f})"] in lines
     assert not any("loader" in name for name, _ in lines)
+
+
+def test_stages_of_opencv_keep_the_images(shards, monkeypatch):
+    """Compiled functions read an image by its address, which does not keep it."""
+    decoded = []
+    monkeypatch.setattr(stages, "decode", lambda file: decoded.append(ref(image := decode(file))) or image)
+    config = AugmentConfig(size=48).for_images(RGB8, {})
+    candidates = list(stages.opencv_stages(stages.Prepared(shards, config, 2, 4, 4), config, CPU))
+    assert len(candidates) == 7 and len(decoded) == 4 and all(image() is not None for image in decoded)
 
 
 def test_each_stage_of_dali_receives_the_output_of_the_previous_one(tmp_path):
