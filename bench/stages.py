@@ -60,8 +60,7 @@ class Prepared:
 
 @njit(nogil=True)
 def _resize(view, image, levels):
-    view.address, view.pitch = image.ctypes.data, image.strides[0]
-    compiled._resized_crop(view, levels)
+    compiled._resized_crop(view, image.ctypes.data, image.strides[0], levels)
 
 
 @njit(nogil=True)

@@ -30,8 +30,6 @@ from .params import BRIGHTNESS, CONTRAST, LUMA, SATURATION, AugmentParams, affin
 
 VIEW = np.dtype(
     [
-        ("address", np.int64),  # of the image's first byte
-        ("pitch", np.int64),  # bytes from one line of the image to the next
         ("crop", np.int32, 4),
         ("order", np.uint8, 4),
         ("flip", np.bool_),
@@ -47,11 +45,11 @@ VIEW = np.dtype(
     ],
     align=True,
 )
-"""One view: its image and its parameters, with the names of `AugmentParams`."""
+"""Parameters of one view, with the names of `AugmentParams`."""
 RED, GREEN, BLUE = (np.float32(weight) for weight in LUMA)
 ZERO, ONE, TWO, THREE, FOUR, FIVE, SIX = map(np.float32, range(7))
-LINES = 32
-"""Lines of a view that are resized at once, a multiple of 8: fewer have more overhead, more exceed the cache."""
+BLOCK_BYTES = 400_000
+"""Size of the lines that are resized at once: fewer have more overhead, more exceed the second-level cache."""
 PART = 1024
 """Pixels that are jittered or blurred at once: their float32 values stay in the first-level cache."""
 ROUND = np.float32(1.5 * 2**23)
@@ -73,7 +71,7 @@ class CompiledViews:
         self(np.empty((1, 0), VIEW), nothing, slice(0, 0), [])
 
     def table(self, params: AugmentParams) -> np.ndarray:
-        """Parameters of V views of n images as (V, n) `VIEW`; the images are still missing."""
+        """Parameters of V views of n images as (V, n) `VIEW`."""
         table = np.zeros(params.flip.shape, VIEW)
         for name in ("crop", "order", "flip", "gray", "brightness", "contrast", "saturation", "hue", "sigma"):
             table[name] = getattr(params, name)
@@ -94,38 +92,46 @@ class CompiledViews:
         Raises:
             DecodeError: an image is smaller than a crop; `args[1]` is its position among the n images.
         """
-        if len(out) != table.size or any(x.dtype != np.uint8 or x.shape[2:] != (3,) for x in images):
+        expected = len(out) == table.size and len(images) == part.stop - part.start
+        if not expected or any(x.dtype != np.uint8 or x.shape[2:] != (3,) for x in images):
             raise ValueError(f"{table.size} views of (H, W, 3) uint8 images are expected in a batch of {len(out)}.")
         images = [np.ascontiguousarray(image) for image in images]
-        sizes = np.array([image.shape[:2] for image in images]).reshape(-1, 2)
-        crop = table["crop"][:, part]
-        inside = ((crop >= 0).all(-1) & (crop[..., :2] + crop[..., 2:] <= sizes).all(-1)).all(0)
-        if not inside.all():
-            raise DecodeError("the image is smaller than its index says", part.start + int(inside.argmin()))
-        table["address"][:, part] = [image.__array_interface__["data"][0] for image in images]
-        table["pitch"][:, part] = 3 * sizes[:, 1]
-        _render(table, (part.start, part.stop), self.affine, self.window, self.scale, self.offset, out.view(np.uint16))
+        sources = [(image.__array_interface__["data"][0], *image.shape[:2]) for image in images]
+        sources = np.array(sources, np.int64).reshape(-1, 3)
+        bad = _render(
+            table, part.start, sources, self.affine, self.window, self.scale, self.offset, out.view(np.uint16)
+        )
+        if bad >= 0:
+            raise DecodeError("the image is smaller than its index says", bad)
 
 
 @compiled()
-def _render(views, images, affine, window, scale, offset, out):
+def _render(views, first, images, affine, window, scale, offset, out):
     """Write all views of some images into a batch.
 
     Args:
-        views: (V, n) `VIEW`, all views of the batch, with the addresses of the images to render. They must be 8-bit RGB
-            with contiguous lines that contain their crops.
-        images: first and last + 1 of the images to render.
+        views: (V, n) `VIEW`, all views of the batch.
+        first: position of the first of these images among the n of the batch.
+        images: (k, 3) int64, address, height and width of each; 8-bit RGB without gaps between lines.
         affine: whether the jitter is affine.
         window: side of the blur kernel, odd, at most S.
         scale, offset: (3,) float32; a level x of a channel becomes scale x + offset.
         out: (V n, S, S, 3) uint16, bit patterns of bfloat16, or (V n, S, S, 6), those of float32 in halves.
+
+    Returns:
+        Position of the first image that is smaller than one of its crops; -1 if there is none.
     """
     size = out.shape[1]
     levels = np.empty((3, size, size), np.uint8)
-    for v in range(views.shape[0]):
-        for i in range(images[0], images[1]):
+    for k in range(images.shape[0]):
+        address, height, width = images[k]
+        i = first + k
+        for v in range(views.shape[0]):
             view = views[v, i]
-            _resized_crop(view, levels)
+            top, left, crop_height, crop_width = view.crop
+            if min(top, left) < 0 or top + crop_height > height or left + crop_width > width:
+                return i
+            _resized_crop(view, address, 3 * width, levels)
             if view.recolor:
                 if affine:
                     _recolor(levels.reshape(3, -1), view)
@@ -134,6 +140,7 @@ def _render(views, images, affine, window, scale, offset, out):
             if view.sigma > 0:
                 _blur(levels, view.sigma, window)
             _normalize(levels, scale, offset, out[v * views.shape[1] + i])
+    return -1
 
 
 @intrinsic
@@ -195,31 +202,39 @@ def _level(x):
 
 
 @njit
-def _resized_crop(view, levels):
+def _resized_crop(view, address, pitch, levels):
     """Crop, resize by antialiased bicubic interpolation and flip into `levels` (3, S, S).
 
-    The view is computed in blocks of `LINES` of its lines. Each is resized vertically and transposed, and then stays in
-    the cache while it is resized horizontally, all of its lines and channels at once.
+    The view is computed in blocks of lines. Each is resized vertically and transposed, and then stays in the cache
+    while it is resized horizontally, all of its lines and channels at once.
+
+    Args:
+        view: `VIEW`.
+        address: of the image's first byte.
+        pitch: bytes from one line of the image to the next.
+        levels: output, uint8.
     """
     size = levels.shape[1]
     top, left, height, width = view.crop
-    first = view.address + top * view.pitch + left * 3
+    first = address + top * pitch + left * 3
     down, across = _taps(height, size), _taps(width, size)
+    blocks = math.ceil(12 * size * (width + 3) / BLOCK_BYTES)
+    most = 8 * math.ceil(size / (8 * blocks))  # lines of a block, a multiple of 8
     lines = np.zeros((8, 3 * width + 7), np.float32)
-    columns = np.empty((width + 3, 3 * LINES), np.float32)  # pixel of the crop -> channel and line of the view
-    sums = np.empty(3 * LINES, np.float32)
-    for block in range(0, size, LINES):
-        count = min(LINES, size - block)
+    columns = np.empty((width + 3, 3 * most), np.float32)  # pixel of the crop -> channel and line of the view
+    sums = np.empty(3 * most, np.float32)
+    for block in range(0, size, most):
+        count = min(most, size - block)
         for eight in range(0, count, 8):
             for y in range(min(8, count - eight)):
-                _mix_lines(first, view.pitch, down, block + eight + y, lines[y, : 3 * width])
+                _mix_lines(first, pitch, down, block + eight + y, lines[y, : 3 * width])
             for j in range(0, 3 * width, 8):
-                _transpose(_at(lines, j), lines.shape[1], _at(columns, j * LINES + eight), LINES)
+                _transpose(_at(lines, j), lines.shape[1], _at(columns, j * most + eight), most)
         for x in range(size):
             _mix_columns(columns, across, x, sums)
             for channel in range(3):
                 column = levels[channel, size - 1 - x if view.flip else x, block : block + count]
-                values = sums[channel * LINES :]
+                values = sums[channel * most :]
                 for y in range(count):
                     column[y] = np.uint8(_level(values[y]))
 
@@ -436,6 +451,8 @@ def _blur(levels, sigma, window):
     A narrow Gaussian does not need the whole window: the weights beyond 4 sigma contribute less than 1/20 of a level.
     """
     size, radius = levels.shape[1], min(window // 2, math.ceil(4 * sigma))
+    if radius == 0:
+        return
     weights = np.zeros(radius + 4, np.float32)  # from the center, and three of 0
     total = 1.0
     for k in range(1, radius + 1):
@@ -443,8 +460,8 @@ def _blur(levels, sigma, window):
     for k in range(radius + 1):
         weights[k] = math.exp(-k * k / (2.0 * sigma * sigma)) / total
     edge = radius + 3
-    pitch = size + 2 * edge
-    plane = np.zeros((pitch, pitch), np.float32)  # a channel with its reflections
+    pitch = 16 * math.ceil((size + 2 * edge) / 16)
+    plane = np.zeros((size + 2 * edge, pitch), np.float32)  # a channel with its reflections
     together = max(1, PART // size)  # lines of the plane that are filtered by one call, for less overhead
     lines, sums = np.zeros((together + 2) * pitch, np.float32), np.empty(together * pitch, np.float32)
     for channel in range(3):
@@ -470,16 +487,20 @@ def _blur(levels, sigma, window):
 def _filter(source, first, step, weights, sums):
     """Filter symmetrically: value p of `sums` has its center at first + p of `source` and its neighbors each `step`."""
     count, center, weight = sums.size, source[first:], weights[0]
-    for p in range(count):
-        sums[p] = weight * center[p]
     for k in range(1, weights.size - 3, 4):  # four pairs at a time, so that the sums are seldom loaded and stored
         a, b = source[first - k * step :], source[first + k * step :]
         c, d = source[first - (k + 1) * step :], source[first + (k + 1) * step :]
         e, f = source[first - (k + 2) * step :], source[first + (k + 2) * step :]
         g, h = source[first - (k + 3) * step :], source[first + (k + 3) * step :]
         w, x, y, z = weights[k], weights[k + 1], weights[k + 2], weights[k + 3]
-        for p in range(count):
-            sums[p] = sums[p] + w * (a[p] + b[p]) + x * (c[p] + d[p]) + y * (e[p] + f[p]) + z * (g[p] + h[p])
+        if k == 1:
+            for p in range(count):
+                sums[p] = (
+                    weight * center[p] + w * (a[p] + b[p]) + x * (c[p] + d[p]) + y * (e[p] + f[p]) + z * (g[p] + h[p])
+                )
+        else:
+            for p in range(count):
+                sums[p] = sums[p] + w * (a[p] + b[p]) + x * (c[p] + d[p]) + y * (e[p] + f[p]) + z * (g[p] + h[p])
 
 
 @njit

@@ -180,16 +180,17 @@ class Reader:
     def _read_file(self, path: str | Path, shard: int, rows: np.ndarray) -> list[bytes | ReadFailure]:
         """Read samples of one shard from its local file."""
         try:
-            return [self._checked(data, shard, row) for data, row in zip(_read_tar(path, rows), rows, strict=True)]
+            found = zip(_read_tar(path, rows), rows["size"].tolist(), rows["crc32"].tolist(), strict=True)
+            return [self._checked(data, shard, size, crc32) for data, size, crc32 in found]
         except OSError as error:  # including an evicted file
             transient = not isinstance(error, PERMANENT_ERRORS)
             return [ReadFailure(f"A shard of {self.shards.root} can't be read ({error})", transient)] * len(rows)
 
-    def _checked(self, data: bytes, shard: int, row: np.void) -> bytes | ReadFailure:
-        """Return `data` if its size and checksum match its index row, else a `ReadFailure`."""
-        if len(data) != row["size"]:
+    def _checked(self, data: bytes, shard: int, size: int, crc32: int) -> bytes | ReadFailure:
+        """Return `data` if it has the size and checksum of its index row, else a `ReadFailure`."""
+        if len(data) != size:
             return ReadFailure(f"{self.paths[shard]} is shorter than its index says")
-        if zlib.crc32(data) != row["crc32"]:
+        if zlib.crc32(data) != crc32:
             return ReadFailure(f"its bytes in {self.paths[shard]} do not match the checksum in the index")
         return data
 
@@ -226,7 +227,7 @@ class Reader:
     def _range(self, shard: int, row: np.void, retry_policy: RetryPolicy) -> bytes | ReadFailure:
         """Read one sample by a byte-range request, or from the whole shard if the server does not support them."""
         try:
-            return self._checked(self._request(shard, row, retry_policy), shard, row)
+            return self._checked(self._request(shard, row, retry_policy), shard, row["size"], row["crc32"])
         except PERMANENT_ERRORS as error:  # the store has no such file
             return ReadFailure(f"A shard of {self.shards.root} can't be read ({error})")
 

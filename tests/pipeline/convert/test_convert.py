@@ -301,7 +301,7 @@ textures.ensure_textures(Path(sys.argv[1]))
 def test_one_of_several_processes_renders_the_textures(tmp_path):
     arguments = [sys.executable, "-c", ENSURE, tmp_path / "textures"]
     processes = [subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert sorted(len(output.splitlines()) for output in outputs) == [0, 80]
     train, test = open_splits(str(tmp_path / "textures"))

@@ -445,7 +445,7 @@ def test_concurrent_parts(images, undisturbed, tmp_path):
         subprocess.Popen([*command, "--workers", "1", "--part", part], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         for part in ("1/3", "2/3", "2/3", "3/3")
     ]
-    outputs = [job.communicate(timeout=60)[0] for job in jobs]
+    outputs = [job.communicate(timeout=120)[0] for job in jobs]
     assert [job.returncode for job in jobs] == [0] * 4
     assert any("18 images" in output for output in outputs)
     assert digests(tmp_path / "train") == undisturbed and only_the_split(tmp_path)
@@ -497,7 +497,7 @@ def test_ctrl_c_prints_no_traceback(images, tmp_path):
     with start(tmp_path, "all", 0.2, images, tmp_path / "out", workers=2) as process:
         process.stdout.readline()
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=120)
     assert process.returncode == 130 and errors == b"Interrupted; run the same command again to resume.\n"
     assert not list((tmp_path / "out" / ".train.partial" / "work").glob("*.tar"))
 
@@ -597,7 +597,7 @@ def test_a_shard_without_a_readable_image_is_left_out(tmp_path):
 def test_progress_on_a_terminal(images, tmp_path):
     """A bar with rates and remaining time on a terminal; nothing otherwise."""
     command = [sys.executable, "-m", "pipeline.convert", "folder", str(images), str(tmp_path), "--workers", "1"]
-    quiet = subprocess.run([*command, "--split", "quiet"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    quiet = subprocess.run([*command, "--split", "quiet"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert "images/s" not in quiet.stderr
     main, terminal = pty.openpty()
     environment = {**os.environ, "COLUMNS": "150", "TERM": "xterm"}

@@ -59,7 +59,7 @@ def test_batches_in_memory(shards, ahead, monkeypatch):
     steps = (batch for _ in range(3) for batch in whole)
     for batch in islice(steps, 12):
         assert len(batch.index) == 2
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while live.now < ahead + 1 and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(0.005)  # time for a batch too many
@@ -82,7 +82,7 @@ def test_parameters_are_drawn_while_an_earlier_batch_is_augmented(shards, monkey
 
     def augment(epoch, images, params):
         if not in_time:  # the first of three batches, all of which are planned already
-            in_time.extend(drawn.acquire(timeout=5) for _ in range(3))
+            in_time.extend(drawn.acquire(timeout=60) for _ in range(3))
         return backends(epoch, images, params)
 
     augment.close, augment.calls_at_once = backends.close, 1
@@ -100,7 +100,7 @@ def test_a_batch_starts_while_the_one_before_is_augmented(shards):
 
     def augment(epoch, images, params):
         if next(calls) == 0:
-            in_time.append(second.wait(timeout=5))
+            in_time.append(second.wait(timeout=60))
         second.set()
         return backends(epoch, images, params)
 

@@ -204,11 +204,11 @@ def test_backoff_with_jitter(monkeypatch):
             waits.append(timeout)
             return False
 
-    for _ in range(50):
+    for _ in range(500):  # the means below have standard errors of about 1.3 %
         retry_policy = RetryPolicy(attempts=6, first_wait_s=1, longest_wait_s=6, stop=Stop())
         with pytest.raises(UserError, match="can't be read after 6 attempts"):
             with_retries(lambda: 1 / 0, "it", retry_policy)
-    waits = np.array(waits).reshape(50, 5)
+    waits = np.array(waits).reshape(500, 5)
     assert np.allclose(waits.mean(0), [1, 2, 4, 6, 6], rtol=0.15)
     assert (waits >= np.array([1, 2, 4, 6, 6]) / 2).all() and (waits.std(0) > 0.2).all()
 
@@ -422,7 +422,7 @@ def test_threads_end_with_their_reader(small, tmp_path):
         reader = Reader(open_shards(server.url, cache_at(tmp_path)), cache_at(tmp_path))
         reader.read(np.arange(24))
         del reader  # without close()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while any(thread.name == "range" for thread in set(threading.enumerate()) - before):
             assert time.monotonic() < deadline
             time.sleep(0.01)
