@@ -59,10 +59,12 @@ from pipeline.shards.reader import Reader
 BATCH = 32
 REPEATED = 4 * BATCH
 """Images of the candidates that repeat a few."""
-DISTINCT = 32 * BATCH
-"""Images of loader and OpenCV backend, encoded about 100 MB: more than caches hold."""
-SKIPPED, TIMED = 6, 24
+STEADY_BATCH = 128
+"""Images per batch of loader and OpenCV backend in steady state, the smallest batch of a preset."""
+SKIPPED, TIMED = 5, 8
 """Batches of a steady state before and while it is timed; with those prepared ahead, at most `DISTINCT` images."""
+DISTINCT = 16 * STEADY_BATCH
+"""Images of loader and OpenCV backend, encoded about 200 MB: more than caches hold."""
 GPU_BATCH = 256
 """Images per call of Kornia and DALI on a GPU."""
 STAGES = {"dali": dali_stages, "kornia": kornia_stages}
@@ -133,13 +135,14 @@ class Streams:
 
     shards: ShardSet
     config: AugmentConfig
+    batch: int
     threads: int
     device: torch.device
 
     def loader(self) -> Generator[torch.Tensor, None, None]:
         """Views of a loader, which reads the files."""
         options = LoaderConfig(backend="opencv", workers=self.threads, resident="off")
-        loader = ViewLoader(self.shards, self.config, options, batch_size=BATCH, seed=0, device=self.device)
+        loader = ViewLoader(self.shards, self.config, options, batch_size=self.batch, seed=0, device=self.device)
         try:
             while True:
                 yield from (batch.views for batch in loader)
@@ -148,7 +151,7 @@ class Streams:
 
     def backend(self, batches: list[tuple]) -> Generator[torch.Tensor, None, None]:
         """Views that the backend alone makes of `batches`, its arguments."""
-        backend = create_backend("opencv", self.config, self.device, BATCH, 2, self.threads)
+        backend = create_backend("opencv", self.config, self.device, self.batch, 2, self.threads)
         try:
             for encoded, params in batches:
                 yield backend(encoded, params)
@@ -158,20 +161,20 @@ class Streams:
     def batches(self, count: int) -> Iterator[tuple]:
         """The first batches of the loader, as arguments of the backend."""
         reader = Reader(self.shards)
-        for epoch, samples, _ in islice(ShardSampler(self.shards.shard_starts, BATCH, 0).plan(0, 0), count):
+        for epoch, samples, _ in islice(ShardSampler(self.shards.shard_starts, self.batch, 0).plan(0, 0), count):
             height, width = (self.shards.index[side][samples] for side in ("height", "width"))
             yield reader(samples), draw_params(self.config, 0, epoch, samples, height, width)
 
 
-def steady_states(
-    shards: ShardSet, config: AugmentConfig, threads: int, device: torch.device, timed: int
-) -> Iterator[Candidate]:
-    """OpenCV backend and loader on the same distinct images, `timed` batches of them."""
+def steady_states(shards: ShardSet, config: AugmentConfig, threads: int, device: torch.device) -> Iterator[Candidate]:
+    """OpenCV backend and loader on the same distinct images."""
+    batch = min(STEADY_BATCH, len(shards))
+    timed = max(1, min(TIMED, len(shards) // batch - SKIPPED))
     for jitter in ("exact", "affine"):
-        streams = Streams(shards, replace(config, jitter=jitter), threads, device)
+        streams = Streams(shards, replace(config, jitter=jitter), batch, threads, device)
         batches = list(streams.batches(SKIPPED + timed))
         for name, start in (("opencv", lambda s=streams, b=batches: s.backend(b)), ("loader", streams.loader)):
-            yield Candidate(name, "all", jitter, timed * BATCH, SteadyState(start, SKIPPED, timed, device))
+            yield Candidate(name, "all", jitter, timed * batch, SteadyState(start, SKIPPED, timed, device))
 
 
 class Photographs(Dataset):
@@ -249,12 +252,11 @@ def measure(
     """Time all candidates in turns; returns one row per candidate."""
     config = config.for_images(RGB8, {})
     data = Prepared(shards, config, threads, BATCH, REPEATED if device.type == "cpu" else GPU_BATCH)
-    timed = max(1, min(TIMED, len(shards) // BATCH - SKIPPED))
     candidates = [
         *opencv_stages(data, config, device),
         *(stage for name, count in counts(data, device).items() for stage in STAGES[name](data, config, count, device)),
         *backends(data, config, device),
-        *steady_states(shards, config, threads, device, timed),
+        *steady_states(shards, config, threads, device),
         *(others := list(peers(data, config))),
     ]
     times = interleave({i: candidate.call for i, candidate in enumerate(candidates)}, seconds, device)

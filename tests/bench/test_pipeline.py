@@ -81,11 +81,10 @@ def test_no_peer_computes_during_the_next_turn():
 
 
 @pytest.mark.parametrize("jitter", ["exact", "affine"])
-def test_loader_and_backend_are_timed_on_the_same_views(shards, jitter, monkeypatch):
+def test_loader_and_backend_are_timed_on_the_same_views(shards, jitter):
     """Also over the end of an epoch, here after each batch."""
-    monkeypatch.setattr(bench, "BATCH", 4)
     config = AugmentConfig(size=48, jitter=jitter).for_images(RGB8, {})
-    streams = bench.Streams(shards, config, 2, CPU)
+    streams = bench.Streams(shards, config, 4, 2, CPU)
     batches = list(streams.batches(3))
     assert [len(set(encoded)) for encoded, _ in batches] == [4] * 3
     loader, backend = streams.loader(), streams.backend(batches)
@@ -96,7 +95,7 @@ def test_loader_and_backend_are_timed_on_the_same_views(shards, jitter, monkeypa
 
 def test_the_largest_steady_state_repeats_no_image():
     ahead = LoaderConfig().prefetch + 2  # see `Prefetcher`
-    assert bench.BATCH * (bench.SKIPPED + bench.TIMED) <= bench.DISTINCT and ahead < bench.SKIPPED
+    assert bench.STEADY_BATCH * (bench.SKIPPED + bench.TIMED) <= bench.DISTINCT and ahead < bench.SKIPPED
 
 
 def test_kornia_and_dali_take_large_batches_on_a_gpu():
