@@ -24,9 +24,11 @@ from . import compiled
 from .config import AugmentConfig
 from .params import BRIGHTNESS, CONTRAST, LUMA, SATURATION, AugmentParams, affine_jitter
 
-SLICE, SLICE_PIXELS = 16, 2**16
-"""Largest number of images, and of pixels of one view of each, that a thread augments by one call of the compiled
-function: many small views share the overhead of the call, and few large images wait decoded, out of the cache."""
+SLICE, SLICE_PIXELS = 16, 2**18
+"""Largest number of images, and of pixels of one view of each, that a thread takes at once."""
+DECODED_BYTES = 2**19
+"""Size of decoded images from which on they are augmented before the thread decodes more: they are still in the
+second-level cache, and small images share the overhead of a call of the compiled function."""
 KEPT_BATCHES = 8
 """Largest number of unused batches whose memory is kept for reuse; a loader has about five batches in flight."""
 
@@ -112,13 +114,16 @@ class OpenCVBackend:
     def _augment(self, images: list[bytes | np.ndarray], write: Callable, remaining: Iterator[slice]) -> None:
         """Decode and augment the `remaining` images, and write their views into the batch."""
         for part in remaining:
-            decoded = []
+            decoded, size = [], 0
             for i in range(part.start, part.stop):
                 image = decode_pixels(images[i], self.pixel_format) if isinstance(images[i], bytes) else images[i]
                 if image is None:
                     raise DecodeError("the image can't be decoded", i)
                 decoded.append(image)
-            write(part, decoded)
+                size += image.nbytes
+                if size >= DECODED_BYTES or i == part.stop - 1:
+                    write(slice(i + 1 - len(decoded), i + 1), decoded)
+                    decoded, size = [], 0
 
     def _write(
         self, params: AugmentParams, maps: tuple | None, out: np.ndarray, part: slice, images: list[np.ndarray]

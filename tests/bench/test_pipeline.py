@@ -42,6 +42,7 @@ def rows(shards) -> list[dict]:
     """Rows of a benchmark of four small images, without worker processes of the peers."""
     patch = pytest.MonkeyPatch()
     patch.setattr(bench, "BATCH", 4)
+    patch.setattr(bench, "STEADY_BATCH", 4)
     patch.setattr(bench, "DataLoader", lambda dataset, batch, **_: torch.utils.data.DataLoader(dataset, batch))
     yield bench.measure(shards, "small", AugmentConfig(size=48), threads=2, seconds=0, device=CPU)
     patch.undo()
