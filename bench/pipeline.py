@@ -46,6 +46,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.harness import SteadyState, csv_name, environment, interleave, percentiles_ms, show, write_rows
 from bench.stages import Candidate, Prepared, dali_stages, kornia_stages, opencv_stages
 from common import UserError
+from engine.session import keep_freed_memory
 from pipeline.augment.backend import create_backend
 from pipeline.augment.config import AugmentConfig
 from pipeline.augment.params import draw_params
@@ -296,6 +297,7 @@ def main() -> None:
     parser.add_argument("--data", help="folder or URL of a shard set, instead of rendered photographs")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)  # Kornia's
+    keep_freed_memory()  # as train.py does
     device = torch.device(arguments.device)
     count, seconds = (BATCH, 0) if arguments.quick else (DISTINCT, arguments.seconds)
     try:

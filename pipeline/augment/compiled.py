@@ -129,7 +129,7 @@ def _render(views, first, images, affine, window, scale, offset, out):
         for v in range(views.shape[0]):
             view = views[v, i]
             top, left, crop_height, crop_width = view.crop
-            if min(top, left) < 0 or top + crop_height > height or left + crop_width > width:
+            if min(top, left, crop_height, crop_width) < 0 or top + crop_height > height or left + crop_width > width:
                 return i
             _resized_crop(view, address, 3 * width, levels)
             if view.recolor:
