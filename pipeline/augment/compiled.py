@@ -96,11 +96,10 @@ class CompiledViews:
         if not expected or any(x.dtype != np.uint8 or x.shape[2:] != (3,) for x in images):
             raise ValueError(f"{table.size} views of (H, W, 3) uint8 images are expected in a batch of {len(out)}.")
         images = [np.ascontiguousarray(image) for image in images]
-        sources = [(image.__array_interface__["data"][0], *image.shape[:2]) for image in images]
-        sources = np.array(sources, np.int64).reshape(-1, 3)
-        bad = _render(
-            table, part.start, sources, self.affine, self.window, self.scale, self.offset, out.view(np.uint16)
-        )
+        places = [(image.__array_interface__["data"][0], *image.shape[:2]) for image in images]
+        places = np.array(places, np.int64).reshape(-1, 3)
+        out = out.view(np.uint16)
+        bad = _render(table, part.start, places, self.affine, self.window, self.scale, self.offset, out)
         if bad >= 0:
             raise DecodeError("the image is smaller than its index says", bad)
 
@@ -451,7 +450,7 @@ def _blur(levels, sigma, window):
     A narrow Gaussian does not need the whole window: the weights beyond 4 sigma contribute less than 1/20 of a level.
     """
     size, radius = levels.shape[1], min(window // 2, math.ceil(4 * sigma))
-    if radius == 0:
+    if radius == 0:  # a window of one pixel
         return
     weights = np.zeros(radius + 4, np.float32)  # from the center, and three of 0
     total = 1.0
@@ -460,7 +459,7 @@ def _blur(levels, sigma, window):
     for k in range(radius + 1):
         weights[k] = math.exp(-k * k / (2.0 * sigma * sigma)) / total
     edge = radius + 3
-    pitch = 16 * math.ceil((size + 2 * edge) / 16)
+    pitch = 16 * math.ceil((size + 2 * edge) / 16)  # whole cache lines, so that loads of neighboring lines are aligned
     plane = np.zeros((size + 2 * edge, pitch), np.float32)  # a channel with its reflections
     together = max(1, PART // size)  # lines of the plane that are filtered by one call, for less overhead
     lines, sums = np.zeros((together + 2) * pitch, np.float32), np.empty(together * pitch, np.float32)
